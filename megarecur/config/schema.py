@@ -1,0 +1,403 @@
+"""The schema of a run: pydantic models, frozen, unknown keys refused.
+
+A field is `fixed` unless declared with `free(...)`: a run that resumes may change its free fields
+only. Values left out that follow from others (`head_dim`, ...) are filled in at validation, so that
+the resolved config of a run folder states every one of them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+CONFIG_VERSION: Literal[1] = 1
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def free(default: Any = ..., **constraints: Any) -> Any:
+    """A field that may differ when a run resumes."""
+    return Field(default, json_schema_extra={"resume": "free"}, **constraints)
+
+
+class Section(BaseModel):
+    """One section of the config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+# ---------------------------------------------------------------------------------------- model
+
+
+class ModelConfig(Section):
+    """One block's shape, and what surrounds the blocks."""
+
+    hidden_size: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    """Fewer than `num_heads`: grouped-query attention. Left out: `num_heads`."""
+    head_dim: PositiveInt
+    """Left out: hidden_size / num_heads."""
+    ffn_hidden_size: PositiveInt
+    """Left out: 8/3 hidden_size rounded up to a multiple of 64 for swiglu, else 4 hidden_size."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding. Left out: the tokenizer's vocabulary."""
+    positions: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
+    rope_theta: PositiveFloat = 10000.0
+    rope_interleaved: bool = False
+    """Rotate dims (2i, 2i+1) as pairs (Huginn, GPT-J) instead of (i, i + head_dim/2) (Llama)."""
+    max_positions: PositiveInt | None = None
+    """Rows of the learned position table. Left out: data.seq_length."""
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: PositiveFloat = 1e-5
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    """pre: x + f(N(x)); post: N(x + f(x)); sandwich: N2(x + f(N1(x))), as in Huginn."""
+    feed_forward: Literal["swiglu", "gelu"] = "swiglu"
+    attention_bias: Literal["none", "qk", "qkv", "all"] = "none"
+    """Which attention projections carry a bias; `all` adds the output's."""
+    feed_forward_bias: bool = False
+    tie_embeddings: bool = True
+    scale_embeddings: bool = False
+    """Multiply token embeddings by sqrt(hidden_size)."""
+    dropout: Probability = 0.0
+    """On the embedding and on the output of every attention and feed-forward."""
+    attention_dropout: Probability = 0.0
+    """On attention weights; above 0 attention takes the (slower) math path."""
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient of mean(logsumexp(logits)^2) (PaLM, section 5)."""
+    init_std: PositiveFloat = 0.02
+    init_scaling: Literal["none", "depth"] = "none"
+    """depth: output projections of attention and feed-forward start at init_std/sqrt(2 x depth),
+    depth being the unrolled one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_in(cls, values: Any) -> Any:
+        """Resolve the sizes that follow from others."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        hidden, heads = values.get("hidden_size"), values.get("num_heads")
+        if not (isinstance(hidden, int) and isinstance(heads, int) and hidden > 0 and heads > 0):
+            # Their own errors are reported; stand-ins keep derived fields out of that report.
+            hidden, heads = 1, 1
+        values.setdefault("num_kv_heads", heads)
+        values.setdefault("head_dim", max(hidden // heads, 1))
+        swiglu = values.get("feed_forward", "swiglu") == "swiglu"
+        values.setdefault("ffn_hidden_size", -(-8 * hidden // 192) * 64 if swiglu else 4 * hidden)
+        return values
+
+    @model_validator(mode="after")
+    def check_heads(self) -> ModelConfig:
+        """Refuse shapes that attention cannot have."""
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}"
+            )
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"positions=rope rotates pairs of dims, head_dim={self.head_dim} is odd; "
+                "choose an even head_dim or other positions"
+            )
+        return self
+
+
+# ----------------------------------------------------------------------------------- recurrence
+
+
+class Dense(Section):
+    """Every block runs once: an ordinary Transformer."""
+
+    kind: Literal["dense"]
+    num_layers: PositiveInt
+
+
+class Shared(Section):
+    num_blocks: PositiveInt
+    depth: PositiveInt
+    """Unrolled depth."""
+
+    @model_validator(mode="after")
+    def check_depth(self) -> Shared:
+        """Every block must run at least once."""
+        if self.depth < self.num_blocks:
+            raise ValueError(
+                f"depth={self.depth} leaves some of num_blocks={self.num_blocks} unused; "
+                "depth must be at least num_blocks"
+            )
+        return self
+
+
+class Sequence(Shared):
+    """0 0 1 1 2 2 (Takase & Kiyono 2021, SEQUENCE)."""
+
+    kind: Literal["sequence"]
+
+
+class Cycle(Shared):
+    """0 1 2 0 1 2 (Takase & Kiyono 2021, CYCLE)."""
+
+    kind: Literal["cycle"]
+
+
+class CycleReverse(Shared):
+    """0 1 2 2 1 0 (Takase & Kiyono 2021, CYCLE (REV))."""
+
+    kind: Literal["cycle_reverse"]
+
+
+class ReuseMap(Section):
+    """Intra-layer recurrence (Nguyen & Lin 2025): block i runs reuse_map[i] times in a row."""
+
+    kind: Literal["reuse_map"]
+    reuse_map: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+class BlockRecurrence(Section):
+    """The whole stack repeated: 0 1 2 3 0 1 2 3."""
+
+    kind: Literal["block_recurrence"]
+    num_blocks: PositiveInt
+    num_loops: PositiveInt
+    injection: Literal["none", "add"] = "add"
+    """add: the embedding is added at the start of each later loop."""
+
+
+class Loop(Section):
+    """Prelude, a core repeated num_loops times, coda (Geiping et al. 2025, Huginn)."""
+
+    kind: Literal["loop"]
+    prelude: NonNegativeInt
+    core: PositiveInt
+    coda: NonNegativeInt
+    num_loops: PositiveInt
+    injection: Literal["none", "add", "linear"] = "linear"
+    """How the prelude's output e enters the state s at the start of each loop: s + e, or a learned
+    adapter W [s, e] from 2 hidden_size to hidden_size."""
+    initial_state: Literal["prelude", "zero", "random"]
+    """The state before the first loop; random: a truncated normal of (seed, step, sample, position,
+    channel). Left out: zero with an injection, the prelude's output without."""
+    initial_state_std: PositiveFloat
+    """Standard deviation of the random initial state. Left out: sqrt(2/5), Huginn's."""
+    final_norm_after_core: bool = False
+    """Apply the final norm also to the state that leaves the core (Huginn). Needs a coda."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_in(cls, values: Any) -> Any:
+        """Resolve the initial state."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        injected = values.get("injection", "linear") != "none"
+        values.setdefault("initial_state", "zero" if injected else "prelude")
+        values.setdefault("initial_state_std", 0.4**0.5)
+        return values
+
+    @model_validator(mode="after")
+    def check_state(self) -> Loop:
+        """Refuse loops that would never see their input."""
+        if self.injection == "none" and self.initial_state != "prelude":
+            raise ValueError(
+                f"injection=none with initial_state={self.initial_state} never reads the input; "
+                "choose an injection, or initial_state=prelude"
+            )
+        if self.final_norm_after_core and not self.coda:
+            raise ValueError(
+                "final_norm_after_core with coda=0 would norm the same state twice; "
+                "give the loop a coda or leave it out"
+            )
+        return self
+
+
+class Custom(Section):
+    """Any order of blocks; ids count from 0 without gaps."""
+
+    kind: Literal["custom"]
+    order: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def check_order(self) -> Custom:
+        """Refuse ids that would leave a block without a use."""
+        missing = sorted(set(range(max(self.order) + 1)) - set(self.order))
+        if missing:
+            raise ValueError(f"order never runs block(s) {missing}; number blocks without gaps")
+        return self
+
+
+RecurrenceConfig = Annotated[
+    Dense | Sequence | Cycle | CycleReverse | ReuseMap | BlockRecurrence | Loop | Custom,
+    Field(discriminator="kind"),
+]
+
+
+# ----------------------------------------------------------------------------------------- data
+
+
+class Source(Section):
+    """One corpus and its share of the samples. A corpus is its manifest's hash, not its path."""
+
+    path: str = free()
+    weight: PositiveFloat = 1.0
+
+
+class DataConfig(Section):
+    """What is read, and in which pieces."""
+
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    val: tuple[Source, ...] = free(())
+    tokenizer: str = free()
+    """A sentencepiece model, a Hugging Face tokenizer.json, or `bytes`. Its content is fixed."""
+    seq_length: PositiveInt
+    shuffle: bool = True
+    mask_documents: bool = True
+    """Attention stays inside a document and positions restart with it."""
+    verify: bool = free(True)
+    """Check every shard against its hash before training."""
+
+
+# ------------------------------------------------------------------------------------ optimizer
+
+
+class Constant(Section):
+    kind: Literal["constant"]
+    warmup_steps: NonNegativeInt = 0
+
+
+class Cosine(Section):
+    kind: Literal["cosine"]
+    warmup_steps: NonNegativeInt = 0
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """The learning rate at train.steps, as a share of the highest."""
+
+
+class WarmupStableDecay(Section):
+    """Warm up, stay, decay linearly over the last decay_steps (Hu et al. 2024, MiniCPM)."""
+
+    kind: Literal["wsd"]
+    warmup_steps: NonNegativeInt = 0
+    decay_steps: PositiveInt
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+
+
+ScheduleConfig = Annotated[Constant | Cosine | WarmupStableDecay, Field(discriminator="kind")]
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019). Patterns match global parameter names, `*` any text."""
+
+    lr: PositiveFloat
+    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """On matrices; norms, biases and other vectors are never decayed."""
+    no_decay: tuple[str, ...] = ()
+    """Patterns of further parameters without decay, such as `embedding.*`."""
+    lr_multipliers: dict[str, NonNegativeFloat] = {}
+    """Pattern to factor; the last pattern that matches wins."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of parameters that are not trained."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest global norm of the gradient; null: no clipping."""
+    schedule: ScheduleConfig = Constant(kind="constant")
+
+
+# ------------------------------------------------------------------------------ parallel, train
+
+
+class ParallelConfig(Section):
+    """The mesh; data = world size / (tensor x pipeline)."""
+
+    tensor: PositiveInt = free(1)
+    pipeline: PositiveInt = free(1)
+    zero_stage: Literal[0, 1, 2, 3] = free(0)
+    sequence_parallel: bool = free(False)
+
+    @model_validator(mode="after")
+    def check_available(self) -> ParallelConfig:
+        """Refuse what this version does not run yet."""
+        for name, plain in (("tensor", 1), ("pipeline", 1), ("zero_stage", 0)):
+            if getattr(self, name) != plain:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not available in this version; "
+                    f"set {name}: {plain} and use data parallelism"
+                )
+        if self.sequence_parallel:
+            raise ValueError("sequence_parallel needs tensor above 1; set it to false")
+        return self
+
+
+class TrainConfig(Section):
+    """How long, in which pieces, and on what."""
+
+    steps: PositiveInt = free()
+    global_batch_size: PositiveInt
+    """Samples per optimizer step, over all processes."""
+    micro_batch_size: PositiveInt = free()
+    """Samples per forward pass of one process."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Compute in; parameters, gradients and optimizer state are fp32 (fp64 for fp64, tests)."""
+    device: Literal["auto", "cpu", "cuda"] = free("auto")
+    recompute: bool = free(False)
+    """Recompute every step of the map in backward instead of keeping its activations."""
+    log_every: PositiveInt = free(10)
+    eval_every: NonNegativeInt = free(0)
+    """0: evaluate at the end only."""
+    eval_samples: NonNegativeInt = free(0)
+    """Samples of each validation corpus read per evaluation during training; 0: all."""
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every: NonNegativeInt = free(0)
+    """0: at the end and on a signal only."""
+    keep_last: PositiveInt = free(2)
+
+
+class Config(Section):
+    """A run."""
+
+    version: Literal[1] = CONFIG_VERSION
+    run_dir: str = free()
+    """Relative to where the command is run."""
+    seed: NonNegativeInt = 1
+    model: ModelConfig
+    recurrence: RecurrenceConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig = free(ParallelConfig())
+    train: TrainConfig
+    checkpoint: CheckpointConfig = free(CheckpointConfig())
+
+    @model_validator(mode="after")
+    def check_batch(self) -> Config:
+        """Refuse batches that cannot be cut into micro batches."""
+        train, schedule = self.train, self.optimizer.schedule
+        if train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={train.micro_batch_size} must divide "
+                f"train.global_batch_size={train.global_batch_size}"
+            )
+        decay = schedule.decay_steps if isinstance(schedule, WarmupStableDecay) else 0
+        if schedule.warmup_steps + decay > train.steps:
+            raise ValueError(
+                f"optimizer.schedule: warmup_steps={schedule.warmup_steps} and "
+                f"decay_steps={decay} do not fit in train.steps={train.steps}"
+            )
+        limit = self.model.max_positions
+        if self.model.positions == "learned" and limit and limit < self.data.seq_length:
+            raise ValueError(
+                f"model.max_positions={limit} is below data.seq_length={self.data.seq_length}; "
+                "raise it or leave it out"
+            )
+        return self

@@ -1,0 +1,114 @@
+"""The inventory: which parameters exist. Fixed for a run, whatever depth is executed.
+
+Names are global and survive any mesh: the model, checkpoints and optimizer groups use these names
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megarecur.config.schema import Config, Loop, ModelConfig, RecurrenceConfig
+from megarecur.recurrence.layer_map import LayerMap
+from megarecur.recurrence.schemes import layer_map
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """One unique parameter.
+
+    `block` owns it (None: embedding, final norm, head). Initial values are normal with `std`
+    around `mean`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    block: int | None
+    std: float = 0.0
+    mean: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+Inventory = dict[str, ParameterSpec]
+
+
+def build_inventory(config: Config) -> Inventory:
+    """Every parameter of the run by global name, in model order.
+
+    `config.model.vocab_size` must be resolved.
+    """
+    model, steps = config.model, layer_map(config.recurrence)
+    assert model.vocab_size is not None
+    hidden = model.hidden_size
+    specs = [ParameterSpec("embedding.weight", (model.vocab_size, hidden), None, model.init_std)]
+    if model.positions == "learned":
+        rows = model.max_positions or config.data.seq_length
+        specs.append(ParameterSpec("embedding.positions", (rows, hidden), None, model.init_std))
+    for block in sorted({step.block for step in steps}):
+        specs += block_parameters(config, block, steps)
+    if model.norm_position != "post":
+        specs += norm_parameters(model, "final_norm", None)
+    if not model.tie_embeddings:
+        specs.append(ParameterSpec("head.weight", (model.vocab_size, hidden), None, model.init_std))
+    return {spec.name: spec for spec in specs}
+
+
+def block_parameters(config: Config, block: int, steps: LayerMap) -> list[ParameterSpec]:
+    """The parameters that live with one block."""
+    model, recurrence = config.model, config.recurrence
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    scaled = model.init_std
+    if model.init_scaling == "depth":
+        scaled /= math.sqrt(2 * len(steps))
+    prefix = f"blocks.{block}."
+
+    def linear(name: str, rows: int, columns: int, bias: bool, std: float) -> list[ParameterSpec]:
+        weight = ParameterSpec(f"{prefix}{name}.weight", (rows, columns), block, std)
+        extra = [ParameterSpec(f"{prefix}{name}.bias", (rows,), block)] if bias else []
+        return [weight, *extra]
+
+    biased = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}[model.attention_bias]
+    specs = []
+    if block == adapter_block(recurrence):
+        specs += linear("injection", hidden, 2 * hidden, False, model.init_std)
+    specs += norm_parameters(model, prefix + "attention_norm", block)
+    specs += linear("attention.query", queries, hidden, "q" in biased, model.init_std)
+    specs += linear("attention.key", keys, hidden, "k" in biased, model.init_std)
+    specs += linear("attention.value", keys, hidden, "v" in biased, model.init_std)
+    specs += linear("attention.output", hidden, queries, "o" in biased, scaled)
+    if model.norm_position == "sandwich":
+        specs += norm_parameters(model, prefix + "attention_output_norm", block)
+    specs += norm_parameters(model, prefix + "feed_forward_norm", block)
+    if model.feed_forward == "swiglu":
+        specs += linear("feed_forward.gate", ffn, hidden, model.feed_forward_bias, model.init_std)
+    specs += linear("feed_forward.up", ffn, hidden, model.feed_forward_bias, model.init_std)
+    specs += linear("feed_forward.down", hidden, ffn, model.feed_forward_bias, scaled)
+    if model.norm_position == "sandwich":
+        specs += norm_parameters(model, prefix + "feed_forward_output_norm", block)
+    return specs
+
+
+def adapter_block(recurrence: RecurrenceConfig) -> int | None:
+    """The block that owns the learned injection adapter: the first of the core, if there is one."""
+    if isinstance(recurrence, Loop) and recurrence.injection == "linear":
+        return recurrence.prelude
+    return None
+
+
+def norm_parameters(model: ModelConfig, name: str, block: int | None) -> list[ParameterSpec]:
+    """Gain, and for LayerNorm a bias."""
+    specs = [ParameterSpec(name + ".weight", (model.hidden_size,), block, mean=1.0)]
+    if model.norm == "layer":
+        specs.append(ParameterSpec(name + ".bias", (model.hidden_size,), block))
+    return specs
+
+
+def is_embedding(name: str) -> bool:
+    """Whether the field's non-embedding count leaves this parameter out."""
+    return name.startswith(("embedding.", "head."))
