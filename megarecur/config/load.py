@@ -70,16 +70,22 @@ def apply_override(values: dict[str, Any], override: str) -> str | None:
     *parents, last = key.strip().split(".")
     section: Any = values
     for i, part in enumerate(parents):
+        if isinstance(section, list) and not (part.isdigit() and int(part) < len(section)):
+            return f"override {override!r}: {'.'.join(parents[:i])} {_entries(section)}"
         section = _enter(section, part, create=True)
         if not isinstance(section, dict | list):
             return f"override {override!r}: {'.'.join(parents[: i + 1])} is a value, not a section"
     if isinstance(section, list):
         if not last.isdigit() or int(last) >= len(section):
-            return f"override {override!r}: {'.'.join(parents)} has entries 0 to {len(section) - 1}"
+            return f"override {override!r}: {'.'.join(parents)} {_entries(section)}"
         section[int(last)] = value
     else:
         section[last] = value
     return None
+
+
+def _entries(section: list[Any]) -> str:
+    return f"has entries 0 to {len(section) - 1}" if section else "has no entries"
 
 
 def _enter(section: Any, part: str, create: bool) -> Any:
@@ -149,19 +155,26 @@ def _describe(error: Any, values: dict[str, Any]) -> str:
 def _without_tags(location: Iterable[Any], values: Any) -> list[str]:
     """The path as written in the file: pydantic also lists the union tag, which is no key."""
     path: list[str] = []
-    section = values
-    parts = list(location)
-    for i, part in enumerate(parts):
-        tagged = isinstance(section, dict) and section.get("kind") == part and part not in section
-        if tagged and i > 0:
+    tag_follows = False
+    for part in location:
+        if tag_follows:
+            tag_follows = False
             continue
+        model = _model_at(path, values)
+        field = model.model_fields.get(str(part)) if model else None
+        tag_follows = field is not None and field.discriminator is not None
         path.append(str(part))
-        section = _enter(section, str(part), create=False)
     return path
 
 
 def _fields_at(path: Sequence[str], values: Any) -> list[str]:
     """Field names the schema knows at a path of the file."""
+    model = _model_at(path, values)
+    return sorted(model.model_fields) if model else []
+
+
+def _model_at(path: Sequence[str], values: Any) -> type[BaseModel] | None:
+    """The section class the schema has at a path of the file, None for a value."""
     model: Any = Config
     section = values
     for part in path:
@@ -170,9 +183,7 @@ def _fields_at(path: Sequence[str], values: Any) -> list[str]:
         if not inside_list and isinstance(model, type) and issubclass(model, BaseModel):
             field = model.model_fields.get(part)
             model = _section_type(field.annotation if field else None, section)
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        return sorted(model.model_fields)
-    return []
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
 
 def _section_type(annotation: Any, section: Any) -> Any:
@@ -223,9 +234,9 @@ def changed_fixed_fields(saved: Config, new: Config) -> list[str]:
     old, now = flatten(saved), flatten(new)
     lines = []
     for path in sorted(old.keys() | now.keys()):
-        value, rule = old.get(path, (None, "fixed"))
-        other, other_rule = now.get(path, (None, rule))
-        if "fixed" in (rule, other_rule) and value != other:
+        rules = {leaves[path][1] for leaves in (old, now) if path in leaves}
+        value, other = old.get(path, (None,))[0], now.get(path, (None,))[0]
+        if "fixed" in rules and value != other:
             lines.append(f"{path}: {other!r}, but the run was made with {value!r}")
     return lines
 

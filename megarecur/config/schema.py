@@ -32,7 +32,9 @@ def free(default: Any = ..., **constraints: Any) -> Any:
 class Section(BaseModel):
     """One section of the config."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 # ---------------------------------------------------------------------------------------- model

@@ -1,0 +1,68 @@
+"""Progress of long work: a bar on a terminal, one plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class ProgressReport:
+    """Shows how far each phase of some work is, at which rate, and the time left."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.bar: Progress | None = None
+
+    @contextmanager
+    def phase(self, name: str, total_bytes: int) -> Iterator[None]:
+        """Show one phase of the work for as long as the context lasts."""
+        self.name, self.total = name, total_bytes
+        self.done = self.resumed = self.tokens = 0
+        self.began = self.last_line = time.monotonic()
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description:<9}"),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self.bar = Progress(*columns, console=self.console)
+            self.task = self.bar.add_task(name, total=max(total_bytes, 1), text="")
+            self.bar.start()
+        try:
+            yield
+        finally:
+            if self.bar:
+                self.bar.stop()
+                self.bar = None
+        if not self.console.is_terminal:
+            self._line()
+
+    def advance(self, num_bytes: int, tokens: int = 0, resumed: bool = False) -> None:
+        """Count bytes done; `resumed` ones were done by an earlier, interrupted run."""
+        self.done += num_bytes
+        self.tokens += tokens
+        self.resumed += num_bytes if resumed else 0
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, text=self._text())
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def _line(self) -> None:
+        self.last_line = time.monotonic()
+        self.console.print(f"{self.name}: {self._text()}", highlight=False, markup=False)
+
+    def _text(self) -> str:
+        seconds = max(time.monotonic() - self.began, 1e-6)
+        rate = (self.done - self.resumed) / seconds
+        text = f"{self.done / 1e6:.1f}/{self.total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
+        if self.tokens:
+            text += f", {self.tokens / seconds / 1e6:.2f} M tokens/s"
+        if self.done >= self.total:
+            return f"{text}, {seconds:.1f} s"
+        return f"{text}, {(self.total - self.done) / rate:.0f} s left" if rate else text

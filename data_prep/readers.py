@@ -1,0 +1,291 @@
+"""Input files to documents: txt and jsonl; plain, gz, xz or zst; files, globs and folders.
+
+A document is its UTF-8 bytes, checked. Whether a file is compressed is decided by its first bytes,
+and a name that says otherwise is an error, since half of such files are truncated or mistaken.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from megarecur.errors import DataError
+
+COMPRESSIONS = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+FOLDER_SUFFIXES = (".txt", ".text", *JSON_SUFFIXES)
+FOREIGN = {
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1\x15": "a parquet file",
+    b"BZh91AY&SY": "bzip2",
+    b"%PDF-1.": "a PDF",
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+BLOCK_BYTES = 1 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become documents."""
+
+    text_key: str = "text"
+    """Key of a jsonl object that holds the text."""
+    text_split: Literal["file", "blank_line", "separator"] = "file"
+    """What ends a document in a txt file."""
+    separator: str = ""
+    """The text between documents, for text_split=separator."""
+    errors: Literal["fail", "skip", "replace"] = "fail"
+    """Bytes that are not UTF-8: fail, skip the document, or put U+FFFD in their place."""
+
+    def __post_init__(self) -> None:
+        if (self.text_split == "separator") != bool(self.separator):
+            raise DataError(
+                f"text_split={self.text_split} with separator={self.separator!r}: "
+                "give a separator with text_split=separator, and only with it"
+            )
+
+
+def find_sources(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> list[Path]:
+    """The files that inputs (files, globs, folders) stand for, sorted, each once.
+
+    A folder stands for the .txt and .jsonl files below it, compressed or not; a glob (`**` for any
+    depth) may match files of any name. `exclude` patterns match a whole path or a file name.
+
+    Raises:
+        DataError: an input stands for no file.
+    """
+    if isinstance(inputs, (str, Path)):
+        inputs = [inputs]
+    found: dict[Path, None] = {}
+    for entry in map(str, inputs):
+        path = Path(entry)
+        if path.is_dir():
+            files = [p for p in path.rglob("*") if _plain_suffix(p) in FOLDER_SUFFIXES]
+            hint = f"no {', '.join(FOLDER_SUFFIXES)} files below; name others by a glob"
+        elif path.exists():
+            files, hint = [path], ""
+        else:
+            files, hint = [Path(p) for p in glob.glob(entry, recursive=True)], "no such file"
+        files = [p for p in files if p.is_file()]
+        if not files:
+            raise DataError(f"{entry}: {hint}; give files, globs or folders")
+        found.update(dict.fromkeys(files))
+    kept = [
+        path
+        for path in found
+        if not any(
+            fnmatch.fnmatch(path.as_posix(), e) or fnmatch.fnmatch(path.name, e) for e in exclude
+        )
+    ]
+    if not kept:
+        raise DataError(f"all {len(found)} input files are excluded by {list(exclude)}")
+    unique = {path.resolve(): path for path in sorted(kept, reverse=True)}
+    return sorted(unique.values())
+
+
+def _plain_suffix(path: Path) -> str:
+    """The suffix of a name, that of its compression left out."""
+    path = Path(path.name.lower())
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
+
+
+def open_source(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed.
+
+    Raises:
+        DataError: it cannot be opened, or is not what its name says.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    is_packed = next((s for s, magic in COMPRESSIONS.items() if head.startswith(magic)), "")
+    named = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
+    foreign = next((text for magic, text in FOREIGN.items() if head.startswith(magic)), "")
+    if head[257:262] == b"ustar":
+        foreign = "a tar archive"
+    if foreign:
+        raise DataError(f"{path}: is {foreign}, not text; convert it to UTF-8 txt or jsonl")
+    if is_packed != named and (named or _plain_suffix(path)):
+        what = f"is {is_packed[1:]}-compressed" if is_packed else f"is not {named[1:]}-compressed"
+        raise DataError(
+            f"{path}: is not what its name says: it {what}; rename it after what it is"
+            if head
+            else f"{path}: is empty, which no {named[1:]} file is; make it again"
+        )
+    if is_packed == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if is_packed == ".xz":
+        return lzma.open(path, "rb")
+    if is_packed == ".zst":
+        return io.BufferedReader(ZstdFile(path), BLOCK_BYTES)
+    return open(path, "rb")
+
+
+class ZstdFile(io.RawIOBase):
+    """A zst file, decompressed; unlike zstandard's own reader, it notices when one is cut short."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "rb")  # noqa: SIM115 (closed by close)
+        self.frame: Any = None
+        self.ready = b""
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with decompressed bytes; 0 at the end."""
+        import zstandard
+
+        while not self.ready:
+            block = self.frame.unused_data if self.frame and self.frame.eof else b""
+            block = block or self.file.read(BLOCK_BYTES)
+            if not block:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("the last frame has no end")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+            self.ready = self.frame.decompress(block)
+        count = min(len(buffer), len(self.ready))
+        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+        super().close()
+
+
+def read_documents(path: Path, reading: Reading) -> Iterator[bytes | None]:
+    """The documents of one file in order, as UTF-8; None for one that was skipped.
+
+    Raises:
+        DataError: the file is damaged, is not what its name says, or holds bytes that are not
+            UTF-8 (with errors=fail); the message names the file and the byte or line.
+    """
+    import zstandard
+
+    with open_source(path) as stream:
+        try:
+            if _plain_suffix(path) in JSON_SUFFIXES:
+                yield from _read_json_lines(path, stream, reading)
+            else:
+                for offset, content in _split_text(stream, reading):
+                    yield _decode(content, f"{path}", offset, reading.errors)
+        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as e:
+            raise DataError(
+                f"{path}: its compressed data is damaged or cut short ({e}); make it again"
+            ) from None
+
+
+def _decode(content: bytes, place: str, offset: int, errors: str) -> bytes | None:
+    """Check that content is UTF-8, and do as `errors` says where it is not."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        if errors == "fail":
+            raise DataError(
+                f"{place}: byte {offset + error.start} (0x{content[error.start]:02x}) is not "
+                "UTF-8; convert the file, or use --errors skip or --errors replace"
+            ) from None
+        return content.decode(errors="replace").encode() if errors == "replace" else None
+    return content
+
+
+def _split_text(stream: BinaryIO, reading: Reading) -> Iterator[tuple[int, bytes]]:
+    """The (offset, content) of every document of a txt file that is not empty."""
+    if reading.text_split == "blank_line":
+        pieces = _split_at_blank_lines(stream)
+    elif reading.text_split == "separator":
+        pieces = _split_at(stream, reading.separator.encode())
+    else:
+        pieces = iter([(0, stream.read())])
+    for offset, content in pieces:
+        if offset == 0 and content.startswith(BYTE_ORDER_MARK):
+            offset, content = len(BYTE_ORDER_MARK), content[len(BYTE_ORDER_MARK) :]
+        if content:
+            yield offset, content
+
+
+def _split_at(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:
+    offset, rest = 0, b""
+    while block := stream.read(BLOCK_BYTES):
+        *whole, rest = (rest + block).split(separator)
+        for content in whole:
+            yield offset, content
+            offset += len(content) + len(separator)
+    yield offset, rest
+
+
+def _split_at_blank_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    begin = end = 0
+    lines: list[bytes] = []
+    for line in stream:
+        end += len(line)
+        if line.strip():
+            lines.append(line)
+            continue
+        if lines:
+            yield begin, b"".join(lines)
+        begin, lines = end, []
+    yield begin, b"".join(lines)
+
+
+def _read_json_lines(path: Path, stream: BinaryIO, reading: Reading) -> Iterator[bytes | None]:
+    """The texts of a jsonl file."""
+    offset = 0
+    for number, line in enumerate(stream, 1):
+        begin, offset = offset, offset + len(line)
+        if number == 1 and line.startswith(BYTE_ORDER_MARK):
+            line = line[len(BYTE_ORDER_MARK) :]
+            begin += len(BYTE_ORDER_MARK)
+        if not line.strip():
+            continue
+        checked = _decode(line, f"{path}: line {number}", begin, reading.errors)
+        if checked is None:
+            yield None
+            continue
+        try:
+            value = json.loads(checked)
+        except ValueError as error:
+            raise DataError(
+                f"{path}: line {number} (byte {begin}) is not JSON ({error}); a jsonl file holds "
+                "one object per line"
+            ) from None
+        text = value.get(reading.text_key) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            found = f"keys {sorted(value)[:8]}" if isinstance(value, dict) else repr(value)[:40]
+            raise DataError(
+                f"{path}: line {number} (byte {begin}) has no text under "
+                f"text_key={reading.text_key!r} (found {found}); name the key by --text-key"
+            )
+        try:
+            content = text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            if reading.errors == "fail":
+                raise DataError(
+                    f"{path}: line {number} (byte {begin}) holds a lone surrogate "
+                    f"(\\u{ord(text[error.start]):04x}), which is not text; "
+                    "use --errors skip or --errors replace"
+                ) from None
+            if reading.errors == "skip":
+                yield None
+                continue
+            content = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+        if content:
+            yield content

@@ -1,0 +1,170 @@
+"""Train a sentencepiece tokenizer on a sample of the same files that shards are made from.
+
+Text comes back exactly as it went in: no normalisation, no dummy prefix, spaces and newlines kept,
+bytes for what the vocabulary lacks. (sentencepiece writes a space as U+2581, so that a U+2581 in
+the text itself comes back as a space: the one exception.)
+"""
+
+from __future__ import annotations
+
+import heapq
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+
+from data_prep.progress import ProgressReport
+from data_prep.readers import Reading, find_sources, read_documents
+from megarecur.errors import DataError
+
+PASSAGE_BYTES = 2048
+SAMPLE_BYTES = 8 << 20
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    vocab_size: int,
+    model_type: Literal["bpe", "unigram"] = "bpe",
+    byte_fallback: bool = True,
+    character_coverage: float = 0.9995,
+    sample_bytes: int = SAMPLE_BYTES,
+    seed: int = 1,
+    text_key: str = "text",
+    text_split: Literal["file", "blank_line", "separator"] = "file",
+    separator: str = "",
+    errors: Literal["fail", "skip", "replace"] = "fail",
+    exclude: Sequence[str] = (),
+    progress: ProgressReport | None = None,
+) -> Path:
+    """Train a sentencepiece model on a sample of text and write it to `out`.
+
+    The same inputs, options and library version give the same file.
+
+    Args:
+        inputs: files, globs or folders (see `readers.find_sources`).
+        out: path of the model.
+        vocab_size: number of pieces, special and byte pieces included.
+        model_type: how text is cut; `bpe` is encoded several times faster here.
+        byte_fallback: spell unknown characters in bytes, so that any text can be restored.
+        character_coverage: share of the characters that get a piece of their own.
+        sample_bytes: text to train on, passages chosen by hash; 0: all of it.
+        seed: of the sample.
+        text_key, text_split, separator, errors: see `readers.Reading`.
+        exclude: patterns of paths or file names to leave out.
+        progress: told how far the reading is.
+
+    Returns:
+        `out`.
+
+    Raises:
+        DataError: an input cannot be read, holds no text, or is too small or too varied for the
+            vocabulary asked for.
+    """
+    import sentencepiece
+
+    out = Path(out)
+    sources = find_sources(inputs, exclude)
+    reading = Reading(text_key, text_split, separator, errors)
+    passages = _sample(sources, reading, sample_bytes, seed, progress)
+    if not passages:
+        raise DataError(f"{inputs[0]}: no text to train a tokenizer on; give files that hold text")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(passages),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            byte_fallback=byte_fallback,
+            character_coverage=character_coverage,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=4 * PASSAGE_BYTES,
+            # The sums of a parallel search depend on the number of threads: one number everywhere.
+            num_threads=4,
+            shuffle_input_sentence=False,
+            input_sentence_size=0,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise DataError(_explain(str(error), vocab_size, byte_fallback)) from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(out.name + ".partial")
+    with open(aside, "wb") as file:
+        file.write(model.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(aside, out)
+    return out
+
+
+def _sample(
+    sources: Sequence[Path],
+    reading: Reading,
+    sample_bytes: int,
+    seed: int,
+    progress: ProgressReport | None,
+) -> list[str]:
+    """Passages of at most `sample_bytes` in all, those of the lowest hashes, in reading order."""
+    kept: list[tuple[int, int, str]] = []  # a heap, highest hash first
+    held = number = 0
+    for source in sources:
+        for document in read_documents(source, reading):
+            for passage in _passages((document or b"").decode()):
+                number += 1
+                size = len(passage)
+                rank = xxhash.xxh3_64_intdigest(passage.encode() + number.to_bytes(8), seed=seed)
+                heapq.heappush(kept, (-rank, number, passage))
+                held += size
+                while sample_bytes and held > sample_bytes and len(kept) > 1:
+                    held -= len(heapq.heappop(kept)[2])
+    return [passage for _, _, passage in sorted(kept, key=lambda entry: entry[1])]
+
+
+def _passages(text: str) -> Iterator[str]:
+    """Cut a text into passages of about PASSAGE_BYTES, at line starts where there are any.
+
+    A cut falls before a newline, since the trainer drops a newline that ends a passage.
+    """
+    begin = 0
+    while begin < len(text):
+        end = begin + PASSAGE_BYTES
+        if end < len(text):
+            newline = text.rfind("\n", begin + 1, end)
+            end = newline if newline > begin else end
+        yield text[begin:end]
+        begin = end
+
+
+def _explain(message: str, vocab_size: int, byte_fallback: bool) -> str:
+    """The trainer's complaint, with what to do about it."""
+    if match := re.search(r"value <= (\d+)", message):
+        return (
+            f"vocab_size={vocab_size} is too large for this text; choose at most {match[1]}, "
+            "or give more text"
+        )
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"vocab_size={vocab_size} is too small for the characters of this text; choose at "
+            f"least {match[1]}, or lower character_coverage"
+        )
+    if byte_fallback and vocab_size < 260:
+        return (
+            f"vocab_size={vocab_size} is too small: byte_fallback needs 256 pieces and 3 special "
+            "ones; choose more, or byte_fallback=False"
+        )
+    reason = message.strip().splitlines()[-1] if message.strip() else "no reason given"
+    return f"sentencepiece could not train a tokenizer: {reason}; try another vocab_size"

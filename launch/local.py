@@ -1,0 +1,81 @@
+"""Processes on this machine: torchrun's agent starts them, signals reach every one of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from megarecur.config.schema import Config
+from megarecur.parallel.mesh import check_world
+from megarecur.train.signals import STOP_SIGNALS
+
+USER_ERROR, STOPPED = 2, 3
+
+
+def launch_local(config: Config, config_path: str, overrides: Sequence[str], nproc: int) -> int:
+    """Train with nproc processes. Returns the exit code: the workers' own where they agree.
+
+    Raises:
+        MeshError: a world that does not fit the config.
+    """
+    check_world(config, nproc)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # What went wrong is said by the workers; the agent's own account of it is noise.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    threads = max(len(os.sched_getaffinity(0)) // nproc, 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        # SIGTERM and SIGINT are ours to forward: the agent would end workers that are saving.
+        signals_to_handle="SIGHUP,SIGQUIT",
+    )
+    command = ["-m", "launch.cli", "train", config_path, *overrides]
+    try:
+        with forward_signals():
+            elastic_launch(settings, sys.executable)(*command)
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return codes.pop() if codes in ({USER_ERROR}, {STOPPED}) else 1
+    return 0
+
+
+@contextmanager
+def forward_signals() -> Iterator[None]:
+    """Pass stop signals on to the workers, which save and end by themselves.
+
+    The agent's own handlers would end the workers after a grace period, saved or not.
+    """
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for pid in child_processes():
+            os.kill(pid, number)
+
+    former = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def child_processes() -> list[int]:
+    """Process ids of this process's children."""
+    children: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        children += map(int, (task / "children").read_text().split())
+    return children

@@ -1,0 +1,64 @@
+"""Keys and values of earlier tokens, one entry per step of the map.
+
+A block that runs r times sees r different hidden states per token, so that r sets of keys and
+values exist: an entry belongs to (block, loop_index), never to a block.
+Shapes: B samples, S new tokens, K tokens so far, N key heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+SMALLEST_CAPACITY = 64
+
+
+class Cache:
+    """What attention remembers while a text is continued, for samples of equal length.
+
+    One forward pass over S tokens appends S keys and values to every executed step of the map; its
+    caller then calls `advance(S)`.
+
+    Args:
+        capacity: tokens to make room for at once; more are taken in, at the price of a copy.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        self.length = 0
+        """Tokens of the forward passes that are over."""
+        self.entries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """(block, loop_index) to keys and values [B, capacity, N, H]."""
+        self.capacity = max(capacity, SMALLEST_CAPACITY)
+
+    def append(
+        self, step: tuple[int, int], k_BSNH: Tensor, v_BSNH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values of new tokens; returns all so far, [B, K, N, H] each.
+
+        Args:
+            step: (block, loop_index) of the step of the map.
+            k_BSNH: keys of the new tokens.
+            v_BSNH: values of the new tokens.
+        """
+        total = self.length + k_BSNH.shape[1]
+        while self.capacity < total:
+            self.capacity *= 2
+        kept = []
+        for i, new in enumerate((k_BSNH, v_BSNH)):
+            buffer = self.entries[step][i] if step in self.entries else None
+            if buffer is None or buffer.shape[1] < total:
+                buffer = self.grow(buffer, new)
+            buffer[:, self.length : total] = new
+            kept.append(buffer)
+        self.entries[step] = kept[0], kept[1]
+        return kept[0][:, :total], kept[1][:, :total]
+
+    def grow(self, buffer: Tensor | None, like: Tensor) -> Tensor:
+        """A buffer of the present capacity that holds what the old one held."""
+        grown = like.new_empty(like.shape[0], self.capacity, *like.shape[2:])
+        if buffer is not None:
+            grown[:, : self.length] = buffer[:, : self.length]
+        return grown
+
+    def advance(self, num_tokens: int) -> None:
+        """A forward pass over so many tokens is over."""
+        self.length += num_tokens

@@ -1,0 +1,207 @@
+"""Continuing a text: forward pass, choice of the next token, text as it comes.
+
+    ids = generate(model, tokenizer.encode("def f("), max_new_tokens=100, temperature=0.8, seed=1)
+    for piece in stream_text(tokenizer, prompt, ids): ...
+
+Everything random is a pure function of (seed, sample, position), so that a sample does not depend
+on the cache or on which other samples are drawn. Shapes: B samples, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from megarecur.config.schema import BlockRecurrence, Config, Loop
+from megarecur.data.tokenizer import Tokenizer
+from megarecur.errors import ConfigError
+from megarecur.inference.cache import Cache
+from megarecur.model.context import build_context
+from megarecur.model.transformer import Transformer
+from megarecur.parallel.random import key, random_bits
+from megarecur.recurrence.layer_map import LayerMap
+from megarecur.recurrence.schemes import layer_map
+
+REPLACEMENT = "\ufffd"
+
+
+def generate(
+    model: Transformer,
+    tokens: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    sample: int = 0,
+    eos_id: int | None = None,
+    num_loops: int | None = None,
+    use_cache: bool = True,
+) -> Iterator[int]:
+    """Yield the ids that continue a prompt, one by one; `eos_id` ends the text and is not yielded.
+
+    Args:
+        model: with embedding, all blocks and head.
+        tokens: ids of the prompt, at least one.
+        max_new_tokens: ids to yield at most.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: choose among the k likeliest tokens.
+        top_p: choose among the likeliest tokens that together reach this probability.
+        seed: with `sample`, decides everything random.
+        sample: number of the sample, for several continuations of one prompt.
+        eos_id: end of text.
+        num_loops: loops to run instead of those trained with, where the scheme repeats a group.
+        use_cache: keep keys and values; False recomputes all of them for every token.
+
+    Raises:
+        ConfigError: at once, for options out of range, ids that the model does not know, and more
+            tokens than learned positions.
+    """
+    check_options(model.config, tokens, max_new_tokens, temperature, top_k, top_p, num_loops)
+    steps = layer_map(model.config.recurrence, num_loops)
+
+    def continue_prompt() -> Iterator[int]:
+        assert model.embedding is not None
+        device = model.embedding.parameter.device
+        ids = list(tokens)
+        cache = Cache(len(ids) + max_new_tokens) if use_cache else None
+        for _ in range(max_new_tokens):
+            new = ids[cache.length :] if cache is not None else ids
+            tokens_BS = torch.tensor([new], device=device)
+            logits_V = next_logits(model, steps, tokens_BS, cache, seed, sample)[0]
+            chosen = choose(logits_V, temperature, top_k, top_p, seed, sample, len(ids))
+            if chosen == eos_id:
+                return
+            ids.append(chosen)
+            yield chosen
+
+    # A generator would check nothing before its first item is asked for.
+    return continue_prompt()
+
+
+@torch.no_grad()
+def next_logits(
+    model: Transformer,
+    steps: LayerMap,
+    tokens_BS: Tensor,
+    cache: Cache | None = None,
+    seed: int = 0,
+    first_sample: int = 0,
+) -> Tensor:
+    """Logits [B, V] of the token that follows, given tokens that follow the cached ones."""
+    batch, length = tokens_BS.shape
+    past = cache.length if cache is not None else 0
+    positions_BS = torch.arange(past, past + length, device=tokens_BS.device).expand(batch, -1)
+    samples_B = torch.arange(first_sample, first_sample + batch, device=tokens_BS.device)
+    ctx = build_context(
+        model.config.model,
+        positions_BS,
+        model.dtype,
+        sample_ids_B=samples_B,
+        seed=seed,
+        cache=cache,
+    )
+    x, _ = model.run(steps, model.embed(tokens_BS, ctx), ctx, {})
+    if cache is not None:
+        cache.advance(length)
+    return model.logits(x[:, -1])
+
+
+def choose(
+    logits_V: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    seed: int,
+    sample: int,
+    position: int,
+) -> int:
+    """The token at a position: the likeliest, or one drawn by (seed, sample, position).
+
+    The largest of logit + Gumbel noise is distributed as softmax(logits) (Gumbel 1954), and a
+    change of the logits by rounding changes it no more often than it changes the distribution.
+    """
+    if temperature == 0.0:
+        return int(logits_V.argmax())
+    scores_V = logits_V.to(torch.float64) / temperature
+    if top_k is not None and top_k < scores_V.numel():
+        kept = scores_V.topk(top_k).indices
+        scores_V = torch.full_like(scores_V, -torch.inf).index_copy_(0, kept, scores_V[kept])
+    if top_p < 1.0:
+        p_V, order = scores_V.softmax(-1).sort(descending=True, stable=True)
+        # The token that reaches top_p is kept, hence the first always is.
+        dropped = p_V.cumsum(-1) - p_V >= top_p
+        scores_V[order[dropped]] = -torch.inf
+    rows = tuple(torch.tensor(i, device=logits_V.device) for i in (sample, position))
+    bits_V = random_bits(key(seed, "next token"), rows, scores_V.numel())
+    uniform_V = (bits_V.to(torch.float64) + 0.5) / 2**32 + 0.5
+    return int((scores_V - (-uniform_V.log()).log()).argmax())
+
+
+def check_options(
+    config: Config,
+    tokens: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    num_loops: int | None,
+) -> None:
+    """Refuse what cannot be generated; every mistake is one line of one ConfigError."""
+    model, problems = config.model, []
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not 0.0 <= temperature < float("inf"):
+        problems.append(f"temperature={temperature} must be 0 (the likeliest token) or above")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k={top_k} must be at least 1; leave it out to choose among all")
+    if not 0.0 < top_p <= 1.0:
+        problems.append(f"top_p={top_p} must be above 0 and at most 1")
+    if num_loops is not None and num_loops < 1:
+        problems.append(f"num_loops={num_loops} must be at least 1")
+    if num_loops is not None and not isinstance(config.recurrence, Loop | BlockRecurrence):
+        kind = config.recurrence.kind
+        problems.append(f"num_loops={num_loops}: recurrence.kind={kind} has no loops; leave it out")
+    if not tokens:
+        problems.append("the prompt has no tokens; give it some text")
+    unknown = [i for i in tokens if not 0 <= i < (model.vocab_size or 0)]
+    if unknown:
+        problems.append(
+            f"id {unknown[0]} of the prompt is outside model.vocab_size={model.vocab_size}; "
+            "use the tokenizer that the run was made with"
+        )
+    limit = model.max_positions or config.data.seq_length
+    # The last new token is never read, hence needs no position.
+    most = limit + 1 - len(tokens)
+    if model.positions == "learned" and max_new_tokens > most:
+        problems.append(
+            f"{len(tokens)} tokens of prompt and max_new_tokens={max_new_tokens} exceed the "
+            f"{limit} learned positions of the model; "
+            + (f"ask for at most {most}" if most > 0 else "shorten the prompt")
+        )
+    if problems:
+        raise ConfigError("cannot generate:" + "".join(f"\n  {line}" for line in problems))
+
+
+def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text of ids that continue a prompt, as soon as its characters are complete.
+
+    A token's text depends on its neighbours (spaces, characters cut into bytes): what is yielded is
+    the difference that new tokens make to the text of the last ones.
+    """
+    known = list(prompt)
+    start, read = 0, len(known)  # known[start:read] is context, its text has been yielded
+    for i in chain(ids, [None]):
+        if i is not None:
+            known.append(i)
+        before, text = tokenizer.decode(known[start:read]), tokenizer.decode(known[start:])
+        if i is not None and text.endswith(REPLACEMENT):
+            continue  # perhaps a character whose other bytes are still to come
+        if len(text) > len(before):
+            yield text[len(before) :]
+            # The tokens just yielded are context enough for the next.
+            start, read = read, len(known)

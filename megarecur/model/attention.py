@@ -1,0 +1,74 @@
+"""Causal grouped-query attention. Shapes: B samples, S positions, D hidden, N heads, H head_dim."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megarecur.config.schema import ModelConfig
+from megarecur.model.context import Context
+from megarecur.model.positions import rotate
+from megarecur.parallel.linear import Linear, MakeParameter
+from megarecur.parallel.random import keep_mask
+from megarecur.recurrence.layer_map import Step
+
+
+class Attention(nn.Module):
+    """Query head i reads key head i // (num_heads / num_kv_heads) (Ainslie et al. 2023)."""
+
+    def __init__(
+        self, name: str, make: MakeParameter, model: ModelConfig, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        biased = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}[model.attention_bias]
+        self.query = Linear(f"{name}.query", make, dtype, "q" in biased)
+        self.key = Linear(f"{name}.key", make, dtype, "k" in biased)
+        self.value = Linear(f"{name}.value", make, dtype, "v" in biased)
+        self.output = Linear(f"{name}.output", make, dtype, "o" in biased)
+        self.head_dim = model.head_dim
+        self.groups = model.num_heads // model.num_kv_heads
+        self.interleaved = model.rope_interleaved
+        self.dropout = model.attention_dropout
+
+    def forward(self, x_BSD: Tensor, ctx: Context, step: Step) -> Tensor:
+        """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache."""
+        q_BSNH = self.query(x_BSD).unflatten(-1, (-1, self.head_dim))
+        k_BSNH = self.key(x_BSD).unflatten(-1, (-1, self.head_dim))
+        v_BSNH = self.value(x_BSD).unflatten(-1, (-1, self.head_dim))
+        if ctx.rotation is not None:
+            q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
+            k_BSNH = rotate(k_BSNH, ctx.rotation, self.interleaved)
+        if ctx.cache is not None:
+            k_BSNH, v_BSNH = ctx.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
+        q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BSNH, v_BSNH))
+        if ctx.training and self.dropout > 0.0:
+            out = self.attend_with_dropout(q, k, v, ctx, step)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=ctx.mask, is_causal=ctx.is_causal, enable_gqa=self.groups > 1
+            )
+        return self.output(out.transpose(1, 2).flatten(2))
+
+    def attend_with_dropout(
+        self, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, ctx: Context, step: Step
+    ) -> Tensor:
+        """The math path: weights are materialised, as their mask is a function of coordinates."""
+        k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k_BNSH, v_BNSH))
+        wide = torch.promote_types(q_BNSH.dtype, torch.float32)
+        scores = (q_BNSH @ k.transpose(-1, -2)).to(wide) / math.sqrt(self.head_dim)
+        if ctx.mask is not None:
+            scores = scores + ctx.mask
+        elif ctx.is_causal:
+            length = scores.shape[-1]
+            future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        weights = scores.softmax(-1)
+        heads = torch.arange(q_BNSH.shape[1], device=scores.device)[None, :, None]
+        samples, positions = ctx.rows()
+        rows = (samples[:, :, None], heads, positions[:, None, :])
+        kept = keep_mask(self.dropout, ctx.where("attention", step), rows, scores.shape[-1])
+        weights = torch.where(kept, weights / (1.0 - self.dropout), 0.0)
+        return weights.to(v.dtype) @ v

@@ -1,0 +1,121 @@
+"""What a step of the map may know beside the hidden state: built on every rank, never sent.
+
+Shapes: B samples, S positions, K keys (S, or the cache's length), N heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megarecur.config.schema import ModelConfig
+from megarecur.model.positions import alibi_bias, rotation
+from megarecur.parallel.random import key
+from megarecur.recurrence.layer_map import Step
+
+if TYPE_CHECKING:
+    from megarecur.inference.cache import Cache
+
+
+@dataclass(frozen=True)
+class Context:
+    """One micro batch's surroundings; equal on every rank that works on it."""
+
+    seed: int
+    step: int
+    """Optimizer step."""
+    training: bool
+    sample_ids_B: Tensor
+    """Global sample ids."""
+    positions_BS: Tensor
+    """Restarting with each document where documents are masked."""
+    mask: Tensor | None
+    """Added to attention scores, broadcast to [B, N, S, K]; None: causal, or nothing to mask."""
+    is_causal: bool
+    rotation: tuple[Tensor, Tensor] | None
+    """cos and sin [B or 1, S, 1, H/2]."""
+    cache: Cache | None = None
+    telemetry: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+    """(block, loop) to (sum of |x_out|, sum of |x_out - x_in| / |x_in|) over tokens, if wanted."""
+    states: list[Tensor] | None = None
+    """The output of every step of the map, if wanted."""
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """(sample, position) coordinates of random values, broadcasting to [B, S]."""
+        length = self.positions_BS.shape[1]
+        return self.sample_ids_B[:, None], torch.arange(length, device=self.sample_ids_B.device)[
+            None
+        ]
+
+    def where(self, site: str, step: Step | None = None) -> int:
+        """The key of a site's random values in this optimizer step."""
+        place = () if step is None else (step.block, step.loop_index)
+        return key(self.seed, self.step, site, *place)
+
+    def without_grad(self) -> Context:
+        """The same, for forward-only use."""
+        return replace(self, training=False)
+
+
+def build_context(
+    model: ModelConfig,
+    positions_BS: Tensor,
+    dtype: torch.dtype,
+    *,
+    documents_BS: Tensor | None = None,
+    sample_ids_B: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    training: bool = False,
+    cache: Cache | None = None,
+    telemetry: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
+    states: list[Tensor] | None = None,
+) -> Context:
+    """Masks and rotations of a micro batch, made once for all steps of the map.
+
+    Args:
+        model: shapes and position scheme.
+        positions_BS: position of every token.
+        dtype: compute dtype, for the mask.
+        documents_BS: which document a token belongs to; None: one document per sample.
+        sample_ids_B: global sample ids; None: 0, 1, ...
+        seed: the run's seed.
+        step: the optimizer step.
+        training: whether dropout is on.
+        cache: keys and values of earlier tokens.
+        telemetry: filled by the blocks, if given.
+        states: appended to by the blocks, if given.
+    """
+    batch, length = positions_BS.shape
+    device = positions_BS.device
+    if sample_ids_B is None:
+        sample_ids_B = torch.arange(batch, device=device)
+    past = cache.length if cache is not None else 0
+    query = torch.arange(past, past + length, device=device)
+    keys = torch.arange(past + length, device=device)
+    mask = None
+    if documents_BS is not None:
+        mask = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
+    needs_bias = model.positions == "alibi"
+    is_causal = mask is None and not needs_bias and past == 0
+    if not is_causal and (length > 1 or mask is not None or needs_bias):
+        causal = keys[None, :] <= query[:, None]
+        allowed = causal if mask is None else mask & causal
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+        mask.masked_fill_(~allowed, float("-inf"))
+        if needs_bias:
+            mask = mask + alibi_bias(model.num_heads, query, keys).to(dtype)
+    rotated = None
+    if model.positions == "rope":
+        # Without restarts every row is alike: one row of the table serves all.
+        rows = positions_BS if documents_BS is not None else positions_BS[:1]
+        rotated = rotation(
+            rows, model.head_dim, model.rope_theta, torch.promote_types(dtype, torch.float32)
+        )
+    return Context(
+        seed, step, training, sample_ids_B, positions_BS, mask, is_causal, rotated, cache,
+        telemetry, states,
+    )  # fmt: skip

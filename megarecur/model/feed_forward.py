@@ -1,0 +1,61 @@
+"""Feed-forward layers. Shapes: [..., D] hidden, [..., F] ffn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megarecur.config.schema import ModelConfig
+from megarecur.parallel.linear import Linear, MakeParameter
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) up; keeps its two inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dy = grads[0]
+        d_up = F.silu(gate).mul_(dy)
+        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
+        return d_gate, d_up
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) up(x)) (Shazeer 2020, eq. 6)."""
+
+    def __init__(
+        self, name: str, make: MakeParameter, model: ModelConfig, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        bias = model.feed_forward_bias
+        self.gate = Linear(f"{name}.gate", make, dtype, bias)
+        self.up = Linear(f"{name}.up", make, dtype, bias)
+        self.down = Linear(f"{name}.down", make, dtype, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return self.down(_SwiGLU.apply(self.gate(x), self.up(x)))
+
+
+class GELU(nn.Module):
+    """down(gelu(up(x))), exact GELU (Hendrycks & Gimpel 2016)."""
+
+    def __init__(
+        self, name: str, make: MakeParameter, model: ModelConfig, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.up = Linear(f"{name}.up", make, dtype, model.feed_forward_bias)
+        self.down = Linear(f"{name}.down", make, dtype, model.feed_forward_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return self.down(F.gelu(self.up(x)))

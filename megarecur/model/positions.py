@@ -1,0 +1,77 @@
+"""Position schemes. Shapes: B samples, S positions, N heads, H head_dim, D hidden."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rotation(
+    positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, S, 1, H/2] of rotary embeddings (Su et al. 2021, eq. 34)."""
+    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device).to(dtype) / head_dim
+    angle = positions_BS[..., None, None].to(dtype) * theta ** (-exponent)
+    return angle.cos(), angle.sin()
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotation of pairs; its gradient is the rotation back, so that nothing but angles is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _rotate(x, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, -sin, ctx.interleaved), None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    out = torch.empty_like(x)
+    half = x.shape[-1] // 2
+    if interleaved:
+        a, b, out_a, out_b = x[..., 0::2], x[..., 1::2], out[..., 0::2], out[..., 1::2]
+    else:
+        a, b, out_a, out_b = x[..., :half], x[..., half:], out[..., :half], out[..., half:]
+    torch.sub(a * cos, b * sin, out=out_a) if a.dtype == cos.dtype else out_a.copy_(
+        a * cos - b * sin
+    )
+    torch.add(b * cos, a * sin, out=out_b) if a.dtype == cos.dtype else out_b.copy_(
+        b * cos + a * sin
+    )
+    return out
+
+
+def rotate(x_BSNH: Tensor, angles: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Rotate queries or keys; pairs are (i, i + H/2), or (2i, 2i + 1) where interleaved."""
+    return _Rotate.apply(x_BSNH, *angles, interleaved)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """2^(-8k/N) (Press et al. 2022); head counts that are no power of two as in MPT."""
+    count = 2 ** math.ceil(math.log2(num_heads))
+    slopes = 2.0 ** (-8.0 / count * torch.arange(1, count + 1))
+    if count != num_heads:
+        slopes = torch.cat([slopes[1::2], slopes[::2]])[:num_heads]
+    return slopes
+
+
+def alibi_bias(num_heads: int, queries_S: Tensor, keys_K: Tensor) -> Tensor:
+    """Score bias [1, N, S, K]: -slope times the distance."""
+    distance = (queries_S[:, None] - keys_K[None, :]).to(torch.float32)
+    return -alibi_slopes(num_heads).to(distance.device)[None, :, None, None] * distance
+
+
+def sinusoidal(positions_BS: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
+    """Fixed embedding [B, S, D]: sines, then cosines (Vaswani et al. 2017, as tensor2tensor)."""
+    half = (hidden_size + 1) // 2
+    exponent = torch.arange(half, device=positions_BS.device).to(dtype) / max(half - 1, 1)
+    angle = positions_BS[..., None].to(dtype) * 10000.0 ** (-exponent)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :hidden_size]

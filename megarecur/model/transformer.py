@@ -1,0 +1,250 @@
+"""The model: embed, run steps of the layer map, loss. Shapes: B samples, S positions, D hidden,
+V vocabulary, N = B S tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megarecur.config.schema import Config, Loop
+from megarecur.model.block import Block
+from megarecur.model.context import Context, build_context
+from megarecur.model.norm import build_norm
+from megarecur.model.positions import sinusoidal
+from megarecur.parallel.linear import MakeParameter, Weight, product
+from megarecur.parallel.loss import cross_entropy
+from megarecur.parallel.random import dropout, initial_values, truncated_normal
+from megarecur.recurrence.inventory import Inventory, adapter_block, build_inventory
+from megarecur.recurrence.layer_map import Step
+
+COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+Telemetry = dict[tuple[int, int], tuple[Tensor, Tensor]]
+
+
+class Batch(Protocol):
+    """What the model reads of a micro batch."""
+
+    @property
+    def tokens_BS(self) -> Tensor:
+        """Ids."""
+
+    @property
+    def labels_BS(self) -> Tensor:
+        """The next token's id, or IGNORED."""
+
+    @property
+    def positions_BS(self) -> Tensor:
+        """Position in its document."""
+
+    @property
+    def documents_BS(self) -> Tensor:
+        """Which document of the sample a token belongs to."""
+
+    @property
+    def sample_ids_B(self) -> Tensor:
+        """Global sample ids."""
+
+    @property
+    def single_document(self) -> bool:
+        """Whether no document ends inside a sample."""
+
+
+class LossTerm(NamedTuple):
+    """A part of the objective: weight x total / (global count of the named denominator)."""
+
+    total: Tensor
+    denominator: str
+    weight: float = 1.0
+
+
+class Stack(nn.Module):
+    """All uses of a group of blocks run inside this one module, so that a gather of its weights
+    (ZeRO 3) happens once per forward, however often a block is used."""
+
+    def __init__(
+        self, config: Config, make: MakeParameter, dtype: torch.dtype, blocks: Iterable[int]
+    ) -> None:
+        super().__init__()
+        self.config = config
+        adapter = adapter_block(config.recurrence)
+        self.blocks = nn.ModuleDict(
+            {str(b): Block(b, make, config.model, dtype, b == adapter) for b in blocks}
+        )
+
+    def forward(
+        self,
+        steps: Sequence[Step],
+        x: Tensor,
+        ctx: Context,
+        reads: dict[str, Tensor],
+        final_norm: nn.Module | None,
+    ) -> Tensor:
+        """Run consecutive steps of the map; values that steps write are put into `reads`."""
+        recompute = self.config.train.recompute and torch.is_grad_enabled()
+        for step in steps:
+            if step.normalize:
+                assert final_norm is not None
+                x = final_norm(x)
+            for name in step.writes:
+                reads[name] = x
+                x = self.initial_state(x, ctx)
+            injected = reads[step.reads[0]] if step.reads else None
+            block = self.blocks[str(step.block)]
+            before = x
+            with torch.set_grad_enabled(step.grad and torch.is_grad_enabled()):
+                if recompute and step.grad:
+                    # Nothing random is stateful, so no generator state needs keeping.
+                    x = checkpoint(
+                        block, x, ctx, step, injected, use_reentrant=False, preserve_rng_state=False
+                    )
+                else:
+                    x = block(x, ctx, step, injected)
+            if ctx.telemetry is not None:
+                ctx.telemetry[step.block, step.loop_index] = measure_step(before, x)
+            if ctx.states is not None:
+                ctx.states.append(x)
+        return x
+
+    def initial_state(self, x: Tensor, ctx: Context) -> Tensor:
+        """What the first loop of a core starts from (Geiping et al. 2025, section 3.2)."""
+        recurrence = self.config.recurrence
+        if not isinstance(recurrence, Loop) or recurrence.initial_state == "prelude":
+            return x
+        if recurrence.initial_state == "zero":
+            return torch.zeros_like(x)
+        where = ctx.where("initial state")
+        samples, _ = ctx.rows()
+        noise = truncated_normal(where, (samples, ctx.positions_BS), x.shape[-1])
+        return (noise * recurrence.initial_state_std).to(x.dtype)
+
+
+def measure_step(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of |x_out|, sum of |x_out - x_in| / |x_in|) over tokens, norms as root mean squares."""
+    before, after = before.detach().to(torch.float32), after.detach().to(torch.float32)
+    norm = after.square().mean(-1).sqrt()
+    update = (after - before).square().mean(-1).sqrt()
+    start = before.square().mean(-1).sqrt()
+    return norm.sum(), (update / start.clamp(min=1e-12)).sum()
+
+
+class Transformer(nn.Module):
+    """A decoder, or the part of one that a subset of blocks makes.
+
+    Args:
+        config: with model.vocab_size resolved.
+        device: where parameters live.
+        blocks: the blocks to build; None: all.
+        has_embedding: whether this part embeds.
+        has_head: whether this part ends in the loss.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device | str = "cpu",
+        *,
+        blocks: Collection[int] | None = None,
+        has_embedding: bool = True,
+        has_head: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.inventory: Inventory = build_inventory(config)
+        self.dtype = COMPUTE_DTYPE[config.train.precision]
+        self.parameters_by_name: dict[str, nn.Parameter] = {}
+        model = config.model
+        master = torch.float64 if self.dtype == torch.float64 else torch.float32
+
+        def make(name: str) -> nn.Parameter:
+            values = initial_values(self.inventory[name], config.seed, master)
+            parameter = nn.Parameter(values.to(device))
+            self.parameters_by_name[name] = parameter
+            return parameter
+
+        if blocks is None:
+            blocks = {s.block for s in self.inventory.values() if s.block is not None}
+        tied = model.tie_embeddings and has_head
+        self.embedding = (
+            Weight(make("embedding.weight"), self.dtype) if has_embedding or tied else None
+        )
+        learned = has_embedding and model.positions == "learned"
+        self.positions = make("embedding.positions") if learned else None
+        self.stack = Stack(config, make, self.dtype, sorted(blocks))
+        self.final_norm: nn.Module | None = None
+        self.head: Weight | None = None
+        if has_head and model.norm_position != "post":
+            self.final_norm = build_norm(model.norm, "final_norm", make, model.norm_eps)
+        if has_head:
+            self.head = self.embedding if tied else Weight(make("head.weight"), self.dtype)
+
+    def weights(self) -> list[Weight]:
+        """Every unique matrix with a compute copy."""
+        return [module for module in self.modules() if isinstance(module, Weight)]
+
+    def refresh(self) -> None:
+        """Make all compute copies anew: after every step and load."""
+        for weight in self.weights():
+            weight.refresh()
+
+    def context(
+        self,
+        batch: Batch,
+        step: int,
+        training: bool,
+        telemetry: Telemetry | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Context:
+        """The context of a micro batch; training switches dropout on."""
+        return build_context(
+            self.config.model,
+            batch.positions_BS,
+            self.dtype,
+            documents_BS=None if batch.single_document else batch.documents_BS,
+            sample_ids_B=batch.sample_ids_B,
+            seed=self.config.seed,
+            step=step,
+            training=training,
+            telemetry=telemetry,
+            states=states,
+        )
+
+    def embed(self, tokens_BS: Tensor, ctx: Context) -> Tensor:
+        """[B, S] ids to [B, S, D] in the compute dtype."""
+        assert self.embedding is not None
+        model = self.config.model
+        x = F.embedding(tokens_BS, self.embedding.parameter)
+        if model.scale_embeddings:
+            x = x * model.hidden_size**0.5
+        if self.positions is not None:
+            x = x + F.embedding(ctx.positions_BS, self.positions)
+        elif model.positions == "sinusoidal":
+            x = x + sinusoidal(ctx.positions_BS, model.hidden_size, x.dtype)
+        x = x.to(self.dtype)
+        if ctx.training and model.dropout > 0.0:
+            x = dropout(x, model.dropout, ctx.where("embedding"), ctx.rows())
+        return x
+
+    def run(
+        self, steps: Sequence[Step], x: Tensor, ctx: Context, reads: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, LossTerm]]:
+        """Run consecutive steps of the map. Returns x and auxiliary losses by name."""
+        return self.stack(steps, x, ctx, reads, self.final_norm), {}
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., V]."""
+        assert self.head is not None
+        return product(self.final_norm(x) if self.final_norm is not None else x, self.head)
+
+    def loss(self, x: Tensor, batch: Batch) -> dict[str, LossTerm]:
+        """Sums over the counted tokens of a micro batch, each with its denominator."""
+        logits_NV = self.logits(x).flatten(0, 1)
+        total, square = cross_entropy(logits_NV, batch.labels_BS.flatten())
+        terms = {"loss": LossTerm(total, "tokens")}
+        if self.config.model.z_loss > 0.0:
+            terms["z_loss"] = LossTerm(square, "tokens", self.config.model.z_loss)
+        return terms

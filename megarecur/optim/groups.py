@@ -1,0 +1,65 @@
+"""Which parameters are trained, decayed, and at which share of the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from megarecur.config.schema import OptimizerConfig
+from megarecur.errors import ConfigError
+
+
+def check_patterns(optimizer: OptimizerConfig, names: Iterable[str]) -> None:
+    """Refuse patterns that match no parameter, and a run that would train nothing.
+
+    Raises:
+        ConfigError: listing the patterns.
+    """
+    names = list(names)
+    patterns = {
+        "no_decay": optimizer.no_decay,
+        "lr_multipliers": tuple(optimizer.lr_multipliers),
+        "frozen": optimizer.frozen,
+    }
+    idle = [
+        f"optimizer.{field}: {pattern!r} matches no parameter"
+        for field, values in patterns.items()
+        for pattern in values
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if all(is_frozen(optimizer, name) for name in names):
+        idle.append("optimizer.frozen: every parameter is frozen, nothing would be trained")
+    if idle:
+        example = ", ".join(names[:3])
+        raise ConfigError("\n".join([*idle, f"parameters have names such as {example}"]))
+
+
+def is_frozen(optimizer: OptimizerConfig, name: str) -> bool:
+    """Whether a pattern freezes the parameter."""
+    return any(fnmatchcase(name, pattern) for pattern in optimizer.frozen)
+
+
+def build_groups(
+    optimizer: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Trained parameters in torch's groups, each with weight_decay and `lr_multiplier`.
+
+    Matrices decay, vectors do not. Frozen parameters are in no group.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        if is_frozen(optimizer, name):
+            continue
+        kept = parameter.ndim < 2 or any(fnmatchcase(name, p) for p in optimizer.no_decay)
+        multiplier = 1.0
+        for pattern, factor in optimizer.lr_multipliers.items():
+            multiplier = factor if fnmatchcase(name, pattern) else multiplier
+        decay = 0.0 if kept else optimizer.weight_decay
+        groups.setdefault((decay, multiplier), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": decay, "lr_multiplier": multiplier}
+        for (decay, multiplier), members in groups.items()
+    ]

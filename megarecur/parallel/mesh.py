@@ -1,0 +1,141 @@
+"""The mesh of processes: (dp, pp, tp) with tp fastest. Passed as an argument, never global."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarecur.config.schema import Config
+from megarecur.errors import MeshError
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands."""
+
+    dp: int = 1
+    pp: int = 1
+    tp: int = 1
+    rank: int = 0
+    device: torch.device = torch.device("cpu")
+    dp_group: Any = None
+    """None in a world of one process."""
+
+    @property
+    def dp_rank(self) -> int:
+        """Which replica this process belongs to."""
+        return self.rank // (self.pp * self.tp)
+
+    def sum_over_dp(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the replicas."""
+        if self.dp_group is not None:
+            dist.all_reduce(tensor, group=self.dp_group)
+        return tensor
+
+    def max_over_world(self, value: int) -> int:
+        """The largest of one integer per process."""
+        if self.dp_group is None:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.dp_group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
+        if self.dp_group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+
+def world_size() -> int:
+    """Number of processes, by torchrun's variables."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_world(config: Config, world: int) -> None:
+    """Refuse a world that does not fit the config, before any process group is made.
+
+    Raises:
+        MeshError: naming the numbers.
+    """
+    replica = config.parallel.tensor * config.parallel.pipeline
+    if world % replica:
+        raise MeshError(
+            f"{world} processes do not divide into replicas of tensor={config.parallel.tensor} x "
+            f"pipeline={config.parallel.pipeline} = {replica}; start a multiple of {replica}"
+        )
+    dp, batch, micro = (
+        world // replica,
+        config.train.global_batch_size,
+        config.train.micro_batch_size,
+    )
+    if batch % (dp * micro):
+        fitting = [d for d in range(1, batch // micro + 1) if (batch // micro) % d == 0]
+        raise MeshError(
+            f"train.global_batch_size={batch} does not divide into {dp} replicas x "
+            f"train.micro_batch_size={micro}; use {', '.join(map(str, fitting))} replica(s), "
+            "or another micro batch size"
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is this process's CUDA device where there is one.
+
+    Raises:
+        MeshError: cuda asked for, but not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MeshError("train.device=cuda, but torch finds no CUDA device; use auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def open_mesh(config: Config) -> Iterator[Mesh]:
+    """This process's mesh; the process group ends with the context.
+
+    Raises:
+        MeshError: a world that does not fit the config.
+    """
+    world = world_size()
+    check_world(config, world)
+    device = pick_device(config.train.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield Mesh(device=device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield build_mesh(config, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def build_mesh(config: Config, device: torch.device) -> Mesh:
+    """The mesh over the process group that exists."""
+    tp, pp = config.parallel.tensor, config.parallel.pipeline
+    world, rank = dist.get_world_size(), dist.get_rank()
+    return Mesh(world // (pp * tp), pp, tp, rank, device, dist.group.WORLD)

@@ -1,0 +1,93 @@
+"""Stateless randomness: every random value is a pure function of (seed, what, where).
+
+No generator state exists to save, restore or keep in step between ranks: recomputation, resuming
+and any mesh see the same values. Shapes: B samples, S positions, D channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import xxhash
+from torch import Tensor
+
+from megarecur.recurrence.inventory import ParameterSpec
+
+_INT32_RANGE = 1 << 32
+
+
+def key(*parts: int | str) -> int:
+    """A 64-bit key from the parts of a name, the same on every machine."""
+    return xxhash.xxh3_64_intdigest("\x1f".join(map(str, parts)).encode())
+
+
+def initial_values(spec: ParameterSpec, seed: int, dtype: torch.dtype) -> Tensor:
+    """Initial value of a parameter, whole, on the CPU: a function of (seed, name) alone."""
+    if spec.std == 0.0:
+        return torch.full(spec.shape, spec.mean, dtype=dtype)
+    generator = torch.Generator().manual_seed(key(seed, "init", spec.name) >> 1)
+    values = torch.randn(spec.shape, generator=generator, dtype=torch.float32)
+    return (spec.mean + spec.std * values).to(dtype)
+
+
+def _signed(value: int) -> int:
+    value %= _INT32_RANGE
+    return value - _INT32_RANGE if value >= _INT32_RANGE // 2 else value
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """The lowbias32 finaliser (C. Wellons) on an int32 tensor; shifts made logical by masks."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _fold(x: Tensor) -> Tensor:
+    """int64 to int32, both halves kept."""
+    low, high = x & 0xFFFFFFFF, x >> 32
+    folded = (low ^ (high * 0x9E3779B1)) & 0xFFFFFFFF
+    return torch.where(folded >= 1 << 31, folded - _INT32_RANGE, folded).to(torch.int32)
+
+
+def random_bits(where: int, rows: tuple[Tensor, ...], num_columns: int) -> Tensor:
+    """int32 bits, uniform, one for each (row, column); separable, so any shard makes its own.
+
+    Args:
+        where: a 64-bit key: seed, step, site.
+        rows: integer tensors that broadcast to the leading shape, such as samples [B, 1] and
+            positions [B, S].
+        num_columns: size of the last dim.
+    """
+    device = rows[0].device
+    row = torch.tensor(_signed(where ^ (where >> 32)), dtype=torch.int32, device=device)
+    for part in rows:
+        row = _scramble(row ^ _scramble(_fold(part.to(torch.int64))))
+    columns = torch.arange(num_columns, dtype=torch.int32, device=device)
+    bits = row.unsqueeze(-1) ^ _scramble(columns + _signed(where >> 17))
+    # In place: this is the one pass that costs something.
+    bits.mul_(_signed(0x9E3779B1))
+    bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF))
+    return bits.mul_(_signed(0x85EBCA6B))
+
+
+def keep_mask(probability: float, where: int, rows: tuple[Tensor, ...], columns: int) -> Tensor:
+    """bool, True with 1 - probability."""
+    threshold = round(probability * _INT32_RANGE) - _INT32_RANGE // 2
+    return random_bits(where, rows, columns) >= threshold
+
+
+def dropout(x: Tensor, probability: float, where: int, rows: tuple[Tensor, ...]) -> Tensor:
+    """Inverted dropout of x [..., D] with the mask of (where, rows, channel)."""
+    mask = keep_mask(probability, where, rows, x.shape[-1])
+    return torch.where(mask, x * (1.0 / (1.0 - probability)), 0.0)
+
+
+def truncated_normal(
+    where: int, rows: tuple[Tensor, ...], columns: int, cut: float = 3.0
+) -> Tensor:
+    """Standard normal cut at +-cut, fp32, by inversion of the bits."""
+    uniform = (random_bits(where, rows, columns).to(torch.float64) + 0.5) / _INT32_RANGE + 0.5
+    low = 0.5 * (1.0 + math.erf(-cut / math.sqrt(2.0)))
+    quantile = low + (1.0 - 2.0 * low) * uniform
+    return (torch.erfinv(2.0 * quantile - 1.0) * math.sqrt(2.0)).to(torch.float32)

@@ -1,0 +1,1 @@
+from megarecur.train.shards import Shard, whole  # temporary

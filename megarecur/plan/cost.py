@@ -1,0 +1,233 @@
+"""What a run costs, from its config alone: parameters, executed FLOPs, memory, tokens.
+
+Every function is pure. `config.model.vocab_size` must be resolved (`describe.resolve_vocab_size`).
+Sizes are in parameters, FLOPs per token, bytes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from megarecur.config.schema import Config, ModelConfig
+from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_embedding
+from megarecur.recurrence.layer_map import LayerMap, from_order
+
+# ----------------------------------------------------------------------------------- parameters
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """Elements of parameters; `non_embedding` leaves out embedding, positions and head."""
+
+    total: int
+    non_embedding: int
+
+
+def count_parameters(config: Config) -> ParameterCount:
+    """Unique parameters: what is stored and trained."""
+    return _count(list(build_inventory(config).values()))
+
+
+def count_unrolled_parameters(config: Config, steps: LayerMap) -> ParameterCount:
+    """Parameters of the untied model that executes the same steps: blocks counted at each use."""
+    shared = [s for s in build_inventory(config).values() if s.block is None]
+    blocks = _by_block(config)
+    return _count(shared + [spec for step in steps for spec in blocks[step.block]])
+
+
+def _count(specs: list[ParameterSpec]) -> ParameterCount:
+    total = sum(spec.size for spec in specs)
+    return ParameterCount(total, total - sum(s.size for s in specs if is_embedding(s.name)))
+
+
+def _by_block(config: Config) -> dict[int, list[ParameterSpec]]:
+    blocks: dict[int, list[ParameterSpec]] = defaultdict(list)
+    for spec in build_inventory(config).values():
+        if spec.block is not None:
+            blocks[spec.block].append(spec)
+    return blocks
+
+
+# ---------------------------------------------------------------------------------------- FLOPs
+
+
+@dataclass(frozen=True, slots=True)
+class FlopEstimate:
+    """FLOPs per token, averaged over a sequence of data.seq_length tokens.
+
+    A product of matrices counts 2 per multiply-add. Attention counts all S x S scores, causal or
+    not, as the field does; norms, activations and look-ups are left out.
+    """
+
+    forward: int
+    train: int
+    """Forward and backward: 3 x forward, 1 x for steps without gradient. MFU is by this number."""
+    hardware: int
+    """`train` plus the forward passes repeated by activation recompute."""
+
+
+def count_flops(config: Config, steps: LayerMap) -> FlopEstimate:
+    """Executed FLOPs per token (recurrence.md, section 1.2)."""
+    forward = train = repeated = 0
+    for step, flops in zip(steps, count_step_flops(config, steps), strict=True):
+        forward += flops
+        train += 3 * flops if step.grad else flops
+        repeated += flops if step.grad and config.train.recompute else 0
+    head = count_head_flops(config) * (1 + sum(step.exit for step in steps[:-1]))
+    train += 3 * head
+    return FlopEstimate(forward + head, train, train + repeated)
+
+
+def count_step_flops(config: Config, steps: LayerMap) -> list[int]:
+    """Forward FLOPs per token of each step of the map, in order.
+
+    2 per matrix parameter, 4 S heads head_dim for scores and their sum over values; an injection
+    adapter counts where the step reads what it injects.
+    """
+    model = config.model
+    scores = 4 * config.data.seq_length * model.num_heads * model.head_dim
+    block_flops, adapter_flops = {}, {}
+    for block, specs in _by_block(config).items():
+        matrices = [spec for spec in specs if len(spec.shape) == 2]
+        adapters = [spec for spec in matrices if ".injection." in spec.name]
+        adapter_flops[block] = 2 * sum(spec.size for spec in adapters)
+        block_flops[block] = 2 * sum(s.size for s in matrices) - adapter_flops[block] + scores
+    return [
+        block_flops[step.block] + (adapter_flops[step.block] if step.reads else 0) for step in steps
+    ]
+
+
+def count_head_flops(config: Config) -> int:
+    """Forward FLOPs per token of one application of the head."""
+    return 2 * _vocab_size(config) * config.model.hidden_size
+
+
+def dense_twin(steps: LayerMap) -> LayerMap:
+    """The map that runs each of the same blocks once."""
+    return from_order(sorted({step.block for step in steps}))
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes of one process, by kind. Activations are those of one micro batch."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    """AdamW's two, in the parameters' dtype."""
+    copies: int
+    """Matrices in the compute dtype; none where that is the parameters' own."""
+    activations_kept: int
+    activations_recomputed: int
+    logits: int
+    recompute: bool
+    """Whether the config recomputes; decides which activations `total` counts."""
+
+    @property
+    def activations(self) -> int:
+        """The activations of the config as it stands."""
+        return self.activations_recomputed if self.recompute else self.activations_kept
+
+    @property
+    def state(self) -> int:
+        """What stays between optimizer steps, gradients included."""
+        return self.parameters + self.gradients + self.moments + self.copies
+
+    @property
+    def total(self) -> int:
+        """The peak, to first order: allocator and libraries come on top."""
+        return self.state + self.activations + self.logits
+
+
+def estimate_memory(config: Config, steps: LayerMap) -> MemoryEstimate:
+    """Memory of one data-parallel process without sharding of state."""
+    specs = list(build_inventory(config).values())
+    element, wide = _element_bytes(config), _parameter_bytes(config)
+    size = sum(spec.size for spec in specs)
+    trained = sum(s.size for s in specs if not _is_frozen(config, s.name))
+    matrices = sum(spec.size for spec in specs if len(spec.shape) == 2)
+    tokens = config.train.micro_batch_size * config.data.seq_length
+    kept, recomputed = estimate_activations(config, steps)
+    # Logits, their form in the wide dtype, and the exponentials while they are summed.
+    logit_bytes = element + wide + (wide if element < wide else 0)
+    return MemoryEstimate(
+        parameters=size * wide,
+        gradients=trained * wide,
+        moments=2 * trained * wide,
+        copies=matrices * element if element < wide else 0,
+        activations_kept=tokens * kept,
+        activations_recomputed=tokens * recomputed,
+        logits=tokens * _vocab_size(config) * logit_bytes,
+        recompute=config.train.recompute,
+    )
+
+
+def estimate_activations(config: Config, steps: LayerMap) -> tuple[int, int]:
+    """Bytes per token kept for backward: (everything, with recompute of each step).
+
+    Recompute keeps the input of every step and, at the peak, everything of one step. Values that
+    later steps read are kept in both.
+    """
+    model, element = config.model, _element_bytes(config)
+    stream = model.hidden_size * element
+    step_bytes = count_kept_elements(model, config.data.seq_length) * element
+    step_bytes += 4 * model.num_heads  # logsumexp of the scores, fp32
+    graded = [step for step in steps if step.grad]
+    written = stream * sum(len(step.writes) for step in steps)
+    adapter = 2 * stream if has_adapter(config) else 0
+    joined = adapter * sum(bool(step.reads) for step in graded)
+    ends = 2 * stream  # input and output of the final norm
+    kept = step_bytes * len(graded) + joined + written + ends
+    recomputed = stream * len(graded) + step_bytes + adapter + written + ends
+    return kept, (recomputed if graded else kept)
+
+
+def count_kept_elements(model: ModelConfig, seq_length: int) -> int:
+    """Elements per token that one step keeps for backward, attention scores not materialised."""
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    norms = 4 if model.norm_position == "sandwich" else 2
+    residual = (2 * norms) * model.hidden_size  # input and output of every norm
+    attention = 2 * queries + 2 * keys  # q, k, v and the output's input
+    feed_forward = (4 if model.feed_forward == "swiglu" else 2) * model.ffn_hidden_size
+    scores = 2 * model.num_heads * seq_length if model.attention_dropout else 0  # the math path
+    return residual + attention + feed_forward + scores
+
+
+def has_adapter(config: Config) -> bool:
+    """Whether the map's reads go through a learned adapter."""
+    return any(".injection." in name for name in build_inventory(config))
+
+
+# --------------------------------------------------------------------------------------- tokens
+
+
+def count_tokens_per_step(config: Config) -> int:
+    """Tokens of one optimizer step over all processes."""
+    return config.train.global_batch_size * config.data.seq_length
+
+
+def count_total_tokens(config: Config) -> int:
+    """Tokens of the whole run."""
+    return config.train.steps * count_tokens_per_step(config)
+
+
+def _vocab_size(config: Config) -> int:
+    assert config.model.vocab_size is not None, "resolve the vocabulary first"
+    return config.model.vocab_size
+
+
+def _is_frozen(config: Config, name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in config.optimizer.frozen)
+
+
+def _parameter_bytes(config: Config) -> int:
+    return 8 if config.train.precision == "fp64" else 4
+
+
+def _element_bytes(config: Config) -> int:
+    return {"fp64": 8, "fp32": 4, "bf16": 2}[config.train.precision]

@@ -1,0 +1,316 @@
+"""The pictures of a run, from its folder alone: metrics.jsonl and config.yaml.
+
+megarecur plot runs/quickstart
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from megarecur.config.load import load_config
+from megarecur.config.schema import Config
+from megarecur.errors import DataError
+from megarecur.plan.describe import describe_scheme
+from megarecur.plot.layer_map import ACCENT, BLOCK_COLOURS, INK, SOFT, draw_config, save
+from megarecur.recurrence.layer_map import LayerMap
+from megarecur.recurrence.schemes import layer_map
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+"""One log step: `step`, `tokens` and flat metrics."""
+
+TRAIN_COLOUR = "#4477aa"
+
+
+def plot_run(run: Path, out: Path | None = None) -> list[Path]:
+    """Draw whatever the run has logged so far; returns the files written.
+
+    Raises:
+        DataError: there is nothing to draw.
+    """
+    rows = read_metrics(run / "metrics.jsonl")
+    if not rows:
+        raise DataError(f"{run / 'metrics.jsonl'}: holds no metrics yet; train for a few steps")
+    if not (run / "config.yaml").is_file():
+        raise DataError(f"{run}: is not the folder of a run, it has no config.yaml")
+    config = load_config(run / "config.yaml")
+    steps = layer_map(config.recurrence)
+    figures = {
+        "loss": draw_loss(rows, config),
+        "optimizer": draw_optimizer(rows),
+        "speed": draw_speed(rows),
+        "recurrence": draw_recurrence(rows, steps),
+        "layer_map": draw_config(config),
+    }
+    folder, written = out or run / "plots", []
+    for name, figure in figures.items():
+        if figure is not None:
+            paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+            save(figure, *paths)
+            written += paths
+    return written
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """One row per step, in order of steps.
+
+    A run that resumed may have logged a step twice: the later value of a key wins. Lines that a
+    killed process left unfinished are passed over.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a run's folder") from None
+    merged: dict[int, Row] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            if number < len(lines) and line.strip():
+                logger.warning("%s: line %d is not a row of metrics, passed over", path, number)
+            continue
+        merged.setdefault(row["step"], {}).update(row)
+    return [merged[step] for step in sorted(merged)]
+
+
+# -------------------------------------------------------------------------------------- figures
+
+
+def draw_loss(rows: Sequence[Row], config: Config) -> Figure | None:
+    """Training loss (raw and smoothed) and validation losses over tokens."""
+    tokens, losses = _series(rows, "train/loss", "tokens")
+    names = sorted({k for row in rows for k in row if k.startswith("val/") and k.endswith("loss")})
+    if not tokens and not names:
+        return None
+    names.sort(key=lambda name: name != "val/loss")
+    figure, (axes,) = _panels(1, width=8.0, height=4.6)
+    if tokens:
+        axes.plot(tokens, losses, color=TRAIN_COLOUR, lw=0.8, alpha=0.35)
+        axes.plot(tokens, _smooth(losses), color=TRAIN_COLOUR, lw=1.8, label="train")
+    colours = [ACCENT, *BLOCK_COLOURS[1:]]
+    for i, name in enumerate(names):
+        x, y = _series(rows, name, "tokens")
+        label = name.removesuffix("/loss").replace("/", " ")
+        axes.plot(x, y, color=colours[i % len(colours)], lw=1.4, marker="o", ms=4, label=label)
+        if x and i == 0:
+            axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(6, 4), color=ACCENT,
+                          textcoords="offset points", size=10, weight="bold")  # fmt: skip
+    axes.set_ylim(*_loss_limits([*losses, *(v for n in names for v in _series(rows, n)[1])]))
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_formatter(_engineering())
+    axes.margins(x=0.04)
+    axes.legend(frameon=False)
+    _title(axes, describe_scheme(config.recurrence))
+    return figure
+
+
+def draw_optimizer(rows: Sequence[Row]) -> Figure | None:
+    """Learning rate and gradient norm over steps; skipped steps marked."""
+    lr, norm = _series(rows, "optim/lr"), _series(rows, "optim/grad_norm")
+    if not lr[0] and not norm[0]:
+        return None
+    figure, (top, bottom) = _panels(2)
+    top.plot(*lr, color=TRAIN_COLOUR, lw=1.6)
+    _title(top, "learning rate")
+    top.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    top.set_ylim(bottom=0)
+    bottom.plot(*norm, color=SOFT, lw=0.9)
+    bottom.plot(norm[0], _smooth(norm[1]), color=INK, lw=1.6)
+    if norm[1] and min(norm[1]) > 0:
+        bottom.set_yscale("log")
+        _plain_numbers(bottom.yaxis)
+    _title(bottom, "gradient norm before clipping")
+    _mark_skipped(bottom, rows)
+    bottom.set_xlabel("step")
+    return figure
+
+
+def draw_speed(rows: Sequence[Row]) -> Figure | None:
+    """Tokens per second, MFU by executed FLOPs, share of time spent waiting for data."""
+    wanted = [
+        ("speed/tokens_per_second", "tokens per second", 1.0),
+        ("speed/mfu", "MFU (executed FLOPs), %", 100.0),
+        ("speed/data_wait", "data wait, % of the time", 100.0),
+    ]
+    panels = [(title, scale, _series(rows, key)) for key, title, scale in wanted]
+    panels = [panel for panel in panels if panel[2][0]]
+    if not panels:
+        return None
+    figure, all_axes = _panels(len(panels), height=1.9 * len(panels) + 0.5)
+    for axes, (title, scale, (x, y)) in zip(all_axes, panels, strict=True):
+        values = [scale * value for value in y]
+        axes.plot(x, values, color=SOFT, lw=0.9)
+        axes.plot(x, _smooth(values), color=TRAIN_COLOUR, lw=1.6)
+        axes.set_ylim(0, 1.15 * _percentile(values, 0.99) or 1.0)
+        _title(axes, title)
+    if panels[0][0].startswith("tokens"):
+        all_axes[0].yaxis.set_major_formatter(_engineering())
+    all_axes[-1].set_xlabel("step")
+    return figure
+
+
+def draw_recurrence(rows: Sequence[Row], steps: LayerMap) -> Figure | None:
+    """Residual norm and relative update of every step of the map, over training."""
+    wanted = [
+        ("recurrence/residual_norm/", "norm of the residual stream after each step of the map"),
+        ("recurrence/relative_update/", "relative update: |change| / |state|"),
+    ]
+    grids = [(title, *_grid(rows, prefix)) for prefix, title in wanted]
+    grids = [grid for grid in grids if grid[1]]
+    if not grids:
+        return None
+    depth = max(len(values) for _, _, values in grids)
+    height = min(max(0.22 * depth, 1.8), 6.0) + 0.7
+    figure, all_axes = _panels(len(grids), height=height * len(grids))
+    for axes, (title, x, values) in zip(all_axes, grids, strict=True):
+        _draw_heat(axes, x, values)
+        _label_positions(axes, steps, len(values))
+        _title(axes, title)
+    all_axes[-1].set_xlabel("step")
+    return figure
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+def _panels(count: int, width: float = 8.0, height: float = 4.8) -> tuple[Figure, list[Axes]]:
+    """Axes one above the other, sharing x, on a new figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    all_axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(SOFT)
+        axes.tick_params(colors=INK, length=3, labelsize=9)
+        axes.grid(axis="y", color=SOFT, alpha=0.25, lw=0.6)
+        axes.set_axisbelow(True)
+    return figure, all_axes
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", size=11, weight="bold", color=INK)
+
+
+def _series(rows: Sequence[Row], key: str, x: str = "step") -> tuple[list[float], list[float]]:
+    """(x, y) of a key where both are finite numbers."""
+    points = [(row.get(x), row.get(key)) for row in rows]
+    kept = [(float(a), float(b)) for a, b in points if _is_number(a) and _is_number(b)]
+    return [a for a, _ in kept], [b for _, b in kept]
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """A bias-corrected moving average over about a fiftieth of the curve."""
+    keep = 1 - 1 / max(len(values) / 50, 1.0)
+    mean, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(mean / weight)
+    return smoothed
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)] if values else 0.0
+
+
+def _loss_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Limits that leave out a lone spike, never the start of the curve or its lowest point."""
+    if not values:
+        return 0.0, 1.0
+    high = max(_percentile(values, 0.995), values[0])
+    low = min(values)
+    pad = 0.06 * (high - low) or 0.5
+    return low - pad, high + pad
+
+
+def _engineering() -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")
+
+
+def _plain_numbers(axis: Any) -> None:
+    """0.6 instead of 6 x 10^-1 along a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _mark_skipped(axes: Axes, rows: Sequence[Row]) -> None:
+    """A tick along the bottom wherever the count of skipped steps has grown."""
+    before = 0.0
+    marks = []
+    for step, count in zip(*_series(rows, "optim/skipped"), strict=True):
+        if count > before:
+            marks.append(step)
+        before = count
+    if marks:
+        axes.plot(marks, [0.03] * len(marks), "v", color=ACCENT, ms=6, label="steps skipped",
+                  transform=axes.get_xaxis_transform())  # fmt: skip
+        axes.legend(frameon=False)
+
+
+def _grid(rows: Sequence[Row], prefix: str) -> tuple[list[int], list[list[float]]]:
+    """(steps, one list of values per position of the map), NaN where a position did not run."""
+    keys = {key for row in rows for key in row if key.startswith(prefix)}
+    positions = {int(k.removeprefix(prefix)): k for k in keys if k.removeprefix(prefix).isdigit()}
+    if not positions:
+        return [], []
+    kept = [row for row in rows if any(key in row for key in positions.values())]
+    values = [
+        [
+            float(value) if _is_number(value := row.get(positions.get(i, ""))) else math.nan
+            for row in kept
+        ]
+        for i in range(max(positions) + 1)
+    ]
+    return [row["step"] for row in kept], values
+
+
+def _draw_heat(axes: Axes, x: list[int], values: list[list[float]]) -> None:
+    """A heat map on a logarithmic scale; each column reaches from its step to the one before."""
+    from matplotlib.colors import LogNorm
+
+    flat = [v for line in values for v in line if v > 0]
+    low, high = (min(flat), max(flat)) if flat else (0.5, 1.0)
+    width = x[1] - x[0] if len(x) > 1 else max(x[0], 1)
+    edges = [x[0] - width, *x]
+    norm = LogNorm(low, high if high > low else low * 1.01)
+    rows = [i - 0.5 for i in range(len(values) + 1)]
+    mesh = axes.pcolormesh(edges, rows, values, norm=norm, cmap="viridis", rasterized=True)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.grid(False)
+    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.015, aspect=14)
+    bar.outline.set_visible(False)
+    _plain_numbers(bar.ax.yaxis)
+    bar.ax.tick_params(labelsize=8, colors=INK, length=2, which="both")
+
+
+def _label_positions(axes: Axes, steps: LayerMap, count: int) -> None:
+    """Position in the map and its block, thinned where there are many."""
+    every = max(math.ceil(count / 24), 1)
+    ticks = list(range(0, count, every))
+    names = [f"{i} · block {steps[i].block}" if i < len(steps) else str(i) for i in ticks]
+    axes.set_yticks(ticks, names, size=8)

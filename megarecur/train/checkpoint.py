@@ -1,0 +1,326 @@
+"""Checkpoints: saved on any mesh, loaded on any other, complete or not there at all.
+
+    save(root, step, shards, state).result()      every rank gives what it owns
+    path, damaged = find_checkpoint(root)         the newest one whose every byte is as written
+    load(path, shards); state = read_state(path)
+
+torch.distributed.checkpoint plans (who writes a replica, who reads which part of which chunk, an
+error on one rank is an error on all); the files are ours (see checkpoint_storage.py). All ranks are
+assumed to see one file system.
+"""
+
+import errno
+import logging
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megarecur.errors import CheckpointError
+from megarecur.train.checkpoint_index import DTYPES, DamagedCheckpoint, Index, read_index, unseal
+from megarecur.train.checkpoint_planning import ShardLoadPlanner, ShardSavePlanner
+from megarecur.train.checkpoint_storage import (
+    FolderReader,
+    FolderWriter,
+    delete_folder,
+    find_damage,
+)
+from megarecur.train.shards import Shard, boxes
+
+__all__ = [
+    "SaveHandle",
+    "Shard",
+    "boxes",
+    "find_checkpoint",
+    "load",
+    "read_state",
+    "remove_old",
+    "save",
+    "verify",
+]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STEP_FOLDER = re.compile(r"step-[0-9]{8}")
+TEMPORARY = re.compile(r"(step-[0-9]{8}(\.damaged)?|latest)\.tmp")
+
+
+class SaveHandle:
+    """A save under way: `result()` returns the checkpoint's path or raises what went wrong."""
+
+    def __init__(self, path: Path, error: Exception | None = None) -> None:
+        self._path, self._error = path, error
+
+    def done(self) -> bool:
+        """Whether `result()` would return at once."""
+        return True
+
+    def result(self) -> Path:
+        """Wait for the checkpoint to be complete; raises CheckpointError if it cannot be."""
+        if self._error is not None:
+            raise self._error
+        return self._path
+
+
+def save(
+    root: Path,
+    step: int,
+    shards: dict[str, Shard],
+    state: dict[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> SaveHandle:
+    """Write `root/step-XXXXXXXX` and let `root/latest` name it; collective over `group` (gloo).
+
+    `state` is JSON (keys become strings, tuples lists); that of the group's first rank is written.
+    Tensors without elements are left out, here and in `load`.
+
+    Errors surface in the handle's `result()`: one CheckpointError, the same on every rank, where
+    the disk is full, a shard is wrong or an intact checkpoint of that step exists; what gloo raises
+    where a rank is gone (restart then). The checkpoints already there are untouched.
+    """
+    final = Path(root) / f"step-{step:08d}"
+    if not STEP_FOLDER.fullmatch(final.name):
+        raise CheckpointError(f"cannot save {final}: steps run from 0 to 99999999")
+    writer = FolderWriter(final, state)
+    try:
+        with _one_error(f"cannot save {final}"):
+            dcp.save(
+                {}, storage_writer=writer, planner=ShardSavePlanner(shards), process_group=group
+            )
+    except CheckpointError as error:
+        # Raised on all ranks alike, hence none is still writing.
+        if _rank(group) == 0:
+            shutil.rmtree(writer.temporary, ignore_errors=True)
+            with suppress(OSError):
+                (final.parent / "latest.tmp").unlink()
+        return SaveHandle(final, error)
+    except Exception as error:  # a rank died or hangs; others may still be writing
+        return SaveHandle(final, error)
+    return SaveHandle(final)
+
+
+def load(
+    path: Path,
+    shards: dict[str, Shard],
+    *,
+    group: dist.ProcessGroup | None = None,
+    verify: bool = True,
+    partial: bool = False,
+) -> None:
+    """Fill the tensors of `shards` in place from a checkpoint of any mesh; collective over `group`.
+
+    Raises CheckpointError on every rank, before anything is changed, if names (over all ranks),
+    shapes or dtypes differ; names that no rank asks for are allowed where `partial`. A damaged
+    chunk raises DamagedCheckpoint's message after some tensors may have been filled.
+    """
+    path = Path(path)
+    shards = {name: shard for name, shard in shards.items() if 0 not in shard.global_shape}
+    index, error = None, ""
+    try:
+        index = read_index(path)
+    except CheckpointError as failure:
+        error = str(failure)
+    wrong = _mismatches(index, shards) if index else {}
+    seen = _gather((error, set(shards), wrong), group)
+    errors = {error for error, _, _ in seen if error}
+    if errors or index is None:
+        raise CheckpointError("; ".join(sorted(errors)))
+    asked = set().union(*(names for _, names, _ in seen))
+    wrong = {name: text for _, _, faults in seen for name, text in faults.items()}
+    lines = [f"  {name}: not in the checkpoint" for name in sorted(asked - set(index.tensors))]
+    if not partial:
+        extra = sorted(set(index.tensors) - asked)
+        lines += [f"  {name}: in the checkpoint, not in this run" for name in extra]
+    lines += [f"  {name}: {text}" for name, text in sorted(wrong.items())]
+    if lines:
+        raise CheckpointError(
+            f"{path} does not fit this run in {len(lines)} tensor(s); "
+            "use the config it was written with, or start a new run:\n" + "\n".join(lines)
+        )
+    with _one_error(f"cannot load {path}"):
+        reader = FolderReader(path, index, verify)
+        dcp.load({}, storage_reader=reader, planner=ShardLoadPlanner(shards), process_group=group)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state saved with a checkpoint; raises CheckpointError if its index is damaged."""
+    return read_index(Path(path)).state
+
+
+def verify(path: Path) -> list[str]:
+    """Read a whole checkpoint and list what is damaged, by file and tensor; [] if nothing is.
+
+    Raises CheckpointError if its format version is not one that can be read.
+    """
+    return _damage(Path(path), 0, 1)
+
+
+def find_checkpoint(
+    root: Path, *, group: dist.ProcessGroup | None = None
+) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint under `root` (None if there is none), and what was skipped.
+
+    Collective over `group`: ranks share the reading and agree on the answer. One message tells of
+    each damaged checkpoint, naming files and tensors.
+    """
+    root = Path(root)
+    paths, messages = _from_first_rank(lambda: (list_checkpoints(root), _check_latest(root)), group)
+    rank, size = _rank(group), _size(group)
+    for path in reversed(paths):
+        damage, refusal = [], ""
+        try:
+            damage = _damage(path, rank, size)
+        except CheckpointError as error:
+            refusal = str(error)
+        parts = _gather((damage, refusal), group)
+        if any(refusal for _, refusal in parts):
+            raise CheckpointError(next(refusal for _, refusal in parts if refusal))
+        found = list(dict.fromkeys(line for damage, _ in parts for line in damage))
+        if not found:
+            return path, messages
+        messages.append(f"{path} is damaged and was skipped: " + "; ".join(found))
+    return None, messages
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints under `root`, oldest first; damaged ones included."""
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and p.is_dir())
+
+
+def remove_old(root: Path, keep_last: int) -> None:
+    """Delete the oldest checkpoints beyond `keep_last`, and what interrupted saves left behind.
+
+    For one process, with no save under way. If all that would be kept are damaged, the newest
+    good one is kept as well.
+    """
+    root = Path(root)
+    if keep_last < 1:
+        raise CheckpointError(f"checkpoint.keep_last is {keep_last}; at least 1 must be kept")
+    for path in list(root.iterdir()) if root.is_dir() else []:
+        if TEMPORARY.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    paths = list_checkpoints(root)
+    doomed = paths[:-keep_last]
+    if doomed and all(verify(path) for path in reversed(paths[-keep_last:])):
+        good = next((path for path in reversed(doomed) if not verify(path)), None)
+        doomed = [path for path in doomed if path != good]
+    for path in doomed:
+        delete_folder(path)
+
+
+def _damage(path: Path, part: int, num_parts: int) -> list[str]:
+    try:
+        index = read_index(path)
+    except DamagedCheckpoint as error:
+        return [str(error)]
+    return find_damage(path, index, part, num_parts)
+
+
+def _check_latest(root: Path) -> list[str]:
+    """What is wrong with `root/latest`. It is for people and scripts: the folders are the truth."""
+    if not (root / "latest").exists():
+        return []
+    try:
+        name = unseal(root / "latest")
+    except DamagedCheckpoint as error:
+        return [f"{error}; it is ignored"]
+    if not (root / name).is_dir():
+        return [f"{root / 'latest'} names {name}, which is missing"]
+    return []
+
+
+def _mismatches(index: Index, shards: dict[str, Shard]) -> dict[str, str]:
+    """Tensors of this rank whose shape, dtype or rectangles do not fit those of the checkpoint."""
+    wrong = {}
+    for name, shard in shards.items():
+        saved = index.tensors.get(name)
+        if saved is None:
+            continue
+        if tuple(saved.shape) != tuple(shard.global_shape):
+            wrong[name] = f"shape {saved.shape} in the checkpoint, {list(shard.global_shape)} here"
+            continue
+        for offset, sizes, tensor in shard.chunks:
+            if tensor.dtype != DTYPES[saved.dtype]:
+                wrong[name] = f"{DTYPES[saved.dtype]} in the checkpoint, {tensor.dtype} here"
+            ends = [o + s for o, s in zip(offset, sizes, strict=True)]
+            if tuple(tensor.shape) != tuple(sizes) or any(
+                end > size for end, size in zip(ends, saved.shape, strict=True)
+            ):
+                wrong[name] = f"chunk at {offset} of sizes {sizes} is given as {tensor.shape}"
+    return wrong
+
+
+# ----------------------------------------------------------------------------- all ranks together
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Each rank's value, by rank, on every rank."""
+    if _size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * _size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _from_first_rank(compute: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """What `compute` gives on the group's first rank; an OSError there is raised on every rank."""
+    result: Any = None
+    if _rank(group) == 0:
+        try:
+            result = compute()
+        except OSError as error:
+            result = error
+    first: Any = _gather(result, group)[0]
+    if isinstance(first, OSError):
+        raise CheckpointError(f"{first.filename} cannot be read: {first.strerror}")
+    return first
+
+
+@contextmanager
+def _one_error(doing: str) -> Iterator[None]:
+    """Turn the errors that the ranks had into one CheckpointError, the same on every rank."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as failure:
+        reasons = {_explain(rank, error) for rank, (error, _) in failure.failures.items()}
+        for error, _ in failure.failures.values():
+            if not isinstance(error, CheckpointError | OSError):
+                logger.error("%s: %s", doing, failure)  # our bug: keep the tracebacks
+                break
+        raise CheckpointError(f"{doing}: " + "; ".join(sorted(reasons))) from None
+
+
+def _explain(rank: int, error: BaseException) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = error.filename or f"rank {rank}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"no space left on the disk of {where}: free some, or lower checkpoint.keep_last"
+        return f"{where}: {error.strerror}"
+    return f"rank {rank}: {type(error).__name__}: {error}"

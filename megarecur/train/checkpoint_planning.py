@@ -1,0 +1,140 @@
+"""Which rank writes which rectangle of which tensor, and which parts of saved ones a rank reads.
+
+torch.distributed.checkpoint does the planning: it writes replicas once and reshards. What it would
+save or load wrongly without a word is refused here.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megarecur.errors import CheckpointError
+from megarecur.train.checkpoint_index import DTYPE_NAMES
+from megarecur.train.shards import Box, Shard, tiling_fault
+
+
+class ShardSavePlanner(DefaultSavePlanner):
+    """Plans to write each rectangle of `shards` once, whichever ranks hold it."""
+
+    # Given here and not as the state dict, of which every entry costs a log record or two.
+    def __init__(self, shards: dict[str, Shard]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._shards = shards
+        self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        """One item per rectangle of this rank."""
+        items = []
+        for name, shard in self._shards.items():
+            for offset, sizes, tensor in _filled(shard):
+                if tuple(tensor.shape) != sizes:
+                    raise CheckpointError(
+                        f"{name}: a chunk of sizes {sizes} is given as {tuple(tensor.shape)}"
+                    )
+                if tensor.dtype not in DTYPE_NAMES:
+                    raise CheckpointError(f"{name}: {tensor.dtype} cannot be saved; convert it")
+                self._tensors[name, offset] = tensor
+                items.append(_write_item(name, shard.global_shape, offset, sizes, tensor.dtype))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Refuse what the default plan would save wrongly without a word, then plan."""
+        faults = _plan_faults(all_plans)
+        if faults:
+            raise CheckpointError("\n  ".join(faults))
+        return super().create_global_plan(all_plans)
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The tensor of a rectangle."""
+        assert index.offset is not None
+        return self._tensors[index.fqn, tuple(index.offset)]
+
+
+class ShardLoadPlanner(DefaultLoadPlanner):
+    """Plans to read, for each rectangle of `shards`, the parts of saved chunks that lie in it."""
+
+    def __init__(self, shards: dict[str, Shard]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._shards = shards
+        self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def create_local_plan(self) -> LoadPlan:
+        """Read items for every rectangle of this rank."""
+        assert self.metadata is not None
+        items = []
+        for name, shard in self._shards.items():
+            saved = self.metadata.state_dict_metadata[name]
+            assert isinstance(saved, TensorStorageMetadata)
+            wanted = []
+            for offset, sizes, tensor in _filled(shard):
+                self._tensors[name, offset] = tensor
+                wanted.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(sizes)))
+            items += create_read_items_for_chunk_list(name, saved, wanted)
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The tensor of a rectangle."""
+        assert index.offset is not None
+        return self._tensors[index.fqn, tuple(index.offset)]
+
+
+def _filled(shard: Shard) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:
+    """The chunks that hold something: an empty one would share its offset with a full one."""
+    for offset, sizes, tensor in shard.chunks:
+        if tensor.numel():
+            yield tuple(offset), tuple(sizes), tensor
+
+
+def _write_item(
+    name: str,
+    global_shape: tuple[int, ...],
+    offset: tuple[int, ...],
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+) -> WriteItem:
+    return WriteItem(
+        index=MetadataIndex(name, offset),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(torch.Size(offset), torch.Size(sizes)),
+            properties=TensorProperties(dtype=dtype),
+            size=torch.Size(global_shape),
+        ),
+    )
+
+
+def _plan_faults(plans: list[SavePlan]) -> list[str]:
+    """What the ranks disagree on, and what does not tile its tensor, by name."""
+    kinds: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+    tiles: dict[str, set[Box]] = {}
+    for item in (item for plan in plans for item in plan.items):
+        name, data = item.index.fqn, item.tensor_data
+        assert data is not None
+        kind = (str(data.properties.dtype), tuple(data.size))
+        kinds.setdefault(name, set()).add(kind)
+        tiles.setdefault(name, set()).add((tuple(data.chunk.offsets), tuple(data.chunk.sizes)))
+    faults = []
+    for name, found in kinds.items():
+        if len(found) > 1:
+            faults.append(f"{name}: ranks disagree on dtype and shape: {sorted(found)}")
+        elif fault := tiling_fault(next(iter(found))[1], sorted(tiles[name])):
+            faults.append(f"{name}: {fault}")
+    return faults

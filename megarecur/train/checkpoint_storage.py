@@ -1,0 +1,393 @@
+"""The files of a checkpoint, and the two classes by which torch.distributed.checkpoint uses them.
+
+step-00000100/             appears only complete, by one rename of step-00000100.tmp
+  rank-00000.safetensors   chunks of tensors, under "name" or "name[0:96,0:64]"
+  index.json               format, version, state, and where every byte lies, with its xxh3
+  index.xxh3               xxh3 of index.json
+"""
+
+import json
+import logging
+import os
+import shutil
+import struct
+from collections import defaultdict
+from dataclasses import replace
+from io import FileIO
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from megarecur.errors import CheckpointError
+from megarecur.train.checkpoint_index import (
+    DTYPE_NAMES,
+    DTYPES,
+    VERSION,
+    ChunkRecord,
+    DamagedCheckpoint,
+    FileRecord,
+    Index,
+    TensorRecord,
+    index_fault,
+    read_index,
+    readable,
+    seal,
+)
+from megarecur.train.shards import span
+
+logger = logging.getLogger(__name__)
+
+# ---------------------------------------------------------------------------- bytes on the disk
+
+
+def write_all(file: FileIO, data: memoryview | bytes, path: Path) -> None:
+    """Write all of `data`; an OSError names `path`."""
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Create `path` with `data` on the disk, not only in the page cache."""
+    with open(path, "xb", buffering=0) as file:
+        write_all(file, data, path)
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Put the names in a folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _chunk_key(name: str, shape: list[int], offset: list[int], sizes: list[int]) -> str:
+    return name if sizes == shape else name + span(offset, sizes)
+
+
+def _finished(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+class ChunkReader:
+    """Reads and checks the chunks of one checkpoint, through one buffer and each file once open."""
+
+    def __init__(self, path: Path, index: Index, verify: bool = True) -> None:
+        self._path, self._index, self._verify = path, index, verify
+        self._files: dict[str, FileIO] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def __enter__(self) -> "ChunkReader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def open(self, name: str) -> FileIO:
+        """Open a file of the checkpoint and check its length and header."""
+        if name in self._files:
+            return self._files[name]
+        path, record = self._path / name, self._index.files[name]
+        with readable(path):
+            file = self._files[name] = open(path, "rb", buffering=0)  # noqa: SIM115
+            length = os.fstat(file.fileno()).st_size
+            header = file.read(min(record.header_bytes, length))
+        if length != record.bytes:
+            raise DamagedCheckpoint(f"{path}: {length} bytes long, written with {record.bytes}")
+        if self._verify and xxhash.xxh3_64_hexdigest(header) != record.header_xxh3:
+            raise DamagedCheckpoint(f"{path}: checksum mismatch in the header")
+        return file
+
+    def read(self, name: str, chunk: ChunkRecord) -> Tensor:
+        """The tensor of a chunk of `name`; valid until the next call."""
+        file, path = self.open(chunk.file), self._path / chunk.file
+        tensor = self._index.tensors[name]
+        start, stop = chunk.bytes
+        if self._buffer.numel() < stop - start:
+            self._buffer = torch.empty(stop - start, dtype=torch.uint8)
+        raw = self._buffer[: stop - start]
+        view = raw.numpy().data
+        done = 0
+        with readable(path):
+            file.seek(start)
+            while done < len(view) and (count := file.readinto(view[done:])):
+                done += count
+        fault = "ends early" if done < len(view) else ""
+        if not fault and self._verify and xxhash.xxh3_64_hexdigest(view) != chunk.xxh3:
+            fault = "checksum mismatch"
+        if fault:
+            key = _chunk_key(name, tensor.shape, chunk.offset, chunk.shape)
+            raise DamagedCheckpoint(f"{path}: {fault} in {key}, bytes {start}:{stop}")
+        return raw.view(DTYPES[tensor.dtype]).view(chunk.shape)
+
+
+def find_damage(path: Path, index: Index, part: int = 0, num_parts: int = 1) -> list[str]:
+    """Read every `num_parts`-th file of a checkpoint; list what is damaged by file and tensor."""
+    chunks: dict[str, list[tuple[str, ChunkRecord]]] = defaultdict(list)
+    for name, tensor in index.tensors.items():
+        for chunk in tensor.chunks:
+            chunks[chunk.file].append((name, chunk))
+    damage = []
+    with ChunkReader(path, index) as reader:
+        for file in sorted(index.files)[part::num_parts]:
+            try:
+                reader.open(file)
+            except DamagedCheckpoint as error:
+                names = sorted({name for name, _ in chunks[file]})
+                damage.append(f"{error} (holds {', '.join(names)})")
+                continue
+            for name, chunk in chunks[file]:
+                try:
+                    reader.read(name, chunk)
+                except DamagedCheckpoint as error:
+                    damage.append(str(error))
+    return damage
+
+
+# ------------------------------------------------------- storage of torch.distributed.checkpoint
+
+
+class FolderWriter(StorageWriter):
+    """Writes a checkpoint beside its place and moves it there once every rank has written."""
+
+    def __init__(self, final: Path, state: dict[str, Any]) -> None:
+        self.final = final
+        self.temporary = final.with_name(final.name + ".tmp")
+        self._state = state
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept between checkpoints."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Plans need no change per rank."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make the folder and name each rank's file; runs on the coordinator before any write."""
+        try:
+            json.dumps(self._state)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"the state of {self.final} is not JSON: {error}") from None
+        if self.final.exists() and not _is_damaged(self.final):
+            raise CheckpointError(
+                f"{self.final} exists and is intact: resume from it, or move it away"
+            )
+        if self.temporary.exists():
+            shutil.rmtree(self.temporary)
+        self.temporary.mkdir(parents=True)
+        return [
+            replace(plan, storage_data=f"rank-{rank:05d}.safetensors")
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's chunks; a result carries the records of its chunk and file."""
+        if not plan.items:
+            return _finished([])
+        path = self.temporary / plan.storage_data
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for item in plan.items:
+            data = item.tensor_data
+            assert data is not None
+            offset, sizes = list(data.chunk.offsets), list(data.chunk.sizes)
+            key = _chunk_key(item.index.fqn, list(data.size), offset, sizes)
+            if key in header:
+                raise CheckpointError(
+                    f"{path}: two tensors would share the key {key!r}: rename one"
+                )
+            start, end = end, end + prod(sizes) * data.properties.dtype.itemsize
+            header[key] = {
+                "dtype": DTYPE_NAMES[data.properties.dtype],
+                "shape": sizes,
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # so that tensors are aligned when mapped
+        head = struct.pack("<Q", len(text)) + text
+        record = FileRecord(
+            bytes=len(head) + end,
+            header_bytes=len(head),
+            header_xxh3=xxhash.xxh3_64_hexdigest(head),
+        )
+        results = []
+        with open(path, "xb", buffering=0) as file:
+            write_all(file, head, path)
+            for item in plan.items:
+                data = item.tensor_data
+                assert data is not None
+                tensor = planner.resolve_data(item)
+                assert isinstance(tensor, Tensor)
+                payload = _bytes_of(tensor)
+                start = file.tell()
+                write_all(file, payload, path)
+                chunk = ChunkRecord(
+                    offset=list(data.chunk.offsets),
+                    shape=list(data.chunk.sizes),
+                    file=path.name,
+                    bytes=(start, start + len(payload)),
+                    xxh3=xxhash.xxh3_64_hexdigest(payload),
+                )
+                results.append(WriteResult(item.index, len(payload), (chunk, record)))
+            os.fsync(file.fileno())
+        return _finished(results)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index and publish; runs on the coordinator after every rank has written."""
+        chunks: dict[str, list[ChunkRecord]] = defaultdict(list)
+        files: dict[str, FileRecord] = {}
+        for result in (result for of_rank in results for result in of_rank):
+            chunk, files[chunk.file] = result.storage_data
+            chunks[result.index.fqn].append(chunk)
+        tensors = {}
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            tensors[name] = TensorRecord(
+                dtype=DTYPE_NAMES[tensor.properties.dtype],
+                shape=list(tensor.size),
+                chunks=sorted(chunks[name], key=lambda chunk: chunk.offset),
+            )
+        index = Index(
+            format="megarecur", version=VERSION, state=self._state, files=files, tensors=tensors
+        )
+        fault = index_fault(index)
+        assert not fault, fault
+        body = json.dumps(index.model_dump(), sort_keys=True).encode()
+        write_file(self.temporary / "index.json", body)
+        write_file(self.temporary / "index.xxh3", seal(xxhash.xxh3_128_hexdigest(body)))
+        sync_folder(self.temporary)
+        root = self.final.parent
+        latest = root / "latest.tmp"  # aside and first: a full disk then shows before publishing
+        latest.unlink(missing_ok=True)
+        write_file(latest, seal(self.final.name))
+        if self.final.exists():
+            logger.warning("%s is damaged and is replaced", self.final)
+            delete_folder(self.final, aside=".damaged.tmp")
+        os.rename(self.temporary, self.final)
+        sync_folder(root)
+        os.rename(latest, root / "latest")
+        sync_folder(root)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any path will do."""
+        return True
+
+
+class FolderReader(StorageReader):
+    """Reads from a checkpoint whose index was read and checked before."""
+
+    def __init__(self, path: Path, index: Index, verify: bool) -> None:
+        self._path, self._index, self._verify = path, index, verify
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept between checkpoints."""
+
+    # With **kwargs the loader would call this again after a failure, on that rank alone.
+    def read_metadata(self) -> Metadata:
+        """The index in the planner's words."""
+        return Metadata(
+            {
+                name: TensorStorageMetadata(
+                    TensorProperties(dtype=DTYPES[tensor.dtype]),
+                    torch.Size(tensor.shape),
+                    [
+                        ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape))
+                        for chunk in tensor.chunks
+                    ],
+                )
+                for name, tensor in self._index.tensors.items()
+            }
+        )
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Plans need no change per rank."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Plans need no change."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read each chunk once, whole (its checksum covers all of it), and copy what is wanted."""
+        wanted = defaultdict(list)
+        for item in plan.items:
+            offset = item.storage_index.offset
+            assert offset is not None
+            wanted[item.storage_index.fqn, tuple(offset)].append(item)
+        with ChunkReader(self._path, self._index, self._verify) as reader:
+            for name, tensor in self._index.tensors.items():
+                for chunk in tensor.chunks:
+                    items = wanted.get((name, tuple(chunk.offset)))
+                    if not items:
+                        continue
+                    source = reader.read(name, chunk)
+                    for item in items:
+                        part = source
+                        for dim, start in enumerate(item.storage_offsets):
+                            part = part.narrow(dim, start, item.lengths[dim])
+                        target = planner.resolve_tensor(item).detach()
+                        target.copy_(part)
+                        planner.commit_tensor(item, target)
+        return _finished(None)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any path will do."""
+        return True
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        return bool(find_damage(path, read_index(path)))
+    except DamagedCheckpoint:
+        return True
+
+
+def delete_folder(path: Path, aside: str = ".tmp") -> None:
+    """Delete a checkpoint so that a crash half-way leaves a `.tmp`, never half a checkpoint."""
+    doomed = path.with_name(path.name + aside)
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)

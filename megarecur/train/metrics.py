@@ -1,0 +1,135 @@
+"""metrics.jsonl is the truth; TensorBoard mirrors it; one line tells how the run goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from megarecur.config.load import to_yaml
+from megarecur.config.schema import Config
+
+
+class Metrics:
+    """Where rank 0 writes a run's numbers; flat keys equal TensorBoard tags.
+
+    A resumed run drops the rows of steps it is about to repeat, so that curves stay single-valued.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run_dir / "metrics.jsonl"
+        drop_after(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self.board.add_text("config", f"```yaml\n{to_yaml(config)}```", step)
+
+    def write(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        """One row."""
+        row = {"step": step, "tokens": tokens, **values}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for tag, value in values.items():
+            self.board.add_scalar(tag, value, step)
+        self.board.flush()
+
+    def close(self) -> None:
+        """Make everything durable."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Whole rows of a metrics.jsonl; a line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Rewrite metrics.jsonl without rows beyond a step; aside, then renamed."""
+    rows = read_metrics(path)
+    if not path.exists():
+        return
+    aside = path.with_suffix(".jsonl.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+class Progress:
+    """One line per log step: rewritten in place on a terminal, plain elsewhere."""
+
+    def __init__(self, num_steps: int, stream: TextIO = sys.stdout) -> None:
+        self.num_steps, self.stream = num_steps, stream
+        self.terminal = stream.isatty()
+        self.open_line = False
+        self.first: tuple[int, float] | None = None
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Step, loss, rate, gradient norm, speed, time left."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (step, now)
+        done, since = step - self.first[0], now - self.first[1]
+        left = since / done * (self.num_steps - step) if done else None
+        parts = [f"step {step}/{self.num_steps}"]
+        if "train/loss" in values:
+            parts += [
+                f"loss {values['train/loss']:.4f}",
+                f"lr {values['optim/lr']:.2e}",
+                f"grad {values['optim/grad_norm']:.3f}",
+                f"tok/s {_thousands(values['speed/tokens_per_second'])}",
+                f"mfu {100 * values['speed/mfu']:.0f}%",
+                f"data wait {100 * values['speed/data_wait']:.1f}%",
+            ]
+        if "val/loss" in values:
+            parts.append(f"val loss {values['val/loss']:.4f}")
+        line = "  ".join([*parts, f"left {duration(left)}"])
+        if self.terminal:
+            # A validated step keeps its line.
+            self.open_line = "val/loss" not in values
+            self.stream.write("\r\x1b[K" + line + ("" if self.open_line else "\n"))
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self.stream.write(("\n" if self.open_line else "") + text + "\n")
+        self.open_line = False
+        self.stream.flush()
+
+
+def _thousands(value: float) -> str:
+    for unit in ("", "k", "M"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}G"
+
+
+def duration(seconds: float | None) -> str:
+    """Like 1h02m, 3m04s or 5s; ? when unknown."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,47 @@
+"""What the hardware could do at most, for MFU, and how much memory a process took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+# Dense bf16 products, from the makers' data sheets (SXM parts), FLOP/s.
+BF16_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that MFU is counted against: the data sheet's for a known GPU, else a measured GEMM.
+
+    On a CPU the better of fp32 and the compute dtype, since a product may run in either.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for model, peak in BF16_PEAK.items():
+            if model in name and dtype == torch.bfloat16:
+                return peak
+        return measure_gemm(device, dtype)
+    return max(measure_gemm(device, d) for d in {torch.float32, dtype})
+
+
+def measure_gemm(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of the best of a few square matrix products; tens of milliseconds."""
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU, or that this process took on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,134 @@
+"""The run folder: its lease, its config, and where a run stands."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarecur.config.load import changed_fixed_fields, to_yaml, validate
+from megarecur.config.schema import Config
+from megarecur.errors import CheckpointError, ConfigError
+from megarecur.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    tokens: int = 0
+    """Tokens read."""
+    skipped: int = 0
+    """Steps whose gradient was not finite."""
+
+
+def save_state(
+    state: TrainState, config: Config, mesh: Mesh, data: dict[str, Any], tokenizer: str
+) -> dict[str, Any]:
+    """What a checkpoint keeps beside tensors, as JSON."""
+    return {
+        **asdict(state),
+        "data": data,
+        "config": config.model_dump(mode="json"),
+        "layer_map": config.recurrence.model_dump(mode="json"),
+        "mesh": {"dp": mesh.dp, "pp": mesh.pp, "tp": mesh.tp},
+        "order_hash": None,
+        "tokenizer": tokenizer,
+        "versions": {"megarecur": version("megarecur"), "torch": torch.__version__},
+    }
+
+
+def check_resume(saved: dict[str, Any], config: Config, tokenizer: str, path: Path) -> TrainState:
+    """Where to go on from, once the config is found to be that of the run.
+
+    Raises:
+        ConfigError: listing every fixed field that changed.
+        CheckpointError: a tokenizer other than the run's.
+    """
+    former = validate(saved["config"], f"{path}/index.json")
+    changed = changed_fixed_fields(former, config)
+    if changed:
+        lines = "".join(f"\n  {line}" for line in changed)
+        raise ConfigError(
+            f"{path} belongs to a run of another config; "
+            f"set these back, or choose another run_dir for a new run:{lines}"
+        )
+    if saved["tokenizer"] != tokenizer:
+        raise CheckpointError(
+            f"{path} was trained with a tokenizer of fingerprint {saved['tokenizer']}, "
+            f"data.tokenizer={config.data.tokenizer} has {tokenizer}; use the run's own"
+        )
+    return TrainState(saved["step"], saved["tokens"], saved["skipped"])
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """The resolved config, which re-runs the job."""
+    write_aside(run_dir / "config.yaml", to_yaml(config))
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write beside, sync, rename: the file is never half there."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+@contextmanager
+def open_run(config: Config, mesh: Mesh) -> Iterator[Path]:
+    """The run folder, made and leased to this job by rank 0 until the context ends.
+
+    The lease is a lock of the operating system on `lease`: it ends with its process, however that
+    ends.
+
+    Raises:
+        ConfigError: another job holds the folder, or it cannot be written.
+    """
+    run_dir, refusal, file = Path(config.run_dir), "", None
+    if mesh.rank == 0:
+        try:
+            for name in ("checkpoints", "logs", "plots"):
+                (run_dir / name).mkdir(parents=True, exist_ok=True)
+            file = (run_dir / "lease").open("a+", encoding="utf-8")
+            refusal = take_lease(file, run_dir)
+        except OSError as error:
+            refusal = f"run_dir={run_dir}: cannot be written ({error.strerror})"
+    refusal = mesh.broadcast_object(refusal)
+    try:
+        if refusal:
+            raise ConfigError(refusal)
+        yield run_dir
+    finally:
+        if file is not None:
+            file.close()
+
+
+def take_lease(file: Any, run_dir: Path) -> str:
+    """Lock an open lease file for this process; returns who holds it otherwise."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        return (
+            f"run_dir={run_dir} is in use by {holder}; "
+            "wait for that job, end it, or choose another run_dir"
+        )
+    file.seek(0)
+    file.truncate()
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    file.flush()
+    return ""

@@ -1,0 +1,168 @@
+"""The house of design.md, read from the imports: which way they run, and who may import what."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FLOORS = {
+    "megarecur.errors": 0,
+    "megarecur.config": 1,
+    "megarecur.recurrence": 2,
+    "megarecur.plan": 3,
+    "megarecur.parallel": 4,
+    "megarecur.model": 5,
+    "megarecur.data": 6,
+    "megarecur.optim": 6,
+    "megarecur.inference": 7,
+    "megarecur.train": 8,
+    "megarecur.convert": 9,
+    "megarecur.plot": 10,
+    "data_prep": 10,
+    "launch": 11,
+}
+"""A room imports from itself and from lower floors."""
+
+PLOT_MAY_IMPORT = {"megarecur.errors", "megarecur.config", "megarecur.recurrence", "megarecur.plan"}
+"""plot reads files; of the code it needs only what explains a config."""
+
+NO_TORCH = ("megarecur.errors", "megarecur.config", "megarecur.recurrence", "megarecur.plan",
+            "megarecur.plot")  # fmt: skip
+
+OWNERS = {
+    "streaming": ("megarecur.data", "data_prep"),
+    "submitit": ("launch",),
+    "deepspeed": ("megarecur.optim.zero",),
+    "tensorboard": ("megarecur.train.metrics",),
+    "torch.utils.tensorboard": ("megarecur.train.metrics",),
+    "matplotlib": ("megarecur.plot",),
+    "typer": ("launch",),
+}
+"""A library and the only places that may import it."""
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module or module.name) of every import, lazy ones and those for typing included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write the whole name of the module"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def room(module: str) -> str | None:
+    return next((name for name in FLOORS if inside(module, name)), None)
+
+
+CODE = sources("megarecur", "data_prep", "launch")
+
+
+def by_name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", CODE, ids=by_name)
+def test_imports_run_one_way(path: Path) -> None:
+    here = room(module_name(path))
+    if here is None:
+        assert module_name(path) == "megarecur", "a new room needs a floor in FLOORS"
+        return
+    for line, imported in imports(path):
+        there = room(imported)
+        if there is None or there == here:
+            continue
+        where = f"{by_name(path)}:{line}: {here} imports {imported}"
+        assert FLOORS[there] < FLOORS[here], f"{where}, which lies above or beside it"
+        if here == "megarecur.plot":
+            assert there in PLOT_MAY_IMPORT, where
+        assert there != "megarecur.plot" or here == "launch", where
+
+
+@pytest.mark.parametrize("path", CODE, ids=by_name)
+def test_libraries_stay_with_their_owners(path: Path) -> None:
+    module = module_name(path)
+    for line, imported in imports(path):
+        where = f"{by_name(path)}:{line}: {module} imports {imported}"
+        if any(inside(module, package) for package in NO_TORCH):
+            assert not inside(imported, "torch"), where
+        for library, owners in OWNERS.items():
+            if inside(imported, library):
+                assert any(inside(module, owner) for owner in owners), where
+
+
+def test_the_command_line_imports_torch_only_inside_commands() -> None:
+    tree = ast.parse((ROOT / "launch" / "cli.py").read_text(encoding="utf-8"))
+    top = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    top |= {
+        alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
+    }
+    assert {str(name).split(".")[0] for name in top} <= {
+        "__future__", "collections", "pathlib", "sys", "typing", "typer", "megarecur"
+    }  # fmt: skip
+    assert {name for name in top if str(name).startswith("megarecur")} == {"megarecur.errors"}
+
+
+@pytest.mark.parametrize("path", sources("megarecur/model"), ids=by_name)
+def test_models_hold_mathematics_not_collectives(path: Path) -> None:
+    for line, imported in imports(path):
+        assert not inside(imported, "torch.distributed"), f"{by_name(path)}:{line}"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr == "distributed":
+            pytest.fail(f"{by_name(path)}:{node.lineno}: torch.distributed")
+
+
+def test_no_room_without_an_idea() -> None:
+    nameless = {"utils", "util", "helpers", "helper", "common", "misc"}
+    code = sources("megarecur", "data_prep", "launch", "tests", "benchmarks")
+    assert [by_name(path) for path in code if path.stem in nameless] == []
+
+
+@pytest.mark.parametrize("path", sources("megarecur", "data_prep"), ids=by_name)
+def test_the_package_logs_and_does_not_print(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{by_name(path)}:{node.lineno}"
+
+
+def public_functions(path: Path) -> Iterator[ast.FunctionDef]:
+    """Functions and methods that others may call; those inside functions are nobody's."""
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while pending:
+        for node in ast.iter_child_nodes(pending.pop()):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                yield node
+            if isinstance(node, ast.ClassDef | ast.If | ast.Try):
+                pending.append(node)
+
+
+PURE = sources("megarecur/config", "megarecur/recurrence", "megarecur/plan")
+
+
+@pytest.mark.parametrize("path", PURE, ids=by_name)
+def test_public_functions_are_annotated_and_explained(path: Path) -> None:
+    for function in public_functions(path):
+        where = f"{by_name(path)}:{function.lineno}: {function.name}"
+        assert function.returns is not None, where
+        given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        unnamed = [a.arg for a in given if a.annotation is None and a.arg not in ("self", "cls")]
+        assert not unnamed, f"{where}: {unnamed}"
+        assert ast.get_docstring(function), f"{where} has no docstring"

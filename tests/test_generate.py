@@ -1,0 +1,358 @@
+"""Decoding: the cache against full recomputation, the choice of tokens, text as it comes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from megarecur.config.load import validate
+from megarecur.config.schema import Config
+from megarecur.data.tokenizer import ByteTokenizer, Tokenizer
+from megarecur.errors import ConfigError
+from megarecur.inference.cache import SMALLEST_CAPACITY, Cache
+from megarecur.inference.generate import choose, generate, next_logits, stream_text
+from megarecur.model.transformer import Transformer
+from megarecur.recurrence.schemes import layer_map
+
+VOCAB = 53
+
+
+def build(recurrence: dict[str, Any], **model: Any) -> Transformer:
+    """A small model whose logits are far enough apart for a wrong key to change the tokens."""
+    shape = {"hidden_size": 24, "num_heads": 4, "head_dim": 6, "ffn_hidden_size": 32}
+    values = {
+        "run_dir": "unused",
+        "model": shape | {"vocab_size": VOCAB, "init_std": 0.3} | model,
+        "recurrence": recurrence,
+        "data": {"train": [{"path": "unused"}], "tokenizer": "bytes", "seq_length": 160},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+    }
+    return Transformer(validate(values, "test"))
+
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "dense": {"kind": "dense", "num_layers": 3},
+    "sequence": {"kind": "sequence", "num_blocks": 2, "depth": 4},
+    "cycle": {"kind": "cycle", "num_blocks": 2, "depth": 5},
+    "cycle_reverse": {"kind": "cycle_reverse", "num_blocks": 2, "depth": 4},
+    "reuse_map": {"kind": "reuse_map", "reuse_map": [3, 1, 2]},
+    "block_recurrence": {"kind": "block_recurrence", "num_blocks": 2, "num_loops": 3},
+    "custom": {"kind": "custom", "order": [0, 1, 1, 0, 2, 0]},
+}
+for injection, state in product(("none", "add", "linear"), ("prelude", "zero", "random")):
+    if injection != "none" or state == "prelude":
+        SCHEMES[f"loop-{injection}-{state}"] = {
+            "kind": "loop",
+            "prelude": 1,
+            "core": 2,
+            "coda": 1,
+            "num_loops": 2,
+            "injection": injection,
+            "initial_state": state,
+        }
+POSITIONS = ("rope", "alibi", "learned", "sinusoidal", "none")
+KV_HEADS = (4, 2, 1)
+# Every scheme with every position scheme, and every number of key heads with each of both.
+CASES = [
+    (scheme, positions, KV_HEADS[(i + j) % len(KV_HEADS)])
+    for i, scheme in enumerate(SCHEMES)
+    for j, positions in enumerate(POSITIONS)
+]
+
+
+def compare_with_recomputation(model: Transformer, cache: Cache) -> None:
+    """Prefill, then decode token by token, two samples at once; fails where logits differ."""
+    steps = layer_map(model.config.recurrence)
+    prompt = torch.arange(10).view(2, 5) * 7 % VOCAB
+    tokens, new = prompt, prompt
+    for _ in range(6):
+        cached = next_logits(model, steps, new, cache, seed=3)
+        full = next_logits(model, steps, tokens, None, seed=3)
+        torch.testing.assert_close(cached, full, rtol=0.0, atol=1e-5)
+        assert cached.argmax(-1).tolist() == full.argmax(-1).tolist()
+        new = full.argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, new], dim=1)
+    assert cache.length == tokens.shape[1] - 1
+    assert sorted(cache.entries) == sorted((s.block, s.loop_index) for s in steps)
+
+
+@pytest.mark.parametrize(("scheme", "positions", "kv_heads"), CASES)
+def test_cache_equals_recomputation(scheme: str, positions: str, kv_heads: int) -> None:
+    """Logits within 1e-5, tokens equal, one entry per executed step of the map."""
+    model = build(SCHEMES[scheme], positions=positions, num_kv_heads=kv_heads)
+    compare_with_recomputation(model, Cache())
+
+
+@pytest.mark.parametrize("norm_position", ["post", "sandwich"])
+def test_cache_equals_recomputation_in_other_blocks(norm_position: str) -> None:
+    """Other norm positions, LayerNorm, GELU, biases, a norm after the core."""
+    recurrence = SCHEMES["loop-linear-random"]
+    if norm_position != "post":
+        recurrence = recurrence | {"final_norm_after_core": True}
+    model = build(
+        recurrence,
+        norm_position=norm_position,
+        norm="layer",
+        feed_forward="gelu",
+        attention_bias="all",
+        feed_forward_bias=True,
+        tie_embeddings=False,
+        rope_interleaved=True,
+    )
+    compare_with_recomputation(model, Cache())
+
+
+class CacheByBlock(Cache):
+    """The planted fault: all uses of a block share one entry."""
+
+    def append(self, step: tuple[int, int], *new: torch.Tensor) -> Any:
+        """As Cache, the loop forgotten."""
+        return super().append((step[0], 0), *new)
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "dense"])
+def test_cache_keyed_by_block_is_caught(scheme: str) -> None:
+    """The comparison must see logits that differ, not merely the number of entries."""
+    model = build(SCHEMES[scheme])
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        compare_with_recomputation(model, CacheByBlock())
+
+
+def test_cache_grows() -> None:
+    """More tokens than there was room for are kept, in any portions."""
+    cache = Cache()
+    whole = torch.randn(2, 3 * SMALLEST_CAPACITY, 2, 4, generator=torch.Generator().manual_seed(1))
+    done = 0
+    for size in (SMALLEST_CAPACITY - 1, 1, 1, SMALLEST_CAPACITY + 5):
+        part = whole[:, done : done + size]
+        for step in ((0, 0), (0, 1)):
+            k, v = cache.append(step, part, -part)
+            assert torch.equal(k, whole[:, : done + size])
+            assert torch.equal(v, -whole[:, : done + size])
+        cache.advance(size)
+        done += size
+    assert cache.length == done
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_generate_is_the_same_without_cache(scheme: str, temperature: float) -> None:
+    """Greedy and sampled, token for token, across a growth of the cache."""
+    model = build(SCHEMES[scheme])
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": temperature, "top_k": 20}
+    prompt = [3, 1, 4, 1, 5]
+    cached = list(generate(model, prompt, seed=7, **options))
+    assert cached == list(generate(model, prompt, seed=7, use_cache=False, **options))
+    assert len(cached) == 12
+
+
+def test_generate_past_the_first_capacity() -> None:
+    """The same prefix of tokens whatever room was asked for."""
+    model = build(SCHEMES["cycle"])
+    long = list(generate(model, [1], max_new_tokens=SMALLEST_CAPACITY + 20, seed=1))
+    assert long[:10] == list(generate(model, [1], max_new_tokens=10, seed=1))
+    short = list(
+        generate(model, [1], max_new_tokens=SMALLEST_CAPACITY + 20, seed=1, use_cache=False)
+    )
+    assert long == short
+
+
+def test_samples_and_seeds_differ_and_repeat() -> None:
+    """A sample is a function of (seed, sample) alone."""
+    model = build(SCHEMES["reuse_map"])
+
+    def draw(seed: int, sample: int) -> tuple[int, ...]:
+        return tuple(generate(model, [2, 9], max_new_tokens=10, seed=seed, sample=sample))
+
+    drawn = {(seed, sample): draw(seed, sample) for seed in (1, 2) for sample in (0, 1)}
+    assert len(set(drawn.values())) == 4
+    assert draw(2, 1) == drawn[2, 1]
+
+
+def test_generate_stops_at_end_of_text() -> None:
+    """The end is not part of the text."""
+    model = build(SCHEMES["dense"])
+    ids = list(generate(model, [2, 9], max_new_tokens=20, seed=4))
+    end = ids[5]
+    cut = list(generate(model, [2, 9], max_new_tokens=20, seed=4, eos_id=end))
+    assert cut == ids[: ids.index(end)]
+
+
+def test_more_loops_than_trained_with() -> None:
+    """num_loops changes what runs, and is the same as a model of that many loops."""
+    prompt, options = [2, 9, 30], {"max_new_tokens": 8, "temperature": 0.0}
+    deep = build(SCHEMES["block_recurrence"] | {"num_loops": 5})
+    model = build(SCHEMES["block_recurrence"])
+    wanted = list(generate(deep, prompt, **options))
+    assert list(generate(model, prompt, num_loops=5, **options)) == wanted
+    assert list(generate(model, prompt, **options)) != wanted
+
+
+# --------------------------------------------------------------------------------------- choice
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+
+
+def draw_counts(n: int = 4000, **options: Any) -> Counter[int]:
+    settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "seed": 5, "sample": 0} | options
+    return Counter(choose(LOGITS, position=i, **settings) for i in range(n))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_follow_the_softmax(temperature: float) -> None:
+    """Pearson's chi-square, 5 degrees of freedom: 20.5 is exceeded once in a thousand seeds."""
+    n = 4000
+    counts = draw_counts(n, temperature=temperature)
+    expected = (LOGITS.double() / temperature).softmax(-1) * n
+    square = sum((counts[i] - float(e)) ** 2 / float(e) for i, e in enumerate(expected))
+    assert square < 20.5
+
+
+def test_neighbouring_draws_are_independent() -> None:
+    """Over samples at one position as over positions: pairs of draws follow the product."""
+    p = LOGITS.double().softmax(-1)
+    same = float(p.square().sum())
+    n = 4000
+    options: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": 1.0}
+    across = [
+        choose(LOGITS, seed=5, sample=0, position=i, **options)
+        == choose(LOGITS, seed=5, sample=1, position=i, **options)
+        for i in range(n)
+    ]
+    along = [choose(LOGITS, seed=5, sample=2, position=i, **options) for i in range(n)]
+    repeated = sum(a == b for a, b in zip(along, along[1:], strict=False))
+    deviation = (n * same * (1.0 - same)) ** 0.5
+    assert abs(sum(across) - n * same) < 4 * deviation
+    assert abs(repeated - n * same) < 4 * deviation
+
+
+def test_top_k_top_p_and_temperature_limit_the_choice() -> None:
+    """Exactly the tokens that the options leave over are drawn."""
+    p = LOGITS.softmax(-1).cumsum(-1)
+    assert set(draw_counts(top_k=1)) == {0}
+    assert set(draw_counts(top_k=3)) == {0, 1, 2}
+    assert set(draw_counts(top_k=99)) == set(range(6))
+    assert set(draw_counts(top_p=1e-6)) == {0}
+    assert set(draw_counts(top_p=float(p[1]) - 1e-4)) == {0, 1}
+    assert set(draw_counts(top_p=float(p[1]) + 1e-4)) == {0, 1, 2}
+    assert set(draw_counts(top_k=4, top_p=0.99)) == {0, 1, 2, 3}
+    assert set(draw_counts(temperature=0.0)) == {0}
+    # The share of what is left, not of everything: 0.9 of the first two is both, 0.6 is one.
+    assert set(draw_counts(top_k=2, top_p=0.9)) == {0, 1}
+    assert set(draw_counts(top_k=2, top_p=0.6)) == {0}
+
+
+def test_top_k_keeps_k_of_equal_logits() -> None:
+    """Ties do not widen the choice."""
+    drawn = {choose(torch.zeros(9), 1.0, 3, 1.0, 1, 0, i) for i in range(300)}
+    assert len(drawn) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be 0"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ({"top_p": 1.5}, "top_p=1.5 must be above 0"),
+        ({"num_loops": 0}, "num_loops=0 must be at least 1"),
+        ({"num_loops": 2}, "recurrence.kind=dense has no loops"),
+        ({"tokens": []}, "the prompt has no tokens"),
+        ({"tokens": [1, VOCAB]}, f"id {VOCAB} of the prompt is outside model.vocab_size={VOCAB}"),
+        ({"tokens": [-1]}, "id -1 of the prompt"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    """At the call, before the first token is asked for."""
+    model = build(SCHEMES["dense"])
+    settings: dict[str, Any] = {"tokens": [1], "max_new_tokens": 3} | options
+    with pytest.raises(ConfigError, match=message):
+        generate(model, **settings)
+
+
+def test_learned_positions_end() -> None:
+    """All of them are used, none beyond."""
+    model = build(SCHEMES["dense"], positions="learned", max_positions=160)
+    model.config.model.model_fields_set  # noqa: B018
+    assert len(list(generate(model, [1] * 158, max_new_tokens=3))) == 3
+    with pytest.raises(ConfigError, match=r"160 learned positions.*ask for at most 3"):
+        generate(model, [1] * 158, max_new_tokens=4)
+    with pytest.raises(ConfigError, match="shorten the prompt"):
+        generate(model, [1] * 161, max_new_tokens=1)
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+class Pieces(Tokenizer):
+    """Ids are pieces as sentencepiece has them: a space in front, dropped at the very start."""
+
+    def __init__(self, pieces: Sequence[str]) -> None:
+        self.pieces = pieces
+
+    def encode_array(self, text: str) -> Any:
+        """Not used here."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Pieces side by side."""
+        return "".join(self.pieces[i] for i in ids).replace("▁", " ").removeprefix(" ")
+
+
+def test_stream_of_bytes_is_the_whole_text() -> None:
+    """Characters of one to four bytes come whole, in order, and nothing else comes."""
+    tokenizer = ByteTokenizer()
+    text = "a é € 🙂 z — 🙂🙂\n"
+    prompt = tokenizer.encode("né ")
+    pieces = list(stream_text(tokenizer, prompt, tokenizer.encode(text)))
+    assert "".join(pieces) == text
+    assert pieces == list(text)
+
+
+def test_stream_flushes_what_never_became_a_character() -> None:
+    """Broken bytes show as one mark each time, at the latest at the end."""
+    tokenizer = ByteTokenizer()
+    euro = "€".encode()
+    assert "".join(stream_text(tokenizer, [65], [*euro[:2], 66])) == "\ufffdB"
+    assert "".join(stream_text(tokenizer, [65], [66, *euro[:2]])) == "B\ufffd"
+    assert list(stream_text(tokenizer, [65], [])) == []
+
+
+def test_stream_keeps_spaces_and_skips_empty_tokens() -> None:
+    """A piece's own space is kept, also after tokens without text."""
+    tokenizer = Pieces(["", "▁Once", "▁upon", "▁", "a", "▁time"])
+    ids = [2, 3, 4, 0, 0, 5, 3]
+    for prompt in ([0, 1], [1]):
+        text = "".join(stream_text(tokenizer, prompt, ids))
+        assert text == tokenizer.decode([*prompt, *ids])[len("Once") :] == " upon a time "
+    assert "".join(stream_text(tokenizer, [0], [1, 2])) == "Once upon"
+
+
+def test_stream_yields_before_the_next_token_is_made() -> None:
+    """Text comes as soon as it is complete."""
+    tokenizer, made = ByteTokenizer(), []
+
+    def ids() -> Any:
+        for i in tokenizer.encode("xyz"):
+            made.append(i)
+            yield i
+
+    stream = stream_text(tokenizer, [65], ids())
+    assert next(stream) == "x"
+    assert len(made) == 1
+
+
+def test_config_is_what_the_model_was_built_with() -> None:
+    """The helper builds what it says (a guard for the cases above)."""
+    model = build(SCHEMES["reuse_map"], num_kv_heads=1)
+    assert isinstance(model.config, Config)
+    assert model.config.model.num_kv_heads == 1

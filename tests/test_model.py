@@ -1,0 +1,652 @@
+"""The model against its twins: unrolled, untied, cut, padded, packed, recomputed.
+
+Shapes: B samples, S positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from harness import assert_gradients_close
+from torch import Tensor, nn
+
+from megarecur.config.schema import Config
+from megarecur.model.transformer import Transformer
+from megarecur.parallel.linear import Linear
+from megarecur.recurrence.layer_map import LayerMap, Step
+from megarecur.recurrence.schemes import layer_map
+
+VOCABULARY = 23
+FP32_TOL, FP64_TOL = 2e-6, 1e-11
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "dense": {"kind": "dense", "num_layers": 3},
+    "sequence": {"kind": "sequence", "num_blocks": 2, "depth": 4},
+    "cycle": {"kind": "cycle", "num_blocks": 2, "depth": 5},
+    "cycle_reverse": {"kind": "cycle_reverse", "num_blocks": 2, "depth": 4},
+    "reuse_map": {"kind": "reuse_map", "reuse_map": [3, 1, 2]},
+    "block_recurrence": {"kind": "block_recurrence", "num_blocks": 2, "num_loops": 3},
+    "loop_none": {"kind": "loop", "prelude": 1, "core": 2, "coda": 1, "num_loops": 2,
+                  "injection": "none"},
+    "loop_add_zero": {"kind": "loop", "prelude": 1, "core": 1, "coda": 1, "num_loops": 3,
+                      "injection": "add"},
+    "loop_linear_random": {"kind": "loop", "prelude": 1, "core": 2, "coda": 1, "num_loops": 2,
+                           "injection": "linear", "initial_state": "random",
+                           "final_norm_after_core": True},
+    "loop_linear_prelude": {"kind": "loop", "prelude": 1, "core": 1, "coda": 0, "num_loops": 2,
+                            "injection": "linear", "initial_state": "prelude"},
+    "loop_no_prelude": {"kind": "loop", "prelude": 0, "core": 1, "coda": 1, "num_loops": 3},
+    "custom": {"kind": "custom", "order": [0, 1, 2, 1, 0, 2, 2]},
+}  # fmt: skip
+POSITIONS = ("rope", "alibi", "learned", "sinusoidal", "none")
+NORM_POSITIONS = ("pre", "post", "sandwich")
+# What a cell of the covering set varies beside scheme, positions and norm position.
+SHAPES: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_kv_heads": 2, "norm": "layer", "attention_bias": "all", "tie_embeddings": False},
+    {"feed_forward": "gelu", "feed_forward_bias": True, "attention_bias": "qk"},
+    {"head_dim": 6, "rope_interleaved": True, "num_kv_heads": 1, "scale_embeddings": True},
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def covering_set() -> list[Any]:
+    """Every scheme with every position scheme; norm positions and shapes take turns, so that every
+    pair of values of any two of the four occurs."""
+    pairs = list(itertools.product(SCHEMES, POSITIONS))
+    cells = []
+    for i, (scheme, positions) in enumerate(pairs):
+        row, column = divmod(i, len(POSITIONS))
+        norm_position = NORM_POSITIONS[(row + column) % 3]
+        if SCHEMES[scheme].get("final_norm_after_core") and norm_position == "post":
+            norm_position = "sandwich"  # post-norm has no final norm
+        shape = SHAPES[(row // 3 + column + 2 * (row % 3 == 1)) % 4]
+        cells.append(pytest.param(scheme, positions, norm_position, shape,
+                                  id=f"{scheme}-{positions}-{norm_position}"))  # fmt: skip
+    return cells
+
+
+def test_covering_set_covers() -> None:
+    cells = [cell.values for cell in covering_set()]
+    values = [(c[0], c[1], c[2], SHAPES.index(c[3])) for c in cells]
+    for scheme in SCHEMES:
+        norms = {v[2] for v in values if v[0] == scheme}
+        assert norms == set(NORM_POSITIONS) - (
+            {"post"} if SCHEMES[scheme].get("final_norm_after_core") else set()
+        )
+        assert {v[3] for v in values if v[0] == scheme} == set(range(len(SHAPES)))
+    pairs = {(v[a], v[b]) for v in values for a, b in ((1, 2), (1, 3), (2, 3))}
+    for left, right in ((POSITIONS, NORM_POSITIONS), (POSITIONS, range(4)),
+                        (NORM_POSITIONS, range(4))):  # fmt: skip
+        assert set(itertools.product(left, right)) <= pairs
+
+
+@dataclass
+class Batch:
+    """What the model reads of a micro batch."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    positions_BS: Tensor
+    documents_BS: Tensor
+    sample_ids_B: Tensor
+    single_document: bool = True
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Some of the samples."""
+        parts = {k: v[start:stop] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **parts)
+
+
+def make_batch(batch: int = 2, length: int = 7, seed: int = 0) -> Batch:
+    """Random tokens and labels, one label in five ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCABULARY, (batch, length), generator=generator)
+    labels = torch.randint(VOCABULARY, (batch, length), generator=generator)
+    labels[torch.rand(batch, length, generator=generator) < 0.2] = -100
+    positions = torch.arange(length).expand(batch, length)
+    return Batch(tokens, labels, positions, torch.zeros_like(tokens), torch.arange(batch) + 100)
+
+
+def make_config(
+    recurrence: dict[str, Any], precision: str = "fp64", recompute: bool = False, **model: Any
+) -> Config:
+    """A tiny run. Weights start large, so that every term of the model matters."""
+    shape = {"hidden_size": 32, "num_heads": 4, "ffn_hidden_size": 48, "vocab_size": VOCABULARY,
+             "max_positions": 32, "init_std": 0.15}  # fmt: skip
+    return Config.model_validate({
+        "run_dir": "run", "model": shape | model, "recurrence": recurrence,
+        "data": {"train": [{"path": "none"}], "tokenizer": "bytes", "seq_length": 16},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1,
+                  "precision": precision, "recompute": recompute},
+    })  # fmt: skip
+
+
+def build(config: Config, **kwargs: Any) -> Transformer:
+    """The model, its norms and biases moved off the values that would hide a mistake."""
+    model = Transformer(config, **kwargs)
+    for name, parameter in model.parameters_by_name.items():
+        if parameter.ndim == 1:
+            generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.2 * noise.to(parameter.dtype)
+    return model
+
+
+def objective(
+    model: Transformer, steps: LayerMap, batch: Batch, training: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(weighted sum of the loss terms, logits)."""
+    ctx = model.context(batch, step=3, training=training)
+    x, terms = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
+    logits = model.logits(x).detach().clone()
+    terms |= model.loss(x, batch)
+    return sum((t.weight * t.total for t in terms.values()), torch.zeros(())), logits
+
+
+def run(
+    config: Config, batch: Batch, training: bool = False, model: Transformer | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(loss, logits, gradients by name) of one micro batch."""
+    model = model or build(config)
+    loss, logits = objective(model, layer_map(config.recurrence), batch, training)
+    loss.backward()
+    return loss.detach(), logits, gradients(model)
+
+
+def gradients(model: Transformer) -> dict[str, Tensor]:
+    """Gradients by global name; a parameter that was not used has gradient zero."""
+    named = model.parameters_by_name.items()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
+
+
+def assert_same(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    """Bit equality of (loss, logits, gradients)."""
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+    assert actual[2].keys() == expected[2].keys()
+    for name, gradient in expected[2].items():
+        assert torch.equal(actual[2][name], gradient), name
+
+
+# ------------------------------------------------------------------- equal maps, unrolled twins
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_reuse_map_of_ones_is_dense(precision: str) -> None:
+    ones = make_config({"kind": "reuse_map", "reuse_map": [1, 1, 1]}, precision)
+    dense = make_config({"kind": "dense", "num_layers": 3}, precision)
+    assert_same(run(ones, make_batch()), run(dense, make_batch()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sequence_is_its_reuse_map(precision: str) -> None:
+    sequence = make_config({"kind": "sequence", "num_blocks": 2, "depth": 6}, precision)
+    reuse = make_config({"kind": "reuse_map", "reuse_map": [3, 3]}, precision)
+    assert_same(run(sequence, make_batch()), run(reuse, make_batch()))
+
+
+@pytest.mark.parametrize("kind", ["sequence", "cycle", "cycle_reverse"])
+def test_as_many_blocks_as_steps_is_dense(kind: str) -> None:
+    shared = make_config({"kind": kind, "num_blocks": 3, "depth": 3}, "fp32")
+    dense = make_config({"kind": "dense", "num_layers": 3}, "fp32")
+    assert_same(run(shared, make_batch()), run(dense, make_batch()))
+
+
+def test_one_block_makes_all_schemes_one() -> None:
+    kinds = ("sequence", "cycle", "cycle_reverse")
+    runs = [
+        run(make_config({"kind": k, "num_blocks": 1, "depth": 4}, "fp32"), make_batch())
+        for k in kinds
+    ]
+    assert_same(runs[1], runs[0])
+    assert_same(runs[2], runs[0])
+
+
+def test_uses_of_an_identity_block_change_nothing() -> None:
+    results = []
+    for uses in (1, 4):
+        config = make_config({"kind": "reuse_map", "reuse_map": [1, uses, 1]}, "fp32")
+        model = build(config)
+        for name in ("attention.output", "feed_forward.down"):
+            model.parameters_by_name[f"blocks.1.{name}.weight"].data.zero_()
+        results.append(objective(model, layer_map(config.recurrence), make_batch())[1])
+    assert torch.equal(results[0], results[1])
+
+
+def unroll(config: Config, shared: Transformer) -> tuple[Transformer, LayerMap, list[str]]:
+    """(twin with a block of its own for every step, its map, the shared name of each twin name)."""
+    steps = layer_map(config.recurrence)
+    dense = {"kind": "dense", "num_layers": len(steps)}
+    twin = Transformer(make_config(dense, config.train.precision, **config.model.model_dump()))
+    twin.stack.config = config  # the initial state follows the recurrence
+    for i, step in enumerate(steps):
+        adapter = shared.stack.blocks[str(step.block)].injection
+        if adapter is None or not step.reads:
+            continue
+
+        def make(name: str, value: Tensor = adapter.weight.parameter) -> nn.Parameter:
+            twin.parameters_by_name[name] = nn.Parameter(value.detach().clone())
+            return twin.parameters_by_name[name]
+
+        block = twin.stack.blocks[str(i)]
+        block.injection = Linear(f"blocks.{i}.injection", make, twin.dtype, False)
+    origins = []
+    for name, parameter in twin.parameters_by_name.items():
+        origin = name
+        if name.startswith("blocks."):
+            _, i, rest = name.split(".", 2)
+            origin = f"blocks.{steps[int(i)].block}.{rest}"
+        parameter.data.copy_(shared.parameters_by_name[origin].data)
+        origins.append(origin)
+    twin.refresh()
+    untied = tuple(replace(step, block=i, loop_index=0) for i, step in enumerate(steps))
+    return twin, untied, origins
+
+
+def summed_twin_gradients(twin: Transformer, origins: list[str]) -> dict[str, Tensor]:
+    """The sum over the copies of every shared parameter."""
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    for origin, gradient in zip(origins, gradients(twin).values(), strict=True):
+        sums[origin] = sums[origin] + gradient
+    return dict(sums)
+
+
+@pytest.mark.parametrize("scheme, positions, norm_position, shape", covering_set())
+def test_shared_gradient_is_the_sum_over_the_unrolled_twin(
+    scheme: str, positions: str, norm_position: str, shape: dict[str, Any]
+) -> None:
+    for precision, tol in (("fp32", FP32_TOL), ("fp64", FP64_TOL)):
+        config = make_config(
+            SCHEMES[scheme], precision, positions=positions, norm_position=norm_position,
+            z_loss=0.1, **shape,
+        )  # fmt: skip
+        shared, batch = build(config), make_batch()
+        loss, logits, actual = run(config, batch, model=shared)
+        twin, steps, origins = unroll(config, shared)
+        twin_loss, twin_logits = objective(twin, steps, batch)
+        twin_loss.backward()
+        assert torch.equal(loss, twin_loss.detach())
+        assert torch.equal(logits, twin_logits)
+        assert_gradients_close(actual, summed_twin_gradients(twin, origins), tol)
+
+
+def test_twin_comparison_catches_a_lost_use() -> None:
+    config = make_config({"kind": "reuse_map", "reuse_map": [3, 1]}, "fp32")
+    shared, batch = build(config), make_batch()
+    actual = run(config, batch, model=shared)[2]
+    twin, steps, origins = unroll(config, shared)
+    objective(twin, steps, batch)[0].backward()
+    for name in ("blocks.1.attention.query.weight", "blocks.2.feed_forward_norm.weight"):
+        saved = twin.parameters_by_name[name].grad
+        assert saved is not None
+        twin.parameters_by_name[name].grad = torch.zeros_like(saved)
+        with pytest.raises(AssertionError, match=r"blocks\.0"):
+            assert_gradients_close(actual, summed_twin_gradients(twin, origins), FP32_TOL)
+        twin.parameters_by_name[name].grad = saved
+    assert_gradients_close(actual, summed_twin_gradients(twin, origins), FP32_TOL)
+
+
+def test_gradients_by_finite_differences() -> None:
+    """The whole model in fp64: the derivative along a random direction of each parameter."""
+    for shape in ({}, {"norm": "layer", "feed_forward": "gelu", "rope_interleaved": True}):
+        config = make_config(SCHEMES["loop_linear_random"], z_loss=0.1, norm_position="sandwich",
+                             **shape)  # fmt: skip
+        model, batch = build(config), make_batch()
+        run(config, batch, model=model)
+        steps, epsilon = layer_map(config.recurrence), 1e-5
+        for name, parameter in model.parameters_by_name.items():
+            direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            direction = direction.to(parameter.dtype) / direction.norm()
+            values = []
+            for sign in (1, -1):
+                parameter.data += sign * epsilon * direction
+                values.append(objective(model, steps, batch)[0].item())
+                parameter.data -= sign * epsilon * direction
+            assert parameter.grad is not None
+            expected = (values[0] - values[1]) / (2 * epsilon)
+            actual = (parameter.grad * direction).sum().item()
+            assert actual == pytest.approx(expected, rel=1e-6, abs=1e-6), name
+
+
+# ----------------------------------------------------------- cut, padded, packed, recomputed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("scheme", ["reuse_map", "block_recurrence", "loop_linear_random"])
+def test_recompute_is_bit_equal(scheme: str, precision: str) -> None:
+    both = [
+        run(
+            make_config(SCHEMES[scheme], precision, recompute, dropout=0.3, attention_dropout=0.2),
+            make_batch(),
+            training=True,
+        )
+        for recompute in (False, True)
+    ]
+    assert_same(both[1], both[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recompute_is_bit_equal_when_gradients_are_summed_in_place(precision: str) -> None:
+    results = []
+    for recompute in (False, True):
+        config = make_config(SCHEMES["reuse_map"], precision, recompute, dropout=0.3)
+        model = build(config)
+        for weight in model.weights():
+            weight.sum_in_place = True
+            weight.parameter.grad = torch.zeros_like(weight.parameter)
+        results.append(run(config, make_batch(), training=True, model=model))
+    assert_same(results[1], results[0])
+
+
+def test_dropout_is_on_in_training_only() -> None:
+    config = make_config(SCHEMES["reuse_map"], "fp32", dropout=0.3, attention_dropout=0.2)
+    plain = make_config(SCHEMES["reuse_map"], "fp32")
+    assert_same(run(config, make_batch()), run(plain, make_batch()))
+    assert not torch.equal(run(config, make_batch(), training=True)[0], run(plain, make_batch())[0])
+
+
+def test_attention_dropout_path_without_dropout_is_attention() -> None:
+    """The math path at a vanishing probability equals the fused path."""
+    for positions in ("rope", "alibi"):
+        config = make_config(SCHEMES["reuse_map"], num_kv_heads=2, positions=positions,
+                             attention_dropout=1e-12)  # fmt: skip
+        actual, expected = (run(config, make_batch(), training=t) for t in (True, False))
+        torch.testing.assert_close(actual[1], expected[1], rtol=1e-11, atol=1e-11)
+        assert_gradients_close(actual[2], expected[2], 1e-10)
+
+
+@pytest.mark.parametrize("precision, tol", [("fp32", FP32_TOL), ("fp64", FP64_TOL)])
+@pytest.mark.parametrize("scheme", ["reuse_map", "cycle", "loop_linear_random"])
+def test_micro_batch_size_does_not_matter(scheme: str, precision: str, tol: float) -> None:
+    config = make_config(SCHEMES[scheme], precision, dropout=0.3, attention_dropout=0.2, z_loss=0.1)
+    batch = make_batch(batch=8)
+    loss, _, expected = run(config, batch, training=True)
+    for size in (1, 2):
+        model, total = build(config), torch.zeros(())
+        for start in range(0, 8, size):
+            part, _ = objective(
+                model, layer_map(config.recurrence), batch.rows(start, start + size), True
+            )
+            part.backward()
+            total = total + part.detach()
+        torch.testing.assert_close(total, loss, rtol=tol, atol=0, check_dtype=False)
+        assert_gradients_close(gradients(model), expected, tol)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_padding_does_not_matter(positions: str) -> None:
+    config = make_config(SCHEMES["loop_linear_random"], positions=positions, dropout=0.3,
+                         z_loss=0.1)  # fmt: skip
+    batch = make_batch(length=7)
+    long = make_batch(length=11, seed=5)
+    padded = replace(long, tokens_BS=torch.cat([batch.tokens_BS, long.tokens_BS[:, 7:]], 1))
+    padded.labels_BS = torch.full_like(padded.tokens_BS, -100)
+    padded.labels_BS[:, :7] = batch.labels_BS
+    actual, expected = (run(config, b, training=True) for b in (padded, batch))
+    torch.testing.assert_close(actual[0], expected[0], rtol=FP64_TOL, atol=0)
+    assert_gradients_close(actual[2], expected[2], FP64_TOL)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("scheme", ["reuse_map", "loop_add_zero", "block_recurrence"])
+def test_packing_does_not_matter(scheme: str, positions: str) -> None:
+    """Documents of 4, 6 and 1 tokens in one sample equal the documents alone."""
+    config = make_config(SCHEMES[scheme], positions=positions, num_kv_heads=2, z_loss=0.1)
+    packed, lengths = make_batch(batch=2, length=11), (4, 6, 1)
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    positions_S = torch.cat([torch.arange(n) for n in lengths])
+    packed = replace(
+        packed,
+        documents_BS=documents.expand(2, 11),
+        positions_BS=positions_S.expand(2, 11),
+        single_document=False,
+    )
+    loss, _, actual = run(config, packed)
+    alone, total, start = build(config), torch.zeros(()), 0
+    for length in lengths:
+        part = slice(start, start + length)
+        document = replace(
+            packed.rows(0, 2),
+            tokens_BS=packed.tokens_BS[:, part],
+            labels_BS=packed.labels_BS[:, part],
+            positions_BS=packed.positions_BS[:, part],
+            documents_BS=packed.documents_BS[:, part],
+            single_document=True,
+        )
+        term, _ = objective(alone, layer_map(config.recurrence), document)
+        term.backward()
+        total, start = total + term.detach(), start + length
+    torch.testing.assert_close(total, loss, rtol=FP64_TOL, atol=0, check_dtype=False)
+    assert_gradients_close(actual, gradients(alone), FP64_TOL)
+
+
+# ----------------------------------------------------------------------------- parts and values
+
+
+def test_initial_values_depend_on_seed_and_name_alone() -> None:
+    config = make_config(SCHEMES["custom"], "fp32", tie_embeddings=False)
+    whole = Transformer(config).parameters_by_name
+    part = Transformer(config, blocks={2, 1}, has_embedding=False).parameters_by_name
+    assert {name.split(".")[1] for name in part if name.startswith("blocks")} == {"1", "2"}
+    assert "head.weight" in part and "embedding.weight" not in part
+    for name, parameter in part.items():
+        assert torch.equal(parameter, whole[name]), name
+    # Another map over the same names, hence another order of building, has the same values.
+    reuse = make_config(SCHEMES["reuse_map"], "fp32", tie_embeddings=False)
+    for name, parameter in Transformer(reuse).parameters_by_name.items():
+        assert torch.equal(parameter, whole[name]), name
+    other = Transformer(config.model_copy(update={"seed": 2})).parameters_by_name
+    same = [n for n, p in other.items() if p.ndim == 2 and torch.equal(p, whole[n])]
+    assert not same
+    matrices = [p.flatten()[:1000] for p in whole.values() if p.ndim == 2 and p.numel() >= 1000]
+    correlation = torch.corrcoef(torch.stack(matrices)) - torch.eye(len(matrices))
+    assert correlation.abs().max() < 0.2  # no two names share their values
+
+
+def test_initial_scale() -> None:
+    for scaling, factor in (("none", 1.0), ("depth", (2 * 6) ** -0.5)):
+        config = make_config(SCHEMES["reuse_map"], "fp32", init_scaling=scaling, init_std=0.05,
+                             hidden_size=64)  # fmt: skip
+        for name, parameter in Transformer(config).parameters_by_name.items():
+            if parameter.ndim == 1:
+                assert torch.equal(parameter, torch.ones_like(parameter))
+                continue
+            scaled = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+            expected = 0.05 * (factor if scaled else 1.0)
+            assert parameter.std().item() == pytest.approx(expected, rel=0.08), name
+            assert abs(parameter.mean().item()) < 5 * expected / parameter.numel() ** 0.5, name
+
+
+def test_parts_run_as_the_whole() -> None:
+    config = make_config(SCHEMES["cycle"], "fp32")
+    batch, steps = make_batch(), layer_map(config.recurrence)
+    loss = run(config, batch)[0]
+    parts = {
+        b: build(config, blocks={b}, has_embedding=b == 0, has_head=b == steps[-1].block)
+        for b in (0, 1)
+    }
+    ctx = parts[0].context(batch, step=3, training=False)
+    x = parts[0].embed(batch.tokens_BS, ctx)
+    for step in steps:
+        x, _ = parts[step.block].run((step,), x, ctx, {})
+    terms = parts[steps[-1].block].loss(x, batch)
+    assert torch.equal(terms["loss"].total.detach(), loss)
+
+
+def test_number_of_parameters_does_not_depend_on_uses() -> None:
+    counts = {
+        sum(p.numel() for p in Transformer(make_config(recurrence)).parameters())
+        for recurrence in (
+            {"kind": "dense", "num_layers": 2},
+            {"kind": "reuse_map", "reuse_map": [5, 1]},
+            {"kind": "cycle_reverse", "num_blocks": 2, "depth": 7},
+        )
+    }
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("scheme", ["reuse_map", "loop_linear_random"])
+def test_every_tensor_is_fp64_under_fp64(scheme: str) -> None:
+    """No step passes through a narrower dtype: the graph holds fp64 only."""
+    config = make_config(SCHEMES[scheme], "fp64", dropout=0.2, z_loss=0.1, norm="layer")
+    states: list[Tensor] = []
+    model, batch = build(config), make_batch()
+    ctx = model.context(batch, step=0, training=True, states=states)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        x, _ = model.run(layer_map(config.recurrence), model.embed(batch.tokens_BS, ctx), ctx, {})
+        loss = model.loss(x, batch)["loss"].total
+    assert loss.dtype == torch.float64
+    assert all(s.dtype == torch.float64 for s in states)
+    floating = {t.dtype for t in saved if t.is_floating_point()}
+    assert floating == {torch.float64}
+
+
+def test_bf16_activations_and_wide_loss() -> None:
+    config = make_config(SCHEMES["reuse_map"], "bf16", z_loss=0.1)
+    model, batch, states = build(config), make_batch(), []
+    ctx = model.context(batch, step=0, training=False, states=states)
+    x, _ = model.run(layer_map(config.recurrence), model.embed(batch.tokens_BS, ctx), ctx, {})
+    terms = model.loss(x, batch)
+    assert {s.dtype for s in states} == {torch.bfloat16}
+    assert {t.total.dtype for t in terms.values()} == {torch.float32}
+    sum(t.total for t in terms.values()).backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_bf16_is_near_fp32() -> None:
+    """The loss within bf16's resolution, gradients within a few of them."""
+    results = [run(make_config(SCHEMES["reuse_map"], p), make_batch()) for p in ("bf16", "fp32")]
+    assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-2)
+    for name, expected in results[1][2].items():
+        assert (results[0][2][name] - expected).norm() <= 0.05 * expected.norm(), name
+
+
+# --------------------------------------------------------------------------- loops and states
+
+
+def states_of(config: Config, batch: Batch, steps: LayerMap | None = None) -> list[Tensor]:
+    """The output of every step of the map."""
+    states: list[Tensor] = []
+    model = build(config)
+    ctx = model.context(batch, step=3, training=False, states=states)
+    model.run(steps or layer_map(config.recurrence), model.embed(batch.tokens_BS, ctx), ctx, {})
+    return states
+
+
+def test_injection() -> None:
+    """Each loop of the core starts from s, s + e or W [s, e]."""
+    batch = make_batch()
+    for injection in ("none", "add", "linear"):
+        recurrence = {"kind": "loop", "prelude": 1, "core": 1, "coda": 0, "num_loops": 2,
+                      "injection": injection, "initial_state": "prelude"}  # fmt: skip
+        config = make_config(recurrence)
+        model, states = build(config), states_of(config, batch)
+        e, s = states[0], states[1]
+        entering = {
+            "none": lambda s, e: s,
+            "add": lambda s, e: s + e,
+            "linear": lambda s, e: (
+                torch.cat([s, e], -1)
+                @ model.parameters_by_name["blocks.1.injection.weight"].T  # noqa: B023
+            ),
+        }[injection]
+        ctx = model.context(batch, step=3, training=False)
+        for state, before in ((states[1], e), (states[2], s)):
+            expected, _ = model.run((Step(1, 0),), entering(before, e), ctx, {})
+            torch.testing.assert_close(state, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_initial_states() -> None:
+    batch = make_batch(batch=64, length=16)
+    firsts = {}
+    for initial in ("zero", "random", "prelude"):
+        recurrence = {"kind": "loop", "prelude": 1, "core": 1, "coda": 1, "num_loops": 1,
+                      "injection": "add", "initial_state": initial}  # fmt: skip
+        config = make_config(recurrence)
+        model = Transformer(config)
+        ctx = model.context(batch, step=3, training=False)
+        x = model.embed(batch.tokens_BS, ctx)
+        firsts[initial] = model.stack.initial_state(x, ctx)
+        if initial == "prelude":
+            assert torch.equal(firsts[initial], x)
+    assert not firsts["zero"].any()
+    noise = firsts["random"]
+    assert noise.std().item() == pytest.approx(0.4**0.5 * 0.98658, rel=0.02)
+    assert noise.abs().max().item() <= 3 * 0.4**0.5
+    # A sample's state is its own, whatever surrounds it; and each sample's differs.
+    ctx = model.context(batch.rows(5, 6), step=3, training=False)
+    config = make_config(recurrence | {"initial_state": "random"})
+    alone = Transformer(config).stack.initial_state(x[5:6], ctx)
+    assert torch.equal(alone[0], noise[5])
+    assert not torch.equal(noise[4], noise[5])
+
+
+def test_forward_only_steps_get_no_gradient() -> None:
+    """Truncated backward equals a run that starts from the detached state."""
+    config = make_config(SCHEMES["loop_linear_random"] | {"num_loops": 3}, "fp64")
+    batch, steps = make_batch(), layer_map(config.recurrence)
+    cut = 1 + 2 * 2  # the last loop alone is differentiated
+    truncated = tuple(replace(s, grad=not 1 <= i < cut) for i, s in enumerate(steps))
+    model = build(config)
+    loss, _ = objective(model, truncated, batch)
+    loss.backward()
+    twin = build(config)
+    ctx = twin.context(batch, step=3, training=False)
+    reads: dict[str, Tensor] = {}
+    x, _ = twin.run(steps[:1], twin.embed(batch.tokens_BS, ctx), ctx, reads)
+    x, _ = twin.run(steps[1:cut], x, ctx, reads)
+    x, _ = twin.run(steps[cut:], x.detach(), ctx, reads)
+    expected = twin.loss(x, batch)["loss"].total
+    expected.backward()
+    assert torch.equal(loss.detach(), expected.detach())
+    assert_gradients_close(gradients(model), gradients(twin), FP64_TOL)
+    full = run(config, batch)[2]
+    with pytest.raises(AssertionError):
+        assert_gradients_close(gradients(model), full, FP64_TOL)
+
+
+def test_z_loss_is_the_mean_square_of_logsumexp() -> None:
+    config = make_config(SCHEMES["dense"], z_loss=0.25)
+    model, batch = build(config), make_batch()
+    ctx = model.context(batch, step=0, training=False)
+    x, _ = model.run(layer_map(config.recurrence), model.embed(batch.tokens_BS, ctx), ctx, {})
+    counted = batch.labels_BS != -100
+    expected = model.logits(x)[counted].logsumexp(-1).square().sum()
+    term = model.loss(x, batch)["z_loss"]
+    torch.testing.assert_close(term.total, expected, rtol=1e-12, atol=0)
+    assert (term.weight, term.denominator) == (0.25, "tokens")
+    assert "z_loss" not in build(make_config(SCHEMES["dense"])).loss(x, batch)
+
+
+def test_telemetry_names_every_step_of_the_map() -> None:
+    config = make_config(SCHEMES["reuse_map"], "fp32")
+    model, batch, telemetry, states = build(config), make_batch(), {}, []
+    steps = layer_map(config.recurrence)
+    ctx = model.context(batch, 0, False, telemetry=telemetry, states=states)
+    x = model.embed(batch.tokens_BS, ctx)
+    model.run(steps, x, ctx, {})
+    assert list(telemetry) == [(s.block, s.loop_index) for s in steps]
+    for before, after, (norm, update) in zip(
+        [x, *states], states, telemetry.values(), strict=False
+    ):
+        scale = after.shape[-1] ** -0.5
+        torch.testing.assert_close(norm, scale * after.norm(dim=-1).sum())
+        relative = (after - before).norm(dim=-1) / before.norm(dim=-1)
+        torch.testing.assert_close(update, relative.sum())
