@@ -5,8 +5,8 @@
 CORPUS: a prepared corpus; left out, a synthetic one of 24 M tokens with documents of 900 tokens on
 average. Both sides deliver int64 batches of 8 samples in shuffled order from local files, one
 process, one thread. StreamingDataset is read twice over: rows of 2,048 tokens, written from the
-same tokens, as its users would write them; and the corpus's own shards (chunks of 16,384 tokens, cut into
-8 samples). Its side delivers tokens only; ours delivers tokens, shifted labels and, in the row
+same tokens, as its users would write them; and the corpus's own shards (chunks of 16,384 tokens,
+8 samples each). Its side delivers tokens only; ours delivers tokens, shifted labels and, in the row
 "with documents", positions and document numbers.
 """
 
@@ -55,10 +55,9 @@ def rows_per_second(name: str, batches: Callable[[], Iterator[int]]) -> float:
             if time.perf_counter() - began > 2 * SECONDS:
                 break
     elapsed = time.perf_counter() - began
-    print(
-        f"{name:44} {rows / elapsed:10,.0f} samples/s {rows * SEQ_LENGTH / elapsed / 1e6:8.1f} M tokens/s"
-    )
-    return rows / elapsed
+    rate = rows / elapsed
+    print(f"{name:44} {rate:10,.0f} samples/s {rate * SEQ_LENGTH / 1e6:8.1f} M tokens/s")
+    return rate
 
 
 def main() -> None:
@@ -100,7 +99,8 @@ def main() -> None:
                 f"StreamingDataset, rows, {what}", lambda d=default: theirs(rows, BATCH, d)
             )
             print(
-                f"    ratio {plain / other:.1f} (with documents {masked / other:.1f}; wanted {least})"
+                f"    ratio {plain / other:.1f} (with documents {masked / other:.1f}), "
+                f"wanted {least}"
             )
             other = rows_per_second(
                 f"StreamingDataset, our chunks, {what}", lambda d=default: theirs(chunks, 1, d)

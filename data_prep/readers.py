@@ -129,7 +129,7 @@ def open_source(path: Path) -> BinaryIO:
     if is_packed == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if is_packed == ".xz":
-        return lzma.open(path, "rb")
+        return lzma.open(path, "rb")  # type: ignore[return-value]
     if is_packed == ".zst":
         return io.BufferedReader(ZstdFile(path), BLOCK_BYTES)
     return open(path, "rb")

@@ -3,8 +3,8 @@
 Three phases. Everything a phase finishes is fsynced and renamed into `OUT.partial/`, so that work
 that was interrupted (also by SIGKILL) goes on where it was:
 
-    read      one task per input file: its documents, compressed, with their lengths and hashes, cut
-              into parts of bounded size
+    read      one task per input file, or several small ones: its documents, compressed, with their
+              lengths and hashes, cut into parts of bounded size
     tokenise  one task per part. Before it, the hashes of all documents decide which are duplicates
               (the first in file order stays) and which are validation: a decision about the whole
               corpus, hence the same for any number of workers
@@ -46,7 +46,7 @@ from megarecur.data.corpus import (
 from megarecur.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from megarecur.errors import DataError
 
-PART_BYTES = 4 << 20
+SMALLEST_PART, LARGEST_PART = 1 << 18, 1 << 22
 SHARD_BYTES = 1 << 26
 SPLITS = ("train", "val")
 DROPPED, TRAIN, VAL = 0, 1, 2
@@ -54,9 +54,9 @@ DROPPED, TRAIN, VAL = 0, 1, 2
 
 @dataclass(frozen=True)
 class ReadTask:
-    """Read one input file."""
+    """Read one input file, or several small ones."""
 
-    source: Path
+    sources: tuple[Path, ...]
     target: Path
     """Without suffix: .zst and .npz are added."""
     reading: Reading
@@ -65,7 +65,7 @@ class ReadTask:
 
 @dataclass(frozen=True)
 class PartTask:
-    """Tokenise some consecutive documents of one input file."""
+    """Tokenise some consecutive documents."""
 
     text: Path
     offset: int
@@ -92,7 +92,7 @@ def prepare_shards(
     deduplicate: bool = True,
     exclude: Sequence[str] = (),
     workers: int = 0,
-    part_bytes: int = PART_BYTES,
+    part_bytes: int = 0,
     progress: ProgressReport | None = None,
 ) -> dict[str, Manifest]:
     """Turn text files into the corpora OUT/train and, with a val_fraction, OUT/val.
@@ -106,7 +106,7 @@ def prepare_shards(
         deduplicate: keep only the first of documents with equal text.
         exclude: patterns of paths or file names to leave out.
         workers: processes; 0: as many as cores.
-        part_bytes: text per task of the second phase.
+        part_bytes: text per task of the second phase; 0: chosen by the size of the inputs.
         progress: told how far the work is.
 
     Returns:
@@ -147,16 +147,19 @@ def prepare_shards(
         tokenizer_file = _copy_tokenizer(tokenizer, model, partial)
         run = _Runner(workers or len(os.sched_getaffinity(0)), progress or _Silent())
 
+        part_bytes = part_bytes or min(max(sum(sizes) // 64, SMALLEST_PART), LARGEST_PART)
         read = [
-            ReadTask(s, partial / f"read-{i:06}", reading, part_bytes)
-            for i, s in enumerate(sources)
+            ReadTask(tuple(group), partial / f"read-{i:06}", reading, part_bytes)
+            for i, group in enumerate(_group_small(sources, sizes, part_bytes))
         ]
-        run("read", _read_source, read, [".npz"] * len(read), sizes)
+        size_of = dict(zip(sources, sizes, strict=True))
+        read_sizes = [sum(size_of[source] for source in task.sources) for task in read]
+        run("read", _read_sources, read, ".npz", read_sizes)
         indices = [np.load(task.target.with_suffix(".npz")) for task in read]
         fates, duplicates = _decide(indices, val_fraction, deduplicate)
 
         parts, part_sizes = _cut_into_parts(read, indices, fates, tokenizer_file)
-        run("tokenise", _tokenise_part, parts, [".tokens"] * len(parts), part_sizes)
+        run("tokenise", _tokenise_part, parts, ".tokens", part_sizes)
 
         shared = {
             "tokenizer": model.name,
@@ -168,12 +171,10 @@ def prepare_shards(
             "documents_skipped": sum(int(index["skipped"]) for index in indices),
             "preparation": preparation,
             "sources": [
-                {
-                    "name": n,
-                    "documents": index["lengths"].size,
-                    "bytes": int(index["lengths"].sum()),
-                }
-                for n, index in zip(names, indices, strict=True)
+                {"name": name, "documents": int(documents), "bytes": int(num_bytes)}
+                for name, (documents, num_bytes) in zip(
+                    names, np.concatenate([index["sources"] for index in indices]), strict=True
+                )
             ],
         }
         files = [part.target.with_suffix(".tokens") for part in parts]
@@ -191,15 +192,15 @@ def prepare_shards(
 # ---------------------------------------------------------------------------------- the three tasks
 
 
-def _read_source(task: ReadTask) -> int:
-    """Write the documents of one input file as compressed parts, and an index of them."""
+def _read_sources(task: ReadTask) -> int:
+    """Write the documents of some input files as compressed parts, and an index of them."""
     import zstandard
 
     compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
     lengths: list[int] = []
     hashes: list[bytes] = []
     part: list[bytes] = []
-    part_documents, part_offsets = [0], [0]
+    part_documents, part_offsets, per_source = [0], [0], []
     skipped = held = 0
     with _publish(task.target.with_suffix(".zst")) as file:
 
@@ -209,17 +210,20 @@ def _read_source(task: ReadTask) -> int:
             part_offsets.append(file.tell())
             part.clear()
 
-        for document in read_documents(task.source, task.reading):
-            if document is None:
-                skipped += 1
-                continue
-            if part and held + len(document) > task.part_bytes:
-                flush()
-                held = 0
-            part.append(document)
-            held += len(document)
-            lengths.append(len(document))
-            hashes.append(xxhash.xxh3_128_digest(document))
+        for source in task.sources:
+            already = len(lengths)
+            for document in read_documents(source, task.reading):
+                if document is None:
+                    skipped += 1
+                    continue
+                if part and held + len(document) > task.part_bytes:
+                    flush()
+                    held = 0
+                part.append(document)
+                held += len(document)
+                lengths.append(len(document))
+                hashes.append(xxhash.xxh3_128_digest(document))
+            per_source.append((len(lengths) - already, sum(lengths[already:])))
         if part:
             flush()
     with _publish(task.target.with_suffix(".npz")) as file:
@@ -229,6 +233,7 @@ def _read_source(task: ReadTask) -> int:
             hashes=np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).astype(np.uint64),
             part_documents=np.array(part_documents, np.int64),
             part_offsets=np.array(part_offsets, np.int64),
+            sources=np.array(per_source, np.int64),
             skipped=np.int64(skipped),
         )
     return 0
@@ -347,7 +352,7 @@ def _assemble(
 def _decide(
     indices: Sequence[Any], val_fraction: float, deduplicate: bool
 ) -> tuple[list[np.ndarray], int]:
-    """The fate (uint8) of each document of each source, and the number of duplicates."""
+    """The fate (uint8) of each document of each task, and the number of duplicates."""
     hashes = np.concatenate([index["hashes"] for index in indices])
     fates = np.full(len(hashes), TRAIN, np.uint8)
     fates[hashes[:, 0] < np.uint64(int(val_fraction * 2**64))] = VAL
@@ -365,7 +370,7 @@ def _decide(
 def _cut_into_parts(
     read: Sequence[ReadTask], indices: Sequence[Any], fates: Sequence[np.ndarray], tokenizer: str
 ) -> tuple[list[PartTask], list[int]]:
-    """The parts of all sources in order, and the bytes of text of each."""
+    """All parts in order, and the bytes of text of each."""
     parts, sizes = [], []
     for task, index, fate in zip(read, indices, fates, strict=True):
         lengths, documents, offsets = (
@@ -386,6 +391,19 @@ def _cut_into_parts(
             )
             sizes.append(int(lengths[inside].sum()))
     return parts, sizes
+
+
+def _group_small(sources: Sequence[Path], sizes: Sequence[int], most: int) -> Iterator[list[Path]]:
+    """Consecutive files of up to `most` bytes together; a larger file is alone."""
+    group: list[Path] = []
+    held = 0
+    for source, size in zip(sources, sizes, strict=True):
+        if group and held + size > most:
+            yield group
+            group, held = [], 0
+        group.append(source)
+        held += size
+    yield group
 
 
 def _load_tokens(path: Path, split: str) -> tuple[np.ndarray, int, np.ndarray]:
@@ -519,12 +537,12 @@ class _Runner:
         name: str,
         do: Callable[[Any], int],
         tasks: Sequence[Any],
-        suffixes: Sequence[str],
+        suffix: str,
         sizes: Sequence[int],
     ) -> None:
         with self.progress.phase(name, sum(sizes)):
             todo = []
-            for task, suffix, size in zip(tasks, suffixes, sizes, strict=True):
+            for task, size in zip(tasks, sizes, strict=True):
                 if task.target.with_suffix(suffix).exists():
                     self.progress.advance(size, resumed=True)
                 else:

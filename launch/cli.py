@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch import prep
 from megarecur.errors import ConfigError, MegarecurError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(prep.app, name="prep")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
 Overrides = Annotated[
@@ -116,6 +119,131 @@ def plot(
 
     for path in plot_run(run, out):
         print(path)
+
+
+@app.command("eval")
+def evaluate_run(
+    run: RunPath,
+    step: Annotated[
+        int | None, typer.Option(help="Checkpoint to use; the newest if left out.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Samples of each corpus; 0: all.")] = 0,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Corpora to use instead of the config's data.val.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Score a run on its validation corpora: loss, perplexity, bits per byte."""
+    from megarecur.data.corpus import open_corpus
+    from megarecur.parallel.mesh import Mesh, pick_device
+    from megarecur.train.evaluate import evaluate
+    from megarecur.train.load import load_model, open_tokenizer
+
+    mesh = Mesh(device=pick_device(device))
+    model, loaded = load_model(run, step, mesh.device)
+    paths = data or [source.path for source in loaded.config.data.val]
+    if not paths:
+        raise ConfigError(f"{run}: its config has no data.val; name a corpus with --data")
+    fingerprint = open_tokenizer(loaded).fingerprint
+    corpora = [open_corpus(path, loaded.tokenizer, fingerprint) for path in paths]
+    scores = evaluate(model, corpora, loaded.config, mesh, samples)
+    for path, score in zip(paths, scores, strict=True):
+        print(
+            f"{path}: loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
+            f"bits per byte {score.bits_per_byte:.4f}  "
+            f"({score.tokens} tokens, step {loaded.state['step']})"
+        )
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Choose among the likeliest that reach this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Decides all samples.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Continuations to write.")] = 1,
+    num_loops: Annotated[
+        int | None, typer.Option(help="Loops to run instead of those trained with.")
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep keys and values, or recompute them.")
+    ] = True,
+    step: Annotated[
+        int | None, typer.Option(help="Checkpoint to use; the newest if left out.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Continue a text."""
+    from megarecur.inference.generate import encode_prompt, stream_text
+    from megarecur.inference.generate import generate as generate_ids
+    from megarecur.parallel.mesh import pick_device
+    from megarecur.train.load import load_model, open_tokenizer, special_ids
+
+    model, loaded = load_model(run, step, pick_device(device))
+    tokenizer = open_tokenizer(loaded)
+    bos_id, eos_ids = special_ids(loaded, tokenizer)
+    prompt = encode_prompt(tokenizer, text, bos_id)
+    for sample in range(samples):
+        ids = generate_ids(
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            sample=sample,
+            eos_ids=eos_ids,
+            num_loops=num_loops,
+            use_cache=cache,
+        )
+        if samples > 1:
+            print(f"--- sample {sample + 1} of {samples}")
+        print(text, end="", flush=True)
+        for piece in stream_text(tokenizer, prompt, ids):
+            print(piece, end="", flush=True)
+        print()
+
+
+@app.command()
+def convert(
+    hf_dir: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face Llama.")
+    ],
+    to: Annotated[Path, typer.Option(metavar="RUN", help="Run folder to make.")],
+) -> None:
+    """Make a run folder of a Hugging Face Llama."""
+    from megarecur.convert.hf import convert_hf
+
+    print(convert_hf(hf_dir, to))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf: a Hugging Face Llama.")],
+    unrolled: Annotated[
+        bool, typer.Option("--unrolled", help="Write shared blocks as often as they run.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; as trained if left out.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Checkpoint to export; the newest if left out.")
+    ] = None,
+) -> None:
+    """Write a run's model in another format."""
+    from megarecur.convert.hf import export_hf
+
+    if to != "hf":
+        raise ConfigError(f"--to {to}: the format must be hf")
+    print(export_hf(run, out, unrolled=unrolled, step=step, dtype=dtype))
 
 
 # --------------------------------------------------------------------------------------- shared

@@ -4,6 +4,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Before torch is imported: tests run tiny products, and several processes at once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from harness import World
 
@@ -19,6 +22,26 @@ def world() -> Iterator[Callable[[int], World]]:
     yield of_size
     for each in worlds.values():
         each.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte corpus of real text, `train` (some 9,000 tokens) and `val`, under this folder."""
+    from configs import TEXT
+    from data_prep.shards import prepare_shards
+
+    folder = tmp_path_factory.mktemp("corpus")
+    source = folder / "text.txt"
+    source.write_text(TEXT, encoding="utf-8")
+    prepare_shards(
+        [source],
+        folder / "bytes",
+        "bytes",
+        val_fraction=0.1,
+        text_split="blank_line",
+        workers=1,
+    )
+    return folder / "bytes"
 
 
 @pytest.fixture(scope="session")

@@ -119,7 +119,7 @@ class World:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["torch", "torch.distributed.checkpoint", "hypothesis", "numpy", "pytest", "pydantic"]
+            ["torch", "hypothesis.strategies", "pytest", "megarecur.train.checkpoint"]
         )
         self._folder = Path(tempfile.mkdtemp(prefix="world-"))
         for rank in range(self.size):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from megarecur.config.load import validate
 from megarecur.config.schema import Config
+from megarecur.model.transformer import Transformer
 from megarecur.plan.cost import (
     count_flops,
     count_head_flops,
+    count_kept_elements,
     count_parameters,
     count_step_flops,
     count_tokens_per_step,
@@ -163,6 +170,99 @@ def test_the_vocabulary_comes_from_the_tokenizer_when_left_out() -> None:
     resolved = resolve_vocab_size(config, {"bytes": 300}.__getitem__)
     assert resolved.model.vocab_size == 300 and config.model.vocab_size is None
     assert resolve_vocab_size(resolved, {}.__getitem__) == resolved
+
+
+# ---------------------------------------------------------------------------- against the model
+
+
+@dataclass
+class Batch:
+    """What the model reads of a micro batch."""
+
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    positions_BS: torch.Tensor
+    documents_BS: torch.Tensor
+    sample_ids_B: torch.Tensor
+    single_document: bool = True
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def in_place_flops(_: object, left: list[int], right: list[int], **kwargs: object) -> int:
+    """Torch's counter knows addmm, but not addmm_."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+def step_once(config: Config) -> tuple[int, int, int]:
+    """(forward FLOPs, all FLOPs, bytes kept for backward by the steps of the map)."""
+    size = (config.train.micro_batch_size, config.data.seq_length)
+    tokens = torch.zeros(size, dtype=torch.long)
+    positions = torch.arange(size[1]).expand(size)
+    batch = Batch(tokens, tokens, positions, torch.zeros_like(tokens), torch.arange(size[0]))
+    model = Transformer(config)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own |= {weight.value().untyped_storage().data_ptr() for weight in model.weights()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ctx = model.context(batch, step=0, training=True)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_flops})
+    with counter, saved_tensors_hooks(keep, lambda t: t):
+        x = model.embed(batch.tokens_BS, ctx)
+        x, _ = model.run(layer_map(config.recurrence), x, ctx, {})
+        terms = model.loss(x, batch)
+        forward = counter.get_total_flops()
+        num_bytes = sum(storage.nbytes() for storage in kept.values())
+        torch.stack([term.weight * term.total for term in terms.values()]).sum().backward()
+    return forward, counter.get_total_flops(), num_bytes
+
+
+LOOP = {"kind": "loop", "prelude": 1, "core": 1, "coda": 1, "num_loops": 4}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("recurrence", "model"),
+    [
+        (reuse(2, 1, 1), {}),
+        (reuse(2, 1), {"num_kv_heads": 2, "head_dim": 48, "norm_position": "sandwich"}),
+        (reuse(2, 1), {"feed_forward": "gelu", "norm_position": "post", "tie_embeddings": False}),
+        (LOOP, {}),
+    ],
+)
+def test_flops_and_activations_are_those_of_the_model(
+    recurrence: dict[str, Any], model: dict[str, Any], recompute: bool
+) -> None:
+    """Torch's own counter sees the products; its hooks see what autograd keeps."""
+    config, steps = build(recurrence, {**SMALL, **model}, micro_batch_size=2, recompute=recompute)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"seq_length": 64})})
+    tokens = 2 * 64
+    flops, memory = count_flops(config, steps), estimate_memory(config, steps)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel is opaque to the counter
+        forward, everything, _ = step_once(config)
+    assert forward == tokens * flops.forward
+    assert everything == pytest.approx(tokens * flops.hardware, rel=2e-3)
+    _, _, kept = step_once(config)
+    logits = tokens * 1024 * 4
+    if recompute:
+        per_step = count_kept_elements(config.model, 64) * 4 * tokens
+        assert memory.activations - per_step == pytest.approx(kept - logits, rel=0.25)
+    else:
+        assert memory.activations == pytest.approx(kept - logits, rel=0.03)
 
 
 # ---------------------------------------------------------------------------------- the drawing

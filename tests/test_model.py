@@ -563,8 +563,7 @@ def test_injection() -> None:
             "none": lambda s, e: s,
             "add": lambda s, e: s + e,
             "linear": lambda s, e: (
-                torch.cat([s, e], -1)
-                @ model.parameters_by_name["blocks.1.injection.weight"].T  # noqa: B023
+                torch.cat([s, e], -1) @ model.parameters_by_name["blocks.1.injection.weight"].T  # noqa: B023
             ),
         }[injection]
         ctx = model.context(batch, step=3, training=False)

@@ -240,7 +240,9 @@ def make_batch(tokens_BS: Tensor, labels_BS: Tensor) -> Batch:
     """One document per sample."""
     batch, length = tokens_BS.shape
     positions_BS = torch.arange(length).expand(batch, length)
-    return Batch(tokens_BS, labels_BS, positions_BS, torch.zeros_like(tokens_BS), torch.arange(batch))
+    return Batch(
+        tokens_BS, labels_BS, positions_BS, torch.zeros_like(tokens_BS), torch.arange(batch)
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])

@@ -36,9 +36,9 @@ from megarecur.convert.llama import (
 )
 from megarecur.data.tokenizer import BYTES, load_tokenizer, tokenizer_fingerprint
 from megarecur.errors import ConfigError, DataError
+from megarecur.parallel.shards import whole
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.train import checkpoint
-from megarecur.train.checkpoint import Shard
 from megarecur.train.checkpoint_storage import sync_folder, write_all, write_file
 from megarecur.train.load import Run, open_run_folder, read_parameters
 
@@ -63,9 +63,9 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id")
 def convert_hf(hf_dir: str | Path, run_dir: str | Path) -> Path:
     """Make a run folder of a Llama folder: config.yaml, tokenizer, a checkpoint at step 0.
 
-    The run is dense, in fp32 (computing in bf16 if all tensors are); what a config needs beyond the
-    model (corpora, optimizer, batch) is filled with placeholders. Optimizer moments start when
-    training does. Returns the checkpoint's path.
+    The run is dense, in fp32 (computing in bf16 if all tensors are). What a config needs beyond the
+    model (corpora, optimizer, batch) is filled with placeholders; there are no optimizer moments.
+    Returns the checkpoint's path.
 
     Raises:
         ConfigError: not a Llama that can be expressed, or a target that is not empty.
@@ -95,10 +95,7 @@ def convert_hf(hf_dir: str | Path, run_dir: str | Path) -> Path:
             "hugging_face": {"dtype": dtype, **{k: values.get(k) for k in SPECIAL_TOKENS}},
         }
         write_file(aside / "config.yaml", to_yaml(config).encode())
-        shards = {}
-        for name, tensor in tensors.items():
-            shape = tuple(tensor.shape)
-            shards[name] = Shard(shape, [((0,) * len(shape), shape, tensor)])
+        shards = {name: whole(tensor) for name, tensor in tensors.items()}
         saved = checkpoint.save(aside / "checkpoints", 0, shards, state).result()
     if tokenizer is None:
         log.warning(
@@ -186,8 +183,10 @@ def read_llama(config: Config, files: dict[str, Path]) -> tuple[dict[str, Tensor
     names = tensor_names(blocks, bias, model.tie_embeddings)
     tied_copy = model.tie_embeddings and "lm_head.weight" in files
     ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
+    if tied_copy:
+        ignored.add("lm_head.weight")
     missing = sorted(names.keys() - files.keys())
-    extra = sorted(files.keys() - names.keys() - ignored - {"lm_head.weight"} * tied_copy)
+    extra = sorted(files.keys() - names.keys() - ignored)
     problems = [f"{name}: missing" for name in missing]
     problems += [f"{name}: not part of a Llama of this config" for name in extra]
     tensors, dtypes = {}, set()
@@ -313,8 +312,8 @@ def write_llama(path: Path, run: Run, blocks: list[int], dtype: str) -> None:
             tensor = parameters.get(ours, torch.zeros(header[theirs]["shape"]))
             if model.rope_interleaved and (".q_proj." in theirs or ".k_proj." in theirs):
                 tensor = to_half_split(tensor, model)
-            stored = tensor.to(DTYPES[dtype]).contiguous().view(torch.uint8)
-            write_all(file, memoryview(stored.numpy()).cast("B"), path)
+            stored = tensor.to(DTYPES[dtype]).contiguous().flatten().view(torch.uint8)
+            write_all(file, stored.numpy().data, path)
         os.fsync(file.fileno())
 
 
@@ -333,17 +332,16 @@ def special_tokens(run: Run) -> dict[str, Any]:
 def copy_hf_tokenizer(run: Run, target: Path) -> None:
     """Copy the tokenizer where it is Hugging Face's, or came from such a folder."""
     source = Path(run.tokenizer)
-    if run.tokenizer != BYTES and source.is_file():
-        content = source.read_bytes()
-        if content.lstrip()[:1] == b"{" or "hugging_face" in run.state:
-            copy_tokenizer(source.parent, target)
-            if not (target / source.name).exists():
-                write_file(target / "tokenizer.json", content)
-            return
-    log.warning(
-        "%s is no Hugging Face tokenizer and was not exported; encode text with megarecur",
-        run.tokenizer,
-    )
+    if run.tokenizer != BYTES and not source.is_file():
+        log.warning("%s is missing; the export has no tokenizer", source)
+    elif run.tokenizer == BYTES or not (
+        "hugging_face" in run.state or source.read_bytes().lstrip()[:1] == b"{"
+    ):
+        log.warning("%s is no Hugging Face tokenizer and was not exported", run.tokenizer)
+    else:
+        copy_tokenizer(source.parent, target)
+        if not (target / source.name).exists():
+            write_file(target / "tokenizer.json", source.read_bytes())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -360,15 +358,16 @@ def written_aside(target: Path) -> Iterator[Path]:
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: is there and not empty; choose another folder or remove it")
-    aside = target.with_name(target.name + ".tmp")
+    absolute = Path(os.path.abspath(target))
+    aside = absolute.with_name(absolute.name + ".tmp")
     try:
         if aside.exists():
             shutil.rmtree(aside)
         aside.mkdir(parents=True)
         yield aside
         sync_folder(aside)
-        aside.rename(target)
-        sync_folder(target.parent)
+        aside.rename(absolute)
+        sync_folder(absolute.parent)
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written ({error})") from None
     finally:

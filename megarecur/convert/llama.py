@@ -78,24 +78,24 @@ def model_from_llama(values: dict[str, Any], origin: str) -> tuple[dict[str, Any
                 f"{key}={value!r} is not supported; only a model with {key}={wanted!r} converts"
             )
     # Newer files keep everything of the rotation in one place.
-    rope = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-        problems.append(
-            f"{key}: rope_type={kind!r} is not supported; only plain rotary positions convert, "
-            "choose a model without context extension"
-        )
+    rope: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        found = values.get(key) or {}
+        if not isinstance(found, dict):
+            found = {"rope_type": found}
+        kind = found.get("rope_type", found.get("type", "default"))
+        if kind != "default":
+            problems.append(
+                f"{key}: rope_type={kind!r} is not supported; only plain rotary positions "
+                "convert, choose a model without context extension"
+            )
+        rope |= found
     if problems:
         raise ConfigError(f"{origin}: cannot be converted" + "".join(f"\n  {p}" for p in problems))
-    heads = values["num_attention_heads"]
     theta = values.get("rope_theta") or rope.get("rope_theta") or 10000.0
     model = {
         "hidden_size": values["hidden_size"],
-        "num_heads": heads,
-        "num_kv_heads": values.get("num_key_value_heads") or heads,
-        "head_dim": values.get("head_dim") or values["hidden_size"] // heads,
+        "num_heads": values["num_attention_heads"],
         "ffn_hidden_size": values["intermediate_size"],
         "vocab_size": values["vocab_size"],
         "positions": "rope",
@@ -111,6 +111,10 @@ def model_from_llama(values: dict[str, Any], origin: str) -> tuple[dict[str, Any
         "attention_dropout": values.get("attention_dropout", 0.0),
         "init_std": values.get("initializer_range", 0.02),
     }
+    # Left out, they follow from the others as they do in Llama.
+    for theirs, ours in (("num_key_value_heads", "num_kv_heads"), ("head_dim", "head_dim")):
+        if values.get(theirs) is not None:
+            model[ours] = values[theirs]
     return model, values["num_hidden_layers"]
 
 

@@ -200,3 +200,13 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def open_corpus(path: str | Path, tokenizer: str, fingerprint: str, verify: bool = True) -> Corpus:
+    """A corpus, if it was made with this tokenizer.
+
+    Raises:
+        DataError: another tokenizer, or a file that is missing or damaged.
+    """
+    check_tokenizer(path, read_manifest(path), tokenizer, fingerprint)
+    return Corpus(path, verify)

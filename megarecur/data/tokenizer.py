@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import re
+import string
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -144,7 +146,7 @@ class Words(dict[str, bytes]):
         self.pattern, self.model = pattern, model
 
     def __missing__(self, word: str) -> bytes:
-        ids: bytes = self.model.encode(word, out_type="numpy").tobytes()
+        ids = array("i", self.model.encode(word)).tobytes()
         if len(word) <= LONGEST_WORD_KEPT:
             if len(self) >= MOST_WORDS_KEPT:
                 self.clear()
@@ -155,29 +157,31 @@ class Words(dict[str, bytes]):
 def _find_words(content: bytes) -> Words | None:
     """Where a BPE model's normalised text may be cut, with the model that does not normalise."""
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as messages
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(content)
-    trainer, kinds = proto.trainer_spec, sentencepiece_model_pb2.ModelProto.SentencePiece
+    proto = messages.ModelProto.FromString(content)  # type: ignore[attr-defined]
+    trainer, kinds = proto.trainer_spec, type(proto.pieces[0])
     if trainer.model_type != trainer.BPE:
         return None
     in_text = (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)
     pieces = {p.piece: p.type for p in proto.pieces if p.type in in_text}
+    space = "▁" if proto.normalizer_spec.escape_whitespaces else " "
     starts = [
         c
-        for c in ("▁" if proto.normalizer_spec.escape_whitespaces else " ", "\n")
+        for c in (space, "\n", *string.punctuation, *"“”‘’—")
         if trainer.byte_fallback or pieces.get(c) in (kinds.NORMAL, kinds.USER_DEFINED)
     ]
-    if not starts:
+    if space not in starts:
         return None
     # A word is any character and what follows up to the next start; it goes on over a start that
     # some piece joins to the character before it.
-    rest = f"[^{''.join(starts)}]*+"
+    rest = f"[^{''.join(map(re.escape, starts))}]*+"
     joined = []
     for c in starts:
         before = {a for piece in pieces for a, b in pairwise(piece) if b == c}
         if before:
-            joined.append(f"(?<=[{''.join(map(re.escape, sorted(before)))}]){c}{rest}")
+            c = re.escape(c)
+            joined.append(f"{c}(?<=[{''.join(map(re.escape, sorted(before)))}]{c}){rest}")
     pattern = f".{rest}" + (f"(?:{'|'.join(joined)})*+" if joined else "")
     spec = proto.normalizer_spec
     spec.name, spec.precompiled_charsmap = "identity", b""

@@ -9,7 +9,7 @@ on the cache or on which other samples are drawn. Shapes: B samples, S positions
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -38,11 +38,11 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     sample: int = 0,
-    eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
     num_loops: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[int]:
-    """Yield the ids that continue a prompt, one by one; `eos_id` ends the text and is not yielded.
+    """Yield the ids that continue a prompt, one by one.
 
     Args:
         model: with embedding, all blocks and head.
@@ -53,7 +53,7 @@ def generate(
         top_p: choose among the likeliest tokens that together reach this probability.
         seed: with `sample`, decides everything random.
         sample: number of the sample, for several continuations of one prompt.
-        eos_id: end of text.
+        eos_ids: any of them ends the text and is not yielded.
         num_loops: loops to run instead of those trained with, where the scheme repeats a group.
         use_cache: keep keys and values; False recomputes all of them for every token.
 
@@ -67,17 +67,27 @@ def generate(
     def continue_prompt() -> Iterator[int]:
         assert model.embedding is not None
         device = model.embedding.parameter.device
-        ids = list(tokens)
-        cache = Cache(len(ids) + max_new_tokens) if use_cache else None
-        for _ in range(max_new_tokens):
-            new = ids[cache.length :] if cache is not None else ids
-            tokens_BS = torch.tensor([new], device=device)
-            logits_V = next_logits(model, steps, tokens_BS, cache, seed, sample)[0]
-            chosen = choose(logits_V, temperature, top_k, top_p, seed, sample, len(ids))
-            if chosen == eos_id:
+        tokens_1S = torch.tensor([list(tokens)], device=device)
+        sample_1 = torch.tensor([sample], device=device)
+        cache = Cache(len(tokens) + max_new_tokens) if use_cache else None
+        new_1S = tokens_1S
+        for position in range(len(tokens), len(tokens) + max_new_tokens):
+            logits_1V = next_logits(model, steps, new_1S, cache, seed, sample_1)
+            chosen_1 = choose(
+                logits_1V,
+                sample_1,
+                torch.full_like(sample_1, position),
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+            )
+            chosen = int(chosen_1.item())
+            if chosen in eos_ids:
                 return
-            ids.append(chosen)
             yield chosen
+            tokens_1S = torch.cat([tokens_1S, chosen_1[None]], dim=1)
+            new_1S = chosen_1[None] if use_cache else tokens_1S
 
     # A generator would check nothing before its first item is asked for.
     return continue_prompt()
@@ -90,13 +100,12 @@ def next_logits(
     tokens_BS: Tensor,
     cache: Cache | None = None,
     seed: int = 0,
-    first_sample: int = 0,
+    samples_B: Tensor | None = None,
 ) -> Tensor:
     """Logits [B, V] of the token that follows, given tokens that follow the cached ones."""
     batch, length = tokens_BS.shape
     past = cache.length if cache is not None else 0
     positions_BS = torch.arange(past, past + length, device=tokens_BS.device).expand(batch, -1)
-    samples_B = torch.arange(first_sample, first_sample + batch, device=tokens_BS.device)
     ctx = build_context(
         model.config.model,
         positions_BS,
@@ -112,34 +121,36 @@ def next_logits(
 
 
 def choose(
-    logits_V: Tensor,
+    logits_BV: Tensor,
+    samples_B: Tensor,
+    positions_B: Tensor,
+    *,
     temperature: float,
-    top_k: int | None,
-    top_p: float,
-    seed: int,
-    sample: int,
-    position: int,
-) -> int:
-    """The token at a position: the likeliest, or one drawn by (seed, sample, position).
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Tensor:
+    """Tokens [B] at positions of samples: the likeliest, or drawn by (seed, sample, position).
 
     The largest of logit + Gumbel noise is distributed as softmax(logits) (Gumbel 1954), and a
     change of the logits by rounding changes it no more often than it changes the distribution.
     """
     if temperature == 0.0:
-        return int(logits_V.argmax())
-    scores_V = logits_V.to(torch.float64) / temperature
-    if top_k is not None and top_k < scores_V.numel():
-        kept = scores_V.topk(top_k).indices
-        scores_V = torch.full_like(scores_V, -torch.inf).index_copy_(0, kept, scores_V[kept])
+        return logits_BV.argmax(-1)
+    scores_BV = logits_BV.to(torch.float64) / temperature
+    if top_k is not None and top_k < scores_BV.shape[-1]:
+        kept = scores_BV.topk(top_k)
+        scores_BV = torch.full_like(scores_BV, -torch.inf).scatter(-1, kept.indices, kept.values)
     if top_p < 1.0:
-        p_V, order = scores_V.softmax(-1).sort(descending=True, stable=True)
+        p_BV, order = scores_BV.softmax(-1).sort(descending=True, stable=True)
         # The token that reaches top_p is kept, hence the first always is.
-        dropped = p_V.cumsum(-1) - p_V >= top_p
-        scores_V[order[dropped]] = -torch.inf
-    rows = tuple(torch.tensor(i, device=logits_V.device) for i in (sample, position))
-    bits_V = random_bits(key(seed, "next token"), rows, scores_V.numel())
-    uniform_V = (bits_V.to(torch.float64) + 0.5) / 2**32 + 0.5
-    return int((scores_V - (-uniform_V.log()).log()).argmax())
+        dropped = torch.zeros_like(p_BV, dtype=torch.bool)
+        dropped.scatter_(-1, order, p_BV.cumsum(-1) - p_BV >= top_p)
+        scores_BV = scores_BV.masked_fill(dropped, -torch.inf)
+    where = key(seed, "next token")
+    bits_BV = random_bits(where, (samples_B, positions_B), scores_BV.shape[-1])
+    uniform_BV = (bits_BV.to(torch.float64) + 0.5) / 2**32 + 0.5
+    return (scores_BV - (-uniform_BV.log()).log()).argmax(-1)
 
 
 def check_options(
@@ -185,6 +196,12 @@ def check_options(
         )
     if problems:
         raise ConfigError("cannot generate:" + "".join(f"\n  {line}" for line in problems))
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, bos_id: int | None = None) -> list[int]:
+    """The ids of a prompt, `bos_id` in front; no text at all starts as after the end of another."""
+    ids = [] if bos_id is None else [bos_id]
+    return ids + tokenizer.encode(text) or [tokenizer.eos_id]
 
 
 def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from megarecur.config.schema import ModelConfig
 from megarecur.model.context import Context
 from megarecur.model.positions import rotate
-from megarecur.parallel.linear import Linear, MakeParameter
-from megarecur.parallel.random import keep_mask
+from megarecur.parallel.linear import Linear, MakeParameter, apply_all
+from megarecur.parallel.random import dropout
 from megarecur.recurrence.layer_map import Step
 
 
@@ -35,9 +35,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, ctx: Context, step: Step) -> Tensor:
         """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache."""
-        q_BSNH = self.query(x_BSD).unflatten(-1, (-1, self.head_dim))
-        k_BSNH = self.key(x_BSD).unflatten(-1, (-1, self.head_dim))
-        v_BSNH = self.value(x_BSD).unflatten(-1, (-1, self.head_dim))
+        qkv = apply_all((self.query, self.key, self.value), x_BSD)
+        q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
         if ctx.rotation is not None:
             q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
             k_BSNH = rotate(k_BSNH, ctx.rotation, self.interleaved)
@@ -69,6 +68,5 @@ class Attention(nn.Module):
         heads = torch.arange(q_BNSH.shape[1], device=scores.device)[None, :, None]
         samples, positions = ctx.rows()
         rows = (samples[:, :, None], heads, positions[:, None, :])
-        kept = keep_mask(self.dropout, ctx.where("attention", step), rows, scores.shape[-1])
-        weights = torch.where(kept, weights / (1.0 - self.dropout), 0.0)
+        weights = dropout(weights, self.dropout, ctx.where("attention", step), rows)
         return weights.to(v.dtype) @ v

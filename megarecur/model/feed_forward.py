@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarecur.config.schema import ModelConfig
-from megarecur.parallel.linear import Linear, MakeParameter
+from megarecur.parallel.linear import Linear, MakeParameter, apply_all
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -43,7 +43,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return self.down(_SwiGLU.apply(self.gate(x), self.up(x)))
+        return self.down(_SwiGLU.apply(*apply_all((self.gate, self.up), x)))
 
 
 class GELU(nn.Module):

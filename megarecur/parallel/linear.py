@@ -8,7 +8,8 @@ graph, and its gradient is summed in the parameter's own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,18 +20,32 @@ MakeParameter = Callable[[str], nn.Parameter]
 """Global name to parameter: the inventory decides shape and initial value."""
 
 
+def has_bf16_products(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices faster than fp32 ones."""
+    if device.type != "cpu":
+        return True
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 class Weight(nn.Module):
     """A matrix with its compute copy.
 
     Args:
         parameter: the fp32 (or fp64) master, [out, in].
-        compute_dtype: dtype of the products.
+        compute_dtype: dtype of what products take and give.
     """
 
     def __init__(self, parameter: nn.Parameter, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.parameter = parameter
         self.compute_dtype = compute_dtype
+        self.product_dtype = compute_dtype
+        """A CPU without bf16 instructions multiplies the same bf16 numbers in fp32, at several
+        times the speed; the result is rounded to bf16 once, as ever."""
+        if compute_dtype == torch.bfloat16 and not has_bf16_products(parameter.device):
+            self.product_dtype = torch.float32
         self.copy: Tensor | None = None
         self.sum_in_place = False
         """Backward adds to `parameter.grad` itself, sparing a temporary per use. For engines that
@@ -39,59 +54,70 @@ class Weight(nn.Module):
 
     def refresh(self) -> None:
         """Make the compute copy anew: after every step, load and initialisation."""
-        if self.parameter.dtype == self.compute_dtype:
+        if self.parameter.dtype == self.compute_dtype == self.product_dtype:
             return
-        if self.copy is None:
-            self.copy = torch.empty_like(self.parameter, dtype=self.compute_dtype)
         with torch.no_grad():
-            self.copy.copy_(self.parameter)
+            rounded = self.parameter.to(self.compute_dtype)
+            if self.copy is None:
+                self.copy = rounded.to(self.product_dtype)
+            else:
+                self.copy.copy_(rounded)
 
     def value(self) -> Tensor:
-        """The weight in the compute dtype, outside the graph."""
+        """The weight in the dtype of products, outside the graph."""
         return self.parameter if self.copy is None else self.copy
 
+    def gradient(self, dy: Tensor, x: Tensor) -> Tensor | None:
+        """dW = dy^T x of one use, in the parameter's dtype; None when it was added in place."""
+        grad = self.parameter.grad
+        if not (self.sum_in_place and grad is not None):
+            return (dy.t() @ x).to(self.parameter.dtype)
+        if dy.dtype == grad.dtype:
+            grad.addmm_(dy.t(), x)
+        else:
+            grad.add_(dy.t() @ x)
+        return None
 
-class _Product(torch.autograd.Function):
-    """y = x W^T + b in the compute dtype; dW summed over uses in W's dtype."""
+
+class _Products(torch.autograd.Function):
+    """y_i = x W_i^T + b_i; each dW_i summed over uses in W_i's dtype, dx summed over i in place."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, parameter: Tensor, bias: Tensor | None, weight: Weight
-    ) -> Tensor:
-        # The parameter is saved, never the copy: the copy may be freed and made again.
-        ctx.save_for_backward(x, parameter)
-        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
-        return F.linear(x, weight.value(), None if bias is None else bias.to(x.dtype))
+        ctx: Any, x: Tensor, weights: Sequence[Weight], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        parameters, biases = tensors[: len(weights)], tensors[len(weights) :]
+        # The parameters are saved, never the copies: a copy may be freed and made again.
+        ctx.save_for_backward(x, *parameters)
+        ctx.weights = weights
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        wide = x.to(weights[0].product_dtype)
+        return tuple(
+            F.linear(wide, w.value(), None if b is None else b.to(wide.dtype)).to(x.dtype)
+            for w, b in zip(weights, biases, strict=True)
+        )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, parameter = ctx.saved_tensors
-        dy = grads[0]
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.weight.value()
-        dy = dy.reshape(-1, dy.shape[-1])
-        if ctx.needs_input_grad[1]:
-            dw = weight_gradient(ctx.weight, parameter, dy, x.reshape(-1, x.shape[-1]))
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            db = dy.sum(0, dtype=ctx.bias_dtype)
-        return dx, dw, db, None
-
-
-def weight_gradient(weight: Weight, parameter: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
-    """dW = dy^T x for one use, in the parameter's dtype; None when it was added in place."""
-    if not (weight.sum_in_place and parameter.grad is not None):
-        return (dy.t() @ x).to(parameter.dtype)
-    if dy.dtype == parameter.dtype:
-        parameter.grad.addmm_(dy.t(), x)
-    else:
-        parameter.grad.add_(dy.t() @ x)
-    return None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x = ctx.saved_tensors[0]
+        weights, (needs_x, _, *needs) = ctx.weights, ctx.needs_input_grad
+        dtype = weights[0].product_dtype
+        wide = x.to(dtype).flatten(0, -2)
+        dx: Tensor | None = None
+        dws: list[Tensor | None] = []
+        dbs: list[Tensor | None] = []
+        for i, weight in enumerate(weights):
+            dy = grads[i].flatten(0, -2).to(dtype)
+            if needs_x:
+                dx = dy @ weight.value() if dx is None else dx.addmm_(dy, weight.value())
+            dws.append(weight.gradient(dy, wide) if needs[i] else None)
+            dbs.append(dy.sum(0, dtype=ctx.bias_dtypes[i]) if needs[len(weights) + i] else None)
+        return dx if dx is None else dx.view_as(x).to(x.dtype), None, *dws, *dbs
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out]."""
-    return _Product.apply(x, weight.parameter, bias, weight)
+    return _Products.apply(x, (weight,), weight.parameter, bias)[0]
 
 
 class Linear(nn.Module):
@@ -105,3 +131,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         return product(x, self.weight, self.bias)
+
+
+def apply_all(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
+    """Each layer's output for the same x, whose gradient is then summed without temporaries."""
+    weights = tuple(layer.weight for layer in layers)
+    biases = (layer.bias for layer in layers)
+    return _Products.apply(x, weights, *(w.parameter for w in weights), *biases)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +27,7 @@ class Mesh:
     pp: int = 1
     tp: int = 1
     rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dp_group: Any = None
     """None in a world of one process."""
 
@@ -68,7 +68,9 @@ class Mesh:
 
 
 def world_size() -> int:
-    """Number of processes, by torchrun's variables."""
+    """Number of processes, by the process group or torchrun's variables."""
+    if dist.is_initialized():
+        return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -113,7 +115,7 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def open_mesh(config: Config) -> Iterator[Mesh]:
-    """This process's mesh; the process group ends with the context.
+    """This process's mesh; the process group ends with the context, unless it was there before.
 
     Raises:
         MeshError: a world that does not fit the config.
@@ -123,6 +125,9 @@ def open_mesh(config: Config) -> Iterator[Mesh]:
     device = pick_device(config.train.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield build_mesh(config, device)
+        return
     if world == 1:
         yield Mesh(device=device)
         return

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megarecur.recurrence.inventory import ParameterSpec
 
-_INT32_RANGE = 1 << 32
+_INT32_RANGE, _INT16_RANGE = 1 << 32, 1 << 16
 
 
 def key(*parts: int | str) -> int:
@@ -50,7 +50,9 @@ def _fold(x: Tensor) -> Tensor:
     return torch.where(folded >= 1 << 31, folded - _INT32_RANGE, folded).to(torch.int32)
 
 
-def random_bits(where: int, rows: tuple[Tensor, ...], num_columns: int) -> Tensor:
+def random_bits(
+    where: int, rows: tuple[Tensor, ...], num_columns: int, first_column: int = 0
+) -> Tensor:
     """int32 bits, uniform, one for each (row, column); separable, so any shard makes its own.
 
     Args:
@@ -58,36 +60,58 @@ def random_bits(where: int, rows: tuple[Tensor, ...], num_columns: int) -> Tenso
         rows: integer tensors that broadcast to the leading shape, such as samples [B, 1] and
             positions [B, S].
         num_columns: size of the last dim.
+        first_column: where this part of the last dim begins.
     """
     device = rows[0].device
     row = torch.tensor(_signed(where ^ (where >> 32)), dtype=torch.int32, device=device)
     for part in rows:
         row = _scramble(row ^ _scramble(_fold(part.to(torch.int64))))
-    columns = torch.arange(num_columns, dtype=torch.int32, device=device)
-    bits = row.unsqueeze(-1) ^ _scramble(columns + _signed(where >> 17))
-    # In place: this is the one pass that costs something.
+    columns = torch.arange(first_column, first_column + num_columns, device=device)
+    bits = row.unsqueeze(-1) ^ _scramble(columns.to(torch.int32) + _signed(where >> 17))
+    # In place and as few passes as do: these are the ones that cost something. The arithmetic
+    # shift makes rows that are each other's complement equal, which is as rare as equal rows.
     bits.mul_(_signed(0x9E3779B1))
-    bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF))
+    bits.bitwise_xor_(bits >> 15)
     return bits.mul_(_signed(0x85EBCA6B))
 
 
-def keep_mask(probability: float, where: int, rows: tuple[Tensor, ...], columns: int) -> Tensor:
-    """bool, True with 1 - probability."""
-    threshold = round(probability * _INT32_RANGE) - _INT32_RANGE // 2
-    return random_bits(where, rows, columns) >= threshold
+def drop_share(probability: float) -> float:
+    """The probability as 16 bits hold it, which is the one that masks have."""
+    return min(round(probability * _INT16_RANGE), _INT16_RANGE - 1) / _INT16_RANGE
+
+
+def keep_mask(
+    probability: float,
+    where: int,
+    rows: tuple[Tensor, ...],
+    num_columns: int,
+    first_column: int = 0,
+) -> Tensor:
+    """bool, True with 1 - drop_share(probability); coordinates as those of `random_bits`."""
+    # Each word serves two columns; the multiplication leaves its lower half to be mixed.
+    first_word, first = divmod(first_column, 2)
+    words = random_bits(where, rows, (first + num_columns + 1) // 2, first_word)
+    words.bitwise_xor_((words >> 16).bitwise_and_(0xFFFF))
+    halves = words.view(torch.int16)
+    threshold = round(drop_share(probability) * _INT16_RANGE) - _INT16_RANGE // 2
+    return halves[..., first : first + num_columns] >= threshold
 
 
 def dropout(x: Tensor, probability: float, where: int, rows: tuple[Tensor, ...]) -> Tensor:
     """Inverted dropout of x [..., D] with the mask of (where, rows, channel)."""
     mask = keep_mask(probability, where, rows, x.shape[-1])
-    return torch.where(mask, x * (1.0 / (1.0 - probability)), 0.0)
+    return torch.where(mask, x * (1.0 / (1.0 - drop_share(probability))), 0.0)
 
 
 def truncated_normal(
-    where: int, rows: tuple[Tensor, ...], columns: int, cut: float = 3.0
+    where: int,
+    rows: tuple[Tensor, ...],
+    num_columns: int,
+    first_column: int = 0,
+    cut: float = 3.0,
 ) -> Tensor:
     """Standard normal cut at +-cut, fp32, by inversion of the bits."""
-    uniform = (random_bits(where, rows, columns).to(torch.float64) + 0.5) / _INT32_RANGE + 0.5
+    uniform = (random_bits(where, rows, num_columns, first_column).to(torch.float64) + 0.5) / _INT32_RANGE + 0.5
     low = 0.5 * (1.0 + math.erf(-cut / math.sqrt(2.0)))
     quantile = low + (1.0 - 2.0 * low) * uniform
     return (torch.erfinv(2.0 * quantile - 1.0) * math.sqrt(2.0)).to(torch.float32)

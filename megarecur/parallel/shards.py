@@ -1,1 +1,101 @@
-from megarecur.train.shards import Shard, whole  # temporary
+"""What a rank owns of a tensor: rectangles of it, under the one name that all meshes know it by.
+
+Tensor parallelism cuts rows or columns, ZeRO cuts flat slices; both are lists of rectangles, so a
+checkpoint written on one mesh can be read on any other.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # (offset, sizes) within the whole tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of one unique tensor: rectangles (offset, sizes, tensor) of `global_shape`.
+
+    A rank that holds a replica gives the same rectangle as the others; it is written once.
+    """
+
+    global_shape: tuple[int, ...]
+    chunks: list[tuple[tuple[int, ...], tuple[int, ...], Tensor]]
+
+
+def whole(tensor: Tensor) -> Shard:
+    """The shard of a rank that holds all of `tensor`."""
+    shape = tuple(tensor.shape)
+    return Shard(shape, [((0,) * len(shape), shape, tensor)])
+
+
+def boxes(global_shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    """Cut elements [start, stop) of a row-major tensor into at most 2*ndim-1 boxes, in order."""
+    if start >= stop:
+        return []
+    if not global_shape:
+        return [((), ())]
+    rest = global_shape[1:]
+    row = prod(rest)
+    first, last = start // row, -(-stop // row)  # rows touched: [first, last)
+    if last - first == 1 and stop - start < row:
+        return _within_row(first, rest, start - first * row, stop - first * row)
+    found: list[Box] = []
+    if start > first * row:
+        found += _within_row(first, rest, start - first * row, row)
+        first += 1
+    tail = stop - (last - 1) * row
+    whole_end = last if tail == row else last - 1
+    if first < whole_end:
+        found.append(((first, *(0,) * len(rest)), (whole_end - first, *rest)))
+    if tail < row:
+        found += _within_row(last - 1, rest, 0, tail)
+    return found
+
+
+def _within_row(row: int, rest: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    return [((row, *offset), (1, *sizes)) for offset, sizes in boxes(rest, start, stop)]
+
+
+def tiling_fault(global_shape: tuple[int, ...], chunks: list[Box]) -> str:
+    """Say what keeps `chunks` from tiling `global_shape` exactly; "" if nothing does."""
+    shape = tuple(global_shape)
+    for offset, sizes in chunks:
+        fits = len(offset) == len(sizes) == len(shape) and all(
+            o >= 0 and s >= 0 and o + s <= g for o, s, g in zip(offset, sizes, shape, strict=True)
+        )
+        if not fits:
+            return f"chunk {span(offset, sizes)} does not fit the shape {list(shape)}"
+    filled = [(offset, sizes) for offset, sizes in chunks if prod(sizes)]
+    if shape:
+        fault = _overlap(len(shape), filled)
+        if fault:
+            return fault
+    covered = sum(prod(sizes) for _, sizes in filled)
+    if covered != prod(shape):
+        return f"chunks hold {covered} of {prod(shape)} elements"
+    return ""
+
+
+def _overlap(ndim: int, chunks: list[Box]) -> str:
+    """Find two chunks that share an element, by a sweep along the dim that separates most of them.
+
+    Volume alone is not proof: a chunk given twice can hide one that is missing.
+    """
+    dim = max(range(ndim), key=lambda d: len({offset[d] for offset, _ in chunks}))
+    active: list[Box] = []
+    for offset, sizes in sorted(chunks, key=lambda chunk: chunk[0][dim]):
+        active = [(o, s) for o, s in active if o[dim] + s[dim] > offset[dim]]
+        for other, other_sizes in active:
+            if all(
+                a < b + t and b < a + s
+                for a, s, b, t in zip(offset, sizes, other, other_sizes, strict=True)
+            ):
+                return f"chunks {span(other, other_sizes)} and {span(offset, sizes)} overlap"
+        active.append((offset, sizes))
+    return ""
+
+
+def span(offset: tuple[int, ...] | list[int], sizes: tuple[int, ...] | list[int]) -> str:
+    """Write a rectangle as a slice: "[0:96,0:64]"."""
+    return "[" + ",".join(f"{o}:{o + s}" for o, s in zip(offset, sizes, strict=False)) + "]"

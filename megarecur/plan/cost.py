@@ -190,12 +190,13 @@ def estimate_activations(config: Config, steps: LayerMap) -> tuple[int, int]:
 def count_kept_elements(model: ModelConfig, seq_length: int) -> int:
     """Elements per token that one step keeps for backward, attention scores not materialised."""
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    norms = 4 if model.norm_position == "sandwich" else 2
-    residual = (2 * norms) * model.hidden_size  # input and output of every norm
+    norms = 4  # inputs and outputs of two norms
+    if model.norm_position == "sandwich":
+        norms += 2  # what the output norms normalise; their own outputs are only added
     attention = 2 * queries + 2 * keys  # q, k, v and the output's input
-    feed_forward = (4 if model.feed_forward == "swiglu" else 2) * model.ffn_hidden_size
+    feed_forward = (3 if model.feed_forward == "swiglu" else 2) * model.ffn_hidden_size
     scores = 2 * model.num_heads * seq_length if model.attention_dropout else 0  # the math path
-    return residual + attention + feed_forward + scores
+    return norms * model.hidden_size + attention + feed_forward + scores
 
 
 def has_adapter(config: Config) -> bool:

@@ -293,7 +293,9 @@ def _parameters(config: Config, steps: LayerMap) -> RenderableType:
 
 def _compute(config: Config, steps: LayerMap) -> RenderableType:
     flops, dense = count_flops(config, steps), count_flops(config, dense_twin(steps))
-    table = _table("executed FLOPs (dense: every block once)", "per token", "per step", "against dense")
+    table = _table(
+        "executed FLOPs (dense: every block once)", "per token", "per step", "against dense"
+    )
     tokens = count_tokens_per_step(config)
     rows = [("forward", flops.forward, dense.forward), ("training", flops.train, dense.train)]
     if flops.hardware != flops.train:

@@ -32,7 +32,7 @@ from megarecur.train.checkpoint_storage import (
     delete_folder,
     find_damage,
 )
-from megarecur.train.shards import Shard, boxes
+from megarecur.parallel.shards import Shard, boxes
 
 __all__ = [
     "SaveHandle",

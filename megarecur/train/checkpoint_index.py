@@ -15,7 +15,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from megarecur.errors import CheckpointError
-from megarecur.train.shards import tiling_fault
+from megarecur.parallel.shards import tiling_fault
 
 VERSION = 1
 # How an index of version N becomes one of version N + 1.

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megarecur.errors import CheckpointError
 from megarecur.train.checkpoint_index import DTYPE_NAMES
-from megarecur.train.shards import Box, Shard, tiling_fault
+from megarecur.parallel.shards import Box, Shard, tiling_fault
 
 
 class ShardSavePlanner(DefaultSavePlanner):

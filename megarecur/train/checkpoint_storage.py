@@ -47,7 +47,7 @@ from megarecur.train.checkpoint_index import (
     readable,
     seal,
 )
-from megarecur.train.shards import span
+from megarecur.parallel.shards import span
 
 logger = logging.getLogger(__name__)
 

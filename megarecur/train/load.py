@@ -16,8 +16,8 @@ from megarecur.config.schema import Config
 from megarecur.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from megarecur.errors import CheckpointError, ConfigError
 from megarecur.model.transformer import Transformer
+from megarecur.parallel.shards import whole
 from megarecur.train import checkpoint
-from megarecur.train.checkpoint import Shard
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +98,21 @@ def load_model(
 
 def read_parameters(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors, by global name, from a checkpoint that was found undamaged."""
-    shards = {}
-    for name, tensor in tensors.items():
-        shape = tuple(tensor.shape)
-        shards[name] = Shard(shape, [((0,) * len(shape), shape, tensor.detach())])
+    shards = {name: whole(tensor.detach()) for name, tensor in tensors.items()}
     # Every byte was verified when the checkpoint was found.
     checkpoint.load(path, shards, partial=True, verify=False)
+
+
+def special_ids(run: Run, tokenizer: Tokenizer) -> tuple[int | None, list[int]]:
+    """The id that every text begins with, if any, and the ids that end one.
+
+    Corpora made here have no begin of text; a converted model was trained with one.
+    """
+    origin = run.state.get("hugging_face", {})
+    end = origin.get("eos_token_id")
+    if end is None:
+        end = tokenizer.eos_id
+    return origin.get("bos_token_id"), end if isinstance(end, list) else [end]
 
 
 def open_tokenizer(run: Run) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -95,7 +96,7 @@ def open_run(config: Config, mesh: Mesh) -> Iterator[Path]:
     ends.
 
     Raises:
-        ConfigError: another job holds the folder, or it cannot be written.
+        ConfigError: another job holds the folder, it cannot be written, or its disk is full.
     """
     run_dir, refusal, file = Path(config.run_dir), "", None
     if mesh.rank == 0:
@@ -111,6 +112,13 @@ def open_run(config: Config, mesh: Mesh) -> Iterator[Path]:
         if refusal:
             raise ConfigError(refusal)
         yield run_dir
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(
+            f"run_dir={run_dir}: {error.strerror}; free some space and start again, "
+            "checkpoints already there are untouched"
+        ) from None
     finally:
         if file is not None:
             file.close()

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megarecur.config.schema import Config, Source
-from megarecur.data.corpus import Corpus, check_tokenizer, read_manifest
+from megarecur.config.schema import Config
+from megarecur.data.corpus import Corpus, open_corpus
 from megarecur.data.loader import Loader, MicroBatch
-from megarecur.data.tokenizer import Tokenizer, load_tokenizer
+from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import DataError
 from megarecur.model.transformer import LossTerm, Telemetry, Transformer
 from megarecur.optim.engine import Engine, PlainEngine
@@ -108,10 +108,17 @@ def open_data(config: Config, mesh: Mesh) -> Data:
         DataError: on every rank, when any of them finds damage, or a tokenizer that differs.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
-    error, train, validation = None, [], []
+    error, train, validation = "", list[Corpus](), list[Corpus]()
     try:
-        train = [open_corpus(source, config, tokenizer) for source in config.data.train]
-        validation = [open_corpus(source, config, tokenizer) for source in config.data.val]
+        train, validation = (
+            [
+                open_corpus(
+                    s.path, config.data.tokenizer, tokenizer.fingerprint, config.data.verify
+                )
+                for s in sources
+            ]
+            for sources in (config.data.train, config.data.val)
+        )
     except DataError as failure:
         error = str(failure)
     errors = sorted({e for e in mesh.gather_objects(error) if e})
@@ -130,13 +137,6 @@ def open_data(config: Config, mesh: Mesh) -> Data:
         mask_documents=config.data.mask_documents,
     )
     return Data(config, loader, validation, tokenizer.fingerprint)
-
-
-def open_corpus(source: Source, config: Config, tokenizer: Tokenizer) -> Corpus:
-    """Open a corpus, verified unless data.verify is off, if it was made with the tokenizer."""
-    manifest = read_manifest(source.path)
-    check_tokenizer(source.path, manifest, config.data.tokenizer, tokenizer.fingerprint)
-    return Corpus(source.path, verify=config.data.verify)
 
 
 def with_vocab_size(config: Config, vocab_size: int) -> Config:

@@ -1,0 +1,164 @@
+"""Training speed of a reuse-mapped model against Hugging Face Llama of the same executed depth.
+
+    python benchmarks/training.py [fp32] [bf16] [--rounds 7] [--cuda]
+
+One step is forward, backward, clipping and fused AdamW on 4 sequences of 512 tokens: hidden 512,
+feed-forward 1,408, 8 heads, 8 executed layers, 8,192 tokens of vocabulary, tied. Ours runs 4 blocks
+twice each (the engine's own step), theirs 8 layers (sdpa; in bf16, fp32 weights under autocast).
+Both sides, and products of the model's shapes, take turns in one run; medians are printed.
+"Share" is executed FLOPs over what the machine's fp32 products (bf16 ones on CUDA) would do in the
+same time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from megarecur.config.schema import Config
+from megarecur.data.loader import MicroBatch
+from megarecur.data.torchvision_stub import make_torchvision_importable
+from megarecur.model.transformer import Transformer
+from megarecur.optim.engine import PlainEngine
+from megarecur.parallel.mesh import Mesh
+from megarecur.plan.cost import count_flops
+from megarecur.recurrence.schemes import layer_map
+
+HIDDEN, FFN, HEADS, DEPTH, VOCABULARY, LENGTH, BATCH = 512, 1408, 8, 8, 8192, 512, 4
+TOKENS = LENGTH * BATCH
+DEVICE = torch.device("cuda" if "--cuda" in sys.argv else "cpu")
+Step = Callable[[], float]
+
+
+def make_config(precision: str) -> Config:
+    """Ours: 4 blocks, each run twice in a row."""
+    return Config.model_validate({
+        "run_dir": "run",
+        "model": {"hidden_size": HIDDEN, "num_heads": HEADS, "ffn_hidden_size": FFN,
+                  "vocab_size": VOCABULARY},
+        "recurrence": {"kind": "reuse_map", "reuse_map": [2, 2, 2, 2]},
+        "data": {"train": [{"path": "none"}], "tokenizer": "bytes", "seq_length": LENGTH},
+        "optimizer": {"lr": 1e-4},
+        "train": {"steps": 1, "global_batch_size": BATCH, "micro_batch_size": BATCH,
+                  "precision": precision},
+    })  # fmt: skip
+
+
+def our_step(config: Config) -> Step:
+    """One optimizer step of the trainer's engine; returns the loss."""
+    model = Transformer(config, DEVICE)
+    engine = PlainEngine(model, config, Mesh(device=DEVICE))
+    steps, (tokens_BS, labels_BS) = layer_map(config.recurrence), random_batch()
+    positions_BS = torch.arange(LENGTH, device=DEVICE).expand(BATCH, LENGTH)
+    samples_B = torch.arange(BATCH, device=DEVICE)
+    zeros_BS = torch.zeros_like(tokens_BS)
+    batch = MicroBatch(tokens_BS, labels_BS, positions_BS, zeros_BS, samples_B, True)
+
+    def step() -> float:
+        ctx = model.context(batch, step=0, training=True)
+        x, _ = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
+        loss = model.loss(x, batch)["loss"].total / TOKENS
+        engine.backward(loss)
+        engine.step(config.optimizer.lr)
+        return loss.item()
+
+    return step
+
+
+def their_step(precision: str) -> Step:
+    """The same with transformers, as its users write it."""
+    make_torchvision_importable()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=FFN,
+            num_hidden_layers=DEPTH, num_attention_heads=HEADS, max_position_embeddings=LENGTH,
+            tie_word_embeddings=True, attn_implementation="sdpa", use_cache=False,
+        )
+    ).to(DEVICE)  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    tokens_BS, labels_BS = random_batch()
+
+    def step() -> float:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(input_ids=tokens_BS, shift_labels=labels_BS, labels=labels_BS).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels [B, S], the same for both sides."""
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator).to(DEVICE)
+    return both[0], both[1]
+
+
+def products_step() -> tuple[Step, float]:
+    """The feed-forward's product, forward and both backward ones; and its FLOPs."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    x = torch.randn(TOKENS, HIDDEN, device=DEVICE, dtype=dtype)
+    weight = torch.randn(FFN, HIDDEN, device=DEVICE, dtype=dtype)
+    dy = torch.randn(TOKENS, FFN, device=DEVICE, dtype=dtype)
+    repeats = 10
+
+    def step() -> float:
+        for _ in range(repeats):
+            _ = x @ weight.t(), dy @ weight, dy.t() @ x
+        return 0.0
+
+    return step, 6.0 * TOKENS * HIDDEN * FFN * repeats
+
+
+def seconds(step: Step) -> float:
+    """Wall time of one call."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    step()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def compare(precision: str, rounds: int) -> None:
+    """Alternate, and print medians."""
+    config = make_config(precision)
+    flops = count_flops(config, layer_map(config.recurrence)).train * TOKENS
+    products, product_flops = products_step()
+    sides = {"ours": our_step(config), "theirs": their_step(precision), "products": products}
+    losses = {name: step() for name, step in sides.items()}
+    assert abs(losses["ours"] - losses["theirs"]) < 0.2, f"different work? {losses}"
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, step in sides.items():
+            times[name].append(seconds(step))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    rate = product_flops / median["products"]
+    print(f"{precision}: products {rate / 1e9:,.0f} GFLOP/s")
+    for name in ("ours", "theirs"):
+        share = flops / median[name] / rate
+        print(f"  {name:7} {TOKENS / median[name]:8,.0f} tokens/s   share {share:.2f}")
+    ratios = sorted(t / o for o, t in zip(times["ours"], times["theirs"], strict=True))
+    print(f"  ratio   {median['theirs'] / median['ours']:.3f}  (pairs: {ratios[0]:.3f} to "
+          f"{ratios[-1]:.3f})", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """Read the command line."""
+    rounds = int(sys.argv[sys.argv.index("--rounds") + 1]) if "--rounds" in sys.argv else 7
+    for precision in [p for p in ("fp32", "bf16") if p in sys.argv] or ["fp32", "bf16"]:
+        compare(precision, rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""Preparing a corpus: readers, splits, duplicates, any number of workers, and any kill."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from rich.console import Console
+
+from data_prep.inspect import inspect_corpus, render_inspection
+from data_prep.progress import ProgressReport
+from data_prep.readers import Reading, find_sources, read_documents
+from data_prep.shards import prepare_shards
+from data_prep.stdlib import standard_library_sources
+from megarecur.data.corpus import Corpus
+from megarecur.data.tokenizer import load_tokenizer
+from megarecur.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read(path: Path, **options: Any) -> list[bytes | None]:
+    return list(read_documents(path, Reading(**options)))
+
+
+def texts(corpus: Corpus) -> list[str]:
+    """Every document of a corpus of bytes."""
+    tokenizer = load_tokenizer("bytes")
+    tokens = corpus.read(0, corpus.num_tokens)
+    ends = [*corpus.documents[1:].tolist(), corpus.num_tokens]
+    return [
+        tokenizer.decode(tokens[start : end - 1].tolist())
+        for start, end in zip(corpus.documents.tolist(), ends, strict=True)
+    ]
+
+
+def prepare(inputs: list[Path], out: Path, **options: Any) -> Corpus:
+    prepare_shards(inputs, out, "bytes", **({"workers": 1} | options))
+    return Corpus(out / "train")
+
+
+# ------------------------------------------------------------------------------------------ readers
+
+PACK = {
+    "": lambda b: b,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda b: zstandard.compress(b[:9]) + zstandard.compress(b[9:]),
+}
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_formats(tmp_path: Path, suffix: str) -> None:
+    lines = b'{"text": "one\\nmore"}\n\n{"body": 1, "text": "zwei \xc3\xa9"}\n{"text": ""}'
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(PACK[suffix](lines))
+    (tmp_path / f"b.txt{suffix}").write_bytes(PACK[suffix](b"one\r\n\n \ntwo\n"))
+    assert read(tmp_path / f"a.jsonl{suffix}") == [b"one\nmore", "zwei é".encode()]
+    file = tmp_path / f"b.txt{suffix}"
+    assert read(file) == [b"one\r\n\n \ntwo\n"]
+    assert read(file, text_split="blank_line") == [b"one\r\n", b"two\n"]
+    assert read(file, text_split="separator", separator="\n \n") == [b"one\r\n", b"two\n"]
+    (tmp_path / f"nameless{suffix}").write_bytes(PACK[suffix](b"x"))
+    assert read(tmp_path / f"nameless{suffix}") == [b"x"]
+
+
+def test_a_separator_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_prep.readers.BLOCK_BYTES", 5)
+    parts = [b"a" * n for n in range(1, 12)]
+    (tmp_path / "t.txt").write_bytes(b"<end>".join(parts))
+    assert read(tmp_path / "t.txt", text_split="separator", separator="<end>") == parts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt.gz", b"plain", "is not what its name says: it is not gz-compressed"),
+        ("a.txt", gzip.compress(b"x"), "is not what its name says: it is gz-compressed"),
+        ("a.jsonl.xz", gzip.compress(b"x"), "is not what its name says: it is gz-compressed"),
+        ("a.txt.gz", b"", "is empty"),
+        ("a.txt", b"PK\x03\x04...", "is a zip archive, not text"),
+        ("a.txt", "x".encode("utf-16"), "is UTF-16 text"),
+        ("a.txt.gz", gzip.compress(os.urandom(999))[:-30], "damaged or cut short"),
+        ("a.txt.xz", lzma.compress(os.urandom(999))[:-30], "damaged or cut short"),
+        ("a.txt.zst", zstandard.compress(os.urandom(999))[:-30], "damaged or cut short"),
+        ("a.jsonl", b'{"text": "a"}\nhello\n', r"line 2 \(byte 14\) is not JSON"),
+        ("a.jsonl", b'{"body": "a"}\n', r"line 1 .* no text under text_key='text' .*body"),
+        ("a.jsonl", b'{"text": 3}\n', "no text under"),
+        ("a.jsonl", b"[1]\n", "no text under"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{tmp_path / name}: .*{message}".replace(": .*", ":? .*")):
+        read(tmp_path / name, errors="skip")
+
+
+def test_undecodable_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(
+        "\ufeffé\n\nba\xffd\n\nfine".encode("latin-1", "ignore").replace(b"\xe9", b"e")
+    )
+    split = {"text_split": "blank_line"}
+    with pytest.raises(DataError, match=rf"{file}: byte 5 \(0xff\) is not UTF-8"):
+        read(file, **split)
+    assert read(file, **split, errors="skip") == [b"e\n", None, b"fine"]
+    assert read(file, **split, errors="replace") == [b"e\n", "ba\ufffdd\n".encode(), b"fine"]
+    lines = tmp_path / "b.jsonl"
+    lines.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b\\ud800"}\n{"text": "c"}\n')
+    with pytest.raises(DataError, match=rf"{lines}: line 2: byte 24 \(0xff\) is not UTF-8"):
+        read(lines)
+    assert read(lines, errors="skip") == [b"a", None, None, b"c"]
+    replaced = [b"a", "\ufffd".encode(), "b\ufffd".encode(), b"c"]
+    assert read(lines, errors="replace") == replaced
+    corpus = prepare([lines], tmp_path / "out", errors="skip")
+    assert corpus.manifest.documents_skipped == 2
+
+
+def test_sources(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/c.jsonl.gz", "a/d.py", "a/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+
+    def found(*inputs: str, **options: Any) -> list[str]:
+        paths = find_sources([tmp_path / i for i in inputs], **options)
+        return [path.relative_to(tmp_path).as_posix() for path in paths]
+
+    assert found(".") == ["a/c.jsonl.gz", "a/e.txt", "b.txt"]
+    assert found("**/*.py", "b.txt", "a/../b.txt") in (
+        ["a/d.py", "b.txt"],
+        ["a/../b.txt", "a/d.py"],
+    )
+    assert found(".", exclude=["*.txt"]) == ["a/c.jsonl.gz"]
+    assert found(".", exclude=["*/a/*"]) == ["b.txt"]
+    with pytest.raises(DataError, match="no such file"):
+        found("nothing*")
+    with pytest.raises(DataError, match="excluded"):
+        found("b.txt", exclude=["b*"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: no \.txt"):
+        found("empty")
+
+
+# ------------------------------------------------------------------------------------------- shards
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Eight files of documents, some of them twice: in one file, and in two."""
+    folder, rng = tmp_path_factory.mktemp("inputs"), random.Random(0)
+    words = [f"word{i}" for i in range(40)]
+    documents = [" ".join(rng.choices(words, k=rng.randint(1, 200))) for _ in range(300)]
+    for i in range(8):
+        some = [json.dumps({"text": text}) for text in rng.choices(documents, k=60)]
+        (folder / f"{i}.jsonl.xz").write_bytes(lzma.compress("\n".join(some).encode()))
+    return sorted(folder.iterdir())
+
+
+OPTIONS: dict[str, Any] = {"val_fraction": 0.1, "part_bytes": 3000}
+
+
+@pytest.fixture(scope="module")
+def expected(inputs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("expected") / "out"
+    prepare(inputs, out, **OPTIONS)
+    return tree(out)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_duplicates_and_splits(
+    inputs: list[Path], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    everything = [d.decode() for path in inputs for d in read(path) if d is not None]
+    first = list(dict.fromkeys(everything))
+    corpora = {s: Corpus(write(expected, tmp_path) / s) for s in ("train", "val")}
+    train, val = (texts(corpora[s]) for s in ("train", "val"))
+    assert not set(train) & set(val) and len(train) + len(val) == len(first)
+    assert 10 < len(val) < 60
+    assert train == [text for text in first if text in set(train)]
+    assert val == [text for text in first if text in set(val)]
+    for name, documents in (("train", train), ("val", val)):
+        manifest = corpora[name].manifest
+        assert manifest.duplicates_removed == len(everything) - len(first)
+        assert manifest.num_bytes == sum(len(text) for text in documents)
+        assert manifest.num_tokens == manifest.num_bytes + len(documents)
+        assert [s["documents"] for s in manifest.sources] == [60] * 8
+    kept = prepare(inputs, tmp_path / "kept", deduplicate=False)
+    assert texts(kept) == everything
+
+
+def write(files: dict[str, bytes], folder: Path) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_neither_workers_nor_places_change_a_byte(
+    inputs: list[Path], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in inputs:
+        (elsewhere / path.name).write_bytes(path.read_bytes())
+    prepare(sorted(elsewhere.iterdir()), tmp_path / "out", **OPTIONS, workers=2)
+    assert tree(tmp_path / "out") == expected
+    assert not (tmp_path / "out.partial").exists()
+
+
+def kill_once(inputs: list[Path], out: Path, when: Any) -> bool:
+    """Start preparing in another process and kill it; whether it was still at work."""
+    program = (
+        "import sys\nfrom data_prep.shards import prepare_shards\n"
+        "if __name__ == '__main__':\n"
+        f"    prepare_shards(sys.argv[2:], sys.argv[1], 'bytes', workers=2, **{OPTIONS})\n"
+    )
+    script = out.with_name("prepare.py")
+    script.write_text(program)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(out), *map(str, inputs)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        while process.poll() is None and not when():
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return process.returncode == -signal.SIGKILL
+
+
+def test_a_kill_loses_nothing(
+    inputs: list[Path], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    most = random.randint(1, 80)
+    began = time.monotonic()
+
+    def far_enough() -> bool:
+        done = [*partial.glob("*.npz"), *partial.glob("*.tokens")] if partial.exists() else []
+        return len(done) >= most or time.monotonic() - began > 60
+
+    assert kill_once(inputs, out, far_enough)
+    time.sleep(0.2)  # its workers notice that it is gone
+    kept = {path: path.stat().st_mtime_ns for path in partial.glob("*.npz")}
+    report = ProgressReport(Console(file=(lines := io.StringIO())))
+    prepare(inputs, out, **OPTIONS, workers=2, progress=report)
+    assert kept and "read: " in lines.getvalue()
+    assert tree(out) == expected
+    assert not partial.exists()
+
+
+@pytest.mark.slow
+def test_many_kills_lose_nothing(
+    inputs: list[Path], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    rng = random.Random(time.time_ns())
+    for attempt in range(2):
+        out = tmp_path / f"out{attempt}"
+        for _ in range(9):
+            end = time.monotonic() + rng.uniform(0.2, 8)
+            if not kill_once(inputs, out, lambda end=end: time.monotonic() > end):
+                break
+        prepare(inputs, out, **OPTIONS)
+        assert tree(out) == expected
+        assert not out.with_name(out.name + ".partial").exists()
+
+
+def test_preparing_again_does_nothing_and_replaces_nothing(tmp_path: Path) -> None:
+    file, out = tmp_path / "a.txt", tmp_path / "out"
+    file.write_text("some text")
+    first = prepare([file], out)
+    shard = out / "train" / "shard.00000.mds"
+    before = shard.stat().st_mtime_ns
+    assert prepare([file], out).fingerprint == first.fingerprint
+    assert shard.stat().st_mtime_ns == before
+    with pytest.raises(DataError, match=r"other options; delete it, or choose another"):
+        prepare([file], out, deduplicate=False)
+    file.write_text("more text")
+    os.utime(file, (time.time() + 9, time.time() + 9))
+    with pytest.raises(DataError, match=f"is older than {file}"):
+        prepare([file], out)
+
+
+def test_changed_inputs_discard_unfinished_work(tmp_path: Path) -> None:
+    file, out = tmp_path / "a.txt", tmp_path / "out"
+    file.write_bytes(b"good \xff")
+    with pytest.raises(DataError, match="not UTF-8"):
+        prepare([file], out)
+    assert (tmp_path / "out.partial").exists() and not out.exists()
+    file.write_bytes(b"good !")
+    assert texts(prepare([file], out)) == ["good !"]
+
+
+def test_nothing_left_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match="would be empty"):
+        prepare([file], tmp_path / "out")
+    file.write_bytes(b"one document")
+    with pytest.raises(DataError, match=r"val: the corpus would be empty.*val-fraction"):
+        prepare([file], tmp_path / "out2", val_fraction=0.001)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out2").exists()
+
+
+def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    (tmp_path / "a.txt").write_text("x" * 100_000)
+
+    def fill(*_: Any, **__: Any) -> None:
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    monkeypatch.setattr("numpy.savez", fill)
+    with pytest.raises(DataError, match=r"the disk is full; free some space and run again"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out")
+    monkeypatch.undo()
+    assert prepare([tmp_path / "a.txt"], tmp_path / "out").num_documents == 1
+
+
+def test_a_vocabulary_above_16_bits_is_stored_in_32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("wide")
+    monkeypatch.setattr("megarecur.data.tokenizer.ByteTokenizer.dtype", np.uint32)
+    corpus = prepare([tmp_path / "a.txt"], tmp_path / "out")
+    assert corpus.dtype == np.uint32 and texts(corpus) == ["wide"]
+
+
+# --------------------------------------------------------------------------------- inspect, stdlib
+
+
+def test_inspect(expected: dict[str, bytes], tmp_path: Path) -> None:
+    found = inspect_corpus(write(expected, tmp_path) / "train", num_samples=2)
+    assert found.bytes_per_token == 1.0
+    assert sum(count for _, count in found.histogram) == found.manifest.num_documents
+    assert len(found.samples) == 2
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render_inspection(found))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert found.fingerprint in shown and "Lengths of documents" in shown
+
+
+def test_the_standard_library_is_a_corpus_without_tests() -> None:
+    sources = standard_library_sources()
+    names = {path.name for path in sources}
+    assert {"argparse.py", "_pydecimal.py"} <= names and len(sources) > 100
+    assert not any(part in ("test", "tests", "idle_test") for p in sources for part in p.parts)
+    assert sources == sorted(sources)

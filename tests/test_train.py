@@ -1,0 +1,305 @@
+"""Whole runs: resuming exactly, elastically and after signals, kills and damage."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from configs import make_config
+from megarecur.config.schema import Config
+from megarecur.data.loader import Loader
+from megarecur.errors import CheckpointError, ConfigError, DataError
+from megarecur.parallel.mesh import Mesh
+from megarecur.train import checkpoint
+from megarecur.train.metrics import read_metrics
+from megarecur.train.state import open_run
+from megarecur.train.trainer import FINISHED, STOPPED, train
+
+# 12 steps of 32 samples are more than an epoch of the corpus.
+TRAIN = {"steps": 12, "global_batch_size": 32, "micro_batch_size": 16}
+DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
+
+
+def run_config(corpus: Path, run_dir: Path, **sections: Any) -> Config:
+    """A short run with dropout, over more than one epoch."""
+    sections.setdefault("checkpoint", {"every": 6, "keep_last": 5})
+    sections["train"] = {**TRAIN, **sections.get("train", {})}
+    sections["model"] = {**DROPOUT, **sections.get("model", {})}
+    return make_config(corpus, run_dir=str(run_dir), **sections)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Training loss by step."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    assert len({row["step"] for row in rows}) == len(rows), "a step was logged twice"
+    return {row["step"]: row["train/loss"] for row in rows}
+
+
+def weights(run_dir: Path, step: int) -> bytes:
+    """Every tensor of a checkpoint, moments included."""
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    return (folder / "rank-00000.safetensors").read_bytes()
+
+
+def keep_only(run_dir: Path, step: int) -> None:
+    """Forget the checkpoints after a step, as if the run had died then."""
+    for path in checkpoint.list_checkpoints(run_dir / "checkpoints"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    (run_dir / "checkpoints" / "latest").unlink()
+
+
+@pytest.fixture(scope="module")
+def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without interruption."""
+    run_dir = tmp_path_factory.mktemp("straight")
+    assert train(run_config(corpus, run_dir)) == FINISHED
+    return run_dir
+
+
+def test_the_run_reads_more_than_one_epoch(corpus, straight) -> None:
+    state = checkpoint.read_state(straight / "checkpoints" / "step-00000012")
+    tokens = json.loads((corpus / "train" / "manifest.json").read_text())["num_tokens"]
+    assert state["data"]["samples"] == 12 * 32 > tokens // 32
+
+
+def test_resume_is_bit_identical(corpus, straight, tmp_path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    keep_only(tmp_path / "run", 6)
+    assert train(run_config(corpus, tmp_path / "run")) == FINISHED
+    assert losses(tmp_path / "run") == losses(straight)
+    assert weights(tmp_path / "run", 12) == weights(straight, 12)
+
+
+def train_recording(config: Config) -> tuple[int, list[list[int]]]:
+    """Train, noting which windows of the corpus each step of the global batch reads."""
+    read = []
+    original = Loader.batch
+
+    def batch(self: Loader, step: int) -> Any:
+        read.append(self.windows(self.sample_ids(step))[1].tolist())
+        return original(self, step)
+
+    Loader.batch = batch
+    try:
+        return train(config), read
+    finally:
+        Loader.batch = original
+
+
+def test_resume_with_another_number_of_processes(world, corpus, straight, tmp_path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    keep_only(tmp_path / "run", 6)
+    config = run_config(corpus, tmp_path / "run", train={"micro_batch_size": 8})
+    results = world(2).run(train_recording, config)
+    assert [code for code, _ in results] == [FINISHED, FINISHED]
+    single = train_recording(run_config(corpus, tmp_path / "again"))[1]
+    assert results[0][1] == results[1][1] == single[6:]
+    expected, found = losses(straight), losses(tmp_path / "run")
+    assert abs(found[7] - expected[7]) <= 1e-6 * expected[7]
+    for step in range(8, 13):
+        assert abs(found[step] - expected[step]) <= 1e-4 * expected[step]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_save_at_the_step_boundary(corpus, straight, tmp_path, number, monkeypatch) -> None:
+    original = Loader.batch
+
+    def batch(self: Loader, step: int) -> Any:
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return original(self, step)
+
+    config = run_config(corpus, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "batch", batch)
+        assert train(config) == STOPPED
+    assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+    if number == signal.SIGUSR1:
+        assert train(config) == FINISHED
+        assert losses(tmp_path / "run") == losses(straight)
+        assert weights(tmp_path / "run", 12) == weights(straight, 12)
+
+
+def stop_one_rank(config: Config) -> int:
+    """Train, with a signal that only the last rank receives."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+    return train(config)
+
+
+def test_a_signal_on_one_rank_stops_all(world, corpus, tmp_path) -> None:
+    config = run_config(corpus, tmp_path / "run", train={"steps": 100_000})
+    assert world(2).run(stop_one_rank, config) == [STOPPED, STOPPED]
+    steps = [int(p.name[5:]) for p in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert steps and max(losses(tmp_path / "run")) == max(steps)
+
+
+def kill_and_resume(corpus: Path, run_dir: Path, rng: random.Random) -> None:
+    """Start a run in a process of its own, SIGKILL it at a random moment; it must go on."""
+    config = run_config(
+        corpus, run_dir, train={"steps": 100_000}, checkpoint={"every": 2, "keep_last": 2}
+    )
+    root = run_dir / "checkpoints"
+    before = [int(p.name[5:]) for p in checkpoint.list_checkpoints(root)]
+    process = multiprocessing.get_context("forkserver").Process(target=train, args=(config,))
+    process.start()
+    deadline = time.monotonic() + 60
+    wanted = max(before, default=0) + rng.randrange(1, 6)
+    while time.monotonic() < deadline and process.is_alive():
+        rows = read_metrics(run_dir / "metrics.jsonl")
+        if rows and rows[-1]["step"] >= wanted:
+            break
+        time.sleep(0.01)
+    time.sleep(rng.random() * 0.1)
+    assert process.is_alive(), f"the run ended by itself with {process.exitcode}"
+    process.kill()
+    process.join()
+    path, damaged = checkpoint.find_checkpoint(root)
+    assert not damaged
+    step = int(path.name[5:]) if path else 0
+    logged = read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
+    # What was logged is at most the two steps since the last checkpoint, and the one being saved.
+    assert logged - 3 <= step <= logged + 1
+    assert step >= max(before, default=0)
+
+
+def kill_often(corpus: Path, run_dir: Path, times: int) -> None:
+    """Kill a run again and again, then let it end: as if it had never been killed."""
+    rng = random.Random(times)
+    for _ in range(times):
+        if (
+            max(
+                [int(p.name[5:]) for p in checkpoint.list_checkpoints(run_dir / "checkpoints")],
+                default=0,
+            )
+            > 5
+        ):
+            keep_only(run_dir, 4)
+        kill_and_resume(corpus, run_dir, rng)
+    last = int(checkpoint.list_checkpoints(run_dir / "checkpoints")[-1].name[5:]) + 2
+    for folder in (run_dir, run_dir.with_name("straight")):
+        assert train(run_config(corpus, folder, train={"steps": last})) == FINISHED
+    assert losses(run_dir) == losses(run_dir.with_name("straight"))
+    assert weights(run_dir, last) == weights(run_dir.with_name("straight"), last)
+
+
+def test_sigkill_at_random_moments(corpus, tmp_path) -> None:
+    kill_often(corpus, tmp_path / "run", 3)
+
+
+@pytest.mark.slow
+def test_sigkill_at_many_random_moments(corpus, tmp_path) -> None:
+    kill_often(corpus, tmp_path / "run", 20)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(
+    corpus, straight, tmp_path, caplog
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    file = run_dir / "checkpoints" / "step-00000012" / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    assert train(run_config(corpus, run_dir)) == FINISHED
+    assert "step-00000012 is damaged" in caplog.text and "rank-00000" in caplog.text
+    assert weights(run_dir, 12) == weights(straight, 12)
+
+
+def fail_to_train(config: Config) -> str:
+    """The error that a rank raises."""
+    with pytest.raises(DataError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+def test_a_damaged_shard_is_named_on_every_rank(world, corpus, tmp_path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(corpus, broken)
+    shard = broken / "train" / "shard.00000.mds"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    config = run_config(broken, tmp_path / "run")
+    for message in world(2).run(fail_to_train, config):
+        assert str(shard) in message
+
+
+def test_a_run_folder_in_use_is_refused(corpus, tmp_path) -> None:
+    config = run_config(corpus, tmp_path / "run")
+    with open_run(config, Mesh()), pytest.raises(ConfigError, match=f"in use by.*{os.getpid()}"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"model": {"hidden_size": 64}}, ["model.hidden_size: 64", "with 32"]),
+        ({"recurrence": {"reuse_map": [1, 1, 1]}}, ["recurrence.reuse_map: (1, 1, 1)"]),
+        ({"seed": 4, "optimizer": {"lr": 1.0}}, ["seed: 4", "optimizer.lr: 1.0"]),
+        ({"train": {"global_batch_size": 48}}, ["train.global_batch_size: 48"]),
+        ({"data": {"seq_length": 16}}, ["data.seq_length: 16"]),
+    ],
+)
+def test_changed_fixed_fields_are_all_named(corpus, straight, sections, named) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(run_config(corpus, straight, **sections))
+    for text in named:
+        assert text in str(caught.value)
+
+
+def test_free_fields_may_change(corpus, straight, tmp_path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.copytree(corpus, tmp_path / "moved")
+    config = run_config(
+        tmp_path / "moved",
+        tmp_path / "run",
+        train={"steps": 13, "micro_batch_size": 32, "recompute": True, "log_every": 1},
+    )
+    assert train(config) == FINISHED
+    assert max(losses(tmp_path / "run")) == 13
+
+
+def test_another_corpus_is_refused(corpus, straight, tmp_path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copytree(corpus / "val", other / "train")
+    shutil.copytree(corpus / "val", other / "val")
+    with pytest.raises(DataError, match="other corpora"):
+        train(run_config(other, straight, data={"seq_length": 32}))
+
+
+def test_a_full_disk_loses_nothing(corpus, straight, tmp_path, monkeypatch) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises((CheckpointError, ConfigError), match="No space left"):
+            train(run_config(corpus, run_dir, train={"steps": 14}))
+    assert weights(run_dir, 12) == weights(straight, 12)
+    assert train(run_config(corpus, run_dir, train={"steps": 14})) == FINISHED
+
+
+def test_bf16_trains(corpus, tmp_path) -> None:
+    config = run_config(corpus, tmp_path / "run", train={"precision": "bf16"})
+    assert train(config) == FINISHED
+    found = losses(tmp_path / "run")
+    assert found[12] < found[1]
+    metadata = json.loads((tmp_path / "run/checkpoints/step-00000012/index.json").read_text())
+    assert {t["dtype"] for t in metadata["tensors"].values()} == {"F32"}
+    assert torch.get_default_dtype() == torch.float32
