@@ -316,7 +316,10 @@ def _assemble(
             if split == "val"
             else "give files that hold text, or lower --val-fraction"
         )
-        raise DataError(f"{split}: the corpus would be empty, no document is left; {remedy}")
+        raise DataError(
+            f"{partial.with_suffix('') / split}: would be empty, no document of "
+            f"{len(shared['sources'])} input file(s) is left for it; {remedy}"
+        )
     writer.finish()
 
     np.save(folder / "documents.npy", documents)

@@ -39,6 +39,7 @@ def launch_local(config: Config, config_path: str, overrides: Sequence[str], npr
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
+        run_id=str(os.getpid()),
         max_restarts=0,
         monitor_interval=0.1,
         # SIGTERM and SIGINT are ours to forward: the agent would end workers that are saving.
@@ -49,7 +50,8 @@ def launch_local(config: Config, config_path: str, overrides: Sequence[str], npr
         with forward_signals():
             elastic_launch(settings, sys.executable)(*command)
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
+        # The agent ends with SIGTERM the workers that are slower to leave than the first.
+        codes = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}
         return codes.pop() if codes in ({USER_ERROR}, {STOPPED}) else 1
     return 0
 

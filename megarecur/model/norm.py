@@ -17,21 +17,20 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # One pass: the dot product of a row with itself, without a squared copy.
-        square = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
-        scale = torch.rsqrt(square / x.shape[-1] + eps)
+        # A norm reads a row once, where the mean of squares would write the squares.
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, gain, scale)
         return (wide * scale).mul_(gain).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gain, scale = ctx.saved_tensors
-        dy = grads[0].to(scale.dtype)
-        normed = x.to(scale.dtype) * scale
-        d_gain = torch.einsum("nd,nd->d", dy.reshape(-1, x.shape[-1]), normed.view(-1, x.shape[-1]))
-        dy = dy * gain
-        mean = torch.linalg.vecdot(dy, normed).unsqueeze(-1) / x.shape[-1]
-        dx = dy.sub_(normed.mul_(mean)).mul_(scale)
+        dy, normed = grads[0].to(scale.dtype), x.to(scale.dtype) * scale
+        shares = dy * normed
+        d_gain = shares.flatten(0, -2).sum(0)
+        mean = (shares @ gain.to(scale.dtype)).div_(x.shape[-1]).unsqueeze(-1)
+        dx = torch.mul(dy, gain, out=shares).addcmul_(normed, mean, value=-1.0).mul_(scale)
         return dx.to(x.dtype), d_gain.to(gain.dtype), None
 
 

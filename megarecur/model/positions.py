@@ -40,12 +40,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         a, b, out_a, out_b = x[..., 0::2], x[..., 1::2], out[..., 0::2], out[..., 1::2]
     else:
         a, b, out_a, out_b = x[..., :half], x[..., half:], out[..., :half], out[..., half:]
-    torch.sub(a * cos, b * sin, out=out_a) if a.dtype == cos.dtype else out_a.copy_(
-        a * cos - b * sin
-    )
-    torch.add(b * cos, a * sin, out=out_b) if a.dtype == cos.dtype else out_b.copy_(
-        b * cos + a * sin
-    )
+    if x.dtype == cos.dtype:
+        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1.0)
+        torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    else:
+        a, b = a.to(cos.dtype), b.to(cos.dtype)
+        out_a.copy_((a * cos).addcmul_(b, sin, value=-1.0))
+        out_b.copy_((b * cos).addcmul_(a, sin))
     return out
 
 
