@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megarecur.config.schema import Config
 from megarecur.model.transformer import Transformer
+from megarecur.parallel import linear
 from megarecur.parallel.linear import Linear
 from megarecur.recurrence.layer_map import LayerMap, Step
 from megarecur.recurrence.schemes import layer_map
@@ -303,25 +304,24 @@ def test_twin_comparison_catches_a_lost_use() -> None:
 
 
 def test_gradients_by_finite_differences() -> None:
-    """The whole model in fp64: the derivative along a random direction of each parameter."""
-    for shape in ({}, {"norm": "layer", "feed_forward": "gelu", "rope_interleaved": True}):
-        config = make_config(SCHEMES["loop_linear_random"], z_loss=0.1, norm_position="sandwich",
-                             **shape)  # fmt: skip
-        model, batch = build(config), make_batch()
-        run(config, batch, model=model)
-        steps, epsilon = layer_map(config.recurrence), 1e-5
-        for name, parameter in model.parameters_by_name.items():
-            direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-            direction = direction.to(parameter.dtype) / direction.norm()
-            values = []
-            for sign in (1, -1):
-                parameter.data += sign * epsilon * direction
-                values.append(objective(model, steps, batch)[0].item())
-                parameter.data -= sign * epsilon * direction
-            assert parameter.grad is not None
-            expected = (values[0] - values[1]) / (2 * epsilon)
-            actual = (parameter.grad * direction).sum().item()
-            assert actual == pytest.approx(expected, rel=1e-6, abs=1e-6), name
+    """The model in fp64: the derivative along a random direction of each of its parameters."""
+    config = make_config(SCHEMES["loop_linear_random"] | {"core": 1}, z_loss=0.1,
+                         norm_position="sandwich")  # fmt: skip
+    model, batch = build(config), make_batch()
+    run(config, batch, model=model)
+    steps, epsilon = layer_map(config.recurrence), 1e-5
+    for name, parameter in model.parameters_by_name.items():
+        direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        direction = direction.to(parameter.dtype) / direction.norm()
+        values = []
+        for sign in (1, -1):
+            parameter.data += sign * epsilon * direction
+            values.append(objective(model, steps, batch)[0].item())
+            parameter.data -= sign * epsilon * direction
+        assert parameter.grad is not None
+        expected = (values[0] - values[1]) / (2 * epsilon)
+        actual = (parameter.grad * direction).sum().item()
+        assert actual == pytest.approx(expected, rel=1e-6, abs=1e-6), name
 
 
 # ----------------------------------------------------------- cut, padded, packed, recomputed
@@ -530,12 +530,27 @@ def test_bf16_activations_and_wide_loss() -> None:
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
-def test_bf16_is_near_fp32() -> None:
-    """The loss within bf16's resolution, gradients within a few of them."""
-    results = [run(make_config(SCHEMES["reuse_map"], p), make_batch()) for p in ("bf16", "fp32")]
-    assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-2)
-    for name, expected in results[1][2].items():
-        assert (results[0][2][name] - expected).norm() <= 0.05 * expected.norm(), name
+@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.2])
+def test_bf16_is_near_fp32(
+    attention_dropout: float, positions: str, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss within bf16's resolution, gradients within a few of them; two documents packed."""
+    monkeypatch.setattr(linear, "has_bf16_products", lambda device: has_bf16)
+    batch = make_batch(length=7)
+    batch.documents_BS = (torch.arange(7) >= 4).long().expand(2, 7)
+    batch.single_document = False
+    loss, gradient = {}, {}
+    for precision in ("bf16", "fp32"):
+        config = make_config(
+            SCHEMES["reuse_map"], precision, positions=positions, num_kv_heads=2, init_std=0.08,
+            attention_dropout=attention_dropout,
+        )  # fmt: skip
+        loss[precision], _, gradient[precision] = run(config, batch, training=True)
+    assert loss["bf16"].item() == pytest.approx(loss["fp32"].item(), rel=1e-2)
+    for name, expected in gradient["fp32"].items():
+        assert (gradient["bf16"][name] - expected).norm() <= 0.05 * expected.norm(), name
 
 
 # --------------------------------------------------------------------------- loops and states

@@ -54,7 +54,8 @@ def make_config(case: Case, precision: str, model: Case, recurrence: Case) -> Co
     """Their shapes in our words."""
     c = case["config"]
     shape = {"hidden_size": c["d"], "num_heads": c["h"], "head_dim": c["head_dim"],
-             "ffn_hidden_size": c["ffn"], "vocab_size": c["V"], "norm_eps": case["eps"]}  # fmt: skip
+             "ffn_hidden_size": c["ffn"], "vocab_size": c["V"],
+             "norm_eps": case["eps"]}  # fmt: skip
     return Config.model_validate({
         "run_dir": "run", "model": shape | model, "recurrence": recurrence,
         "data": {"train": [{"path": "none"}], "tokenizer": "bytes", "seq_length": c["T"]},

@@ -74,7 +74,9 @@ def test_any_slice_is_computable_alone(
         whole = draw((samples_B1, positions_1S), 60)
         assert whole.shape == (len(samples), 40, 60)
         for i in range(len(samples)):
-            alone = draw((samples_B1[i : i + 1], positions_1S[:, span[0] : sum(span)]), count, first)
+            alone = draw(
+                (samples_B1[i : i + 1], positions_1S[:, span[0] : sum(span)]), count, first
+            )
             assert torch.equal(alone[0], whole[i, span[0] : sum(span), first : first + count])
 
 
@@ -155,9 +157,9 @@ def test_dropout_keeps_the_mean_and_its_gradient() -> None:
 @pytest.mark.parametrize("probability", PROBABILITIES)
 def test_rows_and_channels_are_uncorrelated(probability: float) -> None:
     """All pairs of 1024 rows, and of 1024 channels: no more large correlations than by chance."""
-    rows = centred(
-        keep_mask(probability, key(3, 1), grid(8, 128), 4096), probability
-    ).reshape(1024, -1)
+    rows = centred(keep_mask(probability, key(3, 1), grid(8, 128), 4096), probability).reshape(
+        1024, -1
+    )
     columns = centred(
         keep_mask(probability, key(3, 2), grid(32, 128), 1024), probability
     ).reshape(4096, -1).T  # fmt: skip

@@ -46,10 +46,13 @@ class Attention(nn.Module):
         if ctx.training and self.dropout > 0.0:
             out = self.attend_with_dropout(q, k, v, ctx, step)
         else:
+            # In the dtype of products, which a CPU without bf16 instructions takes wider.
+            q, k, v = (t.to(self.query.weight.product_dtype) for t in (q, k, v))
+            mask = None if ctx.mask is None else ctx.mask.to(q.dtype)
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=ctx.mask, is_causal=ctx.is_causal, enable_gqa=self.groups > 1
+                q, k, v, attn_mask=mask, is_causal=ctx.is_causal, enable_gqa=self.groups > 1
             )
-        return self.output(out.transpose(1, 2).flatten(2))
+        return self.output(out.transpose(1, 2).flatten(2).to(x_BSD.dtype))
 
     def attend_with_dropout(
         self, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, ctx: Context, step: Step

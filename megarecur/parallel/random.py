@@ -111,7 +111,9 @@ def truncated_normal(
     cut: float = 3.0,
 ) -> Tensor:
     """Standard normal cut at +-cut, fp32, by inversion of the bits."""
-    uniform = (random_bits(where, rows, num_columns, first_column).to(torch.float64) + 0.5) / _INT32_RANGE + 0.5
+    uniform = (
+        random_bits(where, rows, num_columns, first_column).to(torch.float64) + 0.5
+    ) / _INT32_RANGE + 0.5
     low = 0.5 * (1.0 + math.erf(-cut / math.sqrt(2.0)))
     quantile = low + (1.0 - 2.0 * low) * uniform
     return (torch.erfinv(2.0 * quantile - 1.0) * math.sqrt(2.0)).to(torch.float32)
