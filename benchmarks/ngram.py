@@ -4,7 +4,7 @@
 
 The n-gram models are counted on exactly the tokens that training consumed, and predict exactly the
 tokens that `megarecur eval` counts. Each order is interpolated with the one below by a weight per
-bucket of context counts, fitted by EM on the validation tokens themselves: that favours the n-grams.
+bucket of context counts, fitted by EM on the validation tokens themselves, in the n-grams' favour.
 """
 
 from __future__ import annotations
@@ -93,20 +93,14 @@ def main(run_dir: Path) -> None:
     data = open_data(run.config, mesh)
     config = data.config
     consumed = [b for step in range(run.state["step"]) for b in data.loader.batch(step)]
-    val = [
-        batch
-        for batch in validation_batches(
-            data.validation[0],
-            seq_length=config.data.seq_length,
-            micro_batch_size=64,
-            dp_rank=0,
-            dp_size=1,
-            mask_documents=config.data.mask_documents,
-            max_samples=0,
-        )
-    ]
+    val = validation_batches(
+        data.validation[0],
+        seq_length=config.data.seq_length,
+        micro_batch_size=64,
+        mask_documents=config.data.mask_documents,
+    )
     score = evaluate(model, data.validation[:1], config, mesh)[0]
-    train_tokens, val_tokens = gather(consumed), gather(val)
+    train_tokens, val_tokens = gather(consumed), gather(list(val))
     assert len(val_tokens[0]) == score.tokens, "both must predict the same tokens"
     bigram, trigram = ngram_losses(train_tokens, val_tokens, config.model.vocab_size)
     print(f"tokens consumed {len(train_tokens[0])}, validation tokens {score.tokens}")

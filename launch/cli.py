@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 user error, 3 saved and stopped by a signal (resume me), 1
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,11 @@ from megarecur.errors import ConfigError, MegarecurError
 
 if TYPE_CHECKING:
     from megarecur.config.schema import Config
+
+# A path or disk that the user can mend, met where no better message was made.
+USERS_ERRNOS = {
+    errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EROFS
+}  # fmt: skip
 
 app = typer.Typer(
     help="Pretraining of recurrent-depth and parameter-shared Transformers.",
@@ -47,6 +53,11 @@ def main() -> None:
     except MegarecurError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in USERS_ERRNOS or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ------------------------------------------------------------------------------ before training
@@ -63,10 +74,12 @@ def check(
     """Explain a run: layer map, parameters, FLOPs, memory, tokens."""
     from megarecur.config.load import load_config
     from megarecur.plan.describe import print_description
+    from megarecur.recurrence.inventory import build_inventory, check_patterns
 
     if draw is not None and draw.suffix not in (".png", ".svg"):
         raise ConfigError(f"--draw {draw}: the name must end in .png or .svg")
     resolved = with_vocab_size(load_config(config, overrides or ()))
+    check_patterns(resolved.optimizer, build_inventory(resolved))
     print_description(resolved)
     if draw is not None:
         from megarecur.plot.layer_map import draw_config, save
@@ -81,12 +94,17 @@ def check(
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a run, or go on with it: the same command resumes from the newest checkpoint."""
+    from megarecur.train.signals import ignore_signals, note_signals
+
+    stop = note_signals()  # Before torch is imported: that takes seconds.
     from megarecur.config.load import load_config
 
     resolved = load_config(config, overrides or ())
     from megarecur.train.trainer import train as train_run
 
-    raise typer.Exit(train_run(resolved))
+    code = train_run(resolved, stop)
+    ignore_signals()
+    raise typer.Exit(code)
 
 
 @app.command("launch")
@@ -127,7 +145,7 @@ def evaluate_run(
     step: Annotated[
         int | None, typer.Option(help="Checkpoint to use; the newest if left out.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples of each corpus; 0: all.")] = 0,
+    samples: Annotated[int, typer.Option(min=0, help="Samples of each corpus; 0: all.")] = 0,
     data: Annotated[
         list[str] | None, typer.Option(help="Corpora to use instead of the config's data.val.")
     ] = None,

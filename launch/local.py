@@ -6,10 +6,11 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 from megarecur.config.schema import Config
 from megarecur.parallel.mesh import check_world
@@ -60,19 +61,24 @@ def launch_local(config: Config, config_path: str, overrides: Sequence[str], npr
 def forward_signals() -> Iterator[None]:
     """Pass stop signals on to the workers, which save and end by themselves.
 
-    The agent's own handlers would end the workers after a grace period, saved or not.
+    The agent's own handlers would end the workers after a grace period, saved or not. Signals are
+    held back in this process and taken by a thread; workers start with them held back too, so that
+    none is lost, or kills, before a worker is ready to note it.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=forward_for_ever, daemon=True).start()
+    yield
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        for pid in child_processes():
-            os.kill(pid, number)
 
-    former = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+def forward_for_ever() -> None:
+    """Send each stop signal to every worker, as soon as there are any."""
+    while True:
+        number = signal.sigwait(STOP_SIGNALS)
+        while not (children := child_processes()):
+            time.sleep(0.05)
+        for pid in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def child_processes() -> list[int]:

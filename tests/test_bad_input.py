@@ -1,4 +1,4 @@
-"""What users get wrong: one clear error naming path, value and remedy, exit code 2, no traceback."""
+"""What users get wrong: one clear error with path, value and remedy, exit code 2, no traceback."""
 
 import gzip
 import shutil
@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from configs import TEXT, make_config
 
+from configs import TEXT, make_config
 from launch.cli import main
 from megarecur.config.load import to_yaml
 from megarecur.train.trainer import train

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from megarecur.errors import CheckpointError
+from megarecur.parallel.shards import tiling_fault
 from megarecur.train import checkpoint_index, checkpoint_storage
 from megarecur.train.checkpoint import (
     Shard,
@@ -35,7 +36,6 @@ from megarecur.train.checkpoint import (
     verify,
 )
 from megarecur.train.checkpoint_index import seal, unseal
-from megarecur.parallel.shards import tiling_fault
 
 TENSORS = {
     "blocks.0.attention.query.weight": ((12, 7), torch.bfloat16),

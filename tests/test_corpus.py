@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_prep.readers import Reading
 from data_prep.shards import prepare_shards
-from megarecur.data import corpus as corpus_module
-from megarecur.data.corpus import Corpus, check_tokenizer, read_manifest
+from megarecur.data.corpus import Corpus, check_tokenizer, open_corpus, read_manifest
 from megarecur.errors import DataError
 
 LENGTHS = [1, 700, 16383, 40000, 3, 16384]
@@ -20,19 +22,19 @@ LENGTHS = [1, 700, 16383, 40000, 3, 16384]
 @pytest.fixture(scope="module")
 def documents() -> list[bytes]:
     rng = np.random.default_rng(0)
-    return [rng.integers(97, 123, n, np.uint8).tobytes() for n in LENGTHS]
+    return [rng.integers(97, 123, n - 1, np.uint8).tobytes() + b"\n" for n in LENGTHS]
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, documents: list[bytes]) -> Path:
     """Documents of bytes, in shards of a few chunks each."""
     folder = tmp_path_factory.mktemp("prepared")
-    (folder / "text.txt").write_bytes(b"\0".join(documents))
+    (folder / "text.txt").write_bytes(b"\0\n".join(documents))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data_prep.shards.SHARD_BYTES", 70_000)
         prepare_shards(
-            [folder / "text.txt"], folder / "out", "bytes", text_split="separator", separator="\0",
-            workers=1, part_bytes=20_000,
+            [folder / "text.txt"], folder / "out", "bytes",
+            Reading(text_split="separator", separator="\0"), workers=1, part_bytes=20_000,
         )  # fmt: skip
     return folder / "out" / "train"
 
@@ -98,6 +100,36 @@ def test_damage_is_named(copy: Path, name: str) -> None:
         Corpus(copy, verify=False)
 
 
+def test_each_file_is_hashed_by_one_of_the_parts(copy: Path) -> None:
+    names = sorted(read_manifest(copy).files)
+    assert len(names) > 4
+    for number, name in enumerate(names):
+        if name == "index.json":
+            continue
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        for part in range(3):
+            if number % 3 == part:
+                with pytest.raises(DataError, match=f"{copy / name} does not match its hash"):
+                    Corpus(copy, part=part, num_parts=3)
+            else:
+                Corpus(copy, part=part, num_parts=3)
+        (copy / name).write_bytes(content)
+    # Sizes are compared by all, and damage that only shows when a file is used has a name too.
+    (copy / "index.json").write_bytes((copy / "index.json").read_bytes().replace(b"{", b"x", 1))
+    fingerprint = read_manifest(copy).tokenizer_fingerprint
+    for part in range(3):
+        with pytest.raises(DataError, match=f"{copy}.*; copy it again"):
+            open_corpus(copy, "bytes", fingerprint, part=part, num_parts=3)
+    with pytest.raises(DataError, match=f"{copy}: damaged"):
+        Corpus(copy, verify=False)
+    shard = copy / names[-1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for part in range(3):
+        with pytest.raises(DataError, match=f"{shard} has .* bytes instead of"):
+            Corpus(copy, part=part, num_parts=3)
+
+
 def test_a_damaged_manifest_is_named(copy: Path) -> None:
     file = copy / "manifest.json"
     values = json.loads(file.read_text())
@@ -126,5 +158,12 @@ def test_another_tokenizer_is_refused(prepared: Path) -> None:
         check_tokenizer(prepared, manifest, "other.model", "0123")
 
 
-def test_reading_a_manifest_imports_nothing_heavy() -> None:
-    assert not {"torch", "streaming"} & set(vars(corpus_module))
+def test_reading_a_manifest_imports_nothing_heavy(prepared: Path) -> None:
+    program = (
+        "import sys\nfrom megarecur.data.corpus import read_manifest\n"
+        f"read_manifest({str(prepared)!r})\n"
+        "heavy = {'torch', 'streaming', 'torchvision', 'sentencepiece', 'tokenizers'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

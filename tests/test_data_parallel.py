@@ -13,7 +13,6 @@ from megarecur.config.schema import Config
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.mesh import Mesh, build_mesh
-from megarecur.recurrence.schemes import layer_map
 from megarecur.train.trainer import forward_backward, open_data
 
 SHARED = "blocks.0.attention.query.weight"
@@ -26,13 +25,12 @@ def trace(config: Config, num_steps: int, fault: str = "") -> Trace:
     data = open_data(config, mesh)
     model = Transformer(data.config)
     engine = PlainEngine(model, data.config, mesh)
-    steps = layer_map(config.recurrence)
     found: Trace = []
     for step in range(num_steps):
         batches = data.loader.batch(step)
         if fault == "microbatch dropped" and mesh.rank == mesh.dp - 1:
             batches = [*batches[:-1], batches[0]]
-        result = forward_backward(model, engine, steps, batches, step, mesh)
+        result = forward_backward(model, engine, config, batches, step, mesh)
         grad = model.parameters_by_name[SHARED].grad
         if fault == "shared gradient divided":
             grad.div_(3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.readers import Reading
 from data_prep.shards import prepare_shards
 from megarecur.data.corpus import Corpus
 from megarecur.data.loader import Loader, MicroBatch, validation_batches
@@ -84,12 +88,10 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[Corpus]:
     rng, found = np.random.default_rng(0), []
     for number, count in enumerate((200, 60)):
         folder = tmp_path_factory.mktemp(f"corpus{number}")
-        documents = [rng.integers(97, 123, rng.integers(1, 90), np.uint8) for _ in range(count)]
-        (folder / "text.txt").write_bytes(b"\0".join(d.tobytes() for d in documents))
-        prepare_shards(
-            [folder / "text.txt"], folder / "out", "bytes", text_split="separator", separator="\0",
-            workers=1,
-        )  # fmt: skip
+        documents = [rng.integers(97, 123, rng.integers(1, 89), np.uint8) for _ in range(count)]
+        (folder / "text.txt").write_bytes(b"\n\0\n".join(d.tobytes() for d in documents))
+        reading = Reading(text_split="separator", separator="\0")
+        prepare_shards([folder / "text.txt"], folder / "out", "bytes", reading, workers=1)
         found.append(Corpus(folder / "out" / "train"))
     return found
 
@@ -149,6 +151,21 @@ def test_single_document_says_whether_a_document_ends_inside(corpora: list[Corpu
     assert all(b.single_document for b in make(corpora, mask_documents=False).batch(0))
 
 
+def test_corpora_of_different_types_share_a_batch(corpora: list[Corpus]) -> None:
+    wide = copy.copy(corpora[1])
+    wide.dtype = np.dtype(np.uint32)
+    wide.shards = [shard.astype(np.uint32) + 70_000 for shard in wide.shards]
+    narrow, mixed = make(corpora, micro_batch_size=8), make([corpora[0], wide], micro_batch_size=8)
+    for step in range(5):
+        sources, _ = narrow.windows(narrow.sample_ids(step))
+        expected = joined(narrow.batch(step))
+        shift = torch.from_numpy(sources * 70_000)[:, None]
+        expected["tokens_BS"] += shift
+        expected["labels_BS"] += shift * (expected["labels_BS"] >= 0)
+        for name, value in joined(mixed.batch(step)).items():
+            assert torch.equal(value, expected[name]), name
+
+
 def test_neither_ranks_nor_micro_batches_change_a_step(corpora: list[Corpus]) -> None:
     for step in (0, 7, 600):
         whole = make(corpora, micro_batch_size=8).batch(step)
@@ -195,26 +212,53 @@ def test_prefetch_gives_the_same_and_closes(corpora: list[Corpus]) -> None:
     loader.close()
     assert_equal(loader.batch(9), plain.batch(9))
     loader.close()
+    with make(corpora) as held:
+        held.prefetch(0)
+        pool = held._pool
+        assert pool is not None
+    assert held._pool is None
+    with pytest.raises(RuntimeError, match="shutdown"):
+        pool.submit(print)
 
 
 def test_state(corpora: list[Corpus]) -> None:
     loader = make(corpora)
-    state = loader.state(100)
+    state = json.loads(json.dumps(loader.state(100)))
     assert state["samples"] == 800
     sources, _ = loader.windows(np.arange(800))
-    counts = {c.fingerprint: int((sources == i).sum()) for i, c in enumerate(corpora)}
+    counts = [[c.fingerprint, int((sources == i).sum())] for i, c in enumerate(corpora)]
     assert state["sources"] == counts
     loader.check_state(state)
     make(corpora, dp_rank=1, dp_size=2).check_state(state)
-    with pytest.raises(DataError, match="other corpora"):
+    with pytest.raises(DataError, match="other corpora.* run_dir"):
         make(corpora[:1]).check_state(state)
-    with pytest.raises(DataError, match="these weights"):
-        Loader(
-            [(corpora[0], 1.0), (corpora[1], 1.0)], seq_length=S, global_batch_size=8,
-            micro_batch_size=4, dp_rank=0, dp_size=1, seed=1,
-        ).check_state(state)  # fmt: skip
+    with pytest.raises(DataError, match=r"these weights.* run_dir"):
+        weighted(corpora, 1.0, 1.0).check_state(state)
     with pytest.raises(DataError, match="global_batch_size=16"):
         make(corpora, global_batch_size=16).check_state(loader.state(3))
+
+
+def weighted(corpora: list[Corpus], *weights: float) -> Loader:
+    return Loader(
+        list(zip(corpora, weights, strict=True)), seq_length=S, global_batch_size=8,
+        micro_batch_size=4, dp_rank=0, dp_size=1, seed=1,
+    )  # fmt: skip
+
+
+def test_the_order_of_equal_corpora_is_part_of_the_state(corpora: list[Corpus]) -> None:
+    loader, swapped = weighted(corpora, 1.0, 1.0), weighted(corpora[::-1], 1.0, 1.0)
+    assert not torch.equal(loader.batch(7)[0].tokens_BS, swapped.batch(7)[0].tokens_BS)
+    loader.check_state(loader.state(7))
+    with pytest.raises(DataError, match=r"the same corpora in another order.* run_dir"):
+        swapped.check_state(loader.state(7))
+    twice = weighted([corpora[0], corpora[0]], 1.0, 3.0)
+    twice.check_state(twice.state(10))
+    assert [count for _, count in twice.state(10)["sources"]] == [20, 60]
+
+
+def test_a_state_without_a_cursor_is_refused(corpora: list[Corpus]) -> None:
+    with pytest.raises(DataError, match=r"no data cursor: it was converted, .* run_dir"):
+        make(corpora).check_state({})
 
 
 def test_a_batch_the_world_cannot_divide_is_refused(corpora: list[Corpus]) -> None:
@@ -270,10 +314,12 @@ def test_validation_masks_documents_and_stops(corpora: list[Corpus]) -> None:
 
 
 def test_real_text(data_dir: Path, tmp_path: Path) -> None:
+    text = lzma.decompress((data_dir / "lm_en" / "botchan.txt.xz").read_bytes()).decode()
+    lines = [json.dumps({"text": line}) for line in text.splitlines()]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     prepare_shards(
-        [data_dir / "lm_en" / "botchan.txt.xz"], tmp_path / "out",
-        data_dir / "tokenizers" / "sentencepiece_test_model.model", text_split="separator",
-        separator="\n", workers=1,
+        [tmp_path / "lines.jsonl"], tmp_path / "out",
+        data_dir / "tokenizers" / "sentencepiece_test_model.model", workers=1,
     )  # fmt: skip
     corpus = Corpus(tmp_path / "out" / "train")
     assert corpus.num_documents > 100

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from configs import make_config
 from megarecur.config.schema import Config
 from megarecur.data.loader import Loader
 from megarecur.errors import CheckpointError, ConfigError, DataError
+from megarecur.model.transformer import Transformer
+from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.train import checkpoint
-from megarecur.train.metrics import read_metrics
+from megarecur.train.metrics import read_rows
 from megarecur.train.state import open_run
 from megarecur.train.trainer import FINISHED, STOPPED, train
 
@@ -40,7 +41,7 @@ def run_config(corpus: Path, run_dir: Path, **sections: Any) -> Config:
 
 def losses(run_dir: Path) -> dict[int, float]:
     """Training loss by step."""
-    rows = read_metrics(run_dir / "metrics.jsonl")
+    rows = [row for row in read_rows(run_dir / "metrics.jsonl") if "train/loss" in row]
     assert len({row["step"] for row in rows}) == len(rows), "a step was logged twice"
     return {row["step"]: row["train/loss"] for row in rows}
 
@@ -133,16 +134,25 @@ def test_signals_save_at_the_step_boundary(corpus, straight, tmp_path, number, m
 
 def stop_one_rank(config: Config) -> int:
     """Train, with a signal that only the last rank receives."""
-    if dist.get_rank() == dist.get_world_size() - 1:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR2)).start()
-    return train(config)
+    original = Loader.batch
+
+    def batch(self: Loader, step: int) -> Any:
+        if step == 5 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return original(self, step)
+
+    Loader.batch = batch
+    try:
+        return train(config)
+    finally:
+        Loader.batch = original
 
 
 def test_a_signal_on_one_rank_stops_all(world, corpus, tmp_path) -> None:
-    config = run_config(corpus, tmp_path / "run", train={"steps": 100_000})
+    config = run_config(corpus, tmp_path / "run", train={"steps": 100}, checkpoint={})
     assert world(2).run(stop_one_rank, config) == [STOPPED, STOPPED]
     steps = [int(p.name[5:]) for p in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")]
-    assert steps and max(losses(tmp_path / "run")) == max(steps)
+    assert steps == [6] and max(losses(tmp_path / "run")) == 6
 
 
 def kill_and_resume(corpus: Path, run_dir: Path, rng: random.Random) -> None:
@@ -157,7 +167,7 @@ def kill_and_resume(corpus: Path, run_dir: Path, rng: random.Random) -> None:
     deadline = time.monotonic() + 60
     wanted = max(before, default=0) + rng.randrange(1, 6)
     while time.monotonic() < deadline and process.is_alive():
-        rows = read_metrics(run_dir / "metrics.jsonl")
+        rows = read_rows(run_dir / "metrics.jsonl")
         if rows and rows[-1]["step"] >= wanted:
             break
         time.sleep(0.01)
@@ -168,7 +178,7 @@ def kill_and_resume(corpus: Path, run_dir: Path, rng: random.Random) -> None:
     path, damaged = checkpoint.find_checkpoint(root)
     assert not damaged
     step = int(path.name[5:]) if path else 0
-    logged = read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
+    logged = read_rows(run_dir / "metrics.jsonl")[-1]["step"]
     # What was logged is at most the two steps since the last checkpoint, and the one being saved.
     assert logged - 3 <= step <= logged + 1
     assert step >= max(before, default=0)
@@ -287,10 +297,15 @@ def test_a_full_disk_loses_nothing(corpus, straight, tmp_path, monkeypatch) -> N
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full)
-        with pytest.raises((CheckpointError, ConfigError), match="No space left"):
-            train(run_config(corpus, run_dir, train={"steps": 14}))
+    for place, error in (
+        ("megarecur.train.checkpoint_storage.write_all", CheckpointError),
+        ("megarecur.train.metrics.Metrics.write", ConfigError),
+        ("megarecur.train.state.write_aside", ConfigError),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(error, match=r"(No|no) space left|free some space"):
+                train(run_config(corpus, run_dir, train={"steps": 14}))
     assert weights(run_dir, 12) == weights(straight, 12)
     assert train(run_config(corpus, run_dir, train={"steps": 14})) == FINISHED
 
@@ -303,3 +318,97 @@ def test_bf16_trains(corpus, tmp_path) -> None:
     metadata = json.loads((tmp_path / "run/checkpoints/step-00000012/index.json").read_text())
     assert {t["dtype"] for t in metadata["tensors"].values()} == {"F32"}
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_resume_inside_a_log_interval_keeps_its_mean_loss(corpus, straight, tmp_path) -> None:
+    sections = {"train": {"log_every": 4}, "checkpoint": {"every": 6, "keep_last": 5}}
+    assert train(run_config(corpus, tmp_path / "straight", **sections)) == FINISHED
+    shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    keep_only(tmp_path / "run", 6)
+    assert train(run_config(corpus, tmp_path / "run", **sections)) == FINISHED
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    single = losses(straight)
+    mean = sum(single[step] for step in range(5, 9)) / 4
+    assert losses(tmp_path / "run")[8] == pytest.approx(mean, rel=1e-6)
+
+
+def test_nothing_but_damaged_checkpoints_is_refused(corpus, straight, tmp_path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    rows = (run_dir / "metrics.jsonl").read_text()
+    for file in run_dir.glob("checkpoints/step-*/rank-*.safetensors"):
+        file.write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match=r"(?s)step-00000012.*step-00000006.*start over"):
+        train(run_config(corpus, run_dir))
+    assert (run_dir / "metrics.jsonl").read_text() == rows
+
+
+def test_a_run_that_dies_in_its_last_evaluation_has_saved(corpus, tmp_path, monkeypatch) -> None:
+    config = run_config(corpus, tmp_path / "run", checkpoint={})
+    with monkeypatch.context() as patch:
+        patch.setattr("megarecur.train.trainer.validate", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000012").is_dir()
+    assert train(config) == FINISHED
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "val/loss" in row] == [12]
+
+
+def test_a_signal_ends_an_evaluation(corpus, tmp_path, monkeypatch) -> None:
+    sections = {"train": {"micro_batch_size": 4, "steps": 2}, "checkpoint": {}}
+    config = run_config(corpus, tmp_path / "run", **sections)
+    seen = []
+    original = Transformer.loss
+
+    def loss(self: Transformer, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            seen.append(1)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "loss", loss)
+        assert train(config) == STOPPED
+    assert len(seen) < 9
+    assert train(config) == FINISHED
+    assert "val/loss" in read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+
+
+def test_two_validation_corpora_keep_their_own_scores(corpus, tmp_path) -> None:
+    shutil.copytree(corpus, tmp_path / "other")
+    val = [{"path": f"{corpus}/val"}, {"path": f"{tmp_path}/other/val"}]
+    train(run_config(corpus, tmp_path / "run", data={"val": val}, train={"steps": 2}))
+    row = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    names = {key for key in row if key.startswith("val/") and key.endswith("/loss")}
+    assert names == {"val/loss", "val/bytes.val/loss", "val/other.val/loss"}
+    assert row["val/loss"] == pytest.approx(row["val/other.val/loss"])
+
+
+def test_frozen_parameters_stay_and_the_rest_resumes(corpus, tmp_path) -> None:
+    optimizer = {"frozen": ["blocks.0.attention.*"], "lr_multipliers": {"embedding.*": 0.1}}
+    train(run_config(corpus, tmp_path / "whole", optimizer=optimizer))
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    keep_only(tmp_path / "run", 6)
+    assert train(run_config(corpus, tmp_path / "run", optimizer=optimizer)) == FINISHED
+    assert weights(tmp_path / "run", 12) == weights(tmp_path / "whole", 12)
+    index = json.loads((tmp_path / "run/checkpoints/step-00000012/index.json").read_text())
+    names = set(index["tensors"])
+    assert "exp_avg.blocks.0.attention.query.weight" not in names
+    assert "exp_avg.blocks.0.feed_forward.up.weight" in names
+
+
+def test_steps_that_are_not_finite_leave_valid_json(corpus, tmp_path, monkeypatch) -> None:
+    original = PlainEngine.step
+
+    def step(self: PlainEngine, lr: float) -> tuple[float, bool]:
+        self.flat[0] = float("inf")
+        return original(self, lr)
+
+    monkeypatch.setattr(PlainEngine, "step", step)
+    train(run_config(corpus, tmp_path / "run", train={"steps": 3, "log_every": 2}))
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["optim/skipped"] for row in rows if "optim/lr" in row] == [2, 3]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -239,8 +238,3 @@ def changed_fixed_fields(saved: Config, new: Config) -> list[str]:
         if "fixed" in rules and value != other:
             lines.append(f"{path}: {other!r}, but the run was made with {value!r}")
     return lines
-
-
-def default_device_threads() -> int:
-    """CPU threads a single process should use: the cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -381,6 +381,19 @@ class Config(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = free(CheckpointConfig())
 
+    @model_validator(mode="before")
+    @classmethod
+    def fill_in(cls, values: Any) -> Any:
+        """Resolve the rows of a learned position table."""
+        if not isinstance(values, dict):
+            return values
+        model, data = values.get("model"), values.get("data")
+        if not (isinstance(model, dict) and isinstance(data, dict)):
+            return values
+        if model.get("positions") == "learned" and model.get("max_positions") is None:
+            model = {**model, "max_positions": data.get("seq_length")}
+        return {**values, "model": model}
+
     @model_validator(mode="after")
     def check_batch(self) -> Config:
         """Refuse batches that cannot be cut into micro batches."""
@@ -395,6 +408,16 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.schedule: warmup_steps={schedule.warmup_steps} and "
                 f"decay_steps={decay} do not fit in train.steps={train.steps}"
+            )
+        loop = self.recurrence
+        if (
+            isinstance(loop, Loop)
+            and loop.final_norm_after_core
+            and self.model.norm_position == "post"
+        ):
+            raise ValueError(
+                "recurrence.final_norm_after_core needs a final norm, which "
+                "model.norm_position=post has not; choose pre or sandwich"
             )
         limit = self.model.max_positions
         if self.model.positions == "learned" and limit and limit < self.data.seq_length:

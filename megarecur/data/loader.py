@@ -22,8 +22,8 @@ from torch import Tensor
 from megarecur.data.corpus import Corpus
 from megarecur.data.order import counts_before, epoch_keys, mixture, permute
 from megarecur.errors import ConfigError, DataError
+from megarecur.parallel.loss import IGNORED
 
-IGNORED = -100
 BLOCK_SAMPLES = 4096
 PREFETCH_DEPTH = 2
 
@@ -116,7 +116,9 @@ class Loader:
         """The source of each sample, and which window of that source it is; `ids` ascend by one."""
         first, last = int(ids[0]), int(ids[-1])
         blocks = [self._block(b) for b in range(first // BLOCK_SAMPLES, last // BLOCK_SAMPLES + 1)]
-        sources, windows = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        sources, windows = blocks[0]
+        if len(blocks) > 1:
+            sources, windows = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
         begin = first % BLOCK_SAMPLES
         return sources[begin:][: len(ids)], windows[begin:][: len(ids)]
 
@@ -155,6 +157,12 @@ class Loader:
             if s not in self._pending:
                 self._pending[s] = self._pool.submit(self._build, s)
 
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Stop building batches in the background."""
         self._pending.clear()
@@ -173,7 +181,7 @@ class Loader:
             batches.append(
                 _cut(
                     [self.corpora[source] for source in sources[rows].tolist()],
-                    (windows[rows] * self.seq_length).tolist(),
+                    windows[rows] * self.seq_length,
                     ids[rows],
                     self.seq_length,
                     self.mask_documents,
@@ -182,13 +190,16 @@ class Loader:
         return batches
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint before `step` holds: samples read, in all and of each corpus."""
+        """What a checkpoint before `step` holds: samples read, in all and of each corpus.
+
+        Corpora are listed in their order (as lists, which JSON keeps), since the order of the
+        samples of a corpus depends on its place.
+        """
         samples = step * self.global_batch_size
-        sources: dict[str, int] = {}
         counts = counts_before(samples, self.weights)
-        for corpus, count in zip(self.corpora, counts, strict=True):
-            sources[corpus.fingerprint] = sources.get(corpus.fingerprint, 0) + count
-        return {"samples": samples, "sources": sources}
+        fingerprints = [corpus.fingerprint for corpus in self.corpora]
+        pairs = zip(fingerprints, counts, strict=True)
+        return {"samples": samples, "sources": [list(pair) for pair in pairs]}
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse to go on from a state of other corpora, or of other weights or batch size.
@@ -196,20 +207,32 @@ class Loader:
         Raises:
             DataError: naming what differs.
         """
-        names = {corpus.fingerprint: corpus.path for corpus in self.corpora}
-        if set(state["sources"]) != set(names):
-            missing = [f[:12] for f in state["sources"] if f not in names]
-            unknown = [f"{names[f]} ({f[:12]})" for f in names if f not in state["sources"]]
+        if not isinstance(state.get("sources"), list):
             raise DataError(
-                f"data.train: the checkpoint was trained on other corpora (missing: {missing}, "
-                f"new: {unknown}); give the same ones, or start a new run with init_from"
+                "data.train: this checkpoint has no data cursor: it was converted, not trained; "
+                "set run_dir to another folder to train, this one is for evaluation and generation"
+            )
+        saved = [fingerprint for fingerprint, _ in state["sources"]]
+        given = [corpus.fingerprint for corpus in self.corpora]
+        if saved != given:
+            named = [f"{corpus.path} ({corpus.fingerprint[:12]})" for corpus in self.corpora]
+            problem = (
+                "the same corpora in another order"
+                if sorted(saved) == sorted(given)
+                else "other corpora"
+            )
+            raise DataError(
+                f"data.train: the checkpoint was trained on {problem}: "
+                f"{', '.join(f[:12] for f in saved)} instead of {', '.join(named)}; "
+                "give those it had, in their order, or set run_dir to another folder"
             )
         step, rest = divmod(state["samples"], self.global_batch_size)
         if rest or self.state(step) != state:
             raise DataError(
                 f"data.train: the checkpoint has read {state['samples']} samples, "
-                f"{list(state['sources'].values())} of each corpus, which these weights and "
-                f"global_batch_size={self.global_batch_size} do not give; give those it had"
+                f"{[count for _, count in state['sources']]} of each corpus, which these weights "
+                f"and global_batch_size={self.global_batch_size} do not give; give those it had, "
+                "or set run_dir to another folder"
             )
 
 
@@ -239,7 +262,7 @@ def validation_batches(
     for first in range(0, num_samples, stride):
         ids = np.arange(micro_batch_size) + first + dp_rank * micro_batch_size
         # Samples beyond the last one start at the end of the corpus: nothing in them is counted.
-        starts = np.where(ids < num_samples, ids * seq_length, corpus.num_tokens).tolist()
+        starts = np.where(ids < num_samples, ids * seq_length, corpus.num_tokens)
         yield _cut([corpus] * len(starts), starts, ids, seq_length, mask_documents)
 
 
@@ -256,65 +279,71 @@ def _count_windows(corpus: Corpus, seq_length: int) -> int:
 
 def _cut(
     corpora: Sequence[Corpus],
-    starts: Sequence[int],
-    ids: np.ndarray,
+    starts_B: np.ndarray,
+    ids_B: np.ndarray,
     seq_length: int,
     mask_documents: bool,
 ) -> MicroBatch:
     """Read one sample per (corpus, start); what lies beyond a corpus's end is not counted."""
-    B, S = len(starts), seq_length
-    tokens_BS = np.empty((B, S), np.int64)
-    labels_BS = np.empty((B, S), np.int64)
-    begins_by_row = []
-    for b, (corpus, start) in enumerate(zip(corpora, starts, strict=True)):
-        window = corpus.read(start, min(S + 1, corpus.num_tokens - start))
-        n = max(window.size - 1, 0)
-        tokens_BS[b, :n] = window[:-1]
-        labels_BS[b, :n] = window[1:]
-        if n < S:
-            tokens_BS[b, n:] = corpus.eos_id
-            labels_BS[b, n:] = IGNORED
-        if mask_documents:
-            # Documents that start at inputs 1..S of this sample (S: the label of the last input).
-            low, high = corpus.documents.searchsorted((start + 1, start + S + 1))
-            begins_by_row.append(corpus.documents[low:high] - start)
-    if any(begins.size for begins in begins_by_row):
-        positions, documents, single = _number_documents(begins_by_row, labels_BS)
-    else:
-        positions, documents = _one_document(B, S)
-        single = True
+    B, S = len(corpora), seq_length
+    # Gathered in the corpora's own narrow type: to widen all rows at once is cheaper than each.
+    window_BT = np.empty((B, S + 1), np.result_type(*{corpus.dtype for corpus in corpora}))
+    short = []
+    for b, (corpus, start) in enumerate(zip(corpora, starts_B.tolist(), strict=True)):
+        n = min(S + 1, corpus.num_tokens - start)
+        window_BT[b, :n] = corpus.read(start, n)
+        if n <= S:
+            window_BT[b, n:] = corpus.eos_id
+            short.append((b, max(n - 1, 0)))
+    tokens_BS = window_BT[:, :-1].astype(np.int64)
+    labels_BS = window_BT[:, 1:].astype(np.int64)
+    for b, counted in short:
+        labels_BS[b, counted:] = IGNORED
+    begins = _find_begins(corpora, starts_B, S) if mask_documents else np.empty(0, np.int64)
+    labels_BS.reshape(-1)[begins - 1] = IGNORED
+    positions, documents, single = _number_documents(begins, B, S)
     return MicroBatch(
         tokens_BS=torch.from_numpy(tokens_BS),
         labels_BS=torch.from_numpy(labels_BS),
         positions_BS=positions,
         documents_BS=documents,
-        sample_ids_B=torch.from_numpy(ids),
+        sample_ids_B=torch.from_numpy(ids_B),
         single_document=single,
     )
 
 
-def _number_documents(
-    begins_by_row: Sequence[np.ndarray], labels_BS: np.ndarray
-) -> tuple[Tensor, Tensor, bool]:
-    """Positions, document numbers, and whether no document starts inside a row.
+def _find_begins(corpora: Sequence[Corpus], starts_B: np.ndarray, S: int) -> np.ndarray:
+    """Where documents begin at inputs 1 to S of the rows (S: the label of the last input).
 
-    All rows are worked on as one, where every row begins a document. The labels at ends of
-    documents are overwritten.
+    As indices into the rows laid end to end, in no particular order.
     """
-    B, S = labels_BS.shape
-    rows = np.repeat(np.arange(B), [begins.size for begins in begins_by_row])
-    begins = np.concatenate(begins_by_row)
-    labels_BS[rows, begins - 1] = IGNORED
-    rows, begins = rows[begins < S], begins[begins < S]
-    if not rows.size:
-        return *_one_document(B, S), True
-    edges = np.sort(np.concatenate([np.arange(B) * S, rows * S + begins]))
-    lengths = np.diff(edges, append=B * S)
-    first_of_row = np.searchsorted(edges, edges // S * S)
-    numbers = (np.arange(edges.size) - first_of_row).astype(np.int32)
-    positions = np.arange(B * S)
-    positions -= np.repeat(edges, lengths)
-    documents = np.repeat(numbers, lengths)
+    found = []
+    for corpus in dict.fromkeys(corpora):
+        rows = np.array([b for b, other in enumerate(corpora) if other is corpus])
+        starts = starts_B[rows]
+        low, high = corpus.documents.searchsorted(np.add.outer((1, S + 1), starts))
+        counts = high - low
+        # Documents low[i] to high[i] of each row i, side by side.
+        numbers = np.arange(counts.sum()) + np.repeat(high - counts.cumsum(), counts)
+        found.append(corpus.documents[numbers] + np.repeat(rows * S - starts, counts))
+    return np.concatenate(found)
+
+
+def _number_documents(begins: np.ndarray, B: int, S: int) -> tuple[Tensor, Tensor, bool]:
+    """Positions, document numbers, and whether no document begins inside a row.
+
+    All rows are worked on as one, where every row begins a document.
+    """
+    edge = np.zeros(B * S + 1, bool)
+    edge[begins] = edge[::S] = True
+    edges = edge.nonzero()[0]
+    whole_positions, whole_documents = _one_document(B, S)
+    if edges.size == B + 1:
+        return whole_positions, whole_documents, True
+    begins, lengths = edges[:-1], np.diff(edges)
+    positions = whole_positions.numpy().reshape(-1) - np.repeat(begins % S, lengths)
+    numbers = np.arange(begins.size) - np.searchsorted(begins, begins // S * S)
+    documents = np.repeat(numbers.astype(np.int32), lengths)
     return (
         torch.from_numpy(positions.reshape(B, S)),
         torch.from_numpy(documents.reshape(B, S)),

@@ -13,6 +13,7 @@ from megarecur.model.context import Context
 from megarecur.model.positions import rotate
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
 from megarecur.parallel.random import dropout
+from megarecur.recurrence.inventory import biased_projections
 from megarecur.recurrence.layer_map import Step
 
 
@@ -23,7 +24,7 @@ class Attention(nn.Module):
         self, name: str, make: MakeParameter, model: ModelConfig, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        biased = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}[model.attention_bias]
+        biased = biased_projections(model)
         self.query = Linear(f"{name}.query", make, dtype, "q" in biased)
         self.key = Linear(f"{name}.key", make, dtype, "k" in biased)
         self.value = Linear(f"{name}.value", make, dtype, "v" in biased)

@@ -5,7 +5,7 @@ Shapes: B samples, S positions, K keys (S, or the cache's length), N heads, H he
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,10 +54,6 @@ class Context:
         """The key of a site's random values in this optimizer step."""
         place = () if step is None else (step.block, step.loop_index)
         return key(self.seed, self.step, site, *place)
-
-    def without_grad(self) -> Context:
-        """The same, for forward-only use."""
-        return replace(self, training=False)
 
 
 def build_context(

@@ -92,7 +92,9 @@ class Stack(nn.Module):
                 x = final_norm(x)
             for name in step.writes:
                 reads[name] = x
+            if "prelude" in step.writes:  # The core starts here, from a state of its own.
                 x = self.initial_state(x, ctx)
+            assert len(step.reads) <= 1, "one value is injected per step"
             injected = reads[step.reads[0]] if step.reads else None
             block = self.blocks[str(step.block)]
             before = x

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megarecur.config.schema import Config
 from megarecur.model.transformer import Transformer
-from megarecur.optim.groups import build_groups, check_patterns, is_frozen
+from megarecur.optim.groups import build_groups
 from megarecur.parallel.mesh import Mesh
 from megarecur.parallel.shards import Shard, whole
+from megarecur.recurrence.inventory import check_patterns, is_frozen
 
 UPDATES = "optimizer.updates"
 """Entry that counts the optimizer steps applied, skipped ones left out."""
@@ -72,7 +73,7 @@ class PlainEngine:
         self.reduced = False
 
     def allocate_gradients(self) -> Tensor:
-        """One zeroed buffer, of which every `.grad` is a view: unused parameters have gradient 0."""
+        """One zeroed buffer with every `.grad` a view of it: unused parameters have gradient 0."""
         parameters = list(self.trained.values())
         size = sum(p.numel() for p in parameters)
         flat = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)

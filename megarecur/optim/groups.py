@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from megarecur.config.schema import OptimizerConfig
-from megarecur.errors import ConfigError
-
-
-def check_patterns(optimizer: OptimizerConfig, names: Iterable[str]) -> None:
-    """Refuse patterns that match no parameter, and a run that would train nothing.
-
-    Raises:
-        ConfigError: listing the patterns.
-    """
-    names = list(names)
-    patterns = {
-        "no_decay": optimizer.no_decay,
-        "lr_multipliers": tuple(optimizer.lr_multipliers),
-        "frozen": optimizer.frozen,
-    }
-    idle = [
-        f"optimizer.{field}: {pattern!r} matches no parameter"
-        for field, values in patterns.items()
-        for pattern in values
-        if not any(fnmatchcase(name, pattern) for name in names)
-    ]
-    if all(is_frozen(optimizer, name) for name in names):
-        idle.append("optimizer.frozen: every parameter is frozen, nothing would be trained")
-    if idle:
-        example = ", ".join(names[:3])
-        raise ConfigError("\n".join([*idle, f"parameters have names such as {example}"]))
-
-
-def is_frozen(optimizer: OptimizerConfig, name: str) -> bool:
-    """Whether a pattern freezes the parameter."""
-    return any(fnmatchcase(name, pattern) for pattern in optimizer.frozen)
+from megarecur.recurrence.inventory import is_frozen
 
 
 def build_groups(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarecur.config.schema import Config
-from megarecur.errors import MeshError
+from megarecur.errors import MegarecurError, MeshError
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -67,6 +67,24 @@ class Mesh:
         return values
 
 
+@contextmanager
+def same_error(mesh: Mesh) -> Iterator[None]:
+    """Raise on every rank what a user's mistake or a full disk raised on any of them.
+
+    The body must not communicate. Without this, ranks without the error would wait for ever.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (MegarecurError, OSError) as failure:
+        if mesh.dp_group is None:
+            raise
+        error = failure
+    errors = [e for e in mesh.gather_objects(error) if e is not None]
+    if errors:
+        raise errors[0]
+
+
 def world_size() -> int:
     """Number of processes, by the process group or torchrun's variables."""
     if dist.is_initialized():
@@ -104,13 +122,19 @@ def pick_device(name: str) -> torch.device:
     """`auto` is this process's CUDA device where there is one.
 
     Raises:
-        MeshError: cuda asked for, but not there.
+        MeshError: cuda asked for, but not there; more processes than devices.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise MeshError("train.device=cuda, but torch finds no CUDA device; use auto or cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise MeshError(
+            f"process {index} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+            "start at most that many, or set train.device=cpu"
+        )
+    return torch.device("cuda", index)
 
 
 @contextmanager

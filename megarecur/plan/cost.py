@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from megarecur.config.schema import Config, ModelConfig
-from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_embedding
+from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_embedding, is_frozen
 from megarecur.recurrence.layer_map import LayerMap, from_order
 
 # ----------------------------------------------------------------------------------- parameters
@@ -149,7 +148,7 @@ def estimate_memory(config: Config, steps: LayerMap) -> MemoryEstimate:
     specs = list(build_inventory(config).values())
     element, wide = _element_bytes(config), _parameter_bytes(config)
     size = sum(spec.size for spec in specs)
-    trained = sum(s.size for s in specs if not _is_frozen(config, s.name))
+    trained = sum(s.size for s in specs if not is_frozen(config.optimizer, s.name))
     matrices = sum(spec.size for spec in specs if len(spec.shape) == 2)
     tokens = config.train.micro_batch_size * config.data.seq_length
     kept, recomputed = estimate_activations(config, steps)
@@ -220,10 +219,6 @@ def count_total_tokens(config: Config) -> int:
 def _vocab_size(config: Config) -> int:
     assert config.model.vocab_size is not None, "resolve the vocabulary first"
     return config.model.vocab_size
-
-
-def _is_frozen(config: Config, name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in config.optimizer.frozen)
 
 
 def _parameter_bytes(config: Config) -> int:

@@ -7,9 +7,18 @@ and nothing else.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from megarecur.config.schema import Config, Loop, ModelConfig, RecurrenceConfig
+from megarecur.config.schema import (
+    Config,
+    Loop,
+    ModelConfig,
+    OptimizerConfig,
+    RecurrenceConfig,
+)
+from megarecur.errors import ConfigError
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import layer_map
 
@@ -73,7 +82,7 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
         extra = [ParameterSpec(f"{prefix}{name}.bias", (rows,), block)] if bias else []
         return [weight, *extra]
 
-    biased = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}[model.attention_bias]
+    biased = biased_projections(model)
     specs = []
     if block == adapter_block(recurrence):
         specs += linear("injection", hidden, 2 * hidden, False, model.init_std)
@@ -101,6 +110,11 @@ def adapter_block(recurrence: RecurrenceConfig) -> int | None:
     return None
 
 
+def biased_projections(model: ModelConfig) -> str:
+    """Initials of the attention projections (query, key, value, output) that carry a bias."""
+    return {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}[model.attention_bias]
+
+
 def norm_parameters(model: ModelConfig, name: str, block: int | None) -> list[ParameterSpec]:
     """Gain, and for LayerNorm a bias."""
     specs = [ParameterSpec(name + ".weight", (model.hidden_size,), block, mean=1.0)]
@@ -112,3 +126,33 @@ def norm_parameters(model: ModelConfig, name: str, block: int | None) -> list[Pa
 def is_embedding(name: str) -> bool:
     """Whether the field's non-embedding count leaves this parameter out."""
     return name.startswith(("embedding.", "head."))
+
+
+def check_patterns(optimizer: OptimizerConfig, names: Iterable[str]) -> None:
+    """Refuse patterns that match no parameter, and a run that would train nothing.
+
+    Raises:
+        ConfigError: listing the patterns.
+    """
+    names = list(names)
+    patterns = {
+        "no_decay": optimizer.no_decay,
+        "lr_multipliers": tuple(optimizer.lr_multipliers),
+        "frozen": optimizer.frozen,
+    }
+    idle = [
+        f"optimizer.{field}: {pattern!r} matches no parameter"
+        for field, values in patterns.items()
+        for pattern in values
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if all(is_frozen(optimizer, name) for name in names):
+        idle.append("optimizer.frozen: every parameter is frozen, nothing would be trained")
+    if idle:
+        example = ", ".join(names[:3])
+        raise ConfigError("\n".join([*idle, f"parameters have names such as {example}"]))
+
+
+def is_frozen(optimizer: OptimizerConfig, name: str) -> bool:
+    """Whether a pattern freezes the parameter."""
+    return any(fnmatchcase(name, pattern) for pattern in optimizer.frozen)

@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarecur.errors import CheckpointError
+from megarecur.parallel.shards import Shard, boxes
 from megarecur.train.checkpoint_index import DTYPES, DamagedCheckpoint, Index, read_index, unseal
 from megarecur.train.checkpoint_planning import ShardLoadPlanner, ShardSavePlanner
 from megarecur.train.checkpoint_storage import (
@@ -32,7 +33,6 @@ from megarecur.train.checkpoint_storage import (
     delete_folder,
     find_damage,
 )
-from megarecur.parallel.shards import Shard, boxes
 
 __all__ = [
     "SaveHandle",

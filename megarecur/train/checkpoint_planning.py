@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megarecur.errors import CheckpointError
-from megarecur.train.checkpoint_index import DTYPE_NAMES
 from megarecur.parallel.shards import Box, Shard, tiling_fault
+from megarecur.train.checkpoint_index import DTYPE_NAMES
 
 
 class ShardSavePlanner(DefaultSavePlanner):

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megarecur.errors import CheckpointError
+from megarecur.parallel.shards import span
 from megarecur.train.checkpoint_index import (
     DTYPE_NAMES,
     DTYPES,
@@ -47,7 +48,6 @@ from megarecur.train.checkpoint_index import (
     readable,
     seal,
 )
-from megarecur.parallel.shards import span
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,8 @@ def find_damage(path: Path, index: Index, part: int = 0, num_parts: int = 1) -> 
                 reader.open(file)
             except DamagedCheckpoint as error:
                 names = sorted({name for name, _ in chunks[file]})
-                damage.append(f"{error} (holds {', '.join(names)})")
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                damage.append(f"{error} (holds {', '.join(names[:3])}{more})")
                 continue
             for name, chunk in chunks[file]:
                 try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,37 +15,52 @@ from megarecur.data.loader import validation_batches
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh
 from megarecur.recurrence.schemes import layer_map
+from megarecur.train.signals import StopFlag
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well a corpus is predicted, in nats per counted token."""
+    """How well a corpus is predicted."""
 
     loss: float
+    """Nats per counted token."""
     tokens: int
-    bits_per_byte: float
+    """Counted tokens."""
+    num_bytes: float
+    """Bytes of text they stand for, by the corpus's mean bytes per token."""
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return self.loss * self.tokens / math.log(2.0) / max(self.num_bytes, 1e-9)
+
 
 def evaluate(
     model: Transformer, corpora: Sequence[Corpus], config: Config, mesh: Mesh, max_samples: int = 0
 ) -> list[Score]:
     """Score every corpus; collective over dp. max_samples 0: all of it."""
-    return [score_corpus(model, corpus, config, mesh, max_samples) for corpus in corpora]
+    scores = [score_corpus(model, corpus, config, mesh, max_samples) for corpus in corpora]
+    return [score for score in scores if score is not None]
 
 
 @torch.no_grad()
 def score_corpus(
-    model: Transformer, corpus: Corpus, config: Config, mesh: Mesh, max_samples: int
-) -> Score:
-    """One pass over (the start of) a corpus, every token predicted once."""
+    model: Transformer,
+    corpus: Corpus,
+    config: Config,
+    mesh: Mesh,
+    max_samples: int,
+    stop: StopFlag | None = None,
+) -> Score | None:
+    """One pass over (the start of) a corpus, every token predicted once; None when stopped."""
     steps = layer_map(config.recurrence)
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for batch in validation_batches(
+    batches = validation_batches(
         corpus,
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
@@ -52,26 +68,40 @@ def score_corpus(
         dp_size=mesh.dp,
         mask_documents=config.data.mask_documents,
         max_samples=max_samples,
-    ):
+    )
+    for i, batch in enumerate(batches):
+        if stop is not None and i % 8 == 7 and stop.agreed(mesh):
+            return None
         batch = batch.to(mesh.device)
         ctx = model.context(batch, step=0, training=False)
         x, _ = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
         sums[0] += model.loss(x, batch)["loss"].total
         sums[1] += batch.num_tokens
     total, tokens = mesh.sum_over_dp(sums).tolist()
-    loss = total / max(tokens, 1.0)
-    bytes_per_token = corpus.num_bytes / corpus.num_tokens
-    return Score(loss, int(tokens), loss / math.log(2.0) / bytes_per_token)
+    num_bytes = tokens * corpus.num_bytes / corpus.num_tokens
+    return Score(total / max(tokens, 1.0), int(tokens), num_bytes)
 
 
-def score_values(scores: Sequence[Score], names: Sequence[str]) -> dict[str, float]:
+def score_values(scores: Sequence[Score], paths: Sequence[str]) -> dict[str, float]:
     """Scores as metrics: `val/loss` over all corpora, and each by name where there are several."""
+    if not scores:
+        return {}
     tokens = sum(score.tokens for score in scores)
     loss = sum(score.loss * score.tokens for score in scores) / max(tokens, 1)
-    bits = sum(score.bits_per_byte * score.tokens for score in scores) / max(tokens, 1)
-    values = {"val/loss": loss, "val/bits_per_byte": bits}
+    whole = Score(loss, tokens, sum(score.num_bytes for score in scores))
+    values = {"val/loss": whole.loss, "val/bits_per_byte": whole.bits_per_byte}
     if len(scores) > 1:
-        for name, score in zip(names, scores, strict=True):
+        for name, score in zip(short_names(paths), scores, strict=True):
             values[f"val/{name}/loss"] = score.loss
             values[f"val/{name}/bits_per_byte"] = score.bits_per_byte
     return values
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The shortest endings that tell paths apart: a/val and b/val become a.val and b.val."""
+    parts = [Path(path).parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [".".join(part.strip("/") for part in p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{i}.{Path(path).name}" for i, path in enumerate(paths)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -30,12 +31,14 @@ class Metrics:
         self.board.add_text("config", f"```yaml\n{to_yaml(config)}```", step)
 
     def write(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
-        """One row."""
-        row = {"step": step, "tokens": tokens, **values}
-        self.file.write(json.dumps(row) + "\n")
+        """One row. JSON has no infinity: what is not finite becomes null."""
+        finite = {tag: v if math.isfinite(v) else None for tag, v in values.items()}
+        row = {"step": step, "tokens": tokens, **finite}
+        self.file.write(json.dumps(row, allow_nan=False) + "\n")
         self.file.flush()
-        for tag, value in values.items():
-            self.board.add_scalar(tag, value, step)
+        for tag, value in finite.items():
+            if value is not None:
+                self.board.add_scalar(tag, value, step)
         self.board.flush()
 
     def close(self) -> None:
@@ -46,7 +49,7 @@ class Metrics:
         self.board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Whole rows of a metrics.jsonl; a line cut short by a crash is left out."""
     if not path.exists():
         return []
@@ -61,7 +64,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def drop_after(path: Path, step: int) -> None:
     """Rewrite metrics.jsonl without rows beyond a step; aside, then renamed."""
-    rows = read_metrics(path)
+    rows = read_rows(path)
     if not path.exists():
         return
     aside = path.with_suffix(".jsonl.tmp")
@@ -90,8 +93,9 @@ class Progress:
         left = since / done * (self.num_steps - step) if done else None
         parts = [f"step {step}/{self.num_steps}"]
         if "train/loss" in values:
+            parts.append(f"loss {values['train/loss']:.4f}")
+        if "optim/lr" in values:
             parts += [
-                f"loss {values['train/loss']:.4f}",
                 f"lr {values['optim/lr']:.2e}",
                 f"grad {values['optim/grad_norm']:.3f}",
                 f"tok/s {_thousands(values['speed/tokens_per_second'])}",
@@ -100,20 +104,27 @@ class Progress:
             ]
         if "val/loss" in values:
             parts.append(f"val loss {values['val/loss']:.4f}")
+            parts.append(f"bits per byte {values['val/bits_per_byte']:.4f}")
         line = "  ".join([*parts, f"left {duration(left)}"])
-        if self.terminal:
-            # A validated step keeps its line.
-            self.open_line = "val/loss" not in values
-            self.stream.write("\r\x1b[K" + line + ("" if self.open_line else "\n"))
-        else:
-            self.stream.write(line + "\n")
-        self.stream.flush()
+        if not self.terminal:
+            self.put(line + "\n")
+            return
+        # A validated step keeps its line.
+        self.open_line = "val/loss" not in values
+        self.put("\r\x1b[K" + line + ("" if self.open_line else "\n"))
+
+    def put(self, text: str) -> None:
+        """Write; a reader that has gone away (`| head`) must not end a run."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            self.stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        self.stream.write(("\n" if self.open_line else "") + text + "\n")
+        self.put(("\n" if self.open_line else "") + text + "\n")
         self.open_line = False
-        self.stream.flush()
 
 
 def _thousands(value: float) -> str:

@@ -1,37 +1,79 @@
-"""Signals that ask a run to save and stop: noted when they come, obeyed at the step boundary."""
+"""Signals that ask a run to save and stop: noted when they come, obeyed at the step boundary.
+
+Imports nothing heavy: a worker notes signals before it spends seconds on importing torch.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from megarecur.parallel.mesh import Mesh
+from megarecur.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megarecur.parallel.mesh import Mesh
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+FAILED = 1 << 16
+"""Above every signal: this rank cannot go on, and nothing is worth saving."""
 
 
 class StopFlag:
-    """The last stop signal that this process received; 0: none."""
+    """The last stop signal that this process received, 0 for none; or an error of this rank."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.error, self.noted = 0, "", 0.0
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
-        self.number = number
+        """The signal handler. A second Ctrl-C, a second or more later, stops at once."""
+        now = time.monotonic()
+        if number == self.number == signal.SIGINT and now - self.noted > 1.0:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if self.number != number:
+            self.number, self.noted = number, now
+
+    def fail(self, error: str) -> None:
+        """Let every rank end with this error at the next boundary, instead of one alone."""
+        self.number, self.error = FAILED, error
 
     def agreed(self, mesh: Mesh) -> int:
-        """The signal any rank received, the same on all ranks; collective, once per step."""
-        return mesh.max_over_world(self.number)
+        """The signal any rank received, the same on all ranks; collective, once per step.
+
+        Raises:
+            ConfigError: on every rank, what a rank failed with.
+        """
+        number = mesh.max_over_world(self.number)
+        if number == FAILED:
+            raise ConfigError(next(e for e in mesh.gather_objects(self.error) if e))
+        return number
+
+
+def note_signals() -> StopFlag:
+    """Note stop signals from now on instead of dying of them; one held back until now comes in."""
+    flag = StopFlag()
+    for number in STOP_SIGNALS:
+        signal.signal(number, flag.note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    return flag
+
+
+def ignore_signals() -> None:
+    """From here on the process only has to end: a late signal must not change its exit code."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def watch_signals() -> Iterator[StopFlag]:
-    """Note stop signals instead of dying of them; the former handlers come back at the end."""
-    flag = StopFlag()
-    former = {number: signal.signal(number, flag.note) for number in STOP_SIGNALS}
+    """Note stop signals; the former handlers come back at the end."""
+    former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    flag = note_signals()
     try:
         yield flag
     finally:

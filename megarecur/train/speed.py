@@ -9,7 +9,13 @@ import time
 import torch
 
 # Dense bf16 products, from the makers' data sheets (SXM parts), FLOP/s.
-BF16_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+BF16_PEAK = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -18,11 +24,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     On a CPU the better of fp32 and the compute dtype, since a product may run in either.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for model, peak in BF16_PEAK.items():
-            if model in name and dtype == torch.bfloat16:
-                return peak
-        return measure_gemm(device, dtype)
+        words = torch.cuda.get_device_name(device).replace("-", " ").split()
+        known = [BF16_PEAK[word] for word in words if word in BF16_PEAK]
+        if known and dtype == torch.bfloat16 and "PCIe" not in words:
+            return known[0]
+        return measure_gemm(device, dtype, size=8192)
     return max(measure_gemm(device, d) for d in {torch.float32, dtype})
 
 
@@ -31,6 +37,8 @@ def measure_gemm(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         a @ a
         if device.type == "cuda":

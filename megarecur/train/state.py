@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from megarecur.config.load import changed_fixed_fields, to_yaml, validate
 from megarecur.config.schema import Config
 from megarecur.errors import CheckpointError, ConfigError
 from megarecur.parallel.mesh import Mesh
+from megarecur.recurrence.schemes import layer_map
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class TrainState:
     """Tokens read."""
     skipped: int = 0
     """Steps whose gradient was not finite."""
+    interval: dict[str, Any] = field(default_factory=dict)
+    """Losses since the last log step, where a checkpoint falls inside an interval."""
+
+    def advance(self, config: Config, skipped: bool) -> TrainState:
+        """One optimizer step later."""
+        tokens = config.train.global_batch_size * config.data.seq_length
+        return TrainState(self.step + 1, self.tokens + tokens, self.skipped + skipped)
 
 
 def save_state(
@@ -42,7 +50,8 @@ def save_state(
         **asdict(state),
         "data": data,
         "config": config.model_dump(mode="json"),
-        "layer_map": config.recurrence.model_dump(mode="json"),
+        # For readers of index.json; resuming compares `config`.
+        "layer_map": [step.block for step in layer_map(config.recurrence)],
         "mesh": {"dp": mesh.dp, "pp": mesh.pp, "tp": mesh.tp},
         "order_hash": None,
         "tokenizer": tokenizer,
@@ -70,7 +79,7 @@ def check_resume(saved: dict[str, Any], config: Config, tokenizer: str, path: Pa
             f"{path} was trained with a tokenizer of fingerprint {saved['tokenizer']}, "
             f"data.tokenizer={config.data.tokenizer} has {tokenizer}; use the run's own"
         )
-    return TrainState(saved["step"], saved["tokens"], saved["skipped"])
+    return TrainState(**{f.name: saved[f.name] for f in fields(TrainState)})
 
 
 def write_config(run_dir: Path, config: Config) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,19 +16,16 @@ from megarecur.config.schema import Config
 from megarecur.data.corpus import Corpus, open_corpus
 from megarecur.data.loader import Loader, MicroBatch
 from megarecur.data.tokenizer import load_tokenizer
-from megarecur.errors import DataError
+from megarecur.errors import CheckpointError, DataError
 from megarecur.model.transformer import LossTerm, Telemetry, Transformer
 from megarecur.optim.engine import Engine, PlainEngine
 from megarecur.optim.schedule import learning_rate
-from megarecur.parallel.mesh import Mesh, open_mesh
-from megarecur.plan.cost import count_flops
-from megarecur.recurrence.layer_map import LayerMap
+from megarecur.parallel.mesh import Mesh, open_mesh, same_error
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
-from megarecur.train.evaluate import evaluate, score_values
-from megarecur.train.metrics import Metrics, Progress
-from megarecur.train.signals import watch_signals
-from megarecur.train.speed import peak_flops, peak_memory
+from megarecur.train.evaluate import score_corpus, score_values
+from megarecur.train.report import Report, StepResult
+from megarecur.train.signals import StopFlag, watch_signals
 from megarecur.train.state import TrainState, check_resume, open_run, save_state, write_config
 
 log = logging.getLogger(__name__)
@@ -36,55 +34,70 @@ FINISHED, STOPPED = 0, 3
 """Exit codes: all steps done; saved and stopped by a signal."""
 
 
-def train(config: Config) -> int:
+def train(config: Config, stop: StopFlag | None = None) -> int:
     """Train, or go on training, the run in config.run_dir. Returns the exit code.
+
+    Args:
+        config: the run.
+        stop: where signals are noted; None: they are watched while this function runs.
 
     Raises:
         MegarecurError: for whatever the user can mend.
     """
-    with open_mesh(config) as mesh, open_run(config, mesh) as run_dir, watch_signals() as stop:
+    with ExitStack() as resources:
+        stop = stop or resources.enter_context(watch_signals())
+        mesh = resources.enter_context(open_mesh(config))
+        run_dir = resources.enter_context(open_run(config, mesh))
         data = open_data(config, mesh)
-        config = data.config
+        config, loader = data.config, resources.enter_context(closing(data.loader))
         model = Transformer(config, mesh.device)
         engine = PlainEngine(model, config, mesh)
         state = resume(run_dir, config, data, engine, mesh)
-        if mesh.rank == 0:
-            write_config(run_dir, config)
-        report = Report(run_dir, config, state, mesh)
-        while state.step < config.train.steps:
-            step = state.step
-            started = time.perf_counter()
-            batches = [batch.to(mesh.device) for batch in data.loader.batch(step)]
-            data.loader.prefetch(step + 1)
-            waited = time.perf_counter() - started
-            due = is_due(step + 1, config.train.log_every, config.train.steps)
-            steps = layer_map(config.recurrence)
-            result = forward_backward(model, engine, steps, batches, step, mesh, telemetry=due)
-            lr = learning_rate(config.optimizer, step, config.train.steps)
-            grad_norm, skipped = engine.step(lr)
-            state = TrainState(
-                step + 1,
-                state.tokens + config.train.global_batch_size * config.data.seq_length,
-                state.skipped + skipped,
-            )
-            report.add(result, lr, grad_norm, waited, time.perf_counter() - started)
-            values = report.interval(state) if due else {}
-            if is_due(state.step, config.train.eval_every, config.train.steps):
-                values |= validate(model, data, config, mesh, state)
-            report.write(state, values)
+        with same_error(mesh):
+            write_config(run_dir, config) if mesh.rank == 0 else None
+            report = Report(run_dir, config, state, mesh)
+        saved = validated = state.step
+        if state.step and not report.is_validated(state.step):
+            validated = 0  # The run ended between saving this step and scoring it.
+        while True:
             number = stop.agreed(mesh)
-            if number or is_due(state.step, config.checkpoint.every, config.train.steps):
-                save(run_dir, config, data, engine, mesh, state)
+            if is_due(state.step, config.train.eval_every, config) and validated < state.step:
+                values, number = validate(model, data, mesh, state, stop)
+                report.write(state, values, stop)
+                validated = state.step
             if number:
-                report.stopped(state, number)
-                return STOPPED
-        report.finished(state)
-    return FINISHED
+                break
+            if state.step == config.train.steps:
+                report.finish(f"done: {state.step} steps, {state.tokens} tokens in {run_dir}")
+                return FINISHED
+            started = time.perf_counter()
+            batches = [batch.to(mesh.device) for batch in loader.batch(state.step)]
+            loader.prefetch(state.step + 1)
+            waited = time.perf_counter() - started
+            due = is_due(state.step + 1, config.train.log_every, config)
+            result = forward_backward(model, engine, config, batches, state.step, mesh, due)
+            result.lr = learning_rate(config.optimizer, state.step, config.train.steps)
+            result.grad_norm, result.skipped = engine.step(result.lr)
+            result.data_seconds, result.seconds = waited, time.perf_counter() - started
+            state = state.advance(config, result.skipped)
+            report.interval.add(result)
+            if due:
+                report.write(state, report.close_interval(state, result), stop)
+            if is_due(state.step, config.checkpoint.every, config):
+                save(run_dir, config, data, engine, mesh, state, report)
+                saved = state.step
+        if saved < state.step:
+            save(run_dir, config, data, engine, mesh, state, report)
+        report.finish(
+            f"saved at step {state.step} and stopped by signal {number}; "
+            "the same command goes on from there"
+        )
+        return STOPPED
 
 
-def is_due(done: int, every: int, last: int) -> bool:
+def is_due(done: int, every: int, config: Config) -> bool:
     """Whether something done every so many steps, and at the end, is due; every 0: at the end."""
-    return done == last or (every > 0 and done % every == 0)
+    return done == config.train.steps or (every > 0 and done % every == 0)
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -107,9 +120,8 @@ def open_data(config: Config, mesh: Mesh) -> Data:
     Raises:
         DataError: on every rank, when any of them finds damage, or a tokenizer that differs.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    error, train, validation = "", list[Corpus](), list[Corpus]()
-    try:
+    with same_error(mesh):
+        tokenizer = load_tokenizer(config.data.tokenizer)
         train, validation = (
             [
                 open_corpus(
@@ -119,11 +131,6 @@ def open_data(config: Config, mesh: Mesh) -> Data:
             ]
             for sources in (config.data.train, config.data.val)
         )
-    except DataError as failure:
-        error = str(failure)
-    errors = sorted({e for e in mesh.gather_objects(error) if e})
-    if errors:
-        raise DataError("\n".join(errors))
     config = with_vocab_size(config, tokenizer.vocab_size)
     loader = Loader(
         [(corpus, s.weight) for corpus, s in zip(train, config.data.train, strict=True)],
@@ -160,18 +167,10 @@ def with_vocab_size(config: Config, vocab_size: int) -> Config:
 # ------------------------------------------------------------------------------- one optimizer step
 
 
-@dataclass
-class StepResult:
-    """Sums over this rank's micro batches, each already divided by its global denominator."""
-
-    losses: dict[str, Tensor]
-    telemetry: dict[tuple[int, int], tuple[Tensor, Tensor]]
-
-
 def forward_backward(
     model: Transformer,
     engine: Engine,
-    steps: LayerMap,
+    config: Config,
     batches: Sequence[MicroBatch],
     step: int,
     mesh: Mesh,
@@ -182,8 +181,9 @@ def forward_backward(
     The objective divides sums by counts over the global batch, known before the forward pass, so
     that it depends on neither dp, micro batch size nor padding.
     """
+    steps = layer_map(config.recurrence)
     denominators = count_denominators(batches, mesh)
-    result = StepResult({}, {})
+    result = StepResult()
     for batch in batches:
         seen: Telemetry | None = {} if telemetry else None
         ctx = model.context(batch, step, training=True, telemetry=seen)
@@ -215,18 +215,28 @@ def objective(terms: Mapping[str, LossTerm], denominators: Mapping[str, float]) 
 
 
 def validate(
-    model: Transformer, data: Data, config: Config, mesh: Mesh, state: TrainState
-) -> dict[str, float]:
-    """Score the validation corpora, if there are any; at the end all of them is read."""
-    if not data.validation:
-        return {}
+    model: Transformer, data: Data, mesh: Mesh, state: TrainState, stop: StopFlag
+) -> tuple[dict[str, float], int]:
+    """(scores of the validation corpora, stop signal); at the end of a run all of them is read."""
+    config = data.config
     samples = config.train.eval_samples if state.step < config.train.steps else 0
-    scores = evaluate(model, data.validation, config, mesh, samples)
-    return score_values(scores, [Path(source.path).name for source in config.data.val])
+    scores = []
+    for corpus in data.validation:
+        score = score_corpus(model, corpus, config, mesh, samples, stop)
+        if score is None:
+            return {}, stop.agreed(mesh)
+        scores.append(score)
+    return score_values(scores, [source.path for source in config.data.val]), stop.agreed(mesh)
 
 
 def save(
-    run_dir: Path, config: Config, data: Data, engine: Engine, mesh: Mesh, state: TrainState
+    run_dir: Path,
+    config: Config,
+    data: Data,
+    engine: Engine,
+    mesh: Mesh,
+    state: TrainState,
+    report: Report,
 ) -> None:
     """Write a checkpoint, then let go of old ones.
 
@@ -234,10 +244,12 @@ def save(
         CheckpointError: it could not be written; the earlier ones are untouched.
     """
     root = run_dir / "checkpoints"
+    state = replace(state, interval=report.interval.carry(mesh))
     content = save_state(state, config, mesh, data.loader.state(state.step), data.tokenizer)
     checkpoint.save(root, state.step, engine.shards(), content, group=mesh.dp_group).result()
-    if mesh.rank == 0:
-        checkpoint.remove_old(root, config.checkpoint.keep_last)
+    with same_error(mesh):
+        if mesh.rank == 0:
+            checkpoint.remove_old(root, config.checkpoint.keep_last)
 
 
 def resume(run_dir: Path, config: Config, data: Data, engine: Engine, mesh: Mesh) -> TrainState:
@@ -245,9 +257,16 @@ def resume(run_dir: Path, config: Config, data: Data, engine: Engine, mesh: Mesh
 
     Raises:
         ConfigError: a fixed field changed.
-        CheckpointError: checkpoints that cannot be used.
+        CheckpointError: checkpoints that cannot be used, or nothing but damaged ones: starting over
+            would write over what is left of the run.
     """
-    path, damaged = checkpoint.find_checkpoint(run_dir / "checkpoints", group=mesh.dp_group)
+    root = run_dir / "checkpoints"
+    path, damaged = checkpoint.find_checkpoint(root, group=mesh.dp_group)
+    if path is None and damaged:
+        raise CheckpointError(
+            "\n".join(damaged) + f"\n{root}: holds nothing else; "
+            "restore a checkpoint, or move the run folder away to start over"
+        )
     for message in damaged if mesh.rank == 0 else []:
         log.warning(message)
     if path is None:
@@ -259,88 +278,3 @@ def resume(run_dir: Path, config: Config, data: Data, engine: Engine, mesh: Mesh
     checkpoint.load(path, shards, group=mesh.dp_group)
     engine.load(shards)
     return state
-
-
-# ------------------------------------------------------------------------------------------ report
-
-
-class Report:
-    """Gathers numbers between log steps and writes them on rank 0; one reduction per log."""
-
-    def __init__(self, run_dir: Path, config: Config, state: TrainState, mesh: Mesh) -> None:
-        self.run_dir, self.config, self.mesh = run_dir, config, mesh
-        steps = layer_map(config.recurrence)
-        self.keys = [(step.block, step.loop_index) for step in steps]
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.peak = peak_flops(mesh.device, dtype) * mesh.dp
-        self.flops_per_token = count_flops(config, steps).train
-        self.reset()
-        if mesh.rank == 0:
-            self.metrics = Metrics(run_dir, config, state.step)
-            self.progress = Progress(config.train.steps)
-            if state.step:
-                self.progress.note(f"resumed {run_dir} at step {state.step}")
-
-    def reset(self) -> None:
-        """Start a new interval."""
-        self.losses: dict[str, Tensor] = {}
-        self.num_steps, self.waited, self.seconds = 0, 0.0, 0.0
-
-    def add(
-        self, result: StepResult, lr: float, grad_norm: float, waited: float, seconds: float
-    ) -> None:
-        """One optimizer step."""
-        for name, value in result.losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + value
-        self.result, self.lr, self.grad_norm = result, lr, grad_norm
-        self.num_steps += 1
-        self.waited += waited
-        self.seconds += seconds
-
-    def interval(self, state: TrainState) -> dict[str, float]:
-        """The numbers since the last log step, reduced over replicas; collective."""
-        names = list(self.losses)
-        sums = [self.losses[name] / self.num_steps for name in names]
-        for key in self.keys:
-            sums += self.result.telemetry[key]
-        reduced = self.mesh.sum_over_dp(torch.stack([s.to(torch.float64) for s in sums])).tolist()
-        tokens = self.config.train.global_batch_size * self.config.data.seq_length
-        rate = tokens * self.num_steps / self.seconds
-        values = {f"train/{name}": reduced[i] for i, name in enumerate(names)}
-        values |= {
-            "optim/lr": self.lr,
-            "optim/grad_norm": self.grad_norm,
-            "optim/skipped": state.skipped,
-            "speed/tokens_per_second": rate,
-            "speed/mfu": rate * self.flops_per_token / self.peak,
-            "speed/data_wait": self.waited / self.seconds,
-            "speed/step_seconds": self.seconds / self.num_steps,
-            "memory/peak_bytes": peak_memory(self.mesh.device),
-        }
-        for i in range(len(self.keys)):
-            norm, update = reduced[len(names) + 2 * i :][:2]
-            values[f"recurrence/residual_norm/{i:02d}"] = norm / tokens
-            values[f"recurrence/relative_update/{i:02d}"] = update / tokens
-        self.reset()
-        return values
-
-    def write(self, state: TrainState, values: dict[str, float]) -> None:
-        """One row and one line, if there is something to tell."""
-        if values and self.mesh.rank == 0:
-            self.metrics.write(state.step, state.tokens, values)
-            self.progress.show(state.step, values)
-
-    def stopped(self, state: TrainState, number: int) -> None:
-        """Say that a signal ended the run early."""
-        if self.mesh.rank == 0:
-            self.metrics.close()
-            self.progress.note(
-                f"saved at step {state.step} and stopped by signal {number}; "
-                "the same command goes on from there"
-            )
-
-    def finished(self, state: TrainState) -> None:
-        """Say where things are."""
-        if self.mesh.rank == 0:
-            self.metrics.close()
-            self.progress.note(f"done: {state.step} steps, {state.tokens} tokens in {self.run_dir}")

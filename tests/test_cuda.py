@@ -1,0 +1,46 @@
+"""The same runs on a GPU; skipped, saying so, where there is none."""
+
+import pytest
+import torch
+from configs import make_config
+from harness import assert_gradients_close
+
+from megarecur.model.transformer import Transformer
+from megarecur.optim.engine import PlainEngine
+from megarecur.parallel.mesh import Mesh
+from megarecur.train.metrics import read_rows
+from megarecur.train.trainer import FINISHED, forward_backward, open_data, train
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device; torch finds none here"
+)
+
+
+@pytest.mark.parametrize("mask_documents", [True, False])
+@pytest.mark.parametrize("scheme", ["reuse_map", "loop"])
+def test_gradients_equal_those_of_the_cpu(corpus, scheme, mask_documents) -> None:
+    config = make_config(
+        corpus, scheme, model={"dropout": 0.1}, train={"precision": "fp64"},
+        data={"mask_documents": mask_documents},
+    )  # fmt: skip
+    found = []
+    for device in ("cpu", "cuda"):
+        mesh = Mesh(device=torch.device(device))
+        data = open_data(config, mesh)
+        engine = PlainEngine(Transformer(data.config, mesh.device), data.config, mesh)
+        batches = [batch.to(mesh.device) for batch in data.loader.batch(0)]
+        forward_backward(engine.model, engine, data.config, batches, 0, mesh)
+        found.append({name: grad.cpu() for name, grad in engine.gradients().items()})
+    assert_gradients_close(found[1], found[0], 1e-11)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_resumes_on_the_gpu(corpus, tmp_path, precision) -> None:
+    for steps in (5, 10):
+        config = make_config(
+            corpus, run_dir=str(tmp_path / "run"), model={"dropout": 0.1},
+            train={"device": "cuda", "precision": precision, "steps": steps},
+        )  # fmt: skip
+        assert train(config) == FINISHED
+    rows = [r for r in read_rows(tmp_path / "run" / "metrics.jsonl") if "train/loss" in r]
+    assert rows[-1]["step"] == 10 and rows[-1]["train/loss"] < rows[0]["train/loss"]
