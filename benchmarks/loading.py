@@ -31,6 +31,7 @@ SEQ_LENGTH, BATCH, SECONDS = 2048, 8, 4.0
 
 def synthetic_corpus(folder: Path) -> Corpus:
     """24 M random bytes in documents of lognormal length, prepared as any text is."""
+    from data_prep.readers import Reading
     from data_prep.shards import prepare_shards
 
     rng = np.random.default_rng(0)
@@ -38,11 +39,9 @@ def synthetic_corpus(folder: Path) -> Corpus:
     letters = rng.integers(97, 123, int(lengths.sum()), np.uint8).tobytes()
     ends = np.cumsum(lengths)
     documents = (letters[e - n : e] for e, n in zip(ends, lengths, strict=True))
-    text = b"\0".join(documents)
-    (folder / "random.txt").write_bytes(text)
-    prepare_shards(
-        [folder / "random.txt"], folder / "corpus", "bytes", text_split="separator", separator="\0"
-    )
+    (folder / "random.txt").write_bytes(b"\n\0\n".join(documents))
+    reading = Reading(text_split="separator", separator="\0")
+    prepare_shards([folder / "random.txt"], folder / "corpus", "bytes", reading)
     return Corpus(folder / "corpus" / "train")
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from megarecur.data.corpus import Corpus, Manifest, check_tokenizer
 from megarecur.data.tokenizer import BYTES, load_tokenizer
+from megarecur.errors import DataError
 
 BAR_WIDTH = 40
 
@@ -58,8 +59,11 @@ def inspect_corpus(
         verify: compare every file with its hash.
 
     Raises:
-        DataError: the corpus is damaged, or the tokenizer is not the one that made it.
+        DataError: the corpus is damaged, the tokenizer is not the one that made it, or a negative
+            number of samples.
     """
+    if num_samples < 0:
+        raise DataError(f"num_samples={num_samples} must be at least 0")
     corpus = Corpus(path, verify=verify)
     manifest = corpus.manifest
     if tokenizer is None:

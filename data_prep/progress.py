@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -66,3 +66,15 @@ class ProgressReport:
         if self.done >= self.total:
             return f"{text}, {seconds:.1f} s"
         return f"{text}, {(self.total - self.done) / rate:.0f} s left" if rate else text
+
+
+@contextmanager
+def report_phase(
+    report: ProgressReport | None, name: str, total_bytes: int
+) -> Iterator[Callable[..., None]]:
+    """One phase of work; gives the report's `advance`, or with no report one that does nothing."""
+    if report is None:
+        yield lambda *_, **__: None
+        return
+    with report.phase(name, total_bytes):
+        yield report.advance

@@ -43,11 +43,12 @@ class Reading:
     text_key: str = "text"
     """Key of a jsonl object that holds the text."""
     text_split: Literal["file", "blank_line", "separator"] = "file"
-    """What ends a document in a txt file."""
+    """What ends a document in a txt file: its end, blank lines, or lines equal to `separator`."""
     separator: str = ""
-    """The text between documents, for text_split=separator."""
     errors: Literal["fail", "skip", "replace"] = "fail"
     """Bytes that are not UTF-8: fail, skip the document, or put U+FFFD in their place."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of paths or file names to leave out."""
 
     def __post_init__(self) -> None:
         if (self.text_split == "separator") != bool(self.separator):
@@ -55,6 +56,13 @@ class Reading:
                 f"text_split={self.text_split} with separator={self.separator!r}: "
                 "give a separator with text_split=separator, and only with it"
             )
+        if "\n" in self.separator or "\r" in self.separator:
+            raise DataError(
+                f"separator={self.separator!r}: holds the end of a line; give the line without it"
+            )
+
+
+WHOLE_FILES = Reading()
 
 
 def find_sources(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> list[Path]:
@@ -209,12 +217,10 @@ def _decode(content: bytes, place: str, offset: int, errors: str) -> bytes | Non
 
 def _split_text(stream: BinaryIO, reading: Reading) -> Iterator[tuple[int, bytes]]:
     """The (offset, content) of every document of a txt file that is not empty."""
-    if reading.text_split == "blank_line":
-        pieces = _split_at_blank_lines(stream)
-    elif reading.text_split == "separator":
-        pieces = _split_at(stream, reading.separator.encode())
-    else:
+    if reading.text_split == "file":
         pieces = iter([(0, stream.read())])
+    else:
+        pieces = _split_at_lines(stream, reading.separator.encode())
     for offset, content in pieces:
         if offset == 0 and content.startswith(BYTE_ORDER_MARK):
             offset, content = len(BYTE_ORDER_MARK), content[len(BYTE_ORDER_MARK) :]
@@ -222,27 +228,17 @@ def _split_text(stream: BinaryIO, reading: Reading) -> Iterator[tuple[int, bytes
             yield offset, content
 
 
-def _split_at(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    offset, rest = 0, b""
-    while block := stream.read(BLOCK_BYTES):
-        *whole, rest = (rest + block).split(separator)
-        for content in whole:
-            yield offset, content
-            offset += len(content) + len(separator)
-    yield offset, rest
-
-
-def _split_at_blank_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def _split_at_lines(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:
+    """What lies between lines that are the separator, or blank where there is none."""
     begin = end = 0
     lines: list[bytes] = []
     for line in stream:
         end += len(line)
-        if line.strip():
-            lines.append(line)
-            continue
-        if lines:
+        if (line.rstrip(b"\r\n") == separator) if separator else not line.strip():
             yield begin, b"".join(lines)
-        begin, lines = end, []
+            begin, lines = end, []
+        else:
+            lines.append(line)
     yield begin, b"".join(lines)
 
 

@@ -15,17 +15,14 @@ Peak disk use beside the result: the text, compressed by about 2.5, and the toke
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +30,10 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from data_prep.progress import ProgressReport
-from data_prep.readers import Reading, find_sources, read_documents
+from data_prep.files import explain_os_errors, publish, sync
+from data_prep.progress import ProgressReport, report_phase
+from data_prep.readers import WHOLE_FILES, Reading, find_sources, read_documents
+from data_prep.workers import Workers
 from megarecur.data.corpus import (
     CHUNK_TOKENS,
     COLUMN,
@@ -50,6 +49,41 @@ SMALLEST_PART, LARGEST_PART = 1 << 18, 1 << 22
 SHARD_BYTES = 1 << 26
 SPLITS = ("train", "val")
 DROPPED, TRAIN, VAL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is made of what."""
+
+    sources: Sequence[Path]
+    names: Sequence[str]
+    """Of the sources, whatever folder they lie in."""
+    sizes: Sequence[int]
+    hashes: Sequence[str]
+    """xxh64 of each source as it lies on disk."""
+    reading: Reading
+    tokenizer: Tokenizer
+    val_fraction: float
+    deduplicate: bool
+    part_bytes: int
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The corpora to make."""
+        return SPLITS if self.val_fraction else SPLITS[:1]
+
+    @property
+    def preparation(self) -> str:
+        """The identity of the result: a hash of all that it depends on."""
+        recipe = {
+            "version": MANIFEST_VERSION,
+            "sources": list(zip(self.names, self.hashes, strict=True)),
+            "tokenizer": self.tokenizer.fingerprint,
+            "val_fraction": self.val_fraction,
+            "deduplicate": self.deduplicate,
+            **asdict(replace(self.reading, exclude=())),
+        }
+        return xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -83,17 +117,14 @@ def prepare_shards(
     inputs: Sequence[str | Path],
     out: str | Path,
     tokenizer: str | Path,
+    reading: Reading = WHOLE_FILES,
     *,
     val_fraction: float = 0.0,
-    text_key: str = "text",
-    text_split: Literal["file", "blank_line", "separator"] = "file",
-    separator: str = "",
-    errors: Literal["fail", "skip", "replace"] = "fail",
     deduplicate: bool = True,
-    exclude: Sequence[str] = (),
     workers: int = 0,
     part_bytes: int = 0,
     progress: ProgressReport | None = None,
+    text_split: Literal["file", "blank_line"] | None = None,
 ) -> dict[str, Manifest]:
     """Turn text files into the corpora OUT/train and, with a val_fraction, OUT/val.
 
@@ -101,92 +132,114 @@ def prepare_shards(
         inputs: files, globs or folders (see `readers.find_sources`).
         out: folder of the result; OUT.partial holds unfinished work.
         tokenizer: a sentencepiece model, a tokenizer.json, or `bytes`.
+        reading: how files become documents.
         val_fraction: share of the documents, chosen by their hash, that goes to OUT/val.
-        text_key, text_split, separator, errors: see `readers.Reading`.
         deduplicate: keep only the first of documents with equal text.
-        exclude: patterns of paths or file names to leave out.
         workers: processes; 0: as many as cores.
         part_bytes: text per task of the second phase; 0: chosen by the size of the inputs.
         progress: told how far the work is.
+        text_split: short for `replace(reading, text_split=...)`.
 
     Returns:
         The manifest of each split, by its name.
 
     Raises:
-        DataError: an input cannot be read, nothing is left to write, the disk is full, or OUT
-            already holds something else.
+        DataError: an input cannot be read, nothing is left to write, the output cannot be written
+            (or the disk is full), or OUT already holds something else.
     """
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction} must be at least 0 and below 1")
-    reading = Reading(text_key, text_split, separator, errors)
-    sources = find_sources(inputs, exclude)
-    model = load_tokenizer(tokenizer)
+    if workers < 0:
+        raise DataError(f"workers={workers} must be at least 1, or 0 for one per core")
+    reading = replace(reading, text_split=text_split) if text_split else reading
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
+    with explain_os_errors(partial, "what is finished is kept"):
+        model = load_tokenizer(tokenizer)
+        plan = _plan(inputs, reading, model, val_fraction, deduplicate, part_bytes)
+        if out.exists() and not out.is_dir():
+            raise DataError(f"{out}: is a file; choose another output folder")
+        if all(_is_prepared(out / split, plan) for split in plan.splits):
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            number = workers or len(os.sched_getaffinity(0))
+            with _only_one(partial), Workers(number, progress) as pool:
+                _resume_or_restart(partial, plan)
+                _prepare(plan, out, partial, _copy_tokenizer(tokenizer, model, partial), pool)
+    return {split: read_manifest(out / split) for split in plan.splits}
+
+
+def _plan(
+    inputs: Sequence[str | Path],
+    reading: Reading,
+    tokenizer: Tokenizer,
+    val_fraction: float,
+    deduplicate: bool,
+    part_bytes: int,
+) -> Plan:
+    """Look at the inputs.
+
+    They are read once more than needed, to be sure that finished work is of these very bytes:
+    names, sizes and times can all be those of other bytes. It costs a hundredth of tokenising them.
+    """
+    sources = find_sources(inputs, reading.exclude)
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(hash_file, sources))
     sizes = [path.stat().st_size for path in sources]
-    names = _relative_names(sources)
-    recipe = {
-        "version": MANIFEST_VERSION,
-        "sources": list(zip(names, sizes, strict=True)),
-        "tokenizer": model.fingerprint,
-        "val_fraction": val_fraction,
-        "deduplicate": deduplicate,
-        **asdict(reading),
+    part_bytes = part_bytes or min(max(sum(sizes) // 64, SMALLEST_PART), LARGEST_PART)
+    return Plan(
+        sources, _relative_names(sources), sizes, hashes, reading, tokenizer, val_fraction,
+        deduplicate, part_bytes,
+    )  # fmt: skip
+
+
+def _prepare(plan: Plan, out: Path, partial: Path, tokenizer_file: str, pool: Workers) -> None:
+    """Do the three phases, or what is left of them."""
+    groups = list(_group_small(plan.sources, plan.sizes, plan.part_bytes))
+    read = [
+        ReadTask(tuple(group), partial / f"read-{i:06}", plan.reading, plan.part_bytes)
+        for i, group in enumerate(groups)
+    ]
+    size_of = dict(zip(plan.sources, plan.sizes, strict=True))
+    read_sizes = [sum(size_of[source] for source in group) for group in groups]
+    pool.run("read", _read_sources, read, ".npz", read_sizes)
+
+    indices = [np.load(task.target.with_suffix(".npz")) for task in read]
+    fates, duplicates = _decide(indices, plan.val_fraction, plan.deduplicate)
+    parts, part_sizes = _cut_into_parts(read, indices, fates, tokenizer_file)
+    pool.run("tokenise", _tokenise_part, parts, ".tokens", part_sizes, meanwhile=_warm_up)
+
+    shared = _describe(plan, indices, duplicates)
+    files = [part.target.with_suffix(".tokens") for part in parts]
+    # train comes last: where it is, everything is.
+    for split in reversed(plan.splits):
+        if not _is_prepared(out / split, plan):
+            _assemble(split, files, partial, tokenizer_file, shared, pool.progress)
+            out.mkdir(parents=True, exist_ok=True)
+            os.rename(partial / split, out / split)
+            sync(out)
+    shutil.rmtree(partial)
+
+
+def _describe(plan: Plan, indices: Sequence[Any], duplicates: int) -> dict[str, Any]:
+    """What the manifests of all splits have in common."""
+    read = np.concatenate([index["sources"] for index in indices]).tolist()
+    return {
+        "tokenizer": plan.tokenizer.name,
+        "tokenizer_fingerprint": plan.tokenizer.fingerprint,
+        "vocab_size": plan.tokenizer.vocab_size,
+        "eos_id": plan.tokenizer.eos_id,
+        "dtype": np.dtype(plan.tokenizer.dtype).name,
+        "duplicates_removed": duplicates,
+        "documents_skipped": sum(int(index["skipped"]) for index in indices),
+        "preparation": plan.preparation,
+        "sources": [
+            {"name": name, "xxh64": digest, "documents": documents, "bytes": num_bytes}
+            for name, digest, (documents, num_bytes) in zip(
+                plan.names, plan.hashes, read, strict=True
+            )
+        ],
     }
-    preparation = xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode())
-    splits = SPLITS if val_fraction else SPLITS[:1]
-    if all(_is_prepared(out / split, preparation, sources) for split in splits):
-        shutil.rmtree(partial, ignore_errors=True)
-        return {split: read_manifest(out / split) for split in splits}
-
-    with _explain_full_disk(partial), _only_one(partial):
-        times = [path.stat().st_mtime_ns for path in sources]
-        _resume_or_restart(
-            partial, {"preparation": preparation, "times": times, "part": part_bytes}
-        )
-        tokenizer_file = _copy_tokenizer(tokenizer, model, partial)
-        run = _Runner(workers or len(os.sched_getaffinity(0)), progress or _Silent())
-
-        part_bytes = part_bytes or min(max(sum(sizes) // 64, SMALLEST_PART), LARGEST_PART)
-        read = [
-            ReadTask(tuple(group), partial / f"read-{i:06}", reading, part_bytes)
-            for i, group in enumerate(_group_small(sources, sizes, part_bytes))
-        ]
-        size_of = dict(zip(sources, sizes, strict=True))
-        read_sizes = [sum(size_of[source] for source in task.sources) for task in read]
-        run("read", _read_sources, read, ".npz", read_sizes)
-        indices = [np.load(task.target.with_suffix(".npz")) for task in read]
-        fates, duplicates = _decide(indices, val_fraction, deduplicate)
-
-        parts, part_sizes = _cut_into_parts(read, indices, fates, tokenizer_file)
-        run("tokenise", _tokenise_part, parts, ".tokens", part_sizes)
-
-        shared = {
-            "tokenizer": model.name,
-            "tokenizer_fingerprint": model.fingerprint,
-            "vocab_size": model.vocab_size,
-            "eos_id": model.eos_id,
-            "dtype": np.dtype(model.dtype).name,
-            "duplicates_removed": duplicates,
-            "documents_skipped": sum(int(index["skipped"]) for index in indices),
-            "preparation": preparation,
-            "sources": [
-                {"name": name, "documents": int(documents), "bytes": int(num_bytes)}
-                for name, (documents, num_bytes) in zip(
-                    names, np.concatenate([index["sources"] for index in indices]), strict=True
-                )
-            ],
-        }
-        files = [part.target.with_suffix(".tokens") for part in parts]
-        # train comes last: where it is, everything is.
-        for split in reversed(splits):
-            if not _is_prepared(out / split, preparation, sources):
-                _assemble(split, files, partial, tokenizer_file, shared, run.progress)
-                out.mkdir(parents=True, exist_ok=True)
-                os.rename(partial / split, out / split)
-                _sync(out)
-        shutil.rmtree(partial)
-    return {split: read_manifest(out / split) for split in splits}
 
 
 # ---------------------------------------------------------------------------------- the three tasks
@@ -202,7 +255,7 @@ def _read_sources(task: ReadTask) -> int:
     part: list[bytes] = []
     part_documents, part_offsets, per_source = [0], [0], []
     skipped = held = 0
-    with _publish(task.target.with_suffix(".zst")) as file:
+    with publish(task.target.with_suffix(".zst")) as file:
 
         def flush() -> None:
             file.write(compressor.compress(b"".join(part)))
@@ -226,7 +279,7 @@ def _read_sources(task: ReadTask) -> int:
             per_source.append((len(lengths) - already, sum(lengths[already:])))
         if part:
             flush()
-    with _publish(task.target.with_suffix(".npz")) as file:
+    with publish(task.target.with_suffix(".npz")) as file:
         np.savez(
             file,
             lengths=np.array(lengths, np.int64),
@@ -259,12 +312,28 @@ def _tokenise_part(task: PartTask) -> int:
             ids[fate] += [document.astype(tokenizer.dtype), end]
             num_bytes[fate] += length
         begin += length
-    with _publish(task.target.with_suffix(".tokens")) as file:
+    with publish(task.target.with_suffix(".tokens")) as file:
         for fate in (TRAIN, VAL):
             np.save(file, np.array([a.size + 1 for a in ids[fate][::2]], np.int64))
             np.save(file, np.array(num_bytes[fate], np.int64))
             np.save(file, np.concatenate([np.empty(0, tokenizer.dtype), *ids[fate]]))
     return sum(a.size for arrays in ids.values() for a in arrays)
+
+
+def _import_writer() -> Any:
+    """The library's writer; with all that it imports, it takes seconds to load."""
+    from megarecur.data.torchvision_stub import make_torchvision_importable
+
+    make_torchvision_importable()
+    from streaming import MDSWriter
+
+    return MDSWriter
+
+
+def _warm_up() -> None:
+    """Import the writer early; what goes wrong shows when it is needed."""
+    with suppress(Exception):
+        _import_writer()
 
 
 def _assemble(
@@ -273,43 +342,20 @@ def _assemble(
     partial: Path,
     tokenizer_file: str,
     shared: dict[str, Any],
-    progress: ProgressReport | _Silent,
+    progress: ProgressReport | None,
 ) -> None:
     """Write one split into `partial/split`: shards, index, document starts, manifest."""
-    from megarecur.data.torchvision_stub import make_torchvision_importable
-
-    make_torchvision_importable()
-    from streaming import MDSWriter
-
     folder = partial / split
     shutil.rmtree(folder, ignore_errors=True)
     # Not as a context: after an exception, leaving it would write a valid-looking partial index.
-    writer = MDSWriter(
+    writer = _import_writer()(
         out=str(folder),
         columns={COLUMN: f"ndarray:{shared['dtype']}:{CHUNK_TOKENS}"},
         hashes=["xxh64"],
         size_limit=SHARD_BYTES,
     )
-    rest = np.empty(0, shared["dtype"])
-    lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
-    num_tokens = num_bytes = 0
-    with progress.phase(split, sum(f.stat().st_size for f in files)):
-        for path in files:
-            document_lengths, part_bytes, tokens = _load_tokens(path, split)
-            lengths.append(document_lengths)
-            num_bytes += part_bytes
-            num_tokens += tokens.size
-            rest = np.concatenate([rest, tokens]) if rest.size else tokens
-            whole = rest.size // CHUNK_TOKENS * CHUNK_TOKENS
-            for chunk in rest[:whole].reshape(-1, CHUNK_TOKENS):
-                writer.write({COLUMN: chunk})
-            rest = rest[whole:]
-            progress.advance(path.stat().st_size)
-    if rest.size:
-        padding = np.full(CHUNK_TOKENS - rest.size, shared["eos_id"], rest.dtype)
-        writer.write({COLUMN: np.concatenate([rest, padding])})
-    documents = np.cumsum(np.concatenate(lengths))[:-1]
-    if not documents.size:
+    lengths, num_bytes = _write_chunks(writer, split, files, shared, progress)
+    if not lengths.size:
         shutil.rmtree(folder, ignore_errors=True)
         remedy = (
             "raise --val-fraction or leave it out"
@@ -317,14 +363,58 @@ def _assemble(
             else "give files that hold text, or lower --val-fraction"
         )
         raise DataError(
-            f"{partial.with_suffix('') / split}: would be empty, no document of "
+            f"{partial.with_suffix('') / split}: the corpus would be empty, no document of "
             f"{len(shared['sources'])} input file(s) is left for it; {remedy}"
         )
     writer.finish()
-
-    np.save(folder / "documents.npy", documents)
+    np.save(folder / "documents.npy", lengths.cumsum() - lengths)
     if tokenizer_file != BYTES:
         shutil.copyfile(tokenizer_file, folder / Path(tokenizer_file).name)
+    manifest = Manifest(
+        version=MANIFEST_VERSION,
+        split=split,
+        num_tokens=int(lengths.sum()),
+        num_documents=lengths.size,
+        num_bytes=num_bytes,
+        files=_hash_written(folder),
+        **shared,
+    )
+    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True))
+    for file in folder.iterdir():
+        sync(file)
+    sync(folder)
+
+
+def _write_chunks(
+    writer: Any,
+    split: str,
+    files: Sequence[Path],
+    shared: dict[str, Any],
+    progress: ProgressReport | None,
+) -> tuple[np.ndarray, int]:
+    """Write the tokens of a split; the tokens of each document, and the bytes of text of all."""
+    rest = np.empty(0, shared["dtype"])
+    lengths: list[np.ndarray] = [np.empty(0, np.int64)]
+    num_bytes = 0
+    with report_phase(progress, split, sum(f.stat().st_size for f in files)) as advance:
+        for path in files:
+            document_lengths, part_bytes, tokens = _load_tokens(path, split)
+            lengths.append(document_lengths)
+            num_bytes += part_bytes
+            rest = np.concatenate([rest, tokens]) if rest.size else tokens
+            whole = rest.size // CHUNK_TOKENS * CHUNK_TOKENS
+            for chunk in rest[:whole].reshape(-1, CHUNK_TOKENS):
+                writer.write({COLUMN: chunk})
+            rest = rest[whole:]
+            advance(path.stat().st_size)
+    if rest.size:
+        padding = np.full(CHUNK_TOKENS - rest.size, shared["eos_id"], rest.dtype)
+        writer.write({COLUMN: np.concatenate([rest, padding])})
+    return np.concatenate(lengths), num_bytes
+
+
+def _hash_written(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and hash of every file, as it can be read back."""
     contents = {
         file.name: {"bytes": file.stat().st_size, "xxh64": hash_file(file)}
         for file in sorted(folder.iterdir())
@@ -334,19 +424,7 @@ def _assemble(
         name, expected = shard["raw_data"]["basename"], shard["raw_data"]["hashes"]["xxh64"]
         if contents[name]["xxh64"] != expected:
             raise DataError(f"{folder / name}: was not written as intended; check the disk")
-    manifest = Manifest(
-        version=MANIFEST_VERSION,
-        split=split,
-        num_tokens=num_tokens,
-        num_documents=documents.size,
-        num_bytes=num_bytes,
-        files=contents,
-        **shared,
-    )
-    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True))
-    for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
+    return contents
 
 
 # ------------------------------------------------------------------------------------ what is where
@@ -424,25 +502,28 @@ def _relative_names(paths: Sequence[Path]) -> list[str]:
     return [Path(os.path.relpath(path, root)).as_posix() for path in absolute]
 
 
-def _is_prepared(path: Path, preparation: str, sources: Sequence[Path]) -> bool:
+def _is_prepared(path: Path, plan: Plan) -> bool:
     """Whether a split is there already; refuses to replace another one."""
     if not path.exists():
         return False
     manifest = read_manifest(path)
-    written = (path / "manifest.json").stat().st_mtime
-    if manifest.preparation != preparation:
-        reason = "was prepared from other files, with another tokenizer or with other options"
-    elif newer := [p for p in sources if p.stat().st_mtime > written]:
-        reason = f"is older than {newer[0]}"
-    else:
+    if manifest.preparation == plan.preparation:
         return True
-    raise DataError(f"{path}: exists and {reason}; delete it, or choose another output folder")
+    reason = "other files, with another tokenizer or with other options"
+    if [source["name"] for source in manifest.sources] == list(plan.names):
+        made_of = [source.get("xxh64") for source in manifest.sources]
+        changed = [p for p, a, b in zip(plan.sources, made_of, plan.hashes, strict=True) if a != b]
+        same = "the same files with another tokenizer or other options"
+        reason = f"other content of {changed[0]}" if changed else same
+    raise DataError(
+        f"{path}: exists and was prepared from {reason}; delete it, or choose another output folder"
+    )
 
 
-def _resume_or_restart(partial: Path, plan: dict[str, Any]) -> None:
+def _resume_or_restart(partial: Path, plan: Plan) -> None:
     """Keep the finished parts of an interrupted run of the same plan; start anew otherwise."""
     file = partial / "plan.json"
-    text = json.dumps(plan, sort_keys=True)
+    text = json.dumps({"preparation": plan.preparation, "part": plan.part_bytes})
     if file.exists() and file.read_text() == text:
         return
     for entry in partial.iterdir():
@@ -450,7 +531,7 @@ def _resume_or_restart(partial: Path, plan: dict[str, Any]) -> None:
             shutil.rmtree(entry)
         elif entry.name != "lock":
             entry.unlink()
-    with _publish(file) as handle:
+    with publish(file) as handle:
         handle.write(text.encode())
 
 
@@ -459,32 +540,11 @@ def _copy_tokenizer(path: str | Path, tokenizer: Tokenizer, partial: Path) -> st
     if str(path) == BYTES:
         return BYTES
     copy = partial / f"tokenizer{Path(path).suffix or '.model'}"
-    with _publish(copy) as file:
+    with publish(copy) as file:
         file.write(Path(path).read_bytes())
     if load_tokenizer(copy).fingerprint != tokenizer.fingerprint:
         raise DataError(f"{path}: changed while it was read; run again")
     return str(copy)
-
-
-@contextmanager
-def _publish(path: Path) -> Iterator[Any]:
-    """Write a file aside; give it its name when it is complete and on disk."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(aside, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -500,110 +560,6 @@ def _only_one(partial: Path) -> Iterator[None]:
                 "another output folder"
             ) from None
         yield
-
-
-@contextmanager
-def _explain_full_disk(partial: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(
-            f"{error.filename or partial}: the disk is full; free some space and run again, what "
-            f"is finished in {partial} is kept"
-        ) from None
-
-
-# ---------------------------------------------------------------------------------------- processes
-
-
-class _Silent:
-    """No report."""
-
-    @contextmanager
-    def phase(self, name: str, total_bytes: int) -> Iterator[None]:
-        yield
-
-    def advance(self, num_bytes: int, tokens: int = 0, resumed: bool = False) -> None:
-        pass
-
-
-class _Runner:
-    """Runs the tasks of a phase that are not done yet, over processes."""
-
-    def __init__(self, workers: int, progress: ProgressReport | _Silent) -> None:
-        self.workers, self.progress = workers, progress
-
-    def __call__(
-        self,
-        name: str,
-        do: Callable[[Any], int],
-        tasks: Sequence[Any],
-        suffix: str,
-        sizes: Sequence[int],
-    ) -> None:
-        with self.progress.phase(name, sum(sizes)):
-            todo = []
-            for task, size in zip(tasks, sizes, strict=True):
-                if task.target.with_suffix(suffix).exists():
-                    self.progress.advance(size, resumed=True)
-                else:
-                    todo.append((task, size))
-            for size, tokens in self._run(do, todo):
-                self.progress.advance(size, tokens)
-
-    def _run(
-        self, do: Callable[[Any], int], todo: Sequence[tuple[Any, int]]
-    ) -> Iterable[tuple[int, int]]:
-        """Yield (size, result) of each task as it ends."""
-        if self.workers == 1 or len(todo) == 1:
-            for task, size in todo:
-                yield size, do(task)
-            return
-        import multiprocessing
-
-        if not todo:
-            return
-        pool = ProcessPoolExecutor(
-            min(self.workers, len(todo)),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_end_with_parent,
-        )
-        try:
-            waiting = iter(todo)
-            running: dict[Future[int], int] = {}
-            while True:
-                for task, size in waiting:
-                    running[pool.submit(do, task)] = size
-                    if len(running) >= 4 * self.workers:
-                        break
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
-        except BrokenProcessPool:
-            raise DataError(
-                "a worker process was killed, perhaps for want of memory; run again with fewer "
-                "--workers, what is finished is kept"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent is gone; it would wait for tasks for ever."""
-    import multiprocessing
-    from multiprocessing.connection import wait as wait_for
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait_for([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @cache

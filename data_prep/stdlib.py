@@ -6,9 +6,11 @@ import sysconfig
 from pathlib import Path
 
 from data_prep.progress import ProgressReport
+from data_prep.readers import Reading
 from data_prep.shards import prepare_shards
 from data_prep.tokenizer import train_tokenizer
 from megarecur.data.corpus import Manifest
+from megarecur.data.tokenizer import tokenizer_vocab_size
 from megarecur.errors import DataError
 
 # Slim installations lack the tests; packages installed by the user are not part of the library.
@@ -43,18 +45,23 @@ def prepare_quickstart(
     """Make OUT/tokenizer.model, OUT/train and OUT/val from the standard library, if not there yet.
 
     Raises:
-        DataError: as `train_tokenizer` and `prepare_shards`.
+        DataError: OUT has a tokenizer of another size; or as `train_tokenizer`, `prepare_shards`.
     """
     sources = standard_library_sources()
     tokenizer = Path(out) / "tokenizer.model"
     if not tokenizer.exists():
         train_tokenizer(sources, tokenizer, vocab_size=vocab_size, progress=progress)
+    elif (found := tokenizer_vocab_size(tokenizer)) != vocab_size:
+        raise DataError(
+            f"{tokenizer}: has {found} ids, not the --vocab-size of {vocab_size}; delete {out}, or "
+            "choose another --out"
+        )
     return prepare_shards(
         sources,
         out,
         tokenizer,
+        Reading(errors="skip"),
         val_fraction=val_fraction,
-        errors="skip",
         workers=workers,
         progress=progress,
     )

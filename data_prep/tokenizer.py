@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import io
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Literal
 
 import xxhash
 
+from data_prep.files import explain_os_errors, publish
 from data_prep.progress import ProgressReport
-from data_prep.readers import Reading, find_sources, read_documents
+from data_prep.readers import WHOLE_FILES, Reading, find_sources, read_documents
 from megarecur.errors import DataError
 
 PASSAGE_BYTES = 2048
@@ -28,6 +28,7 @@ SAMPLE_BYTES = 8 << 20
 def train_tokenizer(
     inputs: Sequence[str | Path],
     out: str | Path,
+    reading: Reading = WHOLE_FILES,
     *,
     vocab_size: int,
     model_type: Literal["bpe", "unigram"] = "bpe",
@@ -35,11 +36,6 @@ def train_tokenizer(
     character_coverage: float = 0.9995,
     sample_bytes: int = SAMPLE_BYTES,
     seed: int = 1,
-    text_key: str = "text",
-    text_split: Literal["file", "blank_line", "separator"] = "file",
-    separator: str = "",
-    errors: Literal["fail", "skip", "replace"] = "fail",
-    exclude: Sequence[str] = (),
     progress: ProgressReport | None = None,
 ) -> Path:
     """Train a sentencepiece model on a sample of text and write it to `out`.
@@ -49,14 +45,13 @@ def train_tokenizer(
     Args:
         inputs: files, globs or folders (see `readers.find_sources`).
         out: path of the model.
+        reading: how files become documents.
         vocab_size: number of pieces, special and byte pieces included.
         model_type: how text is cut; `bpe` is encoded several times faster here.
         byte_fallback: spell unknown characters in bytes, so that any text can be restored.
         character_coverage: share of the characters that get a piece of their own.
         sample_bytes: text to train on, passages chosen by hash; 0: all of it.
         seed: of the sample.
-        text_key, text_split, separator, errors: see `readers.Reading`.
-        exclude: patterns of paths or file names to leave out.
         progress: told how far the reading is.
 
     Returns:
@@ -64,16 +59,33 @@ def train_tokenizer(
 
     Raises:
         DataError: an input cannot be read, holds no text, or is too small or too varied for the
-            vocabulary asked for.
+            vocabulary asked for; or `out` cannot be written.
     """
+    out = Path(out)
+    if out.is_dir():
+        raise DataError(f"{out}: is a folder; give the name of a file, such as {out / 'my.model'}")
+    with explain_os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sources = find_sources(inputs, reading.exclude)
+        passages = _sample(sources, reading, sample_bytes, seed, progress)
+        if not passages:
+            raise DataError(f"{inputs[0]}: no text to train a tokenizer on; give files with text")
+        content = _train(passages, vocab_size, model_type, byte_fallback, character_coverage)
+        with publish(out) as file:
+            file.write(content)
+    return out
+
+
+def _train(
+    passages: Sequence[str],
+    vocab_size: int,
+    model_type: str,
+    byte_fallback: bool,
+    character_coverage: float,
+) -> bytes:
+    """Have the library train a model that gives text back exactly."""
     import sentencepiece
 
-    out = Path(out)
-    sources = find_sources(inputs, exclude)
-    reading = Reading(text_key, text_split, separator, errors)
-    passages = _sample(sources, reading, sample_bytes, seed, progress)
-    if not passages:
-        raise DataError(f"{inputs[0]}: no text to train a tokenizer on; give files that hold text")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -101,14 +113,7 @@ def train_tokenizer(
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise DataError(_explain(str(error), vocab_size, byte_fallback)) from None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".partial")
-    with open(aside, "wb") as file:
-        file.write(model.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(aside, out)
-    return out
+    return model.getvalue()
 
 
 def _sample(

@@ -22,7 +22,9 @@ TextKey = Annotated[str, typer.Option(help="Field of a jsonl line that holds the
 TextSplit = Annotated[
     Literal["file", "blank_line", "separator"], typer.Option(help="What ends a document of a txt.")
 ]
-Separator = Annotated[str, typer.Option(help="The line that ends one, for --text-split separator.")]
+Separator = Annotated[
+    str, typer.Option(help="The whole line that ends one, for --text-split separator.")
+]
 Errors = Annotated[
     Literal["fail", "skip", "replace"],
     typer.Option(help="Bytes that are not UTF-8: fail, skip the document, or replace them."),
@@ -34,12 +36,16 @@ Exclude = Annotated[list[str] | None, typer.Option(help="Pattern of paths to lea
 def tokenizer(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="The .model file to write.")],
-    vocab_size: Annotated[int, typer.Option(help="Number of ids.")],
+    vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids.")],
     model_type: Annotated[Literal["bpe", "unigram"], typer.Option()] = "bpe",
     byte_fallback: Annotated[bool, typer.Option(help="Unknown text becomes bytes.")] = True,
-    character_coverage: Annotated[float, typer.Option(help="Share of characters kept.")] = 0.9995,
-    sample_bytes: Annotated[int, typer.Option(help="Text to learn from at most.")] = 8 << 20,
-    seed: Annotated[int, typer.Option(help="Chooses the sample.")] = 1,
+    character_coverage: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of characters kept.")
+    ] = 0.9995,
+    sample_bytes: Annotated[
+        int, typer.Option(min=0, help="Text to learn from at most; 0: all.")
+    ] = 8 << 20,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the sample.")] = 1,
     text_key: TextKey = "text",
     text_split: TextSplit = "file",
     separator: Separator = "",
@@ -47,22 +53,19 @@ def tokenizer(
     exclude: Exclude = None,
 ) -> None:
     """Train a sentencepiece model."""
+    from data_prep.readers import Reading
     from data_prep.tokenizer import train_tokenizer
 
     path = train_tokenizer(
         inputs,
         out,
+        Reading(text_key, text_split, separator, errors, tuple(exclude or ())),
         vocab_size=vocab_size,
         model_type=model_type,
         byte_fallback=byte_fallback,
         character_coverage=character_coverage,
         sample_bytes=sample_bytes,
         seed=seed,
-        text_key=text_key,
-        text_split=text_split,
-        separator=separator,
-        errors=errors,
-        exclude=exclude or (),
     )
     print(path)
 
@@ -74,9 +77,11 @@ def shards(
     tokenizer: Annotated[
         str, typer.Option(help="sentencepiece .model, Hugging Face tokenizer.json, or bytes.")
     ],
-    val_fraction: Annotated[float, typer.Option(help="Share of documents for validation.")] = 0.0,
+    val_fraction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of documents for validation.")
+    ] = 0.0,
     deduplicate: Annotated[bool, typer.Option(help="Keep exact duplicates once.")] = True,
-    workers: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
     text_key: TextKey = "text",
     text_split: TextSplit = "file",
     separator: Separator = "",
@@ -84,6 +89,7 @@ def shards(
     exclude: Exclude = None,
 ) -> None:
     """Tokenise text into shards; the same command goes on after an interruption."""
+    from data_prep.readers import Reading
     from data_prep.shards import prepare_shards
 
     report(
@@ -91,14 +97,10 @@ def shards(
             inputs,
             out,
             tokenizer,
+            Reading(text_key, text_split, separator, errors, tuple(exclude or ())),
             val_fraction=val_fraction,
             deduplicate=deduplicate,
             workers=workers,
-            text_key=text_key,
-            text_split=text_split,
-            separator=separator,
-            errors=errors,
-            exclude=exclude or (),
         ),
         out,
     )
@@ -107,7 +109,7 @@ def shards(
 @app.command()
 def inspect(
     corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A folder of shards.")],
-    samples: Annotated[int, typer.Option(help="Documents to decode.")] = 3,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to decode.")] = 3,
     tokenizer: Annotated[str | None, typer.Option(help="If it is not found by itself.")] = None,
 ) -> None:
     """Show what a corpus holds: samples, lengths, bytes per token."""
@@ -122,7 +124,7 @@ def inspect(
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("data/quickstart"),
-    vocab_size: Annotated[int, typer.Option(help="Number of ids.")] = 2048,
+    vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids.")] = 2048,
 ) -> None:
     """Prepare the demo's corpus: the sources of the running Python's standard library."""
     from data_prep.stdlib import prepare_quickstart

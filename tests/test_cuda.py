@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from configs import make_config
 from harness import assert_gradients_close
 
+from configs import make_config
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.mesh import Mesh

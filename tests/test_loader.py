@@ -230,7 +230,7 @@ def test_state(corpora: list[Corpus]) -> None:
     assert state["sources"] == counts
     loader.check_state(state)
     make(corpora, dp_rank=1, dp_size=2).check_state(state)
-    with pytest.raises(DataError, match="other corpora.* run_dir"):
+    with pytest.raises(DataError, match=r"other corpora.* run_dir"):
         make(corpora[:1]).check_state(state)
     with pytest.raises(DataError, match=r"these weights.* run_dir"):
         weighted(corpora, 1.0, 1.0).check_state(state)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
 import lzma
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,10 @@ from rich.console import Console
 
 from data_prep.inspect import inspect_corpus, render_inspection
 from data_prep.progress import ProgressReport
-from data_prep.readers import Reading, find_sources, read_documents
+from data_prep.readers import WHOLE_FILES, Reading, find_sources, read_documents
 from data_prep.shards import prepare_shards
-from data_prep.stdlib import standard_library_sources
+from data_prep.stdlib import prepare_quickstart, standard_library_sources
+from launch.cli import main
 from megarecur.data.corpus import Corpus
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import DataError
@@ -47,8 +52,10 @@ def texts(corpus: Corpus) -> list[str]:
     ]
 
 
-def prepare(inputs: list[Path], out: Path, **options: Any) -> Corpus:
-    prepare_shards(inputs, out, "bytes", **({"workers": 1} | options))
+def prepare(
+    inputs: list[Path], out: Path, reading: Reading = WHOLE_FILES, **options: Any
+) -> Corpus:
+    prepare_shards(inputs, out, "bytes", reading, **({"workers": 1} | options))
     return Corpus(out / "train")
 
 
@@ -71,16 +78,24 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"b.txt{suffix}"
     assert read(file) == [b"one\r\n\n \ntwo\n"]
     assert read(file, text_split="blank_line") == [b"one\r\n", b"two\n"]
-    assert read(file, text_split="separator", separator="\n \n") == [b"one\r\n", b"two\n"]
+    assert read(file, text_split="separator", separator=" ") == [b"one\r\n\n", b"two\n"]
     (tmp_path / f"nameless{suffix}").write_bytes(PACK[suffix](b"x"))
     assert read(tmp_path / f"nameless{suffix}") == [b"x"]
 
 
-def test_a_separator_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.readers.BLOCK_BYTES", 5)
-    parts = [b"a" * n for n in range(1, 12)]
-    (tmp_path / "t.txt").write_bytes(b"<end>".join(parts))
-    assert read(tmp_path / "t.txt", text_split="separator", separator="<end>") == parts
+def test_a_separator_is_a_whole_line(tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    file.write_bytes(b"<end>\none <end> two\n\n <end>\n<end>\r\n<end>\nthree\n<end>more\n<end>")
+    split = {"text_split": "separator", "separator": "<end>"}
+    assert read(file, **split) == [b"one <end> two\n\n <end>\n", b"three\n<end>more\n"]
+    file.write_bytes(b"a\n<end>\nb\n<end>\nc\xff")
+    with pytest.raises(DataError, match=rf"{file}: byte 17 \(0xff\)"):
+        read(file, **split)
+    for line in ("a\nb", "a\n", "\r\n"):
+        with pytest.raises(DataError, match="holds the end of a line"):
+            Reading(text_split="separator", separator=line)
+    with pytest.raises(DataError, match="give a separator with text_split=separator"):
+        Reading(separator="<end>")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +141,7 @@ def test_undecodable_bytes(tmp_path: Path) -> None:
     assert read(lines, errors="skip") == [b"a", None, None, b"c"]
     replaced = [b"a", "\ufffd".encode(), "b\ufffd".encode(), b"c"]
     assert read(lines, errors="replace") == replaced
-    corpus = prepare([lines], tmp_path / "out", errors="skip")
+    corpus = prepare([lines], tmp_path / "out", Reading(errors="skip"))
     assert corpus.manifest.documents_skipped == 2
 
 
@@ -140,10 +155,8 @@ def test_sources(tmp_path: Path) -> None:
         return [path.relative_to(tmp_path).as_posix() for path in paths]
 
     assert found(".") == ["a/c.jsonl.gz", "a/e.txt", "b.txt"]
-    assert found("**/*.py", "b.txt", "a/../b.txt") in (
-        ["a/d.py", "b.txt"],
-        ["a/../b.txt", "a/d.py"],
-    )
+    # Of several names of a file, the first in order stays.
+    assert found("**/*.py", "b.txt", "a/../b.txt") == ["a/../b.txt", "a/d.py"]
     assert found(".", exclude=["*.txt"]) == ["a/c.jsonl.gz"]
     assert found(".", exclude=["*/a/*"]) == ["b.txt"]
     with pytest.raises(DataError, match="no such file"):
@@ -225,7 +238,16 @@ def test_neither_workers_nor_places_change_a_byte(
     assert not (tmp_path / "out.partial").exists()
 
 
-def kill_once(inputs: list[Path], out: Path, when: Any) -> bool:
+Mark = tuple[int, int]
+
+
+def marks(partial: Path) -> dict[str, Mark]:
+    """Which files of unfinished work are finished; a file written again has another mark."""
+    files = [path for suffix in ("npz", "tokens") for path in partial.glob(f"*.{suffix}")]
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def kill_once(inputs: list[Path], out: Path, when: Callable[[], bool]) -> bool:
     """Start preparing in another process and kill it; whether it was still at work."""
     program = (
         "import sys\nfrom data_prep.shards import prepare_shards\n"
@@ -247,41 +269,77 @@ def kill_once(inputs: list[Path], out: Path, when: Any) -> bool:
     return process.returncode == -signal.SIGKILL
 
 
-def test_a_kill_loses_nothing(
+def wait_for_workers(partial: Path) -> None:
+    """Wait until the workers of a killed process have noticed that it is gone."""
+    end = time.monotonic() + 10
+    before = None
+    while before != (before := sorted(p.name for p in partial.glob("*"))):
+        assert time.monotonic() < end
+        time.sleep(0.15)
+
+
+class Watch(ProgressReport):
+    """Takes the marks of unfinished work when it is about to be assembled."""
+
+    def __init__(self, partial: Path) -> None:
+        super().__init__(Console(file=io.StringIO()))
+        self.partial, self.marks = partial, dict[str, Mark]()
+
+    @contextmanager
+    def phase(self, name: str, total_bytes: int) -> Iterator[None]:
+        if name == "val":
+            self.marks = marks(self.partial)
+        with super().phase(name, total_bytes):
+            yield
+
+
+def test_three_kills_lose_nothing(
     inputs: list[Path], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
+    sys.stdout.write(f"seed {(seed := 5)}\n")
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    most = random.randint(1, 80)
-    began = time.monotonic()
-
-    def far_enough() -> bool:
-        done = [*partial.glob("*.npz"), *partial.glob("*.tokens")] if partial.exists() else []
-        return len(done) >= most or time.monotonic() - began > 60
-
-    assert kill_once(inputs, out, far_enough)
-    time.sleep(0.2)  # its workers notice that it is gone
-    kept = {path: path.stat().st_mtime_ns for path in partial.glob("*.npz")}
-    report = ProgressReport(Console(file=(lines := io.StringIO())))
-    prepare(inputs, out, **OPTIONS, workers=2, progress=report)
-    assert kept and "read: " in lines.getvalue()
+    kept: dict[str, Mark] = {}
+    # One kill among the parts that are read, two among those that are tokenised.
+    for some in sorted(random.Random(seed).sample(range(2, 70), 3)):
+        assert kill_once(inputs, out, lambda n=some: len(marks(partial)) >= n)
+        wait_for_workers(partial)
+        found = marks(partial)
+        assert len(found) >= some and not out.exists()
+        assert kept.items() <= found.items()
+        kept = found
+    watch = Watch(partial)
+    prepare(inputs, out, **OPTIONS, progress=watch)
+    assert kept.items() <= watch.marks.items() and len(watch.marks) > len(kept)
     assert tree(out) == expected
     assert not partial.exists()
 
 
 @pytest.mark.slow
-def test_many_kills_lose_nothing(
+def test_twenty_kills_lose_nothing(
     inputs: list[Path], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    rng = random.Random(time.time_ns())
-    for attempt in range(2):
-        out = tmp_path / f"out{attempt}"
-        for _ in range(9):
-            end = time.monotonic() + rng.uniform(0.2, 8)
-            if not kill_once(inputs, out, lambda end=end: time.monotonic() > end):
-                break
-        prepare(inputs, out, **OPTIONS)
-        assert tree(out) == expected
-        assert not out.with_name(out.name + ".partial").exists()
+    """At any moment: before the first file, between phases, while the result is assembled."""
+    sys.stdout.write(f"seed {(seed := 6)}\n")
+    rng = random.Random(seed)
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    hits, kept, seconds = 0, dict[str, Mark](), 1.0
+    while hits < 20:
+        began, delay = time.monotonic(), rng.uniform(0.05, seconds)
+        if kill_once(inputs, out, lambda end=began + delay: time.monotonic() > end):
+            hits += 1
+            wait_for_workers(partial)
+            found = marks(partial)
+            # Gone as a whole when the result is there, or else all there and untouched.
+            assert kept.items() <= found.items() or (out / "train").exists()
+            kept = found
+            seconds *= 1.2  # further, as no moment of a run that takes long would be met otherwise
+        else:
+            assert tree(out) == expected
+            shutil.rmtree(out)
+            kept, seconds = {}, max(time.monotonic() - began, 1.0)
+    prepare(inputs, out, **OPTIONS)
+    assert tree(out) == expected
+    assert not partial.exists()
 
 
 def test_preparing_again_does_nothing_and_replaces_nothing(tmp_path: Path) -> None:
@@ -294,10 +352,16 @@ def test_preparing_again_does_nothing_and_replaces_nothing(tmp_path: Path) -> No
     assert shard.stat().st_mtime_ns == before
     with pytest.raises(DataError, match=r"other options; delete it, or choose another"):
         prepare([file], out, deduplicate=False)
-    file.write_text("more text")
     os.utime(file, (time.time() + 9, time.time() + 9))
-    with pytest.raises(DataError, match=f"is older than {file}"):
+    assert prepare([file], out).fingerprint == first.fingerprint
+    # Other content of the same size, with a time before the corpus was made.
+    file.write_text("more text")
+    os.utime(file, (1, 1))
+    with pytest.raises(DataError, match=f"was prepared from other content of {file}; delete it"):
         prepare([file], out)
+    (tmp_path / "b.txt").write_text("some text")
+    with pytest.raises(DataError, match="was prepared from other files, with another tokenizer"):
+        prepare([tmp_path / "b.txt"], out)
 
 
 def test_changed_inputs_discard_unfinished_work(tmp_path: Path) -> None:
@@ -335,6 +399,89 @@ def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         prepare([tmp_path / "a.txt"], tmp_path / "out")
     monkeypatch.undo()
     assert prepare([tmp_path / "a.txt"], tmp_path / "out").num_documents == 1
+
+
+@pytest.fixture
+def usage_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Run a `megarecur prep` command that must end with 2 and no traceback; its message."""
+
+    def run(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["megarecur", "prep", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        message = capsys.readouterr().err
+        assert ended.value.code == 2 and "Traceback" not in message, message
+        return message
+
+    return run
+
+
+def test_outputs_that_cannot_be_written(
+    usage_error: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("some text " * 300)
+    monkeypatch.setattr("data_prep.stdlib.standard_library_sources", lambda: [Path(json.__file__)])
+    shards = ("shards", file, "--tokenizer", "bytes")
+    train = ("tokenizer", file, "--vocab-size", 270)
+    quickstart = ("quickstart", "--vocab-size", 400)
+    for command in (shards, train, quickstart):
+        message = usage_error(*command, "--out", file / "below")
+        assert f"{file}" in message and "--out" in message
+    assert "is a file" in usage_error(*shards, "--out", file)
+    assert "is a folder" in usage_error(*train, "--out", tmp_path)
+    assert "no corpus" in usage_error("inspect", tmp_path / "none")
+    assert file.read_text() == "some text " * 300
+
+    def refuse(number: int) -> Callable[..., None]:
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError(number, os.strerror(number), str(tmp_path / "place"))
+
+        return fail
+
+    for number, text in ((errno.ENOSPC, "the disk is full"), (errno.EACCES, "Permission denied")):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", refuse(number))
+            for command in (shards, train, quickstart):
+                message = usage_error(*command, "--out", tmp_path / "out" / f"{command[0]}.model")
+                assert f"{tmp_path / 'place'}" in message and text in message
+
+
+def test_numbers_that_make_no_sense(usage_error: Callable[..., str], tmp_path: Path) -> None:
+    file, out = tmp_path / "a.txt", tmp_path / "out"
+    file.write_text("some text")
+    shards = ("shards", file, "--tokenizer", "bytes", "--out", out)
+    train = ("tokenizer", file, "--out", out)
+    for words in (
+        (*shards, "--workers", -3),
+        (*shards, "--val-fraction", -0.5),
+        (*shards, "--val-fraction", 1.0),
+        (*train, "--vocab-size", 0),
+        (*train, "--vocab-size", 300, "--sample-bytes", -1),
+        (*train, "--vocab-size", 300, "--seed", -1),
+        (*train, "--vocab-size", 300, "--character-coverage", 1.5),
+        ("quickstart", "--out", out, "--vocab-size", -1),
+        ("inspect", out, "--samples", -1),
+    ):
+        assert str(words[-2]).strip("-") in usage_error(*words).replace("_", "-")
+    with pytest.raises(DataError, match="workers=-3"):
+        prepare([file], out, workers=-3)
+    prepare([file], out)
+    with pytest.raises(DataError, match="num_samples=-1"):
+        inspect_corpus(out / "train", num_samples=-1)
+    assert inspect_corpus(out / "train", num_samples=0).samples == []
+
+
+def test_quickstart_refuses_a_tokenizer_of_another_size(
+    usage_error: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.stdlib.standard_library_sources", lambda: [Path(json.__file__)])
+    made = prepare_quickstart(tmp_path, vocab_size=400, val_fraction=0.0)
+    message = usage_error("quickstart", "--out", tmp_path, "--vocab-size", 410)
+    assert f"{tmp_path / 'tokenizer.model'}: has 400 ids, not" in message and "410" in message
+    assert prepare_quickstart(tmp_path, vocab_size=400, val_fraction=0.0) == made
 
 
 def test_a_vocabulary_above_16_bits_is_stored_in_32(

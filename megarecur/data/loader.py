@@ -104,6 +104,8 @@ class Loader:
         self.dp_rank, self.rank_batch_size = dp_rank, global_batch_size // dp_size
         self.shuffle, self.mask_documents = shuffle, mask_documents
         self.num_windows = [_count_windows(corpus, seq_length) for corpus in self.corpora]
+        self._steps_per_block = max(BLOCK_SAMPLES // self.rank_batch_size, 1)
+        self._sample_blocks: dict[int, Samples] = {}
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pending: dict[int, Future[list[MicroBatch]]] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -171,23 +173,34 @@ class Loader:
             self._pool = None
 
     def _build(self, step: int) -> list[MicroBatch]:
-        begin = step * self.global_batch_size + self.dp_rank * self.rank_batch_size
-        ids = np.arange(begin, begin + self.rank_batch_size)
-        sources, windows = self.windows(ids)
-        size = self.micro_batch_size
-        batches = []
-        for row in range(0, self.rank_batch_size, size):
-            rows = slice(row, row + size)
-            batches.append(
-                _cut(
-                    [self.corpora[source] for source in sources[rows].tolist()],
-                    windows[rows] * self.seq_length,
-                    ids[rows],
-                    self.seq_length,
-                    self.mask_documents,
-                )
-            )
-        return batches
+        block, place = divmod(step, self._steps_per_block)
+        samples = self._samples(block)
+        first = place * self.rank_batch_size
+        rows = range(first, first + self.rank_batch_size, self.micro_batch_size)
+        return [_cut(samples, row, row + self.micro_batch_size) for row in rows]
+
+    def _samples(self, block: int) -> Samples:
+        """This rank's samples of a block of consecutive steps; the last few are kept.
+
+        To find the documents of many samples at once costs a fraction of finding those of each.
+        """
+        found = self._sample_blocks.get(block)
+        if found is not None:
+            return found
+        steps = np.arange(block * self._steps_per_block, (block + 1) * self._steps_per_block)
+        batch, own = self.global_batch_size, self.dp_rank * self.rank_batch_size
+        ids = np.arange(steps[0] * batch, (steps[-1] + 1) * batch)
+        mine = slice(own, own + self.rank_batch_size)
+        ids_R, sources_R, windows_R = (
+            values.reshape(-1, batch)[:, mine].flatten() for values in (ids, *self.windows(ids))
+        )
+        starts_R = windows_R * self.seq_length
+        S, masked = self.seq_length, self.mask_documents
+        found = _lay_out(self.corpora, sources_R, starts_R, ids_R, S, masked)
+        while len(self._sample_blocks) > 1:
+            self._sample_blocks.pop(next(iter(self._sample_blocks)), None)
+        self._sample_blocks[block] = found
+        return found
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint before `step` holds: samples read, in all and of each corpus.
@@ -263,7 +276,8 @@ def validation_batches(
         ids = np.arange(micro_batch_size) + first + dp_rank * micro_batch_size
         # Samples beyond the last one start at the end of the corpus: nothing in them is counted.
         starts = np.where(ids < num_samples, ids * seq_length, corpus.num_tokens)
-        yield _cut([corpus] * len(starts), starts, ids, seq_length, mask_documents)
+        samples = _lay_out([corpus], np.zeros_like(ids), starts, ids, seq_length, mask_documents)
+        yield _cut(samples, 0, micro_batch_size)
 
 
 def _count_windows(corpus: Corpus, seq_length: int) -> int:
@@ -277,19 +291,58 @@ def _count_windows(corpus: Corpus, seq_length: int) -> int:
     return n
 
 
-def _cut(
+@dataclass(frozen=True)
+class Samples:
+    """R samples laid end to end, and where documents begin in them."""
+
+    corpora: Sequence[Corpus]
+    seq_length: int
+    sources_R: np.ndarray
+    starts_R: np.ndarray
+    """Of each sample, which corpus it is of and at which token it starts."""
+    ids_R: np.ndarray
+    begins: np.ndarray
+    """Where documents begin at inputs 1 to S of a sample (S: its last label), ascending."""
+    edges: np.ndarray
+    """Where samples or documents begin, ascending, and the end of the last sample."""
+    numbers: np.ndarray
+    """int32, which document of its sample begins at each edge but the last."""
+
+
+def _lay_out(
     corpora: Sequence[Corpus],
-    starts_B: np.ndarray,
-    ids_B: np.ndarray,
+    sources_R: np.ndarray,
+    starts_R: np.ndarray,
+    ids_R: np.ndarray,
     seq_length: int,
     mask_documents: bool,
-) -> MicroBatch:
-    """Read one sample per (corpus, start); what lies beyond a corpus's end is not counted."""
-    B, S = len(corpora), seq_length
+) -> Samples:
+    """Find the documents of some samples; with no mask, each sample is one."""
+    R, S = len(ids_R), seq_length
+    found = [np.empty(0, np.int64)]
+    for source, corpus in enumerate(corpora if mask_documents else ()):
+        rows = np.flatnonzero(sources_R == source)
+        starts = starts_R[rows]
+        low, high = corpus.documents.searchsorted(np.add.outer((1, S + 1), starts))
+        counts = high - low
+        # Documents low[i] to high[i] of each row i, side by side.
+        documents = np.arange(counts.sum()) + np.repeat(high - counts.cumsum(), counts)
+        found.append(corpus.documents[documents] + np.repeat(rows * S - starts, counts))
+    begins = np.sort(np.concatenate(found))
+    edges = np.union1d(begins, np.arange(R + 1) * S)
+    first = edges.searchsorted(edges[:-1] // S * S)
+    numbers = (np.arange(edges.size - 1) - first).astype(np.int32)
+    return Samples(corpora, S, sources_R, starts_R, ids_R, begins, edges, numbers)
+
+
+def _cut(samples: Samples, row: int, end: int) -> MicroBatch:
+    """Read samples [row, end); what lies beyond a corpus's end is not counted."""
+    B, S = end - row, samples.seq_length
+    rows = [samples.corpora[source] for source in samples.sources_R[row:end].tolist()]
     # Gathered in the corpora's own narrow type: to widen all rows at once is cheaper than each.
-    window_BT = np.empty((B, S + 1), np.result_type(*{corpus.dtype for corpus in corpora}))
+    window_BT = np.empty((B, S + 1), np.result_type(*{corpus.dtype for corpus in rows}))
     short = []
-    for b, (corpus, start) in enumerate(zip(corpora, starts_B.tolist(), strict=True)):
+    for b, (corpus, start) in enumerate(zip(rows, samples.starts_R[row:end].tolist(), strict=True)):
         n = min(S + 1, corpus.num_tokens - start)
         window_BT[b, :n] = corpus.read(start, n)
         if n <= S:
@@ -299,51 +352,30 @@ def _cut(
     labels_BS = window_BT[:, 1:].astype(np.int64)
     for b, counted in short:
         labels_BS[b, counted:] = IGNORED
-    begins = _find_begins(corpora, starts_B, S) if mask_documents else np.empty(0, np.int64)
-    labels_BS.reshape(-1)[begins - 1] = IGNORED
-    positions, documents, single = _number_documents(begins, B, S)
+    low, high = samples.begins.searchsorted((row * S, end * S), "right")
+    labels_BS.reshape(-1)[samples.begins[low:high] - (row * S + 1)] = IGNORED
+    positions, documents, single = _number_documents(samples, row, end)
     return MicroBatch(
         tokens_BS=torch.from_numpy(tokens_BS),
         labels_BS=torch.from_numpy(labels_BS),
         positions_BS=positions,
         documents_BS=documents,
-        sample_ids_B=torch.from_numpy(ids_B),
+        sample_ids_B=torch.from_numpy(samples.ids_R[row:end]),
         single_document=single,
     )
 
 
-def _find_begins(corpora: Sequence[Corpus], starts_B: np.ndarray, S: int) -> np.ndarray:
-    """Where documents begin at inputs 1 to S of the rows (S: the label of the last input).
-
-    As indices into the rows laid end to end, in no particular order.
-    """
-    found = []
-    for corpus in dict.fromkeys(corpora):
-        rows = np.array([b for b, other in enumerate(corpora) if other is corpus])
-        starts = starts_B[rows]
-        low, high = corpus.documents.searchsorted(np.add.outer((1, S + 1), starts))
-        counts = high - low
-        # Documents low[i] to high[i] of each row i, side by side.
-        numbers = np.arange(counts.sum()) + np.repeat(high - counts.cumsum(), counts)
-        found.append(corpus.documents[numbers] + np.repeat(rows * S - starts, counts))
-    return np.concatenate(found)
-
-
-def _number_documents(begins: np.ndarray, B: int, S: int) -> tuple[Tensor, Tensor, bool]:
-    """Positions, document numbers, and whether no document begins inside a row.
-
-    All rows are worked on as one, where every row begins a document.
-    """
-    edge = np.zeros(B * S + 1, bool)
-    edge[begins] = edge[::S] = True
-    edges = edge.nonzero()[0]
+def _number_documents(samples: Samples, row: int, end: int) -> tuple[Tensor, Tensor, bool]:
+    """Positions, document numbers, and whether no document begins inside a sample."""
+    B, S = end - row, samples.seq_length
     whole_positions, whole_documents = _one_document(B, S)
-    if edges.size == B + 1:
+    low, high = samples.edges.searchsorted((row * S, end * S))
+    if high - low == B:
         return whole_positions, whole_documents, True
-    begins, lengths = edges[:-1], np.diff(edges)
-    positions = whole_positions.numpy().reshape(-1) - np.repeat(begins % S, lengths)
-    numbers = np.arange(begins.size) - np.searchsorted(begins, begins // S * S)
-    documents = np.repeat(numbers.astype(np.int32), lengths)
+    lengths = np.diff(samples.edges[low : high + 1])
+    positions = np.repeat(samples.edges[low:high] % S, lengths)
+    np.subtract(whole_positions.numpy().reshape(-1), positions, out=positions)
+    documents = np.repeat(samples.numbers[low:high], lengths)
     return (
         torch.from_numpy(positions.reshape(B, S)),
         torch.from_numpy(documents.reshape(B, S)),
