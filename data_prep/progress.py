@@ -40,7 +40,7 @@ class ProgressReport:
             if self.bar:
                 self.bar.stop()
                 self.bar = None
-        if not self.console.is_terminal:
+        if not self.console.is_terminal and self._is_due(self.began):
             self._line()
 
     def advance(self, num_bytes: int, tokens: int = 0, resumed: bool = False) -> None:
@@ -50,8 +50,11 @@ class ProgressReport:
         self.resumed += num_bytes if resumed else 0
         if self.bar:
             self.bar.update(self.task, completed=self.done, text=self._text())
-        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+        elif not self.console.is_terminal and self._is_due(self.last_line):
             self._line()
+
+    def _is_due(self, since: float) -> bool:
+        return time.monotonic() - since >= SECONDS_BETWEEN_LINES
 
     def _line(self) -> None:
         self.last_line = time.monotonic()

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -124,7 +124,6 @@ def prepare_shards(
     workers: int = 0,
     part_bytes: int = 0,
     progress: ProgressReport | None = None,
-    text_split: Literal["file", "blank_line"] | None = None,
 ) -> dict[str, Manifest]:
     """Turn text files into the corpora OUT/train and, with a val_fraction, OUT/val.
 
@@ -138,7 +137,6 @@ def prepare_shards(
         workers: processes; 0: as many as cores.
         part_bytes: text per task of the second phase; 0: chosen by the size of the inputs.
         progress: told how far the work is.
-        text_split: short for `replace(reading, text_split=...)`.
 
     Returns:
         The manifest of each split, by its name.
@@ -151,7 +149,6 @@ def prepare_shards(
         raise DataError(f"val_fraction={val_fraction} must be at least 0 and below 1")
     if workers < 0:
         raise DataError(f"workers={workers} must be at least 1, or 0 for one per core")
-    reading = replace(reading, text_split=text_split) if text_split else reading
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     with explain_os_errors(partial, "what is finished is kept"):

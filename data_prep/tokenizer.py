@@ -17,7 +17,7 @@ from typing import Literal
 import xxhash
 
 from data_prep.files import explain_os_errors, publish
-from data_prep.progress import ProgressReport
+from data_prep.progress import ProgressReport, report_phase
 from data_prep.readers import WHOLE_FILES, Reading, find_sources, read_documents
 from megarecur.errors import DataError
 
@@ -126,16 +126,19 @@ def _sample(
     """Passages of at most `sample_bytes` in all, those of the lowest hashes, in reading order."""
     kept: list[tuple[int, int, str]] = []  # a heap, highest hash first
     held = number = 0
-    for source in sources:
-        for document in read_documents(source, reading):
-            for passage in _passages((document or b"").decode()):
-                number += 1
-                size = len(passage)
-                rank = xxhash.xxh3_64_intdigest(passage.encode() + number.to_bytes(8), seed=seed)
-                heapq.heappush(kept, (-rank, number, passage))
-                held += size
-                while sample_bytes and held > sample_bytes and len(kept) > 1:
-                    held -= len(heapq.heappop(kept)[2])
+    sizes = [source.stat().st_size for source in sources]
+    with report_phase(progress, "sample", sum(sizes)) as advance:
+        for source, source_bytes in zip(sources, sizes, strict=True):
+            for document in read_documents(source, reading):
+                for passage in _passages((document or b"").decode()):
+                    number += 1
+                    key = passage.encode() + number.to_bytes(8)
+                    rank = xxhash.xxh3_64_intdigest(key, seed=seed)
+                    heapq.heappush(kept, (-rank, number, passage))
+                    held += len(passage)
+                    while sample_bytes and held > sample_bytes and len(kept) > 1:
+                        held -= len(heapq.heappop(kept)[2])
+            advance(source_bytes)
     return [passage for _, _, passage in sorted(kept, key=lambda entry: entry[1])]
 
 

@@ -53,6 +53,7 @@ def tokenizer(
     exclude: Exclude = None,
 ) -> None:
     """Train a sentencepiece model."""
+    from data_prep.progress import ProgressReport
     from data_prep.readers import Reading
     from data_prep.tokenizer import train_tokenizer
 
@@ -66,6 +67,7 @@ def tokenizer(
         character_coverage=character_coverage,
         sample_bytes=sample_bytes,
         seed=seed,
+        progress=ProgressReport(),
     )
     print(path)
 
@@ -89,6 +91,7 @@ def shards(
     exclude: Exclude = None,
 ) -> None:
     """Tokenise text into shards; the same command goes on after an interruption."""
+    from data_prep.progress import ProgressReport
     from data_prep.readers import Reading
     from data_prep.shards import prepare_shards
 
@@ -101,6 +104,7 @@ def shards(
             val_fraction=val_fraction,
             deduplicate=deduplicate,
             workers=workers,
+            progress=ProgressReport(),
         ),
         out,
     )
@@ -127,9 +131,10 @@ def quickstart(
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids.")] = 2048,
 ) -> None:
     """Prepare the demo's corpus: the sources of the running Python's standard library."""
+    from data_prep.progress import ProgressReport
     from data_prep.stdlib import prepare_quickstart
 
-    report(prepare_quickstart(out, vocab_size=vocab_size), out)
+    report(prepare_quickstart(out, vocab_size=vocab_size, progress=ProgressReport()), out)
 
 
 def report(manifests: dict[str, Manifest], out: Path) -> None:

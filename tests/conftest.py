@@ -28,6 +28,7 @@ def world() -> Iterator[Callable[[int], World]]:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte corpus of real text, `train` (some 9,000 tokens) and `val`, under this folder."""
     from configs import TEXT
+    from data_prep.readers import Reading
     from data_prep.shards import prepare_shards
 
     folder = tmp_path_factory.mktemp("corpus")
@@ -37,8 +38,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [source],
         folder / "bytes",
         "bytes",
+        Reading(text_split="blank_line"),
         val_fraction=0.1,
-        text_split="blank_line",
         workers=1,
     )
     return folder / "bytes"

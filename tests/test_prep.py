@@ -493,6 +493,22 @@ def test_a_vocabulary_above_16_bits_is_stored_in_32(
     assert corpus.dtype == np.uint32 and texts(corpus) == ["wide"]
 
 
+def test_progress_tells_of_every_phase_that_takes_long(
+    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(out: Path) -> str:
+        console = Console(file=(lines := io.StringIO()))
+        prepare(inputs, out, **OPTIONS, progress=ProgressReport(console))
+        return lines.getvalue()
+
+    assert shown(tmp_path / "quick") == ""
+    monkeypatch.setattr("data_prep.progress.SECONDS_BETWEEN_LINES", 0.0)
+    lines = shown(tmp_path / "slow")
+    for phase in ("read", "tokenise", "val", "train"):
+        assert f"{phase}: " in lines
+    assert "MB/s" in lines and "s left" in lines
+
+
 # --------------------------------------------------------------------------------- inspect, stdlib
 
 

@@ -125,7 +125,12 @@ def open_data(config: Config, mesh: Mesh) -> Data:
         train, validation = (
             [
                 open_corpus(
-                    s.path, config.data.tokenizer, tokenizer.fingerprint, config.data.verify
+                    s.path,
+                    config.data.tokenizer,
+                    tokenizer.fingerprint,
+                    config.data.verify,
+                    part=mesh.dp_rank,
+                    num_parts=mesh.dp,
                 )
                 for s in sources
             ]
