@@ -55,26 +55,14 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, for_typing: bool = True) -> Iterator[tuple[int, str]]:
-    """(line, module or module.name) of every import, lazy ones included.
-
-    Without `for_typing`, those under `if TYPE_CHECKING` are left out.
-    """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and _is_typing(n.test)]
-    guarded = {id(inner) for guard in guards for inner in ast.walk(guard)}
-    for node in ast.walk(tree):
-        if id(node) in guarded and not for_typing:
-            continue
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module or module.name) of every import, lazy and annotation-only ones included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: write the whole name of the module"
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
-
-
-def _is_typing(test: ast.expr) -> bool:
-    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
 
 
 def inside(module: str, package: str) -> bool:
@@ -98,7 +86,7 @@ def test_imports_run_one_way(path: Path) -> None:
     if here is None:
         assert module_name(path) == "megarecur", "a new room needs a floor in FLOORS"
         return
-    for line, imported in imports(path, for_typing=False):
+    for line, imported in imports(path):
         there = room(imported)
         if there is None or there == here:
             continue

@@ -43,18 +43,23 @@ def write_config(corpus: Path, folder: Path, steps: int) -> Path:
     return path
 
 
-def test_launch_stops_on_a_signal_and_goes_on(corpus, tmp_path) -> None:
-    path = write_config(corpus, tmp_path, 100_000)
-    process = start("launch", path, "--nproc", 2)
+def until_logged(process: subprocess.Popen[str], folder: Path) -> None:
+    """Wait for the run's first row; the process is ended if that fails."""
+    deadline = time.monotonic() + 90
     try:
-        deadline = time.monotonic() + 90
-        while not read_rows(tmp_path / "run" / "metrics.jsonl"):
+        while not read_rows(folder / "run" / "metrics.jsonl"):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
     except BaseException:
         process.kill()
         raise
+
+
+def test_launch_stops_on_a_signal_and_goes_on(corpus, tmp_path) -> None:
+    path = write_config(corpus, tmp_path, 100_000)
+    process = start("launch", path, "--nproc", 2)
+    until_logged(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
     code, output = finish(process)
     assert code == 3, output
     assert "saved at step" in output and "Traceback" not in output
@@ -70,16 +75,9 @@ def test_launch_stops_on_a_signal_and_goes_on(corpus, tmp_path) -> None:
 def test_a_worker_that_dies_fails_the_launch(corpus, tmp_path) -> None:
     path = write_config(corpus, tmp_path, 100_000)
     process = start("launch", path, "--nproc", 2)
-    try:
-        deadline = time.monotonic() + 90
-        while not read_rows(tmp_path / "run" / "metrics.jsonl"):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.05)
-        holder = json.loads((tmp_path / "run" / "lease").read_text())
-        os.kill(holder["pid"], signal.SIGKILL)
-    except BaseException:
-        process.kill()
-        raise
+    until_logged(process, tmp_path)
+    holder = json.loads((tmp_path / "run" / "lease").read_text())
+    os.kill(holder["pid"], signal.SIGKILL)
     code, output = finish(process)
     assert code == 1, output
 

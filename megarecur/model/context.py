@@ -6,7 +6,7 @@ Shapes: B samples, S positions, K keys (S, or the cache's length), N heads, H he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,15 @@ from megarecur.model.positions import alibi_bias, rotation
 from megarecur.parallel.random import key
 from megarecur.recurrence.layer_map import Step
 
-if TYPE_CHECKING:
-    from megarecur.inference.cache import Cache
+
+class KeysAndValues(Protocol):
+    """What attention asks of a cache."""
+
+    length: int
+    """Tokens cached before this call."""
+
+    def append(self, key: tuple[int, int], k_BSNH: Tensor, v_BSNH: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of one step of the map, (block, loop): all so far, [B, K, N, H]."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Context:
     is_causal: bool
     rotation: tuple[Tensor, Tensor] | None
     """cos and sin [B or 1, S, 1, H/2]."""
-    cache: Cache | None = None
+    cache: KeysAndValues | None = None
     telemetry: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None
     """(block, loop) to (sum of |x_out|, sum of |x_out - x_in| / |x_in|) over tokens, if wanted."""
     states: list[Tensor] | None = None
@@ -66,7 +73,7 @@ def build_context(
     seed: int = 0,
     step: int = 0,
     training: bool = False,
-    cache: Cache | None = None,
+    cache: KeysAndValues | None = None,
     telemetry: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
     states: list[Tensor] | None = None,
 ) -> Context:
