@@ -188,14 +188,6 @@ def kill_often(corpus: Path, run_dir: Path, times: int) -> None:
     """Kill a run again and again, then let it end: as if it had never been killed."""
     rng = random.Random(times)
     for _ in range(times):
-        if (
-            max(
-                [int(p.name[5:]) for p in checkpoint.list_checkpoints(run_dir / "checkpoints")],
-                default=0,
-            )
-            > 5
-        ):
-            keep_only(run_dir, 4)
         kill_and_resume(corpus, run_dir, rng)
     last = int(checkpoint.list_checkpoints(run_dir / "checkpoints")[-1].name[5:]) + 2
     for folder in (run_dir, run_dir.with_name("straight")):
