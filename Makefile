@@ -3,13 +3,16 @@
 # make test       every test but the slow ones          make test-all   every test
 # make lint       ruff and mypy                          make check      lint and test
 #
+# WORKERS run tests side by side.
 # PYTHON is any Python 3.11 or 3.12; PIP_FLAGS reach pip (such as --index-url for another torch build).
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 RUN := runs/quickstart
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: setup demo test test-slow test-all lint check
 
@@ -23,13 +26,13 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow || test $$? -eq 5  # 5: there are none
+	$(PYTEST) -m slow || test $$? -eq 5  # 5: there are none
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .
