@@ -127,15 +127,17 @@ def launch_processes(
 
 @app.command()
 def plot(
-    run: RunPath,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to write; RUN/plots if left out.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to write; RUN/plots, or plots for several runs."),
     ] = None,
 ) -> None:
-    """Draw a run's curves and its layer map as PNG and SVG."""
-    from megarecur.plot.run import plot_run
+    """Draw a run's curves and its layer map as PNG and SVG; several runs together."""
+    from megarecur.plot.run import plot_run, plot_runs
 
-    for path in plot_run(run, out):
+    several = len(runs) > 1
+    for path in plot_runs(runs, out or Path("plots")) if several else plot_run(runs[0], out):
         print(path)
 
 
@@ -149,6 +151,9 @@ def evaluate_run(
     data: Annotated[
         list[str] | None, typer.Option(help="Corpora to use instead of the config's data.val.")
     ] = None,
+    depth: Annotated[
+        str | None, typer.Option(metavar="1,2,4", help="Loops to run: one row for each number.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Score a run on its validation corpora: loss, perplexity, bits per byte."""
@@ -159,18 +164,21 @@ def evaluate_run(
 
     mesh = Mesh(device=pick_device(device))
     model, loaded = load_model(run, step, mesh.device)
+    depths = parse_depths(depth, loaded.config)
     paths = data or [source.path for source in loaded.config.data.val]
     if not paths:
         raise ConfigError(f"{run}: its config has no data.val; name a corpus with --data")
     fingerprint = open_tokenizer(loaded).fingerprint
     corpora = [open_corpus(path, loaded.tokenizer, fingerprint) for path in paths]
-    scores = evaluate(model, corpora, loaded.config, mesh, samples)
-    for path, score in zip(paths, scores, strict=True):
-        print(
-            f"{path}: loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
-            f"bits per byte {score.bits_per_byte:.4f}  "
-            f"({score.tokens} tokens, step {loaded.state['step']})"
-        )
+    for loops in depths:
+        scores = evaluate(model, corpora, loaded.config, mesh, samples, loops)
+        at = "" if loops is None else f"  depth {loops}:"
+        for path, score in zip(paths, scores, strict=True):
+            print(
+                f"{path}:{at} loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
+                f"bits per byte {score.bits_per_byte:.4f}  "
+                f"({score.tokens} tokens, step {loaded.state['step']})"
+            )
 
 
 @app.command()
@@ -185,7 +193,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides all samples.")] = 1,
     samples: Annotated[int, typer.Option(min=1, help="Continuations to write.")] = 1,
-    num_loops: Annotated[
+    depth: Annotated[
         int | None, typer.Option(help="Loops to run instead of those trained with.")
     ] = None,
     cache: Annotated[
@@ -217,7 +225,7 @@ def generate(
             seed=seed,
             sample=sample,
             eos_ids=eos_ids,
-            num_loops=num_loops,
+            num_loops=depth,
             use_cache=cache,
         )
         if samples > 1:
@@ -265,6 +273,25 @@ def export(
 
 
 # --------------------------------------------------------------------------------------- shared
+
+
+def parse_depths(text: str | None, config: Config) -> list[int | None]:
+    """Numbers of loops from `1,2,4`; [None], the config's own, if left out.
+
+    Raises:
+        ConfigError: not numbers, or not depths that the scheme can run.
+    """
+    from megarecur.recurrence.depth import refuse_depth
+
+    if text is None:
+        return [None]
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [f"depth {part!r}: is not a number" for part in parts if not part.isdigit()]
+    depths = [int(part) for part in parts if part.isdigit()]
+    wrong += [refusal for n in depths if (refusal := refuse_depth(config.recurrence, n))]
+    if wrong:
+        raise ConfigError(f"--depth {text}:" + "".join(f"\n  {line}" for line in wrong))
+    return [*depths]
 
 
 def with_vocab_size(config: Config) -> Config:

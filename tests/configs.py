@@ -18,12 +18,12 @@ TEXT = "\n\n".join(
 SCHEMES: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense", "num_layers": 3},
     "sequence": {"kind": "sequence", "num_blocks": 2, "depth": 4},
-    "cycle": {"kind": "cycle", "num_blocks": 2, "depth": 4},
+    "cycle": {"kind": "cycle", "num_blocks": 2, "depth": 5},
     "cycle_reverse": {"kind": "cycle_reverse", "num_blocks": 2, "depth": 4},
-    "reuse_map": {"kind": "reuse_map", "reuse_map": [3, 1, 1]},
-    "block_recurrence": {"kind": "block_recurrence", "num_blocks": 2, "num_loops": 2},
+    "reuse_map": {"kind": "reuse_map", "reuse_map": [3, 1, 2]},
+    "block_recurrence": {"kind": "block_recurrence", "num_blocks": 2, "num_loops": 3},
     "loop": {"kind": "loop", "prelude": 1, "core": 1, "coda": 1, "num_loops": 3},
-    "custom": {"kind": "custom", "order": [0, 1, 0, 2, 1]},
+    "custom": {"kind": "custom", "order": [0, 1, 2, 1, 0, 2, 2]},
 }
 
 

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from megarecur.config.schema import CheckpointConfig
 from megarecur.errors import CheckpointError
 from megarecur.parallel.shards import tiling_fault
 from megarecur.train import checkpoint_index, checkpoint_storage
@@ -31,11 +32,11 @@ from megarecur.train.checkpoint import (
     find_checkpoint,
     load,
     read_state,
-    remove_old,
     save,
     verify,
 )
 from megarecur.train.checkpoint_index import seal, unseal
+from megarecur.train.retention import remove_old
 
 TENSORS = {
     "blocks.0.attention.query.weight": ((12, 7), torch.bfloat16),
@@ -493,7 +494,7 @@ def save_until_killed(root, step):
     while True:
         save_steps(root, step)
         if place()[0] == 0:
-            remove_old(root, 2)
+            remove_old(root, CheckpointConfig(keep_last=2))
         dist.barrier()
         step += 1
 
@@ -517,7 +518,7 @@ def check_survivors(root, oldest):
     shards = make_shards("columns")
     load(path, shards)
     assert_step(shards, step)
-    remove_old(root, 2)
+    remove_old(root, CheckpointConfig(keep_last=2))
     assert not list(root.glob("*.tmp"))
     return step
 
@@ -628,19 +629,17 @@ def test_retention_keeps_the_newest_and_sweeps(tmp_path):
     (tmp_path / "step-00000005.tmp" / "rank-00000.safetensors").write_bytes(b"half")
     (tmp_path / "latest.tmp").write_bytes(b"half")
     (tmp_path / "notes.tmp").write_bytes(b"a user's own")
-    remove_old(tmp_path, 2)
+    remove_old(tmp_path, CheckpointConfig(keep_last=2))
     assert names(tmp_path) == ["latest", "notes.tmp", "step-00000003", "step-00000004"]
-    remove_old(tmp_path, 9)
+    remove_old(tmp_path, CheckpointConfig(keep_last=9))
     assert len(names(tmp_path)) == 4
-    with pytest.raises(CheckpointError, match="keep_last is 0"):
-        remove_old(tmp_path, 0)
-    remove_old(tmp_path / "none", 1)
+    remove_old(tmp_path / "none", CheckpointConfig(keep_last=1))
 
 
 def test_retention_never_removes_the_newest_good_one(tmp_path):
     save_steps(tmp_path, 1, 2, 3, 4)
     for step in (3, 4):
         flip(tmp_path / f"step-0000000{step}" / "rank-00000.safetensors", -1)
-    remove_old(tmp_path, 1)
+    remove_old(tmp_path, CheckpointConfig(keep_last=1))
     assert names(tmp_path) == ["latest", "step-00000002", "step-00000004"]
     assert find_checkpoint(tmp_path)[0] == tmp_path / "step-00000002"

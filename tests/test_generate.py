@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
 
+import configs
 from megarecur.config.load import validate
 from megarecur.data.tokenizer import ByteTokenizer, Tokenizer
 from megarecur.errors import ConfigError
@@ -19,15 +20,6 @@ from megarecur.model.transformer import Transformer
 from megarecur.recurrence.schemes import layer_map
 
 VOCAB = 53
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and lose much where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(recurrence: dict[str, Any], **model: Any) -> Transformer:
@@ -46,15 +38,7 @@ def build(recurrence: dict[str, Any], **model: Any) -> Transformer:
     return Transformer(validate(values, "test"))
 
 
-SCHEMES: dict[str, dict[str, Any]] = {
-    "dense": {"kind": "dense", "num_layers": 3},
-    "sequence": {"kind": "sequence", "num_blocks": 2, "depth": 4},
-    "cycle": {"kind": "cycle", "num_blocks": 2, "depth": 5},
-    "cycle_reverse": {"kind": "cycle_reverse", "num_blocks": 2, "depth": 4},
-    "reuse_map": {"kind": "reuse_map", "reuse_map": [3, 1, 2]},
-    "block_recurrence": {"kind": "block_recurrence", "num_blocks": 2, "num_loops": 3},
-    "custom": {"kind": "custom", "order": [0, 1, 1, 0, 2, 0]},
-}
+SCHEMES = {name: scheme for name, scheme in configs.SCHEMES.items() if name != "loop"}
 for injection, state in product(("none", "add", "linear"), ("prelude", "zero", "random")):
     if injection != "none" or state == "prelude":
         SCHEMES[f"loop-{injection}-{state}"] = {
@@ -264,7 +248,7 @@ def test_top_k_keeps_k_of_equal_logits() -> None:
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ({"top_p": 1.5}, "top_p=1.5 must be above 0"),
-        ({"num_loops": 0}, "num_loops=0 must be at least 1"),
+        ({"num_loops": 0}, "depth 0: must be at least 1 loop"),
         ({"num_loops": 2}, "recurrence.kind=dense has no loops"),
         ({"tokens": []}, "the prompt has no tokens"),
         ({"tokens": [1, VOCAB]}, f"id {VOCAB} of the prompt is outside model.vocab_size={VOCAB}"),

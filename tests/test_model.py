@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +15,13 @@ import torch
 from harness import assert_gradients_close
 from torch import Tensor, nn
 
+import configs
 from megarecur.config.schema import Config
+from megarecur.model.telemetry import Telemetry, name_measures
 from megarecur.model.transformer import Transformer
 from megarecur.parallel import linear
 from megarecur.parallel.linear import Linear
+from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.layer_map import LayerMap, Step
 from megarecur.recurrence.schemes import layer_map
 
@@ -27,12 +29,7 @@ VOCABULARY = 23
 FP32_TOL, FP64_TOL = 2e-6, 1e-11
 
 SCHEMES: dict[str, dict[str, Any]] = {
-    "dense": {"kind": "dense", "num_layers": 3},
-    "sequence": {"kind": "sequence", "num_blocks": 2, "depth": 4},
-    "cycle": {"kind": "cycle", "num_blocks": 2, "depth": 5},
-    "cycle_reverse": {"kind": "cycle_reverse", "num_blocks": 2, "depth": 4},
-    "reuse_map": {"kind": "reuse_map", "reuse_map": [3, 1, 2]},
-    "block_recurrence": {"kind": "block_recurrence", "num_blocks": 2, "num_loops": 3},
+    **{name: scheme for name, scheme in configs.SCHEMES.items() if name != "loop"},
     "loop_none": {"kind": "loop", "prelude": 1, "core": 2, "coda": 1, "num_loops": 2,
                   "injection": "none"},
     "loop_add_zero": {"kind": "loop", "prelude": 1, "core": 1, "coda": 1, "num_loops": 3,
@@ -43,7 +40,6 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "loop_linear_prelude": {"kind": "loop", "prelude": 1, "core": 1, "coda": 0, "num_loops": 2,
                             "injection": "linear", "initial_state": "prelude"},
     "loop_no_prelude": {"kind": "loop", "prelude": 0, "core": 1, "coda": 1, "num_loops": 3},
-    "custom": {"kind": "custom", "order": [0, 1, 2, 1, 0, 2, 2]},
 }  # fmt: skip
 POSITIONS = ("rope", "alibi", "learned", "sinusoidal", "none")
 NORM_POSITIONS = ("pre", "post", "sandwich")
@@ -54,15 +50,6 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"feed_forward": "gelu", "feed_forward_bias": True, "attention_bias": "qk"},
     {"head_dim": 6, "rope_interleaved": True, "num_kv_heads": 1, "scale_embeddings": True},
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def covering_set() -> list[Any]:
@@ -617,7 +604,8 @@ def test_forward_only_steps_get_no_gradient() -> None:
     config = make_config(SCHEMES["loop_linear_random"] | {"num_loops": 3}, "fp64")
     batch, steps = make_batch(), layer_map(config.recurrence)
     cut = 1 + 2 * 2  # the last loop alone is differentiated
-    truncated = tuple(replace(s, grad=not 1 <= i < cut) for i, s in enumerate(steps))
+    truncated = layer_map(config.recurrence, Depth(3, 1))
+    assert [step.grad for step in truncated] == [not 1 <= i < cut for i in range(len(steps))]
     model = build(config)
     loss, _ = objective(model, truncated, batch)
     loss.backward()
@@ -649,18 +637,36 @@ def test_z_loss_is_the_mean_square_of_logsumexp() -> None:
     assert "z_loss" not in build(make_config(SCHEMES["dense"])).loss(x, batch)
 
 
-def test_telemetry_names_every_step_of_the_map() -> None:
-    config = make_config(SCHEMES["reuse_map"], "fp32")
-    model, batch, telemetry, states = build(config), make_batch(), {}, []
+def test_telemetry_measures_every_step_of_the_map() -> None:
+    """Each measure by its definition."""
+    config = make_config(SCHEMES["reuse_map"], "fp64")
+    model, batch, telemetry = build(config), make_batch(), Telemetry()
+    states: list[Tensor] = []
     steps = layer_map(config.recurrence)
     ctx = model.context(batch, 0, False, telemetry=telemetry, states=states)
     x = model.embed(batch.tokens_BS, ctx)
-    model.run(steps, x, ctx, {})
-    assert list(telemetry) == [(s.block, s.loop_index) for s in steps]
-    for before, after, (norm, update) in zip(
-        [x, *states], states, telemetry.values(), strict=False
+    out, _ = model.run(steps, x, ctx, {})
+    total = model.loss(out, batch)["loss"].total
+    gradients = torch.autograd.grad(total, states)
+    keys = [(s.block, s.loop_index) for s in steps]
+    assert list(telemetry.sums) == keys
+    last: dict[int, Tensor] = {}
+    for step, before, after, gradient, sums in zip(
+        steps, [x, *states], states, gradients, telemetry.sums.values(), strict=False
     ):
-        scale = after.shape[-1] ** -0.5
-        torch.testing.assert_close(norm, scale * after.norm(dim=-1).sum())
-        relative = (after - before).norm(dim=-1) / before.norm(dim=-1)
-        torch.testing.assert_close(update, relative.sum())
+        before_N, after_N = before.norm(dim=-1), after.norm(dim=-1)
+        since_N = (after - last.get(step.block, after)).norm(dim=-1)
+        expected = [
+            after.shape[-1] ** -0.5 * after_N.sum(),
+            ((after - before).norm(dim=-1) / before_N).sum(),
+            (after_N / before_N).sum(),
+            (since_N / after_N).sum(),
+            gradient.square().sum(),
+        ]
+        torch.testing.assert_close(sums, torch.stack(expected))
+        last[step.block] = after
+    values = name_measures(keys, [sums.tolist() for sums in telemetry.sums.values()], 10)
+    shares = [values[f"recurrence/gradient_share/00.{i:02d}"] for i in range(3)]
+    assert sum(shares) == pytest.approx(1.0) and min(shares) > 0
+    assert "recurrence/fixed_point_distance/00.00" not in values
+    assert values["recurrence/fixed_point_distance/00.01"] > 0

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from megarecur.config.schema import Config
 from megarecur.model.transformer import Transformer
+from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import layer_map
 
@@ -39,15 +39,6 @@ def cases(system: str) -> list[Any]:
         missing = f"no {system} cases under {data / 'parity'}; set MEGARECUR_DATA to the data"
         return [pytest.param(Path(), marks=pytest.mark.skip(reason=missing), id="missing")]
     return [pytest.param(path, id=path.stem) for path in found]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_config(case: Case, precision: str, model: Case, recurrence: Case) -> Config:
@@ -149,13 +140,6 @@ def loop_names(case: Case, name: str) -> list[str]:
     assert match, name
     first = {"prelude": 0, "core_block": c["P"], "coda": c["P"] + c["C"]}[match[1]]
     return [f"blocks.{first + int(match[2])}.{part}" for part in inner[match[3]]]
-
-
-def loop_steps(case: Case, steps: LayerMap) -> LayerMap:
-    """Truncated backward: the first loops run forward only."""
-    c = case["config"]
-    first, last = c["P"], c["P"] + c["C"] * c["num_steps_no_grad"]
-    return tuple(replace(s, grad=not first <= i < last) for i, s in enumerate(steps))
 
 
 # -------------------------------------------------------------------------------- the comparison
@@ -262,6 +246,8 @@ def test_parity_intra_layer_recurrence(path: Path, precision: str) -> None:
 def test_parity_huginn(path: Path, precision: str) -> None:
     case, arrays = read_case(path)
     config = loop_config(case, precision)
-    steps = loop_steps(case, layer_map(config.recurrence))
+    c = case["config"]
+    backward = c["num_steps_with_grad"]
+    steps = layer_map(config.recurrence, Depth(c["num_steps_no_grad"] + backward, backward))
     batch = make_batch(arrays["input_ids"], arrays["labels"])
     compare(case, arrays, config, loop_names, steps, batch)

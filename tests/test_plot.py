@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ import pytest
 from megarecur.config.load import load_config, to_yaml
 from megarecur.errors import DataError
 from megarecur.plot.layer_map import draw_config, draw_layer_map, save, spans
-from megarecur.plot.run import draw_loss, draw_recurrence, draw_speed, plot_run, read_metrics
+from megarecur.plot.run import (
+    draw_depths,
+    draw_loss,
+    draw_recurrence,
+    draw_speed,
+    plot_run,
+    plot_runs,
+    read_metrics,
+)
 from megarecur.recurrence.layer_map import from_order, mark
 
 CONFIG = """
@@ -38,9 +47,9 @@ def row(step: int) -> dict[str, Any]:
         "speed/mfu": 0.4,
         "speed/data_wait": 0.001,
     }
-    for position in range(3):
-        values[f"recurrence/residual_norm/{position:02d}"] = 1.0 + position
-        values[f"recurrence/relative_update/{position:02d}"] = 0.5 / (1 + position)
+    for position, key in enumerate(("00.00", "00.01", "01.00")):
+        values[f"recurrence/residual_norm/{key}"] = 1.0 + position
+        values[f"recurrence/relative_update/{key}"] = 0.5 / (1 + position)
     return values
 
 
@@ -104,14 +113,34 @@ def test_figures_without_their_metrics_are_left_out(run: Path) -> None:
 
 def test_values_that_are_no_numbers_leave_gaps(run: Path, tmp_path: Path) -> None:
     rows = [row(5), {**row(10), "train/loss": float("nan")}, {**row(15), "train/loss": None}]
-    rows[1].update({"recurrence/residual_norm/01": float("inf")})
-    del rows[2]["recurrence/residual_norm/02"]  # another depth was sampled
+    rows[1].update({"recurrence/residual_norm/00.01": float("inf")})
+    del rows[2]["recurrence/residual_norm/01.00"]  # another depth was sampled
     figure = draw_loss(rows, load_config(run / "config.yaml"))
     assert figure is not None
     assert len(figure.axes[0].lines[0].get_xdata()) == 1
     heat = draw_recurrence(rows, from_order([0, 0, 1]))
     assert heat is not None
     save(heat, tmp_path / "heat.png")
+
+
+def test_depths_and_several_runs_have_pictures(run: Path, tmp_path: Path) -> None:
+    rows = [{**row(5 * i), "val/depth_1/loss": 4 - i, "val/depth_4/loss": 3 - i} for i in (1, 2)]
+    figure = draw_depths(rows)
+    assert figure is not None
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["1 loop", "4 loops"]
+    assert right.lines[0].get_xydata().tolist() == [[1, 2], [4, 1]]
+    assert draw_depths([row(5)]) is None
+    losses = draw_loss(rows, load_config(run / "config.yaml"))
+    assert losses is not None
+    assert "depth" not in str([t.get_text() for t in losses.axes[0].get_legend().get_texts()])
+    other = tmp_path / "other" / "run"
+    shutil.copytree(run, other)
+    names = [path.name for path in plot_runs([run, other], tmp_path / "out")]
+    assert names == ["runs.png", "runs.svg"] and (tmp_path / "out" / "runs.png").stat().st_size
+    (other / "metrics.jsonl").unlink()
+    with pytest.raises(DataError, match=r"other/run/metrics.jsonl: cannot be read"):
+        plot_runs([run, other], tmp_path / "out")
 
 
 def test_layer_maps_of_every_size(tmp_path: Path) -> None:

@@ -179,8 +179,8 @@ def kill_and_resume(corpus: Path, run_dir: Path, rng: random.Random) -> None:
     assert not damaged
     step = int(path.name[5:]) if path else 0
     logged = read_rows(run_dir / "metrics.jsonl")[-1]["step"]
-    # What was logged is at most the two steps since the last checkpoint, and the one being saved.
-    assert logged - 3 <= step <= logged + 1
+    # What was logged is at most the steps since the checkpoint before the one under way.
+    assert logged - 4 <= step <= logged + 1
     assert step >= max(before, default=0)
 
 

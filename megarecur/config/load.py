@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -138,14 +138,15 @@ def _describe(error: Any, values: dict[str, Any]) -> str:
     if kind == "missing":
         return f"{name}: required, but missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
+        key = "sampler" if "sampler" in error["ctx"]["discriminator"] else "kind"
         expected = error["ctx"].get("expected_tags")
         if expected is None:
-            return f"{name}: needs a `kind`"
+            return f"{name}: needs a `{key}`"
         tags = [tag.strip("' ") for tag in expected.split(",")]
         tag = str(error["ctx"]["tag"])
         near = difflib.get_close_matches(tag, tags, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "known kinds: " + ", ".join(tags)
-        return f"{name}.kind: unknown kind {tag!r}; {hint}"
+        hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(tags)
+        return f"{name}.{key}: unknown {key} {tag!r}; {hint}"
     if kind == "value_error":
         return f"{name}: {error['ctx']['error']}"
     return f"{name}: {error['msg']} (got {given!r})"
@@ -186,17 +187,27 @@ def _model_at(path: Sequence[str], values: Any) -> type[BaseModel] | None:
 
 
 def _section_type(annotation: Any, section: Any) -> Any:
-    """The model class behind an annotation: a union's member by its kind, a tuple's item."""
+    """The model class behind an annotation: a union's member by its tag, a tuple's item."""
     if get_origin(annotation) is tuple:
         return get_args(annotation)[0]
-    members = [m for m in get_args(annotation) if isinstance(m, type)]
-    if get_origin(annotation) is Union or len(members) > 1:
-        kind = section.get("kind") if isinstance(section, dict) else None
-        for member in members:
-            tag = member.model_fields.get("kind") if issubclass(member, BaseModel) else None
-            if tag is not None and kind in get_args(tag.annotation):
+    members = _members(annotation)
+    for member in members:
+        for key in ("kind", "sampler"):
+            tag = member.model_fields.get(key)
+            given = section.get(key) if isinstance(section, dict) else None
+            if tag is not None and given in get_args(tag.annotation):
                 return member
-    return annotation
+    return members[0] if len(members) == 1 else annotation
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The sections among the alternatives of an annotation."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    inner = (
+        get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    )
+    return [member for argument in inner for member in _members(argument)]
 
 
 def to_yaml(config: Config) -> str:

@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     model_validator,
 )
 
@@ -164,24 +166,158 @@ class ReuseMap(Section):
     reuse_map: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
-class BlockRecurrence(Section):
+class Uniform(Section):
+    """A whole number from min to max, all as likely."""
+
+    sampler: Literal["uniform"]
+    min: NonNegativeInt = 1
+    max: NonNegativeInt
+
+    @model_validator(mode="after")
+    def check_range(self) -> Uniform:
+        """Refuse an empty range."""
+        if self.max < self.min:
+            raise ValueError(f"max={self.max} is below min={self.min}; no depth is in between")
+        return self
+
+
+class AroundMean(Section):
+    """A whole number of at least min around a mean; values above max count as max."""
+
+    mean: PositiveFloat
+    min: NonNegativeInt = 1
+    max: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def check_range(self) -> AroundMean:
+        """Refuse a mean that no number in range can have."""
+        if self.mean <= self.min:
+            raise ValueError(f"mean={self.mean} must be above min={self.min}")
+        if self.max is not None and self.max < self.mean:
+            raise ValueError(f"max={self.max} must not be below mean={self.mean}")
+        return self
+
+
+class Poisson(AroundMean):
+    """min + Poisson(mean - min)."""
+
+    sampler: Literal["poisson"]
+
+
+class PoissonLogNormal(AroundMean):
+    """min + Poisson(e^t), t ~ N(log(mean - min) - sigma^2/2, sigma).
+
+    With min 1 the sampler of Geiping et al. 2025, section 3.3, whose "targeted mean recurrence
+    r + 1" is the mean here.
+    """
+
+    sampler: Literal["poisson_lognormal"]
+    sigma: PositiveFloat = 0.5
+
+
+def sampler_tag(value: Any) -> str | None:
+    """Which alternative of a number of loops a value of the file is meant to be."""
+    if isinstance(value, dict):
+        return value.get("sampler")
+    return getattr(value, "sampler", "number")
+
+
+Sampler = (
+    Annotated[Uniform, Tag("uniform")]
+    | Annotated[Poisson, Tag("poisson")]
+    | Annotated[PoissonLogNormal, Tag("poisson_lognormal")]
+)
+BY_SAMPLER = Field(discriminator=Discriminator(sampler_tag))
+NumForwardOnly = Annotated[Annotated[NonNegativeInt, Tag("number")] | Sampler, BY_SAMPLER]
+NumWithGradient = Annotated[Annotated[PositiveInt, Tag("number")] | Sampler, BY_SAMPLER]
+
+
+class Split(Section):
+    """Loops without and loops with gradient, drawn apart; both are drawn from (seed, step)."""
+
+    sampler: Literal["split"]
+    forward_only: NumForwardOnly
+    with_gradient: NumWithGradient
+
+    @model_validator(mode="after")
+    def check_least(self) -> Split:
+        """Refuse steps that would train nothing."""
+        refuse_zero("with_gradient", self.with_gradient)
+        return self
+
+
+NumLoops = Annotated[
+    Annotated[PositiveInt, Tag("number")] | Sampler | Annotated[Split, Tag("split")], BY_SAMPLER
+]
+
+
+def refuse_zero(name: str, number: Any) -> None:
+    """Raise ValueError where a sampler may give 0."""
+    if getattr(number, "min", 1) < 1:
+        raise ValueError(f"{name}.min=0 would run no loop at some steps; it must be at least 1")
+
+
+class DepthCurriculum(Section):
+    """Loops grow from `start` to what is drawn, over the first `steps` optimizer steps."""
+
+    kind: Literal["linear", "1-sqrt"]
+    """Share of the way after a share u of the steps: u, or 1 - sqrt(1 - u), which stays shallow
+    longer (McLeish et al. 2025)."""
+    steps: PositiveInt
+    over: Literal["forward", "backward", "both"] = "both"
+    """What grows: the loops that run, those that carry gradient, or both."""
+    start: PositiveInt = 1
+
+
+class Looped(Section):
+    """A group of blocks that runs num_loops times."""
+
+    num_loops: NumLoops
+    """A number, or {sampler: uniform | poisson | poisson_lognormal | split, ...}: drawn for every
+    optimizer step from (seed, step). Evaluation runs the rounded mean."""
+    backward_loops: PositiveInt | None = None
+    """Truncated backward: only the last so many loops carry gradient. Left out: all."""
+    curriculum: DepthCurriculum | None = None
+
+    @model_validator(mode="after")
+    def check_depth(self) -> Looped:
+        """Refuse depths that cannot run, and truncation that never truncates."""
+        loops, backward = self.num_loops, self.backward_loops
+        refuse_zero("num_loops", loops)
+        most = loops if isinstance(loops, int) else getattr(loops, "max", None)
+        if backward is not None and isinstance(loops, Split):
+            raise ValueError("backward_loops: num_loops draws loops with gradient by itself")
+        if backward is not None and most is not None and backward > most:
+            raise ValueError(
+                f"backward_loops={backward} is more than the {most} loops that run at most; "
+                "lower it, or leave it out for the full backward"
+            )
+        grows = self.curriculum is not None and self.curriculum.over == "backward"
+        truncated = backward is not None or isinstance(loops, Split) or grows
+        if truncated and getattr(self, "injection", None) == "none":
+            raise ValueError(
+                "injection=none with loops without gradient would not train what comes before "
+                "the loop; choose an injection, or the full backward"
+            )
+        return self
+
+
+class BlockRecurrence(Looped):
     """The whole stack repeated: 0 1 2 3 0 1 2 3."""
 
     kind: Literal["block_recurrence"]
     num_blocks: PositiveInt
-    num_loops: PositiveInt
     injection: Literal["none", "add"] = "add"
     """add: the embedding is added at the start of each later loop."""
 
 
-class Loop(Section):
+class Loop(Looped):
     """Prelude, a core repeated num_loops times, coda (Geiping et al. 2025, Huginn)."""
 
     kind: Literal["loop"]
     prelude: NonNegativeInt
     core: PositiveInt
     coda: NonNegativeInt
-    num_loops: PositiveInt
     injection: Literal["none", "add", "linear"] = "linear"
     """How the prelude's output e enters the state s at the start of each loop: s + e, or a learned
     adapter W [s, e] from 2 hidden_size to hidden_size."""
@@ -322,12 +458,32 @@ class ParallelConfig(Section):
     tensor: PositiveInt = free(1)
     pipeline: PositiveInt = free(1)
     zero_stage: Literal[0, 1, 2, 3] = free(0)
+    """What the replicas share out instead of keeping it whole (Rajbhandari et al. 2020): 1, the
+    optimizer's moments; 2, gradients too; 3, parameters too, gathered for each forward and backward
+    pass. Above 0 needs DeepSpeed: pip install 'megarecur[zero]'."""
+    offload_optimizer: bool = free(False)
+    """Keep the optimizer's moments, and step, in the memory of the CPU; zero_stage 1 or 2."""
     sequence_parallel: bool = free(False)
+
+    @model_validator(mode="after")
+    def check_zero(self) -> ParallelConfig:
+        """Refuse combinations of ZeRO that cannot be."""
+        if self.zero_stage == 3 and self.pipeline > 1:
+            raise ValueError(
+                f"zero_stage=3 with pipeline={self.pipeline} would gather every stage's weights "
+                "for every micro batch; use zero_stage 1, or pipeline 1"
+            )
+        if self.offload_optimizer and self.zero_stage not in (1, 2):
+            raise ValueError(
+                f"offload_optimizer=true needs zero_stage 1 or 2, it is {self.zero_stage}; "
+                "choose one of them, or set offload_optimizer to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_available(self) -> ParallelConfig:
         """Refuse what this version does not run yet."""
-        for name, plain in (("tensor", 1), ("pipeline", 1), ("zero_stage", 0)):
+        for name, plain in (("tensor", 1), ("pipeline", 1)):
             if getattr(self, name) != plain:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is not available in this version; "
@@ -356,6 +512,12 @@ class TrainConfig(Section):
     """0: evaluate at the end only."""
     eval_samples: NonNegativeInt = free(0)
     """Samples of each validation corpus read per evaluation during training; 0: all."""
+    eval_depths: tuple[PositiveInt, ...] = free(())
+    """Numbers of loops to evaluate at as well, for schemes that repeat a group of blocks."""
+    sample_prompts: tuple[str, ...] = free(())
+    """Texts that the model continues at every evaluation, shown in TensorBoard."""
+    sample_tokens: PositiveInt = free(64)
+    """Tokens of each continuation."""
 
 
 class CheckpointConfig(Section):
@@ -363,7 +525,38 @@ class CheckpointConfig(Section):
 
     every: NonNegativeInt = free(0)
     """0: at the end and on a signal only."""
+    asynchronous: bool = free(True)
+    """Write while training goes on, from copies in memory: of what this process writes, parameters
+    and moments. false: training waits until all is on the disk."""
     keep_last: PositiveInt = free(2)
+    """The newest so many stay."""
+    keep_every: NonNegativeInt = free(0)
+    """Checkpoints of steps that are multiples of this stay for ever; 0: none."""
+    keep_best: NonNegativeInt = free(0)
+    """So many with the lowest val/loss stay, and the file `best` names the first of them (true: 1).
+    Evaluate where you save: only checkpoints whose very step was evaluated count."""
+    mirror: str | None = free(None)
+    """A folder or fsspec URL of this run's own, to which checkpoints are copied once they are
+    complete. A run folder without a good checkpoint of its own resumes from there. Where it cannot
+    be reached, a warning is given and the next save tries again."""
+
+
+class AlarmConfig(Section):
+    """What counts as divergence at a log step, and what is then done. null switches one off."""
+
+    loss_spike: PositiveFloat | None = 8.0
+    """The loss is so many standard deviations above its mean over the window."""
+    residual_growth: PositiveFloat | None = 10.0
+    """The largest norm of the residual stream is so many times its median over the window."""
+    non_finite: PositiveInt | None = 5
+    """So many gradients since the last log step were not finite."""
+    window: Annotated[int, Field(ge=10)] = 50
+    """Log steps without alarm that are remembered."""
+    action: Literal["warn", "roll_back", "stop"] = "warn"
+    """roll_back: go on from the parameters of the last checkpoint from before the alarm, with the
+    samples that come next; those in between are skipped. stop: end with exit code 1, unsaved."""
+    max_roll_backs: PositiveInt = 3
+    """One alarm more than that stops the run."""
 
 
 class Config(Section):
@@ -372,6 +565,9 @@ class Config(Section):
     version: Literal[1] = CONFIG_VERSION
     run_dir: str = free()
     """Relative to where the command is run."""
+    init_from: str | None = free(None, min_length=1)
+    """RUN or RUN@STEP: a new run starts from the parameters of another run, or of a converted
+    model; moments and counters start anew. A run that has checkpoints goes on from those."""
     seed: NonNegativeInt = 1
     model: ModelConfig
     recurrence: RecurrenceConfig
@@ -380,6 +576,7 @@ class Config(Section):
     parallel: ParallelConfig = free(ParallelConfig())
     train: TrainConfig
     checkpoint: CheckpointConfig = free(CheckpointConfig())
+    alarms: AlarmConfig = free(AlarmConfig())
 
     @model_validator(mode="before")
     @classmethod
@@ -393,6 +590,36 @@ class Config(Section):
         if model.get("positions") == "learned" and model.get("max_positions") is None:
             model = {**model, "max_positions": data.get("seq_length")}
         return {**values, "model": model}
+
+    @model_validator(mode="after")
+    def check_depths(self) -> Config:
+        """Refuse to evaluate by depth what has one depth only."""
+        if self.train.eval_depths and not isinstance(self.recurrence, Looped):
+            raise ValueError(
+                f"train.eval_depths={list(self.train.eval_depths)}: "
+                f"recurrence.kind={self.recurrence.kind} has no loops; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_best(self) -> Config:
+        """Refuse to look for the best of what is never scored."""
+        if self.checkpoint.keep_best and not self.data.val:
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs data.val to score "
+                "checkpoints; name a corpus there, or set keep_best to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_zero_precision(self) -> Config:
+        """Refuse ZeRO in double precision, which DeepSpeed does not reduce."""
+        if self.parallel.zero_stage and self.train.precision == "fp64":
+            raise ValueError(
+                f"parallel.zero_stage={self.parallel.zero_stage} runs in fp32 or bf16; "
+                "set zero_stage to 0 for train.precision=fp64"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_batch(self) -> Config:

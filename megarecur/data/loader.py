@@ -223,7 +223,8 @@ class Loader:
         if not isinstance(state.get("sources"), list):
             raise DataError(
                 "data.train: this checkpoint has no data cursor: it was converted, not trained; "
-                "set run_dir to another folder to train, this one is for evaluation and generation"
+                "to train from its parameters, set run_dir to another folder and init_from to this "
+                "one, which is for evaluation and generation"
             )
         saved = [fingerprint for fingerprint, _ in state["sources"]]
         given = [corpus.fingerprint for corpus in self.corpora]

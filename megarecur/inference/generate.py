@@ -15,13 +15,14 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from megarecur.config.schema import BlockRecurrence, Config, Loop
+from megarecur.config.schema import Config
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.errors import ConfigError
 from megarecur.inference.cache import Cache
 from megarecur.model.context import build_context
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.random import key, random_bits
+from megarecur.recurrence.depth import refuse_depth
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import layer_map
 
@@ -172,11 +173,8 @@ def check_options(
         problems.append(f"top_k={top_k} must be at least 1; leave it out to choose among all")
     if not 0.0 < top_p <= 1.0:
         problems.append(f"top_p={top_p} must be above 0 and at most 1")
-    if num_loops is not None and num_loops < 1:
-        problems.append(f"num_loops={num_loops} must be at least 1")
-    if num_loops is not None and not isinstance(config.recurrence, Loop | BlockRecurrence):
-        kind = config.recurrence.kind
-        problems.append(f"num_loops={num_loops}: recurrence.kind={kind} has no loops; leave it out")
+    if num_loops is not None and (refusal := refuse_depth(config.recurrence, num_loops)):
+        problems.append(refusal)
     if not tokens:
         problems.append("the prompt has no tokens; give it some text")
     unknown = [i for i in tokens if not 0 <= i < (model.vocab_size or 0)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megarecur.config.schema import ModelConfig
 from megarecur.model.positions import alibi_bias, rotation
+from megarecur.model.telemetry import Telemetry
 from megarecur.parallel.random import key
 from megarecur.recurrence.layer_map import Step
 
@@ -45,8 +46,8 @@ class Context:
     rotation: tuple[Tensor, Tensor] | None
     """cos and sin [B or 1, S, 1, H/2]."""
     cache: KeysAndValues | None = None
-    telemetry: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None
-    """(block, loop) to (sum of |x_out|, sum of |x_out - x_in| / |x_in|) over tokens, if wanted."""
+    telemetry: Telemetry | None = None
+    """Where the steps of the map are measured, if wanted."""
     states: list[Tensor] | None = None
     """The output of every step of the map, if wanted."""
 
@@ -74,7 +75,7 @@ def build_context(
     step: int = 0,
     training: bool = False,
     cache: KeysAndValues | None = None,
-    telemetry: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
+    telemetry: Telemetry | None = None,
     states: list[Tensor] | None = None,
 ) -> Context:
     """Masks and rotations of a micro batch, made once for all steps of the map.

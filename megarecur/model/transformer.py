@@ -16,6 +16,7 @@ from megarecur.model.block import Block
 from megarecur.model.context import Context, build_context
 from megarecur.model.norm import build_norm
 from megarecur.model.positions import sinusoidal
+from megarecur.model.telemetry import Telemetry
 from megarecur.parallel.linear import MakeParameter, Weight, product
 from megarecur.parallel.loss import cross_entropy
 from megarecur.parallel.random import dropout, initial_values, truncated_normal
@@ -23,7 +24,6 @@ from megarecur.recurrence.inventory import Inventory, adapter_block, build_inven
 from megarecur.recurrence.layer_map import Step
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-Telemetry = dict[tuple[int, int], tuple[Tensor, Tensor]]
 
 
 class Batch(Protocol):
@@ -107,7 +107,7 @@ class Stack(nn.Module):
                 else:
                     x = block(x, ctx, step, injected)
             if ctx.telemetry is not None:
-                ctx.telemetry[step.block, step.loop_index] = measure_step(before, x)
+                ctx.telemetry.record(step, before, x)
             if ctx.states is not None:
                 ctx.states.append(x)
         return x
@@ -125,13 +125,37 @@ class Stack(nn.Module):
         return (noise * recurrence.initial_state_std).to(x.dtype)
 
 
-def measure_step(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of |x_out|, sum of |x_out - x_in| / |x_in|) over tokens, norms as root mean squares."""
-    before, after = before.detach().to(torch.float32), after.detach().to(torch.float32)
-    norm = after.square().mean(-1).sqrt()
-    update = (after - before).square().mean(-1).sqrt()
-    start = before.square().mean(-1).sqrt()
-    return norm.sum(), (update / start.clamp(min=1e-12)).sum()
+class Embedding(nn.Module):
+    """Looks tokens and learned positions up.
+
+    It holds the parameters themselves, and is called: where they are sharded (ZeRO 3) they are
+    gathered for a module's call, and only those that are directly its own.
+    """
+
+    def __init__(self, weight: Weight, positions: nn.Parameter | None, scale: float) -> None:
+        super().__init__()
+        self.table, self.positions, self.scale = weight.parameter, positions, scale
+
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        """[B, S] ids to [B, S, D] in the parameters' dtype."""
+        x = F.embedding(tokens_BS, self.table)
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.positions is not None:
+            x = x + F.embedding(positions_BS, self.positions)
+        return x
+
+
+class Head(nn.Module):
+    """Logits; the parameter is its own too, for the reason that `Embedding` gives."""
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__()
+        self.table, self.weight = weight.parameter, weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., V]."""
+        return product(x, self.weight)
 
 
 class Transformer(nn.Module):
@@ -175,7 +199,7 @@ class Transformer(nn.Module):
             Weight(make("embedding.weight"), self.dtype) if has_embedding or tied else None
         )
         learned = has_embedding and model.positions == "learned"
-        self.positions = make("embedding.positions") if learned else None
+        positions = make("embedding.positions") if learned else None
         self.stack = Stack(config, make, self.dtype, sorted(blocks))
         self.final_norm: nn.Module | None = None
         self.head: Weight | None = None
@@ -183,6 +207,11 @@ class Transformer(nn.Module):
             self.final_norm = build_norm(model.norm, "final_norm", make, model.norm_eps)
         if has_head:
             self.head = self.embedding if tied else Weight(make("head.weight"), self.dtype)
+        self.look_up: Embedding | None = None
+        if self.embedding is not None and has_embedding:
+            scale = model.hidden_size**0.5 if model.scale_embeddings else 1.0
+            self.look_up = Embedding(self.embedding, positions, scale)
+        self.project = None if self.head is None else Head(self.head)
 
     def weights(self) -> list[Weight]:
         """Every unique matrix with a compute copy."""
@@ -217,14 +246,10 @@ class Transformer(nn.Module):
 
     def embed(self, tokens_BS: Tensor, ctx: Context) -> Tensor:
         """[B, S] ids to [B, S, D] in the compute dtype."""
-        assert self.embedding is not None
+        assert self.look_up is not None
         model = self.config.model
-        x = F.embedding(tokens_BS, self.embedding.parameter)
-        if model.scale_embeddings:
-            x = x * model.hidden_size**0.5
-        if self.positions is not None:
-            x = x + F.embedding(ctx.positions_BS, self.positions)
-        elif model.positions == "sinusoidal":
+        x = self.look_up(tokens_BS, ctx.positions_BS)
+        if model.positions == "sinusoidal":
             x = x + sinusoidal(ctx.positions_BS, model.hidden_size, x.dtype)
         x = x.to(self.dtype)
         if ctx.training and model.dropout > 0.0:
@@ -239,8 +264,8 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., D] to [..., V]."""
-        assert self.head is not None
-        return product(self.final_norm(x) if self.final_norm is not None else x, self.head)
+        assert self.project is not None
+        return self.project(self.final_norm(x) if self.final_norm is not None else x)
 
     def loss(self, x: Tensor, batch: Batch) -> dict[str, LossTerm]:
         """Sums over the counted tokens of a micro batch, each with its denominator."""

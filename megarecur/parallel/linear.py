@@ -50,10 +50,21 @@ class Weight(nn.Module):
         self.sum_in_place = False
         """Backward adds to `parameter.grad` itself, sparing a temporary per use. For engines that
         keep their gradient buffers; others need autograd's hooks."""
+        self.transient = False
+        """The parameter is whole only for a while, between being gathered and let go of (ZeRO 3).
+        Then the copy is made by its first use, and whoever lets go of the parameter calls
+        `refresh`."""
         self.refresh()
 
     def refresh(self) -> None:
-        """Make the compute copy anew: after every step, load and initialisation."""
+        """Make the compute copy anew, or forget it: after every step, load and initialisation."""
+        if self.transient:
+            self.copy = None
+        else:
+            self.make_copy()
+
+    def make_copy(self) -> None:
+        """Round the parameter, where products take another dtype."""
         if self.parameter.dtype == self.compute_dtype == self.product_dtype:
             return
         with torch.no_grad():
@@ -65,6 +76,8 @@ class Weight(nn.Module):
 
     def value(self) -> Tensor:
         """The weight in the dtype of products, outside the graph."""
+        if self.transient and self.copy is None:
+            self.make_copy()
         return self.parameter if self.copy is None else self.copy
 
     def gradient(self, dy: Tensor, x: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,8 @@ from megarecur.config.schema import Config
 from megarecur.errors import MegarecurError, MeshError
 
 TIMEOUT = timedelta(minutes=10)
+SAVE_TIMEOUT = timedelta(minutes=30)
+"""Ranks may write checkpoints at very different speeds."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Mesh:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dp_group: Any = None
     """None in a world of one process."""
+    save_group: Any = None
+    """All processes, over gloo: for checkpoints, which a thread of its own may be saving. None in a
+    world of one process."""
 
     @property
     def dp_rank(self) -> int:
@@ -150,7 +155,8 @@ def open_mesh(config: Config) -> Iterator[Mesh]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
-        yield build_mesh(config, device)
+        with saving_apart(build_mesh(config, device)) as mesh:
+            yield mesh
         return
     if world == 1:
         yield Mesh(device=device)
@@ -158,7 +164,8 @@ def open_mesh(config: Config) -> Iterator[Mesh]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        yield build_mesh(config, device)
+        with saving_apart(build_mesh(config, device)) as mesh:
+            yield mesh
     finally:
         dist.destroy_process_group()
 
@@ -168,3 +175,13 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
     tp, pp = config.parallel.tensor, config.parallel.pipeline
     world, rank = dist.get_world_size(), dist.get_rank()
     return Mesh(world // (pp * tp), pp, tp, rank, device, dist.group.WORLD)
+
+
+@contextmanager
+def saving_apart(mesh: Mesh) -> Iterator[Mesh]:
+    """The mesh with a process group for saving, which ends with the context."""
+    group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+    try:
+        yield replace(mesh, save_group=group)
+    finally:
+        dist.destroy_process_group(group)

@@ -7,11 +7,13 @@ Sizes are in parameters, FLOPs per token, bytes.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megarecur.config.schema import Config, ModelConfig
+from megarecur.recurrence.depth import count_depths
 from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_embedding, is_frozen
 from megarecur.recurrence.layer_map import LayerMap, from_order
+from megarecur.recurrence.schemes import layer_map
 
 # ----------------------------------------------------------------------------------- parameters
 
@@ -63,20 +65,50 @@ class FlopEstimate:
     forward: int
     train: int
     """Forward and backward: 3 x forward, 1 x for steps without gradient. MFU is by this number."""
-    hardware: int
-    """`train` plus the forward passes repeated by activation recompute."""
+    forward_only: int
+    """The part of `train` in steps without gradient."""
+    recompute: int
+    """Forward passes repeated by activation recompute; not part of `train`."""
+
+    @property
+    def hardware(self) -> int:
+        """Everything the hardware does."""
+        return self.train + self.recompute
 
 
 def count_flops(config: Config, steps: LayerMap) -> FlopEstimate:
     """Executed FLOPs per token (recurrence.md, section 1.2)."""
-    forward = train = repeated = 0
+    forward = train = forward_only = repeated = 0
     for step, flops in zip(steps, count_step_flops(config, steps), strict=True):
         forward += flops
         train += 3 * flops if step.grad else flops
+        forward_only += 0 if step.grad else flops
         repeated += flops if step.grad and config.train.recompute else 0
     head = count_head_flops(config) * (1 + sum(step.exit for step in steps[:-1]))
     train += 3 * head
-    return FlopEstimate(forward + head, train, train + repeated)
+    return FlopEstimate(forward + head, train, forward_only, repeated)
+
+
+def expect_flops(config: Config) -> FlopEstimate:
+    """Executed FLOPs per token, averaged over the optimizer steps of the run."""
+    shares = count_depths(config.recurrence, config.seed, config.train.steps)
+    each = [
+        (share, count_flops(config, layer_map(config.recurrence, depth)))
+        for depth, share in shares.items()
+    ]
+
+    totals = (
+        sum(share * getattr(flops, field.name) for share, flops in each)
+        for field in fields(FlopEstimate)
+    )
+    return FlopEstimate(*map(round, totals))
+
+
+def deepest_map(config: Config) -> LayerMap:
+    """The map of the run that keeps the most activations."""
+    shares = count_depths(config.recurrence, config.seed, config.train.steps)
+    maps = (layer_map(config.recurrence, depth) for depth in shares)
+    return max(maps, key=lambda steps: (sum(step.grad for step in steps), len(steps)))
 
 
 def count_step_flops(config: Config, steps: LayerMap) -> list[int]:
@@ -126,6 +158,9 @@ class MemoryEstimate:
     logits: int
     recompute: bool
     """Whether the config recomputes; decides which activations `total` counts."""
+    gathered: int = 0
+    """Whole parameters during a pass, where ZeRO 3 shards them: those of a stack of shared blocks
+    are gathered together, once for all uses."""
 
     @property
     def activations(self) -> int:
@@ -140,11 +175,17 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """The peak, to first order: allocator and libraries come on top."""
-        return self.state + self.activations + self.logits
+        return self.state + self.gathered + self.activations + self.logits
 
 
-def estimate_memory(config: Config, steps: LayerMap) -> MemoryEstimate:
-    """Memory of one data-parallel process without sharding of state."""
+def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstimate:
+    """Memory of one of `dp` data-parallel processes.
+
+    ZeRO divides what its stage shares out. Stages 2 and 3 also hold, until the last use of a block,
+    the gradients of a pass that are not reduced yet; offloaded moments are on the CPU.
+    """
+    stage, offload = config.parallel.zero_stage, config.parallel.offload_optimizer
+    parts = [dp if stage >= first else 1 for first in range(4)]
     specs = list(build_inventory(config).values())
     element, wide = _element_bytes(config), _parameter_bytes(config)
     size = sum(spec.size for spec in specs)
@@ -155,14 +196,15 @@ def estimate_memory(config: Config, steps: LayerMap) -> MemoryEstimate:
     # Logits, their form in the wide dtype, and the exponentials while they are summed.
     logit_bytes = element + wide + (wide if element < wide else 0)
     return MemoryEstimate(
-        parameters=size * wide,
-        gradients=trained * wide,
-        moments=2 * trained * wide,
+        parameters=-(-size // parts[3]) * wide,
+        gradients=-(-trained // parts[2]) * wide,
+        moments=0 if offload else 2 * -(-trained // parts[1]) * wide,
         copies=matrices * element if element < wide else 0,
         activations_kept=tokens * kept,
         activations_recomputed=tokens * recomputed,
         logits=tokens * _vocab_size(config) * logit_bytes,
         recompute=config.train.recompute,
+        gathered=size * wide if parts[3] > 1 else 0,
     )
 
 

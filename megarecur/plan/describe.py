@@ -17,6 +17,7 @@ from megarecur.config.schema import (
     Custom,
     Dense,
     Loop,
+    Looped,
     RecurrenceConfig,
     ReuseMap,
 )
@@ -27,9 +28,12 @@ from megarecur.plan.cost import (
     count_tokens_per_step,
     count_total_tokens,
     count_unrolled_parameters,
+    deepest_map,
     dense_twin,
     estimate_memory,
+    expect_flops,
 )
+from megarecur.recurrence.depth import describe_loops, is_sampled
 from megarecur.recurrence.layer_map import LayerMap, Step, count_uses
 from megarecur.recurrence.schemes import layer_map
 
@@ -48,7 +52,7 @@ def describe(config: Config, width: int = 100) -> RenderableType:
         Padding(draw_layer_map(steps, width - 4), (1, 2)),
         _parameters(config, steps),
         _compute(config, steps),
-        _memory(config, steps),
+        _memory(config, deepest_map(config)),
         _tokens(config),
         _resolved(config),
     )
@@ -80,11 +84,11 @@ def describe_scheme(recurrence: RecurrenceConfig) -> str:
         case BlockRecurrence():
             again = ", embedding added at each later loop" * (recurrence.injection == "add")
             blocks = count_noun(recurrence.num_blocks, "block")
-            return f"{blocks} x {count_noun(recurrence.num_loops, 'loop')}{again}"
+            return f"{blocks} x {_loops(recurrence)}{again}"
         case Loop():
             return (
                 f"loop, prelude {recurrence.prelude} / core {recurrence.core} x "
-                f"{recurrence.num_loops} / coda {recurrence.coda}, "
+                f"{describe_loops(recurrence)} / coda {recurrence.coda}, "
                 f"injection {recurrence.injection}, initial state {recurrence.initial_state}"
             )
         case Custom():
@@ -92,6 +96,11 @@ def describe_scheme(recurrence: RecurrenceConfig) -> str:
         case _:
             blocks = count_noun(recurrence.num_blocks, "block")
             return f"{recurrence.kind}, {blocks} at depth {recurrence.depth}"
+
+
+def _loops(recurrence: Looped) -> str:
+    text = describe_loops(recurrence)
+    return text + " loop" * text.isdigit() + "s" * (text.isdigit() and text != "1")
 
 
 # ---------------------------------------------------------------------------------- the drawing
@@ -292,13 +301,16 @@ def _parameters(config: Config, steps: LayerMap) -> RenderableType:
 
 
 def _compute(config: Config, steps: LayerMap) -> RenderableType:
-    flops, dense = count_flops(config, steps), count_flops(config, dense_twin(steps))
+    flops, dense = expect_flops(config), count_flops(config, dense_twin(steps))
+    mean = ", mean over the run's steps" if is_sampled(config.recurrence) else ""
     table = _table(
-        "executed FLOPs (dense: every block once)", "per token", "per step", "against dense"
+        f"executed FLOPs{mean} (dense: every block once)", "per token", "per step", "against dense"
     )
     tokens = count_tokens_per_step(config)
     rows = [("forward", flops.forward, dense.forward), ("training", flops.train, dense.train)]
-    if flops.hardware != flops.train:
+    if flops.forward_only:
+        rows.append(("  of it forward only", flops.forward_only, dense.train))
+    if flops.recompute:
         rows.append(("with recompute", flops.hardware, dense.train))
     for name, count, other in rows:
         per_step = format_count(count * tokens)
@@ -308,7 +320,8 @@ def _compute(config: Config, steps: LayerMap) -> RenderableType:
 
 def _memory(config: Config, steps: LayerMap) -> RenderableType:
     memory = estimate_memory(config, steps)
-    table = _table("memory of one process", "")
+    deepest = ", deepest step of the run" if is_sampled(config.recurrence) else ""
+    table = _table(f"memory of one process{deepest}", "")
     rows = [
         ("parameters", memory.parameters),
         ("gradients", memory.gradients),

@@ -19,6 +19,7 @@ from megarecur.plan.cost import (
     dense_twin,
 )
 from megarecur.plan.describe import count_noun, describe_scheme, format_count
+from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.layer_map import LayerMap, count_uses
 from megarecur.recurrence.schemes import layer_map
 
@@ -68,12 +69,12 @@ def spans(config: Config) -> tuple[Span, ...]:
     """The parts of a map that repeats a group: prelude, loops, coda."""
     recurrence = config.recurrence
     if isinstance(recurrence, BlockRecurrence):
-        start, length, loops, coda = 0, recurrence.num_blocks, recurrence.num_loops, 0
+        start, length, coda = 0, recurrence.num_blocks, 0
     elif isinstance(recurrence, Loop):
-        start, length, loops = recurrence.prelude, recurrence.core, recurrence.num_loops
-        coda = recurrence.coda
+        start, length, coda = recurrence.prelude, recurrence.core, recurrence.coda
     else:
         return ()
+    loops = default_depth(recurrence).num_loops
     end = start + length * loops
     parts = [Span("prelude", 0, start)]
     if length * loops <= 4 * loops and loops > 12:  # Brackets too narrow for a name each.

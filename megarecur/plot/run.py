@@ -1,6 +1,7 @@
 """The pictures of a run, from its folder alone: metrics.jsonl and config.yaml.
 
 megarecur plot runs/quickstart
+megarecur plot runs/shallow runs/deep
 """
 
 from __future__ import annotations
@@ -8,15 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from megarecur.config.load import load_config
-from megarecur.config.schema import Config
+from megarecur.config.schema import Config, Looped, RecurrenceConfig
 from megarecur.errors import DataError
-from megarecur.plan.describe import describe_scheme
+from megarecur.plan.describe import count_noun, describe_scheme
 from megarecur.plot.layer_map import ACCENT, BLOCK_COLOURS, INK, SOFT, draw_config, save
+from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import layer_map
 
@@ -30,6 +34,7 @@ Row = dict[str, Any]
 """One log step: `step`, `tokens` and flat metrics."""
 
 TRAIN_COLOUR = "#4477aa"
+DEPTH_KEY = re.compile(r"val/depth_(\d+)/loss")
 
 
 def plot_run(run: Path, out: Path | None = None) -> list[Path]:
@@ -44,15 +49,45 @@ def plot_run(run: Path, out: Path | None = None) -> list[Path]:
     if not (run / "config.yaml").is_file():
         raise DataError(f"{run}: is not the folder of a run, it has no config.yaml")
     config = load_config(run / "config.yaml")
-    steps = layer_map(config.recurrence)
+    steps = layer_map(config.recurrence, deepest(rows, config.recurrence))
     figures = {
         "loss": draw_loss(rows, config),
         "optimizer": draw_optimizer(rows),
         "speed": draw_speed(rows),
         "recurrence": draw_recurrence(rows, steps),
+        "depth": draw_depths(rows),
         "layer_map": draw_config(config),
     }
-    folder, written = out or run / "plots", []
+    return save_figures(figures, out or run / "plots")
+
+
+def deepest(rows: Sequence[Row], recurrence: RecurrenceConfig) -> int | None:
+    """The most loops that any row has measured; None where the scheme has none."""
+    if not isinstance(recurrence, Looped):
+        return None
+    loops = [int(key[-2:]) for row in rows for key in row if key.startswith("recurrence/resid")]
+    return 1 + max(loops, default=default_depth(recurrence).num_loops - 1)
+
+
+def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
+    """Draw several runs together; returns the files written.
+
+    Raises:
+        DataError: a run without metrics.
+    """
+    whole = [run.resolve() for run in runs]
+    shared = os.path.commonpath([run.parent for run in whole])
+    figure = draw_runs(
+        {str(run.relative_to(shared)): read_metrics(run / "metrics.jsonl") for run in whole}
+    )
+    if figure is None:
+        raise DataError(f"{', '.join(map(str, runs))}: hold no losses yet; train for a few steps")
+    return save_figures({"runs": figure}, out)
+
+
+def save_figures(figures: Mapping[str, Figure | None], folder: Path) -> list[Path]:
+    """Write each as PNG and SVG."""
+    written = []
     for name, figure in figures.items():
         if figure is not None:
             paths = [folder / f"{name}.png", folder / f"{name}.svg"]
@@ -94,7 +129,8 @@ def read_metrics(path: Path) -> list[Row]:
 def draw_loss(rows: Sequence[Row], config: Config) -> Figure | None:
     """Training loss (raw and smoothed) and validation losses over tokens."""
     tokens, losses = _series(rows, "train/loss", "tokens")
-    names = sorted({k for row in rows for k in row if k.startswith("val/") and k.endswith("loss")})
+    keys = {k for row in rows for k in row if not k.startswith("val/depth_")}
+    names = sorted(k for k in keys if k.startswith("val/") and k.endswith("loss"))
     if not tokens and not names:
         return None
     names.sort(key=lambda name: name != "val/loss")
@@ -117,6 +153,54 @@ def draw_loss(rows: Sequence[Row], config: Config) -> Figure | None:
     axes.margins(x=0.04)
     axes.legend(frameon=False)
     _title(axes, describe_scheme(config.recurrence))
+    return figure
+
+
+def draw_depths(rows: Sequence[Row]) -> Figure | None:
+    """Validation loss by number of loops: over training, and at the last evaluation."""
+    keys = {key: int(m[1]) for row in rows for key in row if (m := DEPTH_KEY.fullmatch(key))}
+    if not keys:
+        return None
+    figure, (left, right) = _beside(2)
+    last: list[tuple[int, float]] = []
+    for i, key in enumerate(sorted(keys, key=lambda key: keys[key])):
+        x, y = _series(rows, key, "tokens")
+        if not x:
+            continue
+        colour = BLOCK_COLOURS[i % len(BLOCK_COLOURS)]
+        left.plot(x, y, color=colour, lw=1.4, marker="o", ms=3, label=count_noun(keys[key], "loop"))
+        last.append((keys[key], y[-1]))
+    right.plot(*zip(*last, strict=True), color=ACCENT, lw=1.4, marker="o", ms=5)
+    left.xaxis.set_major_formatter(_engineering())
+    left.set_xlabel("tokens")
+    left.set_ylabel("validation loss (nats per token)")
+    left.legend(frameon=False)
+    right.set_xlabel("loops")
+    right.set_xticks([depth for depth, _ in last])
+    _title(left, "validation loss by depth")
+    _title(right, "at the last evaluation")
+    return figure
+
+
+def draw_runs(runs: Mapping[str, Sequence[Row]]) -> Figure | None:
+    """Training losses, smoothed, and validation losses of several runs over tokens."""
+    figure, (axes,) = _panels(1, width=8.0, height=4.6)
+    drawn: list[float] = []
+    for i, (name, rows) in enumerate(runs.items()):
+        colour = BLOCK_COLOURS[i % len(BLOCK_COLOURS)]
+        tokens, losses = _series(rows, "train/loss", "tokens")
+        axes.plot(tokens, _smooth(losses), color=colour, lw=1.6, label=name)
+        x, y = _series(rows, "val/loss", "tokens")
+        axes.plot(x, y, color=colour, lw=0.9, ls="--", marker="o", ms=4)
+        drawn += [*losses, *y]
+    if not drawn:
+        return None
+    axes.set_ylim(*_loss_limits(drawn))
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_formatter(_engineering())
+    axes.legend(frameon=False)
+    _title(axes, "training loss (lines) and validation loss (dots)")
     return figure
 
 
@@ -166,21 +250,26 @@ def draw_speed(rows: Sequence[Row]) -> Figure | None:
 
 
 def draw_recurrence(rows: Sequence[Row], steps: LayerMap) -> Figure | None:
-    """Residual norm and relative update of every step of the map, over training."""
+    """What every step of the map does to the residual stream, over training."""
     wanted = [
         ("recurrence/residual_norm/", "norm of the residual stream after each step of the map"),
         ("recurrence/relative_update/", "relative update: |change| / |state|"),
+        ("recurrence/fixed_point_distance/", "distance to the block's visit before"),
+        ("recurrence/gradient_share/", "share of each visit in its block's gradient"),
     ]
-    grids = [(title, *_grid(rows, prefix)) for prefix, title in wanted]
+    keys = [(step.block, step.loop_index) for step in steps]
+    # Also rows in which a panel has no value: their columns stay empty, not taken over.
+    rows = [row for row in rows if any(key.startswith(wanted[0][0]) for key in row)]
+    grids = [(title, *_grid(rows, prefix, keys)) for prefix, title in wanted]
     grids = [grid for grid in grids if grid[1]]
     if not grids:
         return None
     depth = max(len(values) for _, _, values in grids)
-    height = min(max(0.22 * depth, 1.8), 6.0) + 0.7
+    height = min(max(0.22 * depth, 1.8), 24.0 / len(grids)) + 0.7
     figure, all_axes = _panels(len(grids), height=height * len(grids))
     for axes, (title, x, values) in zip(all_axes, grids, strict=True):
         _draw_heat(axes, x, values)
-        _label_positions(axes, steps, len(values))
+        _label_steps(axes, steps)
         _title(axes, title)
     all_axes[-1].set_xlabel("step")
     return figure
@@ -196,12 +285,27 @@ def _panels(count: int, width: float = 8.0, height: float = 4.8) -> tuple[Figure
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
     all_axes = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
     for axes in all_axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(SOFT)
-        axes.tick_params(colors=INK, length=3, labelsize=9)
-        axes.grid(axis="y", color=SOFT, alpha=0.25, lw=0.6)
-        axes.set_axisbelow(True)
+        _style(axes)
     return figure, all_axes
+
+
+def _beside(count: int) -> tuple[Figure, list[Axes]]:
+    """Axes side by side, sharing y."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 3.8), facecolor="white", layout="constrained")
+    all_axes = list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+    for axes in all_axes:
+        _style(axes)
+    return figure, all_axes
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(SOFT)
+    axes.tick_params(colors=INK, length=3, labelsize=9)
+    axes.grid(axis="y", color=SOFT, alpha=0.25, lw=0.6)
+    axes.set_axisbelow(True)
 
 
 def _title(axes: Axes, text: str) -> None:
@@ -272,21 +376,18 @@ def _mark_skipped(axes: Axes, rows: Sequence[Row]) -> None:
         axes.legend(frameon=False)
 
 
-def _grid(rows: Sequence[Row], prefix: str) -> tuple[list[int], list[list[float]]]:
-    """(steps, one list of values per position of the map), NaN where a position did not run."""
-    keys = {key for row in rows for key in row if key.startswith(prefix)}
-    positions = {int(k.removeprefix(prefix)): k for k in keys if k.removeprefix(prefix).isdigit()}
-    if not positions:
+def _grid(
+    rows: Sequence[Row], prefix: str, keys: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[list[float]]]:
+    """(steps, one list of values per step of the map), NaN where a step of the map did not run."""
+    names = [f"{prefix}{block:02d}.{loop:02d}" for block, loop in keys]
+    if not any(name in row for row in rows for name in names):
         return [], []
-    kept = [row for row in rows if any(key in row for key in positions.values())]
     values = [
-        [
-            float(value) if _is_number(value := row.get(positions.get(i, ""))) else math.nan
-            for row in kept
-        ]
-        for i in range(max(positions) + 1)
+        [float(value) if _is_number(value := row.get(name)) else math.nan for row in rows]
+        for name in names
     ]
-    return [row["step"] for row in kept], values
+    return [row["step"] for row in rows], values
 
 
 def _draw_heat(axes: Axes, x: list[int], values: list[list[float]]) -> None:
@@ -308,9 +409,13 @@ def _draw_heat(axes: Axes, x: list[int], values: list[list[float]]) -> None:
     bar.ax.tick_params(labelsize=8, colors=INK, length=2, which="both")
 
 
-def _label_positions(axes: Axes, steps: LayerMap, count: int) -> None:
-    """Position in the map and its block, thinned where there are many."""
-    every = max(math.ceil(count / 24), 1)
-    ticks = list(range(0, count, every))
-    names = [f"{i} · block {steps[i].block}" if i < len(steps) else str(i) for i in ticks]
+def _label_steps(axes: Axes, steps: LayerMap) -> None:
+    """Block and loop of each step of the map, thinned where there are many."""
+    every = max(math.ceil(len(steps) / 24), 1)
+    ticks = list(range(0, len(steps), every))
+    again = {step.block for step in steps if step.loop_index}
+    names = [
+        f"block {steps[i].block}" + f" · {steps[i].loop_index}" * (steps[i].block in again)
+        for i in ticks
+    ]
     axes.set_yticks(ticks, names, size=8)

@@ -6,6 +6,8 @@ Adding a scheme: one config class with a `kind` literal in config/schema.py, one
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from megarecur.config.schema import (
@@ -15,29 +17,36 @@ from megarecur.config.schema import (
     CycleReverse,
     Dense,
     Loop,
+    Looped,
     RecurrenceConfig,
     ReuseMap,
     Sequence,
 )
+from megarecur.recurrence.depth import Depth, default_depth
 from megarecur.recurrence.layer_map import LayerMap, from_order, mark
 
 
-def layer_map(recurrence: RecurrenceConfig, depth: int | None = None) -> LayerMap:
+@lru_cache(maxsize=256)
+def layer_map(recurrence: RecurrenceConfig, depth: Depth | int | None = None) -> LayerMap:
     """What runs at an optimizer step.
 
     Args:
         recurrence: the config section.
-        depth: loops to run where the scheme repeats a group; left out: the config's num_loops.
+        depth: loops to run where the scheme repeats a group; a number: all of them with gradient;
+            left out: the config's num_loops, the rounded mean where they are drawn.
     """
-    return SCHEMES[type(recurrence)](recurrence, depth)
+    if isinstance(recurrence, Looped):
+        loops = Depth(depth, depth) if isinstance(depth, int) else depth
+        return LOOPED[type(recurrence)](recurrence, loops or default_depth(recurrence))
+    return SCHEMES[type(recurrence)](recurrence)
 
 
-def dense(config: Dense, depth: int | None) -> LayerMap:
+def dense(config: Dense) -> LayerMap:
     """0 1 2 3."""
     return from_order(range(config.num_layers))
 
 
-def sequence(config: Sequence, depth: int | None) -> LayerMap:
+def sequence(config: Sequence) -> LayerMap:
     """0 0 1 1 2 2: ceil(N/M) uses of each block until N are placed, as the authors' code does.
 
     Where that leaves blocks unused (M=4, N=9), uses are spread evenly instead: floor(i M / N).
@@ -49,12 +58,12 @@ def sequence(config: Sequence, depth: int | None) -> LayerMap:
     return from_order(i * blocks // length for i in range(length))
 
 
-def cycle(config: Cycle, depth: int | None) -> LayerMap:
+def cycle(config: Cycle) -> LayerMap:
     """0 1 2 0 1 2."""
     return from_order(i % config.num_blocks for i in range(config.depth))
 
 
-def cycle_reverse(config: CycleReverse, depth: int | None) -> LayerMap:
+def cycle_reverse(config: CycleReverse) -> LayerMap:
     """0 1 2 2 1 0: all blocks, N - 2M cyclic copies, then the last uses counted down from M - 1.
 
     The rule of the authors' code, also where M does not divide N (recurrence of 4 blocks at depth
@@ -67,16 +76,16 @@ def cycle_reverse(config: CycleReverse, depth: int | None) -> LayerMap:
     return from_order(order + [blocks - 1 - i for i in range(down)])
 
 
-def reuse_map(config: ReuseMap, depth: int | None) -> LayerMap:
+def reuse_map(config: ReuseMap) -> LayerMap:
     """[4, 2, 1, 1] is 0 0 0 0 1 1 2 3 (Nguyen & Lin 2025, section 3)."""
     return from_order(block for block, uses in enumerate(config.reuse_map) for _ in range(uses))
 
 
-def block_recurrence(config: BlockRecurrence, depth: int | None) -> LayerMap:
+def block_recurrence(config: BlockRecurrence, depth: Depth) -> LayerMap:
     """0 1 2 3 0 1 2 3, the embedding added at the start of each later loop."""
-    loops = depth or config.num_loops
-    steps = from_order(list(range(config.num_blocks)) * loops)
-    if config.injection == "none" or loops == 1:
+    steps = from_order(list(range(config.num_blocks)) * depth.num_loops)
+    steps = truncate(steps, 0, config.num_blocks, depth)
+    if config.injection == "none" or depth.num_loops == 1:
         return steps
     steps = mark(steps, 0, writes=("embedding",))
     for start in range(config.num_blocks, len(steps), config.num_blocks):
@@ -84,33 +93,44 @@ def block_recurrence(config: BlockRecurrence, depth: int | None) -> LayerMap:
     return steps
 
 
-def loop(config: Loop, depth: int | None) -> LayerMap:
+def loop(config: Loop, depth: Depth) -> LayerMap:
     """Prelude, core x num_loops, coda; every loop of the core reads the prelude's output."""
-    loops = depth or config.num_loops
     core = range(config.prelude, config.prelude + config.core)
     coda = range(core.stop, core.stop + config.coda)
-    steps = from_order([*range(config.prelude), *list(core) * loops, *coda])
+    steps = from_order([*range(config.prelude), *list(core) * depth.num_loops, *coda])
+    steps = truncate(steps, config.prelude, config.core, depth)
     if config.injection != "none":
         steps = mark(steps, config.prelude, writes=("prelude",))
-        for i in range(loops):
+        for i in range(depth.num_loops):
             steps = mark(steps, config.prelude + i * config.core, reads=("prelude",))
     if config.final_norm_after_core:
         steps = mark(steps, len(steps) - config.coda, normalize=True)
     return steps
 
 
-def custom(config: Custom, depth: int | None) -> LayerMap:
+def truncate(steps: LayerMap, start: int, length: int, depth: Depth) -> LayerMap:
+    """Let the first loops, of `length` steps from `start` on, run without gradient."""
+    stop = start + length * (depth.num_loops - depth.backward_loops)
+    return tuple(
+        replace(step, grad=False) if start <= position < stop else step
+        for position, step in enumerate(steps)
+    )
+
+
+def custom(config: Custom) -> LayerMap:
     """Any order."""
     return from_order(config.order)
 
 
-SCHEMES: dict[type, Callable[[Any, int | None], LayerMap]] = {
+SCHEMES: dict[type, Callable[[Any], LayerMap]] = {
     Dense: dense,
     Sequence: sequence,
     Cycle: cycle,
     CycleReverse: cycle_reverse,
     ReuseMap: reuse_map,
+    Custom: custom,
+}
+LOOPED: dict[type, Callable[[Any, Depth], LayerMap]] = {
     BlockRecurrence: block_recurrence,
     Loop: loop,
-    Custom: custom,
 }

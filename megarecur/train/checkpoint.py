@@ -13,37 +13,38 @@ import errno
 import logging
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megarecur.errors import CheckpointError
+from megarecur.errors import CheckpointError, MegarecurError
 from megarecur.parallel.shards import Shard, boxes
 from megarecur.train.checkpoint_index import DTYPES, DamagedCheckpoint, Index, read_index, unseal
 from megarecur.train.checkpoint_planning import ShardLoadPlanner, ShardSavePlanner
-from megarecur.train.checkpoint_storage import (
-    FolderReader,
-    FolderWriter,
-    delete_folder,
-    find_damage,
-)
+from megarecur.train.checkpoint_storage import FolderReader, FolderWriter, find_damage
 
 __all__ = [
     "SaveHandle",
     "Shard",
     "boxes",
+    "chunks_to_write",
     "find_checkpoint",
+    "from_first_rank",
+    "list_checkpoints",
     "load",
     "read_state",
-    "remove_old",
     "save",
     "verify",
+    "write",
 ]
 
 logger = logging.getLogger(__name__)
@@ -51,24 +52,53 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STEP_FOLDER = re.compile(r"step-[0-9]{8}")
-TEMPORARY = re.compile(r"(step-[0-9]{8}(\.damaged)?|latest)\.tmp")
+TEMPORARY = re.compile(r"(step-[0-9]{8}(\.damaged)?|latest|best)\.tmp")
+POINTERS = ("latest", "best")
+"""Files that name a checkpoint, for people and scripts: the folders are the truth."""
+
+# Filters are the process's own: set once, since a save may run beside other work.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class SaveHandle:
-    """A save under way: `result()` returns the checkpoint's path or raises what went wrong."""
+    """A save under way: `result()` returns the checkpoint's path or raises what went wrong.
 
-    def __init__(self, path: Path, error: Exception | None = None) -> None:
-        self._path, self._error = path, error
+    `work` runs at once, or in a thread of its own `in_background`. That thread does not keep an
+    interpreter that ends from ending: ask for the result.
+    """
+
+    def __init__(self, work: Callable[[], Path], in_background: bool = False) -> None:
+        self._future: Future[Path] = Future()
+        self.seconds = 0.0
+        """How long the work took, once it is done."""
+        if in_background:
+            Thread(target=self._run, args=(work,), name="save", daemon=True).start()
+        else:
+            self._run(work)
+
+    def _run(self, work: Callable[[], Path]) -> None:
+        began = time.perf_counter()
+        path, failure = Path(), None
+        try:
+            path = work()
+        except Exception as error:
+            failure = error
+        self.seconds = time.perf_counter() - began
+        if failure is not None:
+            self._future.set_exception(failure)
+        else:
+            self._future.set_result(path)
 
     def done(self) -> bool:
         """Whether `result()` would return at once."""
-        return True
+        return self._future.done()
 
-    def result(self) -> Path:
-        """Wait for the checkpoint to be complete; raises CheckpointError if it cannot be."""
-        if self._error is not None:
-            raise self._error
-        return self._path
+    def result(self, timeout: float | None = None) -> Path:
+        """Wait for the checkpoint to be complete; raises CheckpointError if it cannot be.
+
+        TimeoutError where that takes longer than `timeout` seconds.
+        """
+        return self._future.result(timeout)
 
 
 def save(
@@ -78,15 +108,33 @@ def save(
     state: dict[str, Any],
     *,
     group: dist.ProcessGroup | None = None,
+    in_background: bool = False,
 ) -> SaveHandle:
+    """`write`, whose errors surface in the handle's `result()`.
+
+    In the background, shards must not change and nothing else may use `group` until it is done.
+    """
+    return SaveHandle(lambda: write(root, step, shards, state, group=group), in_background)
+
+
+def write(
+    root: Path,
+    step: int,
+    shards: dict[str, Shard],
+    state: dict[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
     """Write `root/step-XXXXXXXX` and let `root/latest` name it; collective over `group` (gloo).
 
     `state` is JSON (keys become strings, tuples lists); that of the group's first rank is written.
-    Tensors without elements are left out, here and in `load`.
+    Tensors without elements are left out, here and in `load`. The checkpoints already there are
+    untouched, whatever happens.
 
-    Errors surface in the handle's `result()`: one CheckpointError, the same on every rank, where
-    the disk is full, a shard is wrong or an intact checkpoint of that step exists; what gloo raises
-    where a rank is gone (restart then). The checkpoints already there are untouched.
+    Raises:
+        CheckpointError: the same on every rank, where the disk is full, a shard is wrong or an
+            intact checkpoint of that step exists.
+        RuntimeError: gloo's own, where a rank is gone (restart then).
     """
     final = Path(root) / f"step-{step:08d}"
     if not STEP_FOLDER.fullmatch(final.name):
@@ -97,16 +145,14 @@ def save(
             dcp.save(
                 {}, storage_writer=writer, planner=ShardSavePlanner(shards), process_group=group
             )
-    except CheckpointError as error:
+    except CheckpointError:
         # Raised on all ranks alike, hence none is still writing.
         if _rank(group) == 0:
             shutil.rmtree(writer.temporary, ignore_errors=True)
             with suppress(OSError):
                 (final.parent / "latest.tmp").unlink()
-        return SaveHandle(final, error)
-    except Exception as error:  # a rank died or hangs; others may still be writing
-        return SaveHandle(final, error)
-    return SaveHandle(final)
+        raise
+    return final
 
 
 def load(
@@ -166,16 +212,22 @@ def verify(path: Path) -> list[str]:
 
 
 def find_checkpoint(
-    root: Path, *, group: dist.ProcessGroup | None = None
+    root: Path, *, group: dist.ProcessGroup | None = None, at_most: int | None = None
 ) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint under `root` (None if there is none), and what was skipped.
+
+    at_most: consider none of a later step.
 
     Collective over `group`: ranks share the reading and agree on the answer. One message tells of
     each damaged checkpoint, naming files and tensors.
     """
     root = Path(root)
-    paths, messages = _from_first_rank(lambda: (list_checkpoints(root), _check_latest(root)), group)
+    paths, messages = from_first_rank(
+        lambda: (list_checkpoints(root), _check_pointers(root)), group
+    )
     rank, size = _rank(group), _size(group)
+    if at_most is not None:
+        paths = [path for path in paths if int(path.name[5:]) <= at_most]
     for path in reversed(paths):
         damage, refusal = [], ""
         try:
@@ -199,30 +251,6 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and p.is_dir())
 
 
-def remove_old(root: Path, keep_last: int) -> None:
-    """Delete the oldest checkpoints beyond `keep_last`, and what interrupted saves left behind.
-
-    For one process, with no save under way. If all that would be kept are damaged, the newest
-    good one is kept as well.
-    """
-    root = Path(root)
-    if keep_last < 1:
-        raise CheckpointError(f"checkpoint.keep_last is {keep_last}; at least 1 must be kept")
-    for path in list(root.iterdir()) if root.is_dir() else []:
-        if TEMPORARY.fullmatch(path.name):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    paths = list_checkpoints(root)
-    doomed = paths[:-keep_last]
-    if doomed and all(verify(path) for path in reversed(paths[-keep_last:])):
-        good = next((path for path in reversed(doomed) if not verify(path)), None)
-        doomed = [path for path in doomed if path != good]
-    for path in doomed:
-        delete_folder(path)
-
-
 def _damage(path: Path, part: int, num_parts: int) -> list[str]:
     try:
         index = read_index(path)
@@ -231,17 +259,18 @@ def _damage(path: Path, part: int, num_parts: int) -> list[str]:
     return find_damage(path, index, part, num_parts)
 
 
-def _check_latest(root: Path) -> list[str]:
-    """What is wrong with `root/latest`. It is for people and scripts: the folders are the truth."""
-    if not (root / "latest").exists():
-        return []
-    try:
-        name = unseal(root / "latest")
-    except DamagedCheckpoint as error:
-        return [f"{error}; it is ignored"]
-    if not (root / name).is_dir():
-        return [f"{root / 'latest'} names {name}, which is missing"]
-    return []
+def _check_pointers(root: Path) -> list[str]:
+    """What is wrong with the pointers of `root`."""
+    messages = []
+    for path in (root / pointer for pointer in POINTERS if (root / pointer).exists()):
+        try:
+            name = unseal(path)
+        except DamagedCheckpoint as error:
+            messages.append(f"{error}; it is ignored")
+            continue
+        if not (root / name).is_dir():
+            messages.append(f"{path} names {name}, which is missing")
+    return messages
 
 
 def _mismatches(index: Index, shards: dict[str, Shard]) -> dict[str, str]:
@@ -285,17 +314,48 @@ def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
     return values
 
 
-def _from_first_rank(compute: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """What `compute` gives on the group's first rank; an OSError there is raised on every rank."""
+def chunks_to_write(
+    shards: dict[str, Shard], group: dist.ProcessGroup | None
+) -> set[tuple[str, tuple[int, ...]]]:
+    """(name, offset) of the chunks that this rank is to write; collective.
+
+    Of replicas one is written, by the rank that has the least to write so far.
+    """
+    held = [
+        (name, tuple(offset), tensor.nbytes)
+        for name, shard in shards.items()
+        for offset, _, tensor in shard.chunks
+        if tensor.numel()
+    ]
+    holders: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    ranks = _gather(held, group)
+    for rank, chunks in enumerate(ranks):
+        for name, offset, size in chunks:
+            holders.setdefault((name, offset), []).append(rank)
+            sizes[name, offset] = size
+    written, mine = [0] * len(ranks), set()
+    for chunk, candidates in holders.items():
+        writer = min(candidates, key=lambda rank: written[rank])
+        written[writer] += sizes[chunk]
+        if writer == _rank(group):
+            mine.add(chunk)
+    return mine
+
+
+def from_first_rank(compute: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """What `compute` gives on the group's first rank; its errors are raised on every rank."""
     result: Any = None
     if _rank(group) == 0:
         try:
             result = compute()
-        except OSError as error:
+        except (MegarecurError, OSError) as error:
             result = error
     first: Any = _gather(result, group)[0]
     if isinstance(first, OSError):
         raise CheckpointError(f"{first.filename} cannot be read: {first.strerror}")
+    if isinstance(first, MegarecurError):
+        raise first
     return first
 
 
@@ -303,9 +363,7 @@ def _from_first_rank(compute: Callable[[], T], group: dist.ProcessGroup | None) 
 def _one_error(doing: str) -> Iterator[None]:
     """Turn the errors that the ranks had into one CheckpointError, the same on every rank."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
+        yield
     except CheckpointException as failure:
         reasons = {_explain(rank, error) for rank, (error, _) in failure.failures.items()}
         for error, _ in failure.failures.values():

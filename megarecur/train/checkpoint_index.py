@@ -164,7 +164,7 @@ def index_fault(index: Index) -> str:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def readable(path: Path | str) -> Iterator[None]:
     """Turn a failure to read `path` into DamagedCheckpoint."""
     try:
         yield

@@ -12,12 +12,14 @@ import os
 import shutil
 import struct
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import FileIO
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -28,7 +30,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+)
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -51,6 +59,14 @@ from megarecur.train.checkpoint_index import (
 
 logger = logging.getLogger(__name__)
 
+J = TypeVar("J")
+R = TypeVar("R")
+
+BLOCK_BYTES = 1 << 19
+"""Read and hashed at a time: small enough to be hashed while it is in the cache."""
+NUM_READERS = 2
+"""Threads of a rank that read and hash."""
+
 # ---------------------------------------------------------------------------- bytes on the disk
 
 
@@ -62,6 +78,12 @@ def write_all(file: FileIO, data: memoryview | bytes, path: Path) -> None:
             view = view[file.write(view) :]
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def blocks_of(data: memoryview) -> Iterator[memoryview]:
+    """`data` cut into blocks."""
+    for start in range(0, len(data), BLOCK_BYTES):
+        yield data[start : start + BLOCK_BYTES]
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -81,6 +103,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
+    """The elements in order; of a contiguous tensor of the CPU, its own memory."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
@@ -96,11 +119,22 @@ def _finished(value: Any) -> Future[Any]:
 
 
 class ChunkReader:
-    """Reads and checks the chunks of one checkpoint, through one buffer and each file once open."""
+    """Reads and checks the chunks of one checkpoint, through one buffer and each file once open.
 
-    def __init__(self, path: Path, index: Index, verify: bool = True) -> None:
+    `open_file` opens a file of the checkpoint by name, where `path` is not a folder of this
+    machine.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        index: Index,
+        verify: bool = True,
+        open_file: Callable[[str], Any] | None = None,
+    ) -> None:
         self._path, self._index, self._verify = path, index, verify
-        self._files: dict[str, FileIO] = {}
+        self._open_file = open_file or self._open_local
+        self._files: dict[str, Any] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> "ChunkReader":
@@ -115,14 +149,18 @@ class ChunkReader:
         for file in self._files.values():
             file.close()
 
-    def open(self, name: str) -> FileIO:
+    def _open_local(self, name: str) -> FileIO:
+        return open(Path(self._path) / name, "rb", buffering=0)
+
+    def open(self, name: str) -> Any:
         """Open a file of the checkpoint and check its length and header."""
         if name in self._files:
             return self._files[name]
-        path, record = self._path / name, self._index.files[name]
+        path, record = f"{self._path}/{name}", self._index.files[name]
         with readable(path):
-            file = self._files[name] = open(path, "rb", buffering=0)  # noqa: SIM115
-            length = os.fstat(file.fileno()).st_size
+            file = self._files[name] = self._open_file(name)
+            length = file.seek(0, os.SEEK_END)
+            file.seek(0)
             header = file.read(min(record.header_bytes, length))
         if length != record.bytes:
             raise DamagedCheckpoint(f"{path}: {length} bytes long, written with {record.bytes}")
@@ -130,37 +168,69 @@ class ChunkReader:
             raise DamagedCheckpoint(f"{path}: checksum mismatch in the header")
         return file
 
-    def read(self, name: str, chunk: ChunkRecord) -> Tensor:
-        """The tensor of a chunk of `name`; valid until the next call."""
-        file, path = self.open(chunk.file), self._path / chunk.file
-        tensor = self._index.tensors[name]
+    def check(self, name: str, chunk: ChunkRecord) -> None:
+        """Read a chunk of `name` for its checksum alone."""
         start, stop = chunk.bytes
-        if self._buffer.numel() < stop - start:
-            self._buffer = torch.empty(stop - start, dtype=torch.uint8)
-        raw = self._buffer[: stop - start]
-        view = raw.numpy().data
-        done = 0
+        block = self._room(min(stop - start, BLOCK_BYTES)).numpy().data
+        self._fill(name, chunk, (block[: stop - at] for at in range(start, stop, BLOCK_BYTES)))
+
+    def read(self, name: str, chunk: ChunkRecord, target: Tensor | None = None) -> Tensor:
+        """The tensor of a chunk of `name`: `target`, filled, or a buffer until the next call.
+
+        A target is contiguous, on the CPU, of the chunk's shape and dtype.
+        """
+        dtype, size = DTYPES[self._index.tensors[name].dtype], chunk.bytes[1] - chunk.bytes[0]
+        if target is None:
+            target = self._room(size).view(dtype).view(chunk.shape)
+        self._fill(name, chunk, blocks_of(_bytes_of(target)))
+        return target
+
+    def _room(self, size: int) -> Tensor:
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        return self._buffer[:size]
+
+    def _fill(self, name: str, chunk: ChunkRecord, blocks: Iterator[memoryview]) -> None:
+        """Read a chunk into blocks, one after the other, and check it."""
+        file, path = self.open(chunk.file), f"{self._path}/{chunk.file}"
+        start, stop = chunk.bytes
+        hasher, fault = xxhash.xxh3_64(), ""
         with readable(path):
             file.seek(start)
-            while done < len(view) and (count := file.readinto(view[done:])):
-                done += count
-        fault = "ends early" if done < len(view) else ""
-        if not fault and self._verify and xxhash.xxh3_64_hexdigest(view) != chunk.xxh3:
+            for block in blocks:
+                done = 0
+                while done < len(block) and (count := file.readinto(block[done:])):
+                    done += count
+                if done < len(block):
+                    fault = "ends early"
+                    break
+                if self._verify:
+                    hasher.update(block)
+        if not fault and self._verify and hasher.hexdigest() != chunk.xxh3:
             fault = "checksum mismatch"
         if fault:
-            key = _chunk_key(name, tensor.shape, chunk.offset, chunk.shape)
+            key = _chunk_key(name, self._index.tensors[name].shape, chunk.offset, chunk.shape)
             raise DamagedCheckpoint(f"{path}: {fault} in {key}, bytes {start}:{stop}")
-        return raw.view(DTYPES[tensor.dtype]).view(chunk.shape)
 
 
-def find_damage(path: Path, index: Index, part: int = 0, num_parts: int = 1) -> list[str]:
-    """Read every `num_parts`-th file of a checkpoint; list what is damaged by file and tensor."""
+def find_damage(
+    path: Path | str,
+    index: Index,
+    part: int = 0,
+    num_parts: int = 1,
+    open_file: Callable[[str], Any] | None = None,
+) -> list[str]:
+    """Read every `num_parts`-th file of a checkpoint; list what is damaged by file and tensor.
+
+    `open_file`: see ChunkReader.
+    """
     chunks: dict[str, list[tuple[str, ChunkRecord]]] = defaultdict(list)
     for name, tensor in index.tensors.items():
         for chunk in tensor.chunks:
             chunks[chunk.file].append((name, chunk))
     damage = []
-    with ChunkReader(path, index) as reader:
+    readable_chunks = []
+    with ChunkReader(path, index, open_file=open_file) as reader:
         for file in sorted(index.files)[part::num_parts]:
             try:
                 reader.open(file)
@@ -169,12 +239,32 @@ def find_damage(path: Path, index: Index, part: int = 0, num_parts: int = 1) -> 
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 damage.append(f"{error} (holds {', '.join(names[:3])}{more})")
                 continue
-            for name, chunk in chunks[file]:
+            readable_chunks += sorted(chunks[file], key=lambda pair: pair[1].bytes)
+
+    def check(share: Sequence[tuple[str, ChunkRecord]]) -> list[str]:
+        found = []
+        with ChunkReader(path, index, open_file=open_file) as reader:
+            for name, chunk in share:
                 try:
-                    reader.read(name, chunk)
+                    reader.check(name, chunk)
                 except DamagedCheckpoint as error:
-                    damage.append(str(error))
-    return damage
+                    found.append(str(error))
+        return found
+
+    # Other file systems may hand out one file object to all.
+    num_readers = 1 if open_file else NUM_READERS
+    found = share_out(check, readable_chunks, num_readers)
+    return damage + [line for lines in found for line in lines]
+
+
+def share_out(
+    work: Callable[[Sequence[J]], R], jobs: Sequence[J], num_threads: int = NUM_READERS
+) -> list[R]:
+    """Let threads work on a stretch of the jobs each; what they return, in order."""
+    size = max(-(-len(jobs) // num_threads), 1)
+    shares = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="reader") as pool:
+        return list(pool.map(work, shares))
 
 
 # ------------------------------------------------------- storage of torch.distributed.checkpoint
@@ -247,7 +337,8 @@ class FolderWriter(StorageWriter):
             header_xxh3=xxhash.xxh3_64_hexdigest(head),
         )
         results = []
-        with open(path, "xb", buffering=0) as file:
+        # Hashed by a second thread meanwhile.
+        with ThreadPoolExecutor(1) as pool, open(path, "xb", buffering=0) as file:
             write_all(file, head, path)
             for item in plan.items:
                 data = item.tensor_data
@@ -256,13 +347,14 @@ class FolderWriter(StorageWriter):
                 assert isinstance(tensor, Tensor)
                 payload = _bytes_of(tensor)
                 start = file.tell()
+                digest = pool.submit(xxhash.xxh3_64_hexdigest, payload)
                 write_all(file, payload, path)
                 chunk = ChunkRecord(
                     offset=list(data.chunk.offsets),
                     shape=list(data.chunk.sizes),
                     file=path.name,
                     bytes=(start, start + len(payload)),
-                    xxh3=xxhash.xxh3_64_hexdigest(payload),
+                    xxh3=digest.result(),
                 )
                 results.append(WriteResult(item.index, len(payload), (chunk, record)))
             os.fsync(file.fileno())
@@ -356,26 +448,50 @@ class FolderReader(StorageReader):
             offset = item.storage_index.offset
             assert offset is not None
             wanted[item.storage_index.fqn, tuple(offset)].append(item)
-        with ChunkReader(self._path, self._index, self._verify) as reader:
-            for name, tensor in self._index.tensors.items():
-                for chunk in tensor.chunks:
-                    items = wanted.get((name, tuple(chunk.offset)))
-                    if not items:
-                        continue
-                    source = reader.read(name, chunk)
-                    for item in items:
-                        part = source
-                        for dim, start in enumerate(item.storage_offsets):
-                            part = part.narrow(dim, start, item.lengths[dim])
-                        target = planner.resolve_tensor(item).detach()
-                        target.copy_(part)
-                        planner.commit_tensor(item, target)
+        jobs = [
+            (name, chunk, wanted[name, tuple(chunk.offset)])
+            for name, tensor in self._index.tensors.items()
+            for chunk in tensor.chunks
+            if (name, tuple(chunk.offset)) in wanted
+        ]
+        jobs.sort(key=lambda job: (job[1].file, job[1].bytes))
+
+        def read(share: Sequence[tuple[str, ChunkRecord, list[ReadItem]]]) -> None:
+            with ChunkReader(self._path, self._index, self._verify) as reader:
+                for name, chunk, items in share:
+                    _read_into(reader, name, chunk, items, planner)
+
+        share_out(read, jobs)
         return _finished(None)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Any path will do."""
         return True
+
+
+def _read_into(
+    reader: ChunkReader, name: str, chunk: ChunkRecord, items: list[ReadItem], planner: LoadPlanner
+) -> None:
+    """Read one chunk and give each item its part; straight, where one item wants all of it."""
+    targets = [planner.resolve_tensor(item).detach() for item in items]
+    first = targets[0]
+    if (
+        len(items) == 1
+        and list(first.shape) == chunk.shape
+        and first.device.type == "cpu"
+        and first.is_contiguous()
+    ):
+        reader.read(name, chunk, first)
+    else:
+        source = reader.read(name, chunk)
+        for item, target in zip(items, targets, strict=True):
+            part = source
+            for dim, start in enumerate(item.storage_offsets):
+                part = part.narrow(dim, start, item.lengths[dim])
+            target.copy_(part)
+    for item, target in zip(items, targets, strict=True):
+        planner.commit_tensor(item, target)
 
 
 def _is_damaged(path: Path) -> bool:

@@ -12,6 +12,8 @@ import torch
 from megarecur.config.schema import Config
 from megarecur.data.corpus import Corpus
 from megarecur.data.loader import validation_batches
+from megarecur.data.tokenizer import load_tokenizer
+from megarecur.inference.generate import encode_prompt, generate, stream_text
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh
 from megarecur.recurrence.schemes import layer_map
@@ -41,10 +43,15 @@ class Score:
 
 
 def evaluate(
-    model: Transformer, corpora: Sequence[Corpus], config: Config, mesh: Mesh, max_samples: int = 0
+    model: Transformer,
+    corpora: Sequence[Corpus],
+    config: Config,
+    mesh: Mesh,
+    max_samples: int = 0,
+    num_loops: int | None = None,
 ) -> list[Score]:
-    """Score every corpus; collective over dp. max_samples 0: all of it."""
-    scores = [score_corpus(model, corpus, config, mesh, max_samples) for corpus in corpora]
+    """Score every corpus; collective over dp. max_samples 0: all of it; num_loops: as below."""
+    scores = (score_corpus(model, c, config, mesh, max_samples, None, num_loops) for c in corpora)
     return [score for score in scores if score is not None]
 
 
@@ -56,9 +63,13 @@ def score_corpus(
     mesh: Mesh,
     max_samples: int,
     stop: StopFlag | None = None,
+    num_loops: int | None = None,
 ) -> Score | None:
-    """One pass over (the start of) a corpus, every token predicted once; None when stopped."""
-    steps = layer_map(config.recurrence)
+    """One pass over (the start of) a corpus, every token predicted once; None when stopped.
+
+    num_loops: loops to run instead of those trained with, where the scheme repeats a group.
+    """
+    steps = layer_map(config.recurrence, num_loops)
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     batches = validation_batches(
         corpus,
@@ -80,6 +91,29 @@ def score_corpus(
     total, tokens = mesh.sum_over_dp(sums).tolist()
     num_bytes = tokens * corpus.num_bytes / corpus.num_tokens
     return Score(total / max(tokens, 1.0), int(tokens), num_bytes)
+
+
+def continue_prompts(model: Transformer, config: Config) -> dict[str, str]:
+    """What the model makes of train.sample_prompts, each with its prompt in front.
+
+    Every rank does the same, since stages of ZeRO gather weights for it.
+    """
+    if not config.train.sample_prompts:
+        return {}
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    texts = {}
+    for i, prompt in enumerate(config.train.sample_prompts):
+        ids = encode_prompt(tokenizer, prompt)
+        eos = (tokenizer.eos_id,)
+        count = config.train.sample_tokens
+        if config.model.positions == "learned":  # The table ends; the text then ends with it.
+            room = (config.model.max_positions or config.data.seq_length) + 1 - len(ids)
+            count = min(count, room)
+        if count < 1:
+            continue
+        new = generate(model, ids, max_new_tokens=count, seed=config.seed, sample=i, eos_ids=eos)
+        texts[f"samples/{i}"] = prompt + "".join(stream_text(tokenizer, ids, new))
+    return texts
 
 
 def score_values(scores: Sequence[Score], paths: Sequence[str]) -> dict[str, float]:

@@ -41,6 +41,12 @@ class Metrics:
                 self.board.add_scalar(tag, value, step)
         self.board.flush()
 
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Texts by tag, shown as they are."""
+        for tag, text in texts.items():
+            indented = "\n".join("    " + line for line in text.splitlines())
+            self.board.add_text(tag, indented, step)
+
     def close(self) -> None:
         """Make everything durable."""
         self.file.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from megarecur.config.schema import Config
+from megarecur.errors import ConfigError
+from megarecur.model.telemetry import MEASURES, name_measures
 from megarecur.parallel.mesh import Mesh
-from megarecur.plan.cost import count_flops
+from megarecur.plan.cost import FlopEstimate, count_flops
+from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train.metrics import Metrics, Progress, read_rows
 from megarecur.train.signals import StopFlag
@@ -27,8 +31,10 @@ class StepResult:
     (block, loop), sums over its tokens.
     """
 
+    depth: Depth | None
+    """Loops; None for schemes without."""
     losses: dict[str, Tensor] = field(default_factory=dict)
-    telemetry: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    telemetry: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     lr: float = 0.0
     grad_norm: float = 0.0
     skipped: bool = False
@@ -44,12 +50,14 @@ class Interval:
         self.losses: dict[str, Tensor] = {}
         self.num_losses = self.num_steps = 0
         self.data_seconds = self.seconds = 0.0
+        self.depths: list[Depth | None] = []
 
     def add(self, result: StepResult) -> None:
         """One optimizer step."""
         self.num_steps += 1
         self.data_seconds += result.data_seconds
         self.seconds += result.seconds
+        self.depths.append(result.depth)
         if result.skipped:
             return
         self.num_losses += 1
@@ -73,11 +81,10 @@ class Report:
 
     def __init__(self, run_dir: Path, config: Config, state: TrainState, mesh: Mesh) -> None:
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
-        steps = layer_map(config.recurrence)
-        self.keys = [(step.block, step.loop_index) for step in steps]
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(mesh.device, dtype) * mesh.dp
-        self.flops_per_token = count_flops(config, steps).train
+        self.flops: dict[Depth | None, FlopEstimate] = {}
+        """Executed per token, by depth."""
         self.interval = Interval()
         self.interval.restore(state.interval, mesh)
         self.metrics: Metrics | None = None
@@ -93,8 +100,8 @@ class Report:
         interval, self.interval = self.interval, Interval()
         names = list(interval.losses)
         sums = [interval.losses[name] / interval.num_losses for name in names]
-        for key in self.keys:
-            sums += last.telemetry[key]
+        for measures in last.telemetry.values():
+            sums += measures.unbind()
         reduced = self.mesh.sum_over_dp(torch.stack([s.to(torch.float64) for s in sums])).tolist()
         tokens = self.config.train.global_batch_size * self.config.data.seq_length
         rate = tokens * interval.num_steps / interval.seconds
@@ -104,16 +111,42 @@ class Report:
             "optim/grad_norm": last.grad_norm,
             "optim/skipped": state.skipped,
             "speed/tokens_per_second": rate,
-            "speed/mfu": rate * self.flops_per_token / self.peak,
+            **self.count_work(interval.depths, rate),
             "speed/data_wait": interval.data_seconds / interval.seconds,
             "speed/step_seconds": interval.seconds / interval.num_steps,
             "memory/peak_bytes": peak_memory(self.mesh.device),
         }
-        for i in range(len(self.keys)):
-            norm, update = reduced[len(names) + 2 * i :][:2]
-            values[f"recurrence/residual_norm/{i:02d}"] = norm / tokens
-            values[f"recurrence/relative_update/{i:02d}"] = update / tokens
+        rest, width = reduced[len(names) :], len(MEASURES)
+        rows = [rest[i * width :][:width] for i in range(len(last.telemetry))]
+        values |= name_measures(list(last.telemetry), rows, tokens)
         return values
+
+    def count_work(self, depths: Sequence[Depth | None], rate: float) -> dict[str, float]:
+        """Shares of the hardware's peak by the FLOPs that steps of these depths executed, apart for
+        loops without gradient and for recompute; and their mean depth.
+
+        Args:
+            depths: of each optimizer step.
+            rate: tokens per second.
+        """
+        for depth in set(depths) - set(self.flops):
+            steps = layer_map(self.config.recurrence, depth)
+            self.flops[depth] = count_flops(self.config, steps)
+
+        def share(kind: str) -> float:
+            flops = sum(getattr(self.flops[depth], kind) for depth in depths) / len(depths)
+            return float(flops * rate / self.peak)
+
+        work = {"speed/mfu": share("train")}
+        if share("forward_only"):
+            work["speed/mfu_forward_only"] = share("forward_only")
+        if share("recompute"):
+            work["speed/mfu_with_recompute"] = share("hardware")
+        loops = [depth for depth in depths if depth is not None]
+        if loops:
+            work["recurrence/num_loops"] = sum(d.num_loops for d in loops) / len(loops)
+            work["recurrence/backward_loops"] = sum(d.backward_loops for d in loops) / len(loops)
+        return work
 
     def write(self, state: TrainState, values: dict[str, float], stop: StopFlag) -> None:
         """One row and one line; a row that cannot be written ends the run on every rank."""
@@ -122,8 +155,24 @@ class Report:
         try:
             self.metrics.write(state.step, state.tokens, values)
         except OSError as error:
-            stop.fail(f"{self.metrics.path}: {error.strerror}; free some space and start again")
+            reason = f"{error.strerror}; free some space and start again"
+            stop.fail(ConfigError(f"{self.metrics.path}: {reason}"))
         self.progress.show(state.step, values)
+
+    def write_texts(self, state: TrainState, texts: dict[str, str]) -> None:
+        """Texts for TensorBoard, by tag."""
+        if self.metrics is not None:
+            self.metrics.write_texts(state.step, texts)
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        if self.progress is not None:
+            self.progress.note(text)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The last rows of the metrics, on every rank alike; collective."""
+        rows = read_rows(self.run_dir / "metrics.jsonl")[-500:] if self.mesh.rank == 0 else []
+        return list(self.mesh.broadcast_object(rows))
 
     def is_validated(self, step: int) -> bool:
         """Whether the metrics hold scores of this step, on every rank alike; collective."""

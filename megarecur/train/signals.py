@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from megarecur.errors import ConfigError
+from megarecur.errors import MegarecurError
 
 if TYPE_CHECKING:
     from megarecur.parallel.mesh import Mesh
@@ -27,7 +27,8 @@ class StopFlag:
     """The last stop signal that this process received, 0 for none; or an error of this rank."""
 
     def __init__(self) -> None:
-        self.number, self.error, self.noted = 0, "", 0.0
+        self.number, self.noted = 0, 0.0
+        self.error: MegarecurError | None = None
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The signal handler. A second Ctrl-C, a second or more later, stops at once."""
@@ -38,7 +39,7 @@ class StopFlag:
         if self.number != number:
             self.number, self.noted = number, now
 
-    def fail(self, error: str) -> None:
+    def fail(self, error: MegarecurError) -> None:
         """Let every rank end with this error at the next boundary, instead of one alone."""
         self.number, self.error = FAILED, error
 
@@ -46,11 +47,11 @@ class StopFlag:
         """The signal any rank received, the same on all ranks; collective, once per step.
 
         Raises:
-            ConfigError: on every rank, what a rank failed with.
+            MegarecurError: on every rank, what a rank failed with.
         """
         number = mesh.max_over_world(self.number)
         if number == FAILED:
-            raise ConfigError(next(e for e in mesh.gather_objects(self.error) if e))
+            raise next(error for error in mesh.gather_objects(self.error) if error is not None)
         return number
 
 

@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,23 @@ class TrainState:
     """Steps whose gradient was not finite."""
     interval: dict[str, Any] = field(default_factory=dict)
     """Losses since the last log step, where a checkpoint falls inside an interval."""
+    roll_backs: int = 0
+    """Times that an alarm brought an earlier checkpoint back."""
 
     def advance(self, config: Config, skipped: bool) -> TrainState:
         """One optimizer step later."""
         tokens = config.train.global_batch_size * config.data.seq_length
-        return TrainState(self.step + 1, self.tokens + tokens, self.skipped + skipped)
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + tokens,
+            skipped=self.skipped + skipped,
+            interval={},
+        )
+
+    def rolled_back(self) -> TrainState:
+        """The same place in data and schedule, with an earlier checkpoint's parameters."""
+        return replace(self, roll_backs=self.roll_backs + 1)
 
 
 def save_state(
@@ -71,15 +83,15 @@ def check_resume(saved: dict[str, Any], config: Config, tokenizer: str, path: Pa
     if changed:
         lines = "".join(f"\n  {line}" for line in changed)
         raise ConfigError(
-            f"{path} belongs to a run of another config; "
-            f"set these back, or choose another run_dir for a new run:{lines}"
+            f"{path} belongs to a run of another config; set these back, or choose another run_dir "
+            f"for a new run (init_from starts it from the parameters of this one):{lines}"
         )
     if saved["tokenizer"] != tokenizer:
         raise CheckpointError(
             f"{path} was trained with a tokenizer of fingerprint {saved['tokenizer']}, "
             f"data.tokenizer={config.data.tokenizer} has {tokenizer}; use the run's own"
         )
-    return TrainState(**{f.name: saved[f.name] for f in fields(TrainState)})
+    return TrainState(**{f.name: saved[f.name] for f in fields(TrainState) if f.name in saved})
 
 
 def write_config(run_dir: Path, config: Config) -> None:

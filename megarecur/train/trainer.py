@@ -17,21 +17,27 @@ from megarecur.data.corpus import Corpus, open_corpus
 from megarecur.data.loader import Loader, MicroBatch
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import CheckpointError, DataError
-from megarecur.model.transformer import LossTerm, Telemetry, Transformer
-from megarecur.optim.engine import Engine, PlainEngine
+from megarecur.model.telemetry import Telemetry
+from megarecur.model.transformer import LossTerm, Transformer
+from megarecur.optim.engine import Engine, build_engine
 from megarecur.optim.schedule import learning_rate
 from megarecur.parallel.mesh import Mesh, open_mesh, same_error
+from megarecur.recurrence.depth import sample_depth
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
-from megarecur.train.evaluate import score_corpus, score_values
+from megarecur.train.alarms import Alarms, record_event
+from megarecur.train.evaluate import continue_prompts, score_corpus, score_values
+from megarecur.train.initial import load_initial
+from megarecur.train.mirror import fetch_newest
 from megarecur.train.report import Report, StepResult
+from megarecur.train.saving import Saver
 from megarecur.train.signals import StopFlag, watch_signals
 from megarecur.train.state import TrainState, check_resume, open_run, save_state, write_config
 
 log = logging.getLogger(__name__)
 
-FINISHED, STOPPED = 0, 3
-"""Exit codes: all steps done; saved and stopped by a signal."""
+FINISHED, DIVERGED, STOPPED = 0, 1, 3
+"""Exit codes: all steps done; ended by an alarm; saved and stopped by a signal."""
 
 
 def train(config: Config, stop: StopFlag | None = None) -> int:
@@ -51,23 +57,31 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         data = open_data(config, mesh)
         config, loader = data.config, resources.enter_context(closing(data.loader))
         model = Transformer(config, mesh.device)
-        engine = PlainEngine(model, config, mesh)
+        engine = build_engine(model, config, mesh)
+        saver = resources.enter_context(Saver(run_dir, config, mesh))
         state = resume(run_dir, config, data, engine, mesh)
+        saver.prepare(engine.shards())
         with same_error(mesh):
             write_config(run_dir, config) if mesh.rank == 0 else None
             report = Report(run_dir, config, state, mesh)
+        alarms = Alarms(config.alarms, report.rows())
         saved = validated = state.step
         if state.step and not report.is_validated(state.step):
             validated = 0  # The run ended between saving this step and scoring it.
         while True:
+            saver.poll(stop)
             number = stop.agreed(mesh)
             if is_due(state.step, config.train.eval_every, config) and validated < state.step:
                 values, number = validate(model, data, mesh, state, stop)
+                if values:
+                    report.write_texts(state, continue_prompts(model, config))
                 report.write(state, values, stop)
+                saver.scored()
                 validated = state.step
             if number:
                 break
             if state.step == config.train.steps:
+                saver.finish()
                 report.finish(f"done: {state.step} steps, {state.tokens} tokens in {run_dir}")
                 return FINISHED
             started = time.perf_counter()
@@ -82,12 +96,26 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             state = state.advance(config, result.skipped)
             report.interval.add(result)
             if due:
-                report.write(state, report.close_interval(state, result), stop)
-            if is_due(state.step, config.checkpoint.every, config):
-                save(run_dir, config, data, engine, mesh, state, report)
+                values = report.close_interval(state, result) | saver.timings()
+                reasons = alarms.check(state.step, values)
+                report.write(state, values | {"alarms/raised": len(reasons)}, stop)
+                action, source = choose_action(reasons, alarms, saver, state, report)
+                if action == "stop":
+                    saver.finish()
+                    report.finish(f"stopped at step {state.step} by an alarm, unsaved")
+                    return DIVERGED
+                if source is not None:
+                    load_checkpoint(source, engine, mesh)
+                    alarms.healthy_step, state = state.step, state.rolled_back()
+                    save(saver, config, data, engine, mesh, state, report, last=False)
+                    saved = state.step
+            if saved < state.step and is_due(state.step, config.checkpoint.every, config):
+                last = state.step == config.train.steps
+                save(saver, config, data, engine, mesh, state, report, last)
                 saved = state.step
         if saved < state.step:
-            save(run_dir, config, data, engine, mesh, state, report)
+            save(saver, config, data, engine, mesh, state, report, last=True)
+        saver.finish()
         report.finish(
             f"saved at step {state.step} and stopped by signal {number}; "
             "the same command goes on from there"
@@ -186,11 +214,12 @@ def forward_backward(
     The objective divides sums by counts over the global batch, known before the forward pass, so
     that it depends on neither dp, micro batch size nor padding.
     """
-    steps = layer_map(config.recurrence)
+    depth = sample_depth(config.recurrence, config.seed, step)
+    steps = layer_map(config.recurrence, depth)
     denominators = count_denominators(batches, mesh)
-    result = StepResult()
+    result = StepResult(depth)
     for batch in batches:
-        seen: Telemetry | None = {} if telemetry else None
+        seen = Telemetry() if telemetry else None
         ctx = model.context(batch, step, training=True, telemetry=seen)
         x, auxiliary = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
         terms = model.loss(x, batch) | auxiliary
@@ -198,9 +227,9 @@ def forward_backward(
         for name, term in terms.items():
             share = term.total.detach() / denominators[term.denominator]
             result.losses[name] = result.losses.get(name, 0.0) + share
-        for key, sums in (seen or {}).items():
-            before = result.telemetry.get(key, (0.0, 0.0))
-            result.telemetry[key] = (before[0] + sums[0], before[1] + sums[1])
+        for key, sums in (seen.sums if seen else {}).items():
+            before = result.telemetry.get(key)
+            result.telemetry[key] = sums if before is None else before + sums
     return result
 
 
@@ -222,51 +251,65 @@ def objective(terms: Mapping[str, LossTerm], denominators: Mapping[str, float]) 
 def validate(
     model: Transformer, data: Data, mesh: Mesh, state: TrainState, stop: StopFlag
 ) -> tuple[dict[str, float], int]:
-    """(scores of the validation corpora, stop signal); at the end of a run all of them is read."""
+    """(scores of the validation corpora, stop signal); at the end of a run all of them is read.
+
+    At train.eval_depths, losses are `val/depth_R/loss`, one curve per number of loops, always over
+    train.eval_samples.
+    """
     config = data.config
-    samples = config.train.eval_samples if state.step < config.train.steps else 0
-    scores = []
-    for corpus in data.validation:
-        score = score_corpus(model, corpus, config, mesh, samples, stop)
-        if score is None:
-            return {}, stop.agreed(mesh)
-        scores.append(score)
-    return score_values(scores, [source.path for source in config.data.val]), stop.agreed(mesh)
+    some = config.train.eval_samples
+    paths = [source.path for source in config.data.val]
+    values: dict[str, float] = {}
+    for depth in (None, *config.train.eval_depths):
+        samples = 0 if depth is None and state.step == config.train.steps else some
+        scores = []
+        for corpus in data.validation:
+            score = score_corpus(model, corpus, config, mesh, samples, stop, depth)
+            if score is None:
+                return {}, stop.agreed(mesh)
+            scores.append(score)
+        named = score_values(scores, paths)
+        prefix = "val/" if depth is None else f"val/depth_{depth}/"
+        values |= {prefix + name.removeprefix("val/"): value for name, value in named.items()}
+    return values, stop.agreed(mesh)
 
 
 def save(
-    run_dir: Path,
+    saver: Saver,
     config: Config,
     data: Data,
     engine: Engine,
     mesh: Mesh,
     state: TrainState,
     report: Report,
+    last: bool,
 ) -> None:
-    """Write a checkpoint, then let go of old ones.
+    """Begin to write a checkpoint; `last`: no optimizer step follows.
 
     Raises:
-        CheckpointError: it could not be written; the earlier ones are untouched.
+        CheckpointError: one could not be written; the earlier ones are untouched.
     """
-    root = run_dir / "checkpoints"
     state = replace(state, interval=report.interval.carry(mesh))
     content = save_state(state, config, mesh, data.loader.state(state.step), data.tokenizer)
-    checkpoint.save(root, state.step, engine.shards(), content, group=mesh.dp_group).result()
-    with same_error(mesh):
-        if mesh.rank == 0:
-            checkpoint.remove_old(root, config.checkpoint.keep_last)
+    saver.save(state.step, engine.shards(), content, last)
 
 
 def resume(run_dir: Path, config: Config, data: Data, engine: Engine, mesh: Mesh) -> TrainState:
-    """Load the newest good checkpoint, if there is one.
+    """Load the newest good checkpoint, if there is one, or the parameters to start from.
 
     Raises:
-        ConfigError: a fixed field changed.
-        CheckpointError: checkpoints that cannot be used, or nothing but damaged ones: starting over
-            would write over what is left of the run.
+        ConfigError: a fixed field changed, or `init_from` names no run.
+        CheckpointError: checkpoints that cannot be used, or nothing but damaged ones, here and in
+            the mirror: starting over would write over what is left of the run.
     """
-    root = run_dir / "checkpoints"
-    path, damaged = checkpoint.find_checkpoint(root, group=mesh.dp_group)
+    root, mirror = run_dir / "checkpoints", config.checkpoint.mirror
+    path, damaged = checkpoint.find_checkpoint(root, group=mesh.save_group)
+    if path is None and mirror is not None:
+        path, more = checkpoint.from_first_rank(lambda: fetch_newest(mirror, root), mesh.save_group)
+        damaged = [*damaged, *more]
+        if path is not None and mesh.rank == 0:
+            log.warning("%s has no checkpoint to go on from; %s was fetched from %s",
+                        root, path.name, mirror)  # fmt: skip
     if path is None and damaged:
         raise CheckpointError(
             "\n".join(damaged) + f"\n{root}: holds nothing else; "
@@ -275,11 +318,49 @@ def resume(run_dir: Path, config: Config, data: Data, engine: Engine, mesh: Mesh
     for message in damaged if mesh.rank == 0 else []:
         log.warning(message)
     if path is None:
+        if config.init_from is not None:
+            load_initial(config, engine, data.tokenizer, mesh)
         return TrainState()
     saved = checkpoint.read_state(path)
     state = check_resume(saved, config, data.tokenizer, path)
     data.loader.check_state(saved["data"])
-    shards = engine.shards()
-    checkpoint.load(path, shards, group=mesh.dp_group)
-    engine.load(shards)
+    load_checkpoint(path, engine, mesh)
     return state
+
+
+def load_checkpoint(path: Path, engine: Engine, mesh: Mesh) -> None:
+    """Give the engine the parameters and moments of a checkpoint; collective."""
+    shards = engine.shards()
+    checkpoint.load(path, shards, group=mesh.save_group)
+    engine.load(shards)
+
+
+def choose_action(
+    reasons: Sequence[str], alarms: Alarms, saver: Saver, state: TrainState, report: Report
+) -> tuple[str, Path | None]:
+    """What to do about alarms (the config's choice, where it can be done), and from which
+    checkpoint to go on; collective. What happened is told and recorded."""
+    if not reasons:
+        return "", None
+    rule, source, reasons = alarms.config, None, list(reasons)
+    action: str = rule.action
+    if action == "roll_back" and state.roll_backs >= rule.max_roll_backs:
+        action = "stop"
+        reasons.append(f"alarms.max_roll_backs={rule.max_roll_backs} are used up")
+    if action == "roll_back":
+        saver.wait()
+        source, _ = checkpoint.find_checkpoint(
+            saver.root, group=saver.mesh.save_group, at_most=alarms.healthy_step
+        )
+        if source is None:
+            action = "stop"
+            reasons.append("there is no checkpoint from before to roll back to")
+    event = {"step": state.step, "alarms": reasons, "action": action}
+    if source is not None:
+        event["from"] = source.name
+    with same_error(saver.mesh):
+        if saver.mesh.rank == 0:
+            record_event(saver.run_dir, **event)
+    done = f"{action} to {source.name}" if source is not None else action
+    report.note(f"alarm at step {state.step}: {'; '.join(reasons)}: {done}")
+    return action, source

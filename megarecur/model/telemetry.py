@@ -1,0 +1,89 @@
+"""What the steps of a layer map do to the residual stream, measured on log steps.
+
+Sums over the tokens of one micro batch, so that micro batches and replicas add. |x| is the root
+mean square of a vector over its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megarecur.recurrence.layer_map import Step
+
+MEASURES = (
+    "residual_norm",  # |x_out|
+    "relative_update",  # |x_out - x_in| / |x_in|
+    "residual_ratio",  # |x_out| / |x_in|: above 1 the stream grows
+    "fixed_point_distance",  # |x_out - x_out of the block's visit before| / |x_out|; 0 at the first
+    "gradient_square",  # squared norm of the objective's gradient with respect to x_out
+)
+
+
+@dataclass
+class Telemetry:
+    """The measures of one micro batch, by (block, loop) in the order of the map."""
+
+    sums: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """[len(MEASURES)] each; the last is there once backward has run."""
+    visits: dict[int, Tensor] = field(default_factory=dict)
+    """What each block made of the stream at its last visit."""
+
+    def record(self, step: Step, before: Tensor, after: Tensor) -> None:
+        """Measure one step of the map; before and after: [B, S, D]."""
+        wide = torch.promote_types(after.dtype, torch.float32)
+        last = self.visits.get(step.block)
+        sums = torch.zeros(len(MEASURES), dtype=wide, device=after.device)
+        with torch.no_grad():
+            x_in, x_out = before.to(wide), after.to(wide)
+            norm = rms(x_out)
+            # A core may start from zero: its first step then changes everything, by definition.
+            scale = rms(x_in)
+            scale = torch.where(scale > 0, scale, norm).clamp(min=1e-30)
+            sums[0] = norm.sum()
+            sums[1] = (rms(x_out - x_in) / scale).sum()
+            sums[2] = (norm / scale).sum()
+            if last is not None:
+                sums[3] = (rms(x_out - last.to(wide)) / norm.clamp(min=1e-30)).sum()
+        self.sums[step.block, step.loop_index] = sums
+        self.visits[step.block] = after.detach()
+        if after.requires_grad:
+
+            def measure(gradient: Tensor) -> None:
+                sums[-1] += gradient.to(wide).square().sum()
+
+            after.register_hook(measure)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square over the last dim: [..., D] to [...]."""
+    return x.square().mean(-1).sqrt()
+
+
+def name_measures(
+    keys: Sequence[tuple[int, int]], sums: Sequence[Sequence[float]], tokens: int
+) -> dict[str, float]:
+    """Metrics such as `recurrence/residual_norm/02.00`, by block and loop: at every depth the same
+    name means the same step. Means per token; gradients as each visit's share of its block's.
+
+    Args:
+        keys: (block, loop) of each step of the map.
+        sums: the measures of each, over the global batch.
+        tokens: of the global batch.
+    """
+    values: dict[str, float] = {}
+    gradients = [max(row[-1], 0.0) ** 0.5 for row in sums]
+    of_block: dict[int, float] = {}
+    for (block, _), gradient in zip(keys, gradients, strict=True):
+        of_block[block] = of_block.get(block, 0.0) + gradient
+    for (block, loop), row, gradient in zip(keys, sums, gradients, strict=True):
+        shown = MEASURES[: 4 if loop else 3]
+        for name, value in zip(shown, row, strict=False):
+            values[f"recurrence/{name}/{block:02d}.{loop:02d}"] = value / tokens
+        if of_block[block] > gradient:
+            share = gradient / of_block[block]
+            values[f"recurrence/gradient_share/{block:02d}.{loop:02d}"] = share
+    return values

@@ -1,0 +1,379 @@
+"""ZeRO 1, 2 and 3 (Rajbhandari et al. 2020) by DeepSpeed: the plain engine's results from shards.
+
+DeepSpeed runs in fp32 throughout: our `Weight` owns the copies in the compute dtype. The only file
+that imports deepspeed, and only once an engine is made.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megarecur.config.schema import Config
+from megarecur.errors import ConfigError
+from megarecur.model.transformer import Stack, Transformer
+from megarecur.optim.engine import UPDATES
+from megarecur.optim.groups import build_groups
+from megarecur.parallel.linear import Weight
+from megarecur.parallel.mesh import Mesh, same_error
+from megarecur.parallel.shards import Shard, boxes, whole
+from megarecur.recurrence.inventory import check_patterns, is_frozen
+
+DEEPSPEED = "0.19.8"
+"""The one version whose inner workings are known here."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 50_000_000
+"""Most elements that are reduced or gathered in one call (fp32: 200 MB)."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank owns of one parameter: elements [start, stop) of it, kept one-dimensional."""
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    values: Tensor
+    moments: dict[str, Tensor]
+
+
+class ZeroEngine:
+    """Shards optimizer state (stage 1), gradients too (2), parameters too (3) over the replicas."""
+
+    def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
+        with same_error(mesh):
+            check_deepspeed(config)
+        check_patterns(config.optimizer, model.parameters_by_name)
+        self.model, self.mesh, self.stage = model, mesh, config.parallel.zero_stage
+        self.offload = config.parallel.offload_optimizer
+        self.num_microbatches = config.train.global_batch_size // (
+            mesh.dp * config.train.micro_batch_size
+        )
+        self.loss_scale = float(self.num_microbatches * mesh.dp)
+        """DeepSpeed divides by both; our objective is a sum over micro batches and replicas."""
+        self.shapes = {n: tuple(p.shape) for n, p in model.parameters_by_name.items()}
+        self.trained: dict[str, Any] = {}
+        """By name; `Any`, as DeepSpeed hangs its own attributes on parameters."""
+        for name, parameter in model.parameters_by_name.items():
+            parameter.requires_grad_(not is_frozen(config.optimizer, name))
+            if parameter.requires_grad:
+                self.trained[name] = parameter
+        client = torch.optim.AdamW(
+            build_groups(config.optimizer, model.parameters_by_name),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            fused=True,
+        )
+        deepspeed = import_deepspeed(mesh)
+        if self.stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(model, [Stack])
+            assert model.look_up is not None
+            model.look_up.register_forward_pre_hook(self.start_of_pass)
+            anchor_stack(model.stack, mesh.device)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=list(self.trained.values()),
+            optimizer=client,
+            config=self.describe(config),
+        )
+        if self.stage < 3 and not self.offload:
+            self.drop_masters()
+        self.groups = client.param_groups
+        self.state = client.state
+        self.flats: list[Tensor] = (
+            self.optimizer.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else self.optimizer.single_partition_of_fp32_groups
+        )
+        for flat in self.flats:
+            self.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        if self.stage == 3:
+            for weight in model.weights():
+                weight.transient = True
+                free_copy_with(weight)
+        self.flat: Tensor | None = None
+        if self.stage == 1:
+            self.flat = torch.zeros(
+                sum(p.numel() for p in self.trained.values()), device=mesh.device
+            )
+            for weight in model.weights():
+                weight.sum_in_place = weight.parameter.requires_grad
+        self.updates = torch.zeros(1, dtype=torch.float32)
+        self.done = 0
+        """Backward passes of this step."""
+        model.refresh()
+
+    def describe(self, config: Config) -> dict[str, Any]:
+        """DeepSpeed's configuration, from ours."""
+        sizes = [math.prod(self.shapes[name]) for name in self.trained]
+        bucket = min(BUCKET, sum(sizes) + 1) // 2 * 2
+        vectors = [math.prod(shape) for shape in self.shapes.values() if len(shape) < 2]
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": False,
+            "contiguous_gradients": self.stage == 2,
+        }
+        if self.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if self.stage == 3:
+            zero |= {
+                "stage3_prefetch_bucket_size": bucket,
+                # Vectors are used everywhere and weigh nothing: they stay whole.
+                "stage3_param_persistence_threshold": max(vectors, default=0),
+                # Replaces torch's own linear function for good.
+                "memory_efficient_linear": False,
+            }
+        return {
+            "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+            "gradient_accumulation_steps": self.num_microbatches,
+            "gradient_clipping": config.optimizer.clip_norm or 0.0,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": zero,
+        }
+
+    def drop_masters(self) -> None:
+        """Stages 1 and 2 keep fp32 masters of parameters that are fp32 already: alias them."""
+        masters = self.optimizer.single_partition_of_fp32_groups
+        for master, parts in zip(
+            masters, self.optimizer.parallel_partitioned_bit16_groups, strict=True
+        ):
+            master.data = parts[self.mesh.dp_rank]
+        self.optimizer._link_all_hp_params()
+
+    def start_of_pass(self, *_: Any) -> None:
+        """Stage 3: DeepSpeed learns the order of gathers from one pass for the next."""
+        self.optimizer.parameter_offload.get_param_coordinator().reset_step()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro batch's share of the objective."""
+        assert self.done < self.num_microbatches, "gradients() ends a step's backward passes"
+        if self.done == 0:
+            self.forget_gradients()
+        self.done += 1
+        self.engine.set_gradient_accumulation_boundary(self.done == self.num_microbatches)
+        self.optimizer.clear_backward_seen_flag()
+        if self.stage == 1:
+            self.optimizer.setup_buckets()  # Else left to a hook, of which none may run.
+        self.engine.backward(loss * self.loss_scale)
+
+    def forget_gradients(self) -> None:
+        """Zero what DeepSpeed keeps from the last step for parameters that this one may not use."""
+        if self.flat is not None:
+            pieces = self.flat.zero_().split([p.numel() for p in self.trained.values()])
+            for parameter, piece in zip(self.trained.values(), pieces, strict=True):
+                parameter.grad = piece.view_as(parameter)
+        if self.stage == 3:
+            self.optimizer.grad_partitions_flat_buffer.zero_()
+        elif self.offload:
+            for flat in self.flats:
+                assert flat.grad is not None
+                flat.grad.zero_()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Raw gradients by global name, summed over replicas; copies. Collective."""
+        from deepspeed.utils import safe_get_full_grad
+
+        assert self.done == self.num_microbatches, "gradients are reduced with the last micro batch"
+        return {name: safe_get_full_grad(p).clone() for name, p in self.trained.items()}
+
+    def step(self, lr: float) -> tuple[float, bool]:
+        """Clip, update, share out. Returns (global norm before clipping, skipped: not finite)."""
+        assert self.done == self.num_microbatches, "a step ends with its last micro batch"
+        for group in self.groups:
+            group["lr"] = lr * group["lr_multiplier"]
+        self.engine.step()
+        self.done = 0
+        skipped = bool(self.optimizer.overflow)
+        if not skipped:
+            self.updates += 1
+            self.model.refresh()
+        return float(self.engine.get_global_grad_norm()), skipped
+
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        """What this rank owns of every trained parameter."""
+        for name, parameter in self.trained.items():
+            shape, start, stop = self.shapes[name], 0, 0
+            flat, offset = self.flats[0], 0
+            if self.stage == 3:
+                size = parameter.partition_numel()
+                group, offset, _ = self.optimizer.grad_position[
+                    self.optimizer.get_param_id(parameter)
+                ]
+                flat = self.flats[group]
+                start = min(size * self.mesh.dp_rank, math.prod(shape))
+                stop = min(start + size, math.prod(shape))
+            elif parameter._hp_mapping is not None:
+                mapping = parameter._hp_mapping
+                flat = self.flats[mapping.param_group_index]
+                offset = mapping.hp_fragment_address.start
+                start = mapping.lp_fragment_address.start
+                stop = start + mapping.lp_fragment_address.numel
+            part = slice(offset, offset + stop - start)
+            moments = {moment: self.state[flat][moment][part] for moment in MOMENTS}
+            yield name, Piece(shape, start, stop, flat.detach()[part], moments)
+
+    def shards(self) -> dict[str, Shard]:
+        """Checkpoint entries; they alias the live tensors. Nothing is gathered."""
+        entries: dict[str, Shard] = {}
+        for name, piece in self.pieces():
+            entries[name] = cut(piece, piece.values)
+            for moment, values in piece.moments.items():
+                entries[f"{moment}.{name}"] = cut(piece, values)
+        for name, parameter in self.model.parameters_by_name.items():
+            if name not in self.trained:
+                entries[name] = self.frozen_shard(name, parameter)
+        entries[UPDATES] = whole(self.updates)
+        return entries
+
+    def frozen_shard(self, name: str, parameter: Any) -> Shard:
+        """The entry of a parameter that is not trained: a piece at stage 3, else all of it."""
+        if self.stage < 3:
+            return whole(parameter.detach())
+        shape, values = self.shapes[name], parameter.ds_tensor.detach()
+        start = min(values.numel() * self.mesh.dp_rank, math.prod(shape))
+        stop = min(start + values.numel(), math.prod(shape))
+        return cut(Piece(shape, start, stop, values, {}), values)
+
+    def load(self, shards: dict[str, Shard]) -> None:
+        """Take over entries of `shards()` that were filled from a checkpoint. Collective."""
+        for flat in self.flats:
+            self.state[flat]["step"].fill_(self.updates.item())
+        if self.stage == 3:
+            self.optimizer._partition_all_parameters()
+            for group in range(len(self.flats)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        else:
+            self.optimizer.update_lp_params()
+        self.model.refresh()
+
+
+def cut(piece: Piece, values: Tensor) -> Shard:
+    """A one-dimensional slice of a tensor as rectangles of it, without copying."""
+    chunks, first = [], 0
+    for offset, sizes in boxes(piece.shape, piece.start, piece.stop):
+        size = math.prod(sizes)
+        chunks.append((offset, sizes, values[first : first + size].view(sizes)))
+        first += size
+    return Shard(piece.shape, chunks)
+
+
+# ------------------------------------------------------------------- DeepSpeed, missing and present
+
+
+def check_deepspeed(config: Config) -> None:
+    """Refuse to run without DeepSpeed, or with one that is not known here.
+
+    Raises:
+        ConfigError: naming the extra to install.
+    """
+    stage = config.parallel.zero_stage
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        found = "none"
+    if found != DEEPSPEED:
+        raise ConfigError(
+            f"parallel.zero_stage={stage} needs deepspeed {DEEPSPEED}, installed is {found}; "
+            "pip install 'megarecur[zero]', or set parallel.zero_stage=0"
+        )
+
+
+def import_deepspeed(mesh: Mesh) -> Any:
+    """The library, for this process's device and group; nothing is compiled, little is logged."""
+    device = mesh.device.type
+    # Asked for by DeepSpeed even where nobody started this process as one of several.
+    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
+    os.environ["DS_ACCELERATOR"] = device
+    if not dist.is_initialized():
+        open_own_group(device)
+    import deepspeed
+    import deepspeed.ops
+
+    # Else DeepSpeed tries what could be compiled, and compiles a collective that nobody here calls.
+    deepspeed.ops.__compatible_ops__ = {}
+    # Its Muon is imported to see that the optimizer is another; being compiled for that, it would
+    # bring in all of torch's compiler (1.4 s, 45 MB).
+    from deepspeed.runtime import compiler
+
+    kept, compiler.compile = compiler.compile, lambda: lambda function: function
+    import deepspeed.runtime.zero.muon.muon_optimizer
+
+    compiler.compile = kept
+    # From torch, at every collective of stage 3.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return deepspeed
+
+
+def open_own_group(device: str) -> None:
+    """A process group of this process alone, without addresses, until it ends."""
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+
+
+# --------------------------------------------------------------------- stage 3 and shared blocks
+
+
+class _Join(torch.autograd.Function):
+    """x itself; `other` takes part in the graph with gradient 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
+        ctx.like = other.new_empty(0)
+        ctx.shape = other.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], ctx.like.new_zeros(()).expand(ctx.shape)
+
+
+def anchor_stack(stack: Stack, device: torch.device) -> None:
+    """Make the gradient of the stack's input the last thing its backward pass computes, always.
+
+    DeepSpeed reduces a leaf's gradients when that of its input is there. With a frozen embedding
+    the input has none, and with truncated loops nothing may lead back to it: the stack's gradients
+    would then be reduced too early or not at all. Register before DeepSpeed's own hooks.
+    """
+    anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        steps, x, *rest = args
+        return (steps, _Join.apply(x, anchor), *rest)
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return _Join.apply(output, args[1]) if torch.is_grad_enabled() else None
+
+    stack.register_forward_pre_hook(before)
+    stack.register_forward_hook(after)
+
+
+def free_copy_with(weight: Weight) -> None:
+    """Forget the compute copy whenever DeepSpeed lets go of the gathered parameter."""
+    parameter: Any = weight.parameter
+    let_go: Callable[..., None] = parameter.partition
+
+    def partition(*args: Any, **kwargs: Any) -> None:
+        weight.refresh()
+        let_go(*args, **kwargs)
+
+    parameter.partition = partition

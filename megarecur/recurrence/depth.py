@@ -1,0 +1,177 @@
+"""How deep an optimizer step runs: a pure function of (config, seed, step).
+
+Every rank computes it alike, a resumed run finds the same sequence again, and nothing is stored. A
+draw is one or two uniform numbers from a hash, put through the inverse of the distribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from statistics import NormalDist
+from typing import NamedTuple
+
+from megarecur.config.schema import (
+    AroundMean,
+    DepthCurriculum,
+    Looped,
+    Poisson,
+    PoissonLogNormal,
+    RecurrenceConfig,
+    Split,
+    Uniform,
+)
+
+
+class Depth(NamedTuple):
+    """Loops of one optimizer step."""
+
+    num_loops: int
+    backward_loops: int
+    """The last so many carry gradient; those before run forward only."""
+
+
+def sample_depth(recurrence: RecurrenceConfig, seed: int, step: int) -> Depth | None:
+    """What an optimizer step runs; None for schemes that repeat no group of blocks."""
+    if not isinstance(recurrence, Looped):
+        return None
+    loops = recurrence.num_loops
+    if isinstance(loops, Split):
+        backward = draw(loops.with_gradient, seed, step, "with_gradient")
+        total = backward + draw(loops.forward_only, seed, step, "forward_only")
+    else:
+        total = draw(loops, seed, step, "num_loops")
+        backward = min(recurrence.backward_loops or total, total)
+    curriculum = recurrence.curriculum
+    if curriculum is not None and curriculum.over in ("forward", "both"):
+        total = grow(total, curriculum, step)
+    if curriculum is not None and curriculum.over in ("backward", "both"):
+        backward = grow(backward, curriculum, step)
+    return Depth(total, min(backward, total))
+
+
+def default_depth(recurrence: Looped) -> Depth:
+    """What evaluation and pictures run: rounded means, the whole curriculum passed."""
+    loops = recurrence.num_loops
+    if isinstance(loops, Split):
+        backward = round_half_up(mean(loops.with_gradient))
+        return Depth(backward + round_half_up(mean(loops.forward_only)), backward)
+    total = max(round_half_up(mean(loops)), 1)
+    return Depth(total, min(recurrence.backward_loops or total, total))
+
+
+def refuse_depth(recurrence: RecurrenceConfig, num_loops: int) -> str:
+    """Why a scheme cannot run so many loops; "" if it can."""
+    if num_loops < 1:
+        return f"depth {num_loops}: must be at least 1 loop"
+    if not isinstance(recurrence, Looped):
+        return f"depth {num_loops}: recurrence.kind={recurrence.kind} has no loops; leave it out"
+    return ""
+
+
+def is_sampled(recurrence: RecurrenceConfig) -> bool:
+    """Whether optimizer steps differ in what they run."""
+    if not isinstance(recurrence, Looped):
+        return False
+    return recurrence.curriculum is not None or not isinstance(recurrence.num_loops, int)
+
+
+def count_depths(
+    recurrence: RecurrenceConfig, seed: int, num_steps: int, most: int = 2000
+) -> dict[Depth | None, float]:
+    """Depths of a run and the share of its steps that each has, from at most so many of them."""
+    if not is_sampled(recurrence):
+        return {sample_depth(recurrence, seed, 0): 1.0}
+    stride = -(-num_steps // most)
+    found = Counter(sample_depth(recurrence, seed, step) for step in range(0, num_steps, stride))
+    return {depth: count / found.total() for depth, count in found.items()}
+
+
+# -------------------------------------------------------------------------------------- drawing
+
+
+def draw(number: int | Uniform | AroundMean, seed: int, step: int, name: str) -> int:
+    """A whole number: `number` itself, or a value of that sampler, by (seed, step, name)."""
+    if isinstance(number, int):
+        return number
+    u, v = uniform_pair(seed, step, name)
+    if isinstance(number, Uniform):
+        return number.min + int(u * (number.max - number.min + 1))
+    assert isinstance(number, AroundMean)
+    rate = number.mean - number.min
+    if isinstance(number, PoissonLogNormal):
+        rate *= math.exp(number.sigma * NormalDist().inv_cdf(v) - number.sigma**2 / 2)
+    value = number.min + inverse_poisson(u, rate)
+    return value if number.max is None else min(value, number.max)
+
+
+def uniform_pair(seed: int, step: int, name: str) -> tuple[float, float]:
+    """Two numbers strictly between 0 and 1, of 52 bits each."""
+    digest = hashlib.blake2b(f"depth {name} {seed} {step}".encode(), digest_size=16).digest()
+    halves = (int.from_bytes(half, "little") >> 12 for half in (digest[:8], digest[8:]))
+    u, v = ((half + 0.5) / 2**52 for half in halves)
+    return u, v
+
+
+def inverse_poisson(u: float, rate: float) -> int:
+    """The least k with P(Poisson(rate) <= k) >= u, by summing the probabilities in logarithms."""
+    k, below, log_rate = 0, 0.0, math.log(rate)
+    most = int(rate + 40 * math.sqrt(rate) + 40)  # beyond it, sums stop growing
+    while k < most:
+        below += math.exp(k * log_rate - rate - math.lgamma(k + 1))
+        if below >= u:
+            break
+        k += 1
+    return k
+
+
+def mean(number: int | Uniform | AroundMean) -> float:
+    """Of a number or sampler, caps left out."""
+    if isinstance(number, AroundMean):
+        return number.mean
+    return (number.min + number.max) / 2 if isinstance(number, Uniform) else float(number)
+
+
+def grow(loops: int, curriculum: DepthCurriculum, step: int) -> int:
+    """So many loops on the curriculum's way from `start`."""
+    share = min(step / curriculum.steps, 1.0)
+    if curriculum.kind == "1-sqrt":
+        share = 1 - math.sqrt(1 - share)
+    return min(loops, curriculum.start + round_half_up((loops - curriculum.start) * share))
+
+
+def round_half_up(value: float) -> int:
+    """2.5 to 3: Python's own rounding prefers even numbers."""
+    return math.floor(value + 0.5)
+
+
+# ------------------------------------------------------------------------------------- in words
+
+
+def describe_loops(recurrence: Looped) -> str:
+    """Like "4", or "uniform 1 to 7, the last 4 with gradient"."""
+    loops = recurrence.num_loops
+    if isinstance(loops, Split):
+        text = (
+            f"{describe_number(loops.forward_only)} forward only + "
+            f"{describe_number(loops.with_gradient)} with gradient"
+        )
+    else:
+        text = describe_number(loops)
+    if recurrence.backward_loops is not None:
+        text += f" (gradient through the last {recurrence.backward_loops})"
+    if recurrence.curriculum is not None:
+        curriculum = recurrence.curriculum
+        text += f" ({curriculum.over} growing {curriculum.kind} over {curriculum.steps} steps)"
+    return text
+
+
+def describe_number(number: int | Uniform | Poisson | PoissonLogNormal) -> str:
+    """Like "4" or "uniform 1 to 7"."""
+    if isinstance(number, int):
+        return str(number)
+    if isinstance(number, Uniform):
+        return f"uniform {number.min} to {number.max}"
+    cap = "" if number.max is None else f", at most {number.max}"
+    return f"{number.sampler.replace('_', '-')} of mean {number.mean:g}{cap}"

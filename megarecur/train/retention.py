@@ -1,0 +1,110 @@
+"""Which checkpoints stay: the newest, every so many steps, the best by validation loss.
+
+    remove_old(root, config.checkpoint, read_scores(run_dir / "metrics.jsonl"))
+
+Scores of a step may come after its checkpoint: a run evaluates a step before it saves a later one,
+and what is newest stays in any case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from megarecur.config.schema import CheckpointConfig
+from megarecur.train.checkpoint import TEMPORARY, list_checkpoints, verify
+from megarecur.train.checkpoint_index import seal
+from megarecur.train.checkpoint_storage import delete_folder, sync_folder, write_file
+
+
+def steps_to_keep(
+    steps: Collection[int], rule: CheckpointConfig, scores: Mapping[int, float]
+) -> set[int]:
+    """Of checkpoints at these steps, those that stay."""
+    newest = sorted(steps)[-rule.keep_last :]
+    milestones = [step for step in steps if rule.keep_every and step % rule.keep_every == 0]
+    return {*newest, *milestones, *best_steps(steps, rule, scores)}
+
+
+def best_steps(
+    steps: Collection[int], rule: CheckpointConfig, scores: Mapping[int, float]
+) -> list[int]:
+    """The `keep_best` steps of lowest loss, the lowest first; of equal ones the later."""
+    scored = [step for step in steps if step in scores]
+    return sorted(scored, key=lambda step: (scores[step], -step))[: rule.keep_best]
+
+
+def read_scores(path: Path) -> dict[int, float]:
+    """Validation loss by step, from a metrics.jsonl."""
+    scores: dict[int, float] = {}
+    if not path.exists():
+        return scores
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if '"val/loss"' not in line:  # parsing every row of a long run would take a while
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # cut short by a crash
+                continue
+            if row.get("val/loss") is not None:
+                scores[row["step"]] = row["val/loss"]
+    return scores
+
+
+def remove_old(
+    root: Path,
+    rule: CheckpointConfig,
+    scores: Mapping[int, float] | None = None,
+    *,
+    good: Path | None = None,
+    busy: Path | None = None,
+) -> None:
+    """Delete checkpoints that the rule does not keep, and what interrupted saves left behind.
+
+    For one process, with no save under way. If all that would be kept are damaged, the newest
+    good one is kept as well. `root/best` names the best one where the rule keeps it.
+
+    Args:
+        good: a checkpoint that need not be read to know that it is undamaged.
+        busy: a checkpoint that is being read and stays for now.
+
+    Raises:
+        OSError: what cannot be deleted or written.
+    """
+    root = Path(root)
+    for path in list(root.iterdir()) if root.is_dir() else []:
+        if TEMPORARY.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(root)}
+    keep = steps_to_keep(paths, rule, scores or {})
+    doomed = [path for step, path in paths.items() if step not in keep and path != busy]
+    kept = [path for path in reversed(paths.values()) if path not in doomed]
+    if doomed and good not in kept and all(verify(path) for path in kept):
+        newest_good = next((path for path in reversed(doomed) if not verify(path)), None)
+        doomed = [path for path in doomed if path != newest_good]
+    point_to_best(root, next(iter(best_steps(paths, rule, scores or {})), None))
+    for path in doomed:
+        delete_folder(path)
+
+
+def point_to_best(root: Path, step: int | None) -> None:
+    """Let `root/best` name the checkpoint of a step; None: there is no such file."""
+    best = root / "best"
+    if step is None:
+        best.unlink(missing_ok=True)
+        return
+    line = seal(f"step-{step:08d}")
+    if best.exists() and best.read_bytes() == line:
+        return
+    aside = root / "best.tmp"
+    aside.unlink(missing_ok=True)
+    write_file(aside, line)
+    os.rename(aside, best)
+    sync_folder(root)
