@@ -76,8 +76,7 @@ def check(
     from megarecur.plan.describe import print_description
     from megarecur.recurrence.inventory import build_inventory, check_patterns
 
-    if draw is not None and draw.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--draw {draw}: the name must end in .png or .svg")
+    check_picture(draw)
     resolved = with_vocab_size(load_config(config, overrides or ()))
     check_patterns(resolved.optimizer, build_inventory(resolved))
     print_description(resolved)
@@ -154,6 +153,10 @@ def evaluate_run(
     depth: Annotated[
         str | None, typer.Option(metavar="1,2,4", help="Loops to run: one row for each number.")
     ] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the loss by position: .png or .svg."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Score a run on its validation corpora: loss, perplexity, bits per byte."""
@@ -162,6 +165,7 @@ def evaluate_run(
     from megarecur.train.evaluate import evaluate
     from megarecur.train.load import load_model, open_tokenizer
 
+    check_picture(draw)
     mesh = Mesh(device=pick_device(device))
     model, loaded = load_model(run, step, mesh.device)
     depths = parse_depths(depth, loaded.config)
@@ -170,6 +174,7 @@ def evaluate_run(
         raise ConfigError(f"{run}: its config has no data.val; name a corpus with --data")
     fingerprint = open_tokenizer(loaded).fingerprint
     corpora = [open_corpus(path, loaded.tokenizer, fingerprint) for path in paths]
+    curves = {}
     for loops in depths:
         scores = evaluate(model, corpora, loaded.config, mesh, samples, loops)
         at = "" if loops is None else f"  depth {loops}:"
@@ -179,6 +184,13 @@ def evaluate_run(
                 f"bits per byte {score.bits_per_byte:.4f}  "
                 f"({score.tokens} tokens, step {loaded.state['step']})"
             )
+            curves[f"{path}{at.rstrip(':')}"] = score.by_position
+    if draw is not None:
+        from megarecur.plot.layer_map import save
+        from megarecur.plot.run import draw_positions
+
+        save(draw_positions(curves), draw)
+        print(f"loss by position drawn to {draw}")
 
 
 @app.command()
@@ -273,6 +285,12 @@ def export(
 
 
 # --------------------------------------------------------------------------------------- shared
+
+
+def check_picture(path: Path | None) -> None:
+    """Refuse names of pictures that say no format, before any work is done."""
+    if path is not None and path.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--draw {path}: the name must end in .png or .svg")
 
 
 def parse_depths(text: str | None, config: Config) -> list[int | None]:

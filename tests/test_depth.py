@@ -17,7 +17,13 @@ from configs import make_config
 from launch.cli import evaluate_run
 from megarecur.config.load import validate
 from megarecur.config.schema import RecurrenceConfig
+from megarecur.data.corpus import open_corpus
+from megarecur.data.loader import validation_batches
+from megarecur.data.tokenizer import ByteTokenizer
 from megarecur.errors import ConfigError
+from megarecur.model.transformer import Transformer
+from megarecur.parallel.loss import IGNORED
+from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_flops, deepest_map, expect_flops
 from megarecur.recurrence.depth import (
     Depth,
@@ -28,8 +34,9 @@ from megarecur.recurrence.depth import (
     sample_depth,
 )
 from megarecur.recurrence.schemes import layer_map
+from megarecur.train.evaluate import evaluate
 from megarecur.train.metrics import read_rows
-from megarecur.train.trainer import FINISHED, train
+from megarecur.train.trainer import FINISHED, train, with_vocab_size
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(RecurrenceConfig)
 DRAWS = 4000
@@ -347,12 +354,30 @@ def test_evaluation_by_depth_in_training_and_on_the_command_line(corpus, tmp_pat
     assert text.startswith("    The ")
 
     capsys.readouterr()
-    evaluate_run(tmp_path / "run", depth="1,3,5", samples=0, device="cpu")
-    lines = capsys.readouterr().out.splitlines()
+    picture = tmp_path / "positions.png"
+    evaluate_run(tmp_path / "run", depth="1,3,5", samples=0, device="cpu", draw=picture)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert "drawn to" in last and picture.stat().st_size
     for depth, line in zip((1, 3, 5), lines, strict=True):
         assert f"depth {depth}: loss {row[f'val/depth_{depth}/loss']:.4f}" in line
-    with pytest.raises(ConfigError, match="(?s)'x': is not a number.*depth 0: must be at least 1"):
+    with pytest.raises(ConfigError, match=r"(?s)'x': is not a number.*depth 0: must be at least 1"):
         evaluate_run(tmp_path / "run", depth="0,x", samples=0, device="cpu")
+
+
+def test_losses_by_position_add_up(corpus, tmp_path) -> None:
+    """Position 0 of a document is predicted from nothing before it; the parts make the whole."""
+    config = with_vocab_size(make_config(corpus, "loop", data={"seq_length": 64}), 257)
+    part = open_corpus(corpus / "val", "bytes", ByteTokenizer().fingerprint)
+    (score,) = evaluate(Transformer(config), [part], config, Mesh())
+    assert len(score.by_position) == 8 and math.isnan(score.by_position[7])
+    batches = validation_batches(part, seq_length=64, micro_batch_size=2)
+    counts = [0] * 8
+    for batch in batches:
+        for position in batch.positions_BS[batch.labels_BS != IGNORED].tolist():
+            counts[position.bit_length()] += 1
+    assert sum(counts) == score.tokens
+    whole = sum(n * loss for n, loss in zip(counts, score.by_position, strict=True) if n)
+    assert whole / score.tokens == pytest.approx(score.loss, rel=1e-9)
 
 
 def test_depths_of_schemes_without_loops_are_refused() -> None:

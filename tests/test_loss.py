@@ -50,8 +50,9 @@ def test_against_torch_in_fp64(
 ) -> None:
     logits_NV, labels_N = make(num_tokens, vocab_size, dtype)
     expected = reference(logits_NV, labels_N, z_weight)
-    loss, square = cross_entropy(logits_NV * 1.0, labels_N)
+    loss, square, losses_N = cross_entropy(logits_NV * 1.0, labels_N)
     assert loss.dtype == square.dtype == torch.promote_types(dtype, torch.float32)
+    assert losses_N.shape == labels_N.shape and not losses_N.requires_grad
     torch.testing.assert_close(loss.double(), expected[0], rtol=forward_tol, atol=0)
     torch.testing.assert_close(square.double(), expected[1], rtol=forward_tol, atol=0)
     (loss + z_weight * square).backward()
@@ -68,8 +69,9 @@ def test_ignored_tokens_do_not_count() -> None:
     counted = labels_N != IGNORED
     whole = cross_entropy(logits_NV * 1.0, labels_N)
     part = cross_entropy(logits_NV[counted] * 1.0, labels_N[counted])
-    torch.testing.assert_close(whole, part, rtol=1e-14, atol=0)
-    sum(whole).backward()
+    torch.testing.assert_close(whole[:2], part[:2], rtol=1e-14, atol=0)
+    assert torch.equal(whole[2][counted], part[2]) and not whole[2][~counted].any()
+    sum(whole[:2]).backward()
     assert logits_NV.grad is not None
     assert not logits_NV.grad[~counted].any()
     assert logits_NV.grad[counted].any()
@@ -77,7 +79,7 @@ def test_ignored_tokens_do_not_count() -> None:
 
 def test_no_counted_token_is_zero() -> None:
     logits_NV = torch.randn(5, 4, requires_grad=True)
-    loss, square = cross_entropy(logits_NV * 1.0, torch.full((5,), IGNORED))
+    loss, square, _ = cross_entropy(logits_NV * 1.0, torch.full((5,), IGNORED))
     assert (loss.item(), square.item()) == (0.0, 0.0)
     (loss + square).backward()
     assert logits_NV.grad is not None and not logits_NV.grad.any()
@@ -87,7 +89,7 @@ def test_no_counted_token_is_zero() -> None:
 def test_large_logits_do_not_overflow(dtype: torch.dtype) -> None:
     logits_NV = torch.tensor([[3e4, -3e4, 0.0], [-3e4, -3e4, -3e4]], dtype=dtype)
     logits_NV.requires_grad_()
-    loss, _ = cross_entropy(logits_NV * 1.0, torch.tensor([1, 2]))
+    loss, _, _ = cross_entropy(logits_NV * 1.0, torch.tensor([1, 2]))
     loss.backward()
     expected = reference(logits_NV, torch.tensor([1, 2]), 0.0)
     torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=0)
@@ -100,6 +102,6 @@ def test_gradient_follows_the_weight_of_the_sum(scale: float) -> None:
     """The upstream gradient of either sum scales its share."""
     logits_NV, labels_N = make(20, 9, torch.float64)
     expected = reference(logits_NV, labels_N, 0.5)[2] * scale
-    loss, square = cross_entropy(logits_NV * 1.0, labels_N)
+    loss, square, _ = cross_entropy(logits_NV * 1.0, labels_N)
     (scale * loss + scale * 0.5 * square).backward()
     torch.testing.assert_close(logits_NV.grad, expected, rtol=1e-12, atol=1e-16)

@@ -60,6 +60,8 @@ class LossTerm(NamedTuple):
     total: Tensor
     denominator: str
     weight: float = 1.0
+    per_token: Tensor | None = None
+    """[B S], what each token adds to the total; has no gradient."""
 
 
 class Stack(nn.Module):
@@ -270,8 +272,8 @@ class Transformer(nn.Module):
     def loss(self, x: Tensor, batch: Batch) -> dict[str, LossTerm]:
         """Sums over the counted tokens of a micro batch, each with its denominator."""
         logits_NV = self.logits(x).flatten(0, 1)
-        total, square = cross_entropy(logits_NV, batch.labels_BS.flatten())
-        terms = {"loss": LossTerm(total, "tokens")}
+        total, square, losses_N = cross_entropy(logits_NV, batch.labels_BS.flatten())
+        terms = {"loss": LossTerm(total, "tokens", per_token=losses_N)}
         if self.config.model.z_loss > 0.0:
             terms["z_loss"] = LossTerm(square, "tokens", self.config.model.z_loss)
         return terms

@@ -19,7 +19,7 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         logsumexp_N = logits_NV.new_empty(len(labels_N), dtype=wide)
         for part in slices(logits_NV):
@@ -29,13 +29,14 @@ class _CrossEntropy(torch.autograd.Function):
         picked_N = logits_NV.gather(-1, index_N1).squeeze(-1).to(wide)
         ctx.save_for_backward(logits_NV, logsumexp_N, counted_N, index_N1)
         zero = logsumexp_N.new_zeros(())
-        loss = torch.where(counted_N, logsumexp_N - picked_N, zero).sum()
-        return loss, torch.where(counted_N, logsumexp_N.square(), zero).sum()
+        losses_N = torch.where(counted_N, logsumexp_N - picked_N, zero)
+        ctx.mark_non_differentiable(losses_N)
+        return losses_N.sum(), torch.where(counted_N, logsumexp_N.square(), zero).sum(), losses_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         logits_NV, logsumexp_N, counted_N, index_N1 = ctx.saved_tensors
-        d_loss, d_square = grads
+        d_loss, d_square, _ = grads
         scale_N1 = torch.where(counted_N, d_loss + 2.0 * d_square * logsumexp_N, 0.0).unsqueeze(-1)
         d_label_N1 = torch.where(counted_N, -d_loss, 0.0).to(logsumexp_N.dtype).unsqueeze(-1)
         for part in slices(logits_NV):
@@ -56,8 +57,9 @@ def slices(logits_NV: Tensor) -> list[slice]:
     return [slice(i, i + length) for i in range(0, logits_NV.shape[0], length)]
 
 
-def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of cross-entropy, sum of logsumexp^2) over tokens whose label is not IGNORED.
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of cross-entropy, sum of logsumexp^2) over tokens whose label is not IGNORED, and the
+    cross-entropy of each token [N], 0 where ignored, which has no gradient.
 
     Consumes the logits: after backward their memory holds their gradient.
     """

@@ -182,6 +182,23 @@ def draw_depths(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
+def draw_positions(curves: Mapping[str, Sequence[float]]) -> Figure:
+    """Loss against position in the document; a curve's values are for positions 0, 1, 2-3, ..."""
+    figure, (axes,) = _panels(1, width=8.0, height=4.6)
+    for i, (name, losses) in enumerate(curves.items()):
+        middles = [0.5, *(1.5 * 2**k - 0.5 for k in range(len(losses) - 1))]
+        points = [(x, y) for x, y in zip(middles, losses, strict=True) if math.isfinite(y)]
+        colour = BLOCK_COLOURS[i % len(BLOCK_COLOURS)]
+        axes.plot(*zip(*points, strict=True), color=colour, lw=1.4, marker="o", ms=4, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("position in the document")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+    _plain_numbers(axes.xaxis)
+    _title(axes, "validation loss by position")
+    return figure
+
+
 def draw_runs(runs: Mapping[str, Sequence[Row]]) -> Figure | None:
     """Training losses, smoothed, and validation losses of several runs over tokens."""
     figure, (axes,) = _panels(1, width=8.0, height=4.6)

@@ -15,6 +15,7 @@ from megarecur.data.loader import validation_batches
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.inference.generate import encode_prompt, generate, stream_text
 from megarecur.model.transformer import Transformer
+from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train.signals import StopFlag
@@ -30,6 +31,8 @@ class Score:
     """Counted tokens."""
     num_bytes: float
     """Bytes of text they stand for, by the corpus's mean bytes per token."""
+    by_position: tuple[float, ...] = ()
+    """Loss at positions 0, 1, 2 to 3, 4 to 7, ... of a document; nan where there is none."""
 
     @property
     def perplexity(self) -> float:
@@ -70,7 +73,9 @@ def score_corpus(
     num_loops: loops to run instead of those trained with, where the scheme repeats a group.
     """
     steps = layer_map(config.recurrence, num_loops)
-    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    # Losses and counted tokens of positions of equal bit length.
+    buckets = config.data.seq_length.bit_length() + 1
+    sums = torch.zeros(2, buckets, dtype=torch.float64, device=mesh.device)
     batches = validation_batches(
         corpus,
         seq_length=config.data.seq_length,
@@ -86,11 +91,18 @@ def score_corpus(
         batch = batch.to(mesh.device)
         ctx = model.context(batch, step=0, training=False)
         x, _ = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
-        sums[0] += model.loss(x, batch)["loss"].total
-        sums[1] += batch.num_tokens
-    total, tokens = mesh.sum_over_dp(sums).tolist()
+        losses_N = model.loss(x, batch)["loss"].per_token
+        assert losses_N is not None
+        # frexp's exponent is the bit length: 0 for 0, 1 for 1, 2 for 2 and 3, ...
+        bucket_N = torch.frexp(batch.positions_BS.flatten().to(torch.float32)).exponent.long()
+        counted_N = (batch.labels_BS != IGNORED).flatten()
+        sums[0].index_add_(0, bucket_N, losses_N.to(torch.float64))
+        sums[1].index_add_(0, bucket_N, counted_N.to(torch.float64))
+    losses, counts = mesh.sum_over_dp(sums).tolist()
+    total, tokens = sum(losses), sum(counts)
     num_bytes = tokens * corpus.num_bytes / corpus.num_tokens
-    return Score(total / max(tokens, 1.0), int(tokens), num_bytes)
+    parts = tuple(a / n if n else math.nan for a, n in zip(losses, counts, strict=True))
+    return Score(total / max(tokens, 1.0), int(tokens), num_bytes, parts)
 
 
 def continue_prompts(model: Transformer, config: Config) -> dict[str, str]:
