@@ -10,6 +10,7 @@ import pytest
 
 from launch.cli import main
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG = """
 run_dir: runs/quickstart
 model: {hidden_size: 128, num_heads: 4, ffn_hidden_size: 512, vocab_size: 1024}
@@ -57,6 +58,12 @@ def test_check_explains_a_run_without_importing_torch(config: Path) -> None:
     words = done.stdout.split()
     for word in ("●───●───●───●─╮", "1,180,800", "1,049,728", "2,230,400", "1.94", "114,688"):
         assert word in words, word
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_that_come_along_are_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "check", path, "model.vocab_size=2048")
+    assert code == 0 and "layer map" in out, err
 
 
 def test_mistakes_are_one_message_and_exit_code_2(config: Path) -> None:
