@@ -80,7 +80,7 @@ def step_seconds(model: Transformer, engine: Engine, config: Config, mesh: Mesh)
 
 def optimizer_bytes(model: Transformer, engine: Engine) -> int:
     """Bytes of the optimizer's tensors that are not the model's own parameters."""
-    inner = engine.optimizer if isinstance(engine, PlainEngine) else engine.optimizer.optimizer
+    inner = engine.optimizers[0] if isinstance(engine, PlainEngine) else engine.optimizer.optimizer
     kept = [t for state in inner.state.values() for t in state.values()]
     kept += [p for group in inner.param_groups for p in group["params"]]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}

@@ -430,6 +430,23 @@ class WarmupStableDecay(Section):
 ScheduleConfig = Annotated[Constant | Cosine | WarmupStableDecay, Field(discriminator="kind")]
 
 
+class MuonConfig(Section):
+    """Muon (Jordan et al. 2024) for the matrices of blocks; AdamW keeps everything else."""
+
+    lr: PositiveFloat = 0.02
+    """Its highest rate; the course over training is optimizer.schedule's."""
+    momentum: Probability = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
+    """Newton-Schulz iterations, in bf16."""
+    weight_decay: NonNegativeFloat = 0.1
+    adjust_lr: Literal["original", "match_rms_adamw"] = "original"
+    """Rate of a matrix [A, B]: lr sqrt(max(1, A/B)), or 0.2 lr sqrt(max(A, B)), whose updates are
+    as large as AdamW's (Liu et al. 2025), so that lr can be AdamW's too."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of matrices left to AdamW."""
+
+
 class OptimizerConfig(Section):
     """AdamW (Loshchilov & Hutter 2019). Patterns match global parameter names, `*` any text."""
 
@@ -446,6 +463,8 @@ class OptimizerConfig(Section):
     """Patterns of parameters that are not trained."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest global norm of the gradient; null: no clipping."""
+    muon: MuonConfig | None = None
+    """Left out: AdamW alone."""
     schedule: ScheduleConfig = Constant(kind="constant")
 
 
@@ -609,6 +628,18 @@ class Config(Section):
                 f"checkpoint.keep_best={self.checkpoint.keep_best} needs data.val to score "
                 "checkpoints; name a corpus there, or set keep_best to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_muon(self) -> Config:
+        """Refuse Muon where no process holds whole matrices and their gradients."""
+        for name, plain in (("tensor", 1), ("zero_stage", 0)):
+            value = getattr(self.parallel, name)
+            if self.optimizer.muon is not None and value != plain:
+                raise ValueError(
+                    f"optimizer.muon needs whole matrices, parallel.{name}={value} cuts them; "
+                    f"set parallel.{name} to {plain}, or leave muon out"
+                )
         return self
 
     @model_validator(mode="after")

@@ -6,18 +6,20 @@ is the reference: AdamW, one reduction over dp.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megarecur.config.schema import Config
+from megarecur.config.schema import Config, OptimizerConfig
 from megarecur.model.transformer import Transformer
-from megarecur.optim.groups import build_groups
+from megarecur.optim.groups import build_groups, build_muon_groups
 from megarecur.parallel.mesh import Mesh
 from megarecur.parallel.shards import Shard, whole
-from megarecur.recurrence.inventory import check_patterns, is_frozen
+from megarecur.recurrence.inventory import check_patterns, is_frozen, uses_muon
 
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 UPDATES = "optimizer.updates"
 """Entry that counts the optimizer steps applied, skipped ones left out."""
 
@@ -35,7 +37,8 @@ class Engine(Protocol):
         """Reduce, clip, update. Returns (global norm before clipping, skipped as not finite)."""
 
     def shards(self) -> dict[str, Shard]:
-        """Checkpoint entries: parameters by name, moments as `exp_avg.NAME`, `exp_avg_sq.NAME`."""
+        """Checkpoint entries: parameters by name, moments as `exp_avg.NAME`, `exp_avg_sq.NAME` or,
+        of Muon, `momentum.NAME`."""
 
     def load(self, shards: dict[str, Shard]) -> None:
         """Take over entries of `shards()` that were filled from a checkpoint."""
@@ -65,8 +68,35 @@ def global_norm(flat: Tensor) -> Tensor:
     return torch.stack([piece.square().sum() for piece in flat.split(1 << 15)]).sum().sqrt()
 
 
+def build_optimizers(
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon where the config asks for it, each for the parameters that are its own."""
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups := build_groups(config, parameters):
+        optimizers.append(
+            torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
+        )
+    if config.muon is not None and (groups := build_muon_groups(config, parameters)):
+        muon = torch.optim.Muon(
+            groups,
+            config.muon.lr,
+            momentum=config.muon.momentum,
+            nesterov=config.muon.nesterov,
+            ns_steps=config.muon.ns_steps,
+            adjust_lr_fn=config.muon.adjust_lr,
+        )
+        optimizers.append(muon)
+    return optimizers
+
+
+def moments_of(config: OptimizerConfig, name: str, parameter: nn.Parameter) -> tuple[str, ...]:
+    """What the parameter's optimizer keeps beside it."""
+    return ("momentum",) if uses_muon(config, name, parameter.ndim) else ADAMW_MOMENTS
+
+
 class PlainEngine:
-    """AdamW on whole parameters; gradients live in one flat buffer, reduced by one call."""
+    """AdamW, and Muon, on whole parameters; gradients live in one flat buffer, reduced at once."""
 
     def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
         optimizer = config.optimizer
@@ -80,21 +110,29 @@ class PlainEngine:
         self.flat = self.allocate_gradients()
         for weight in model.weights():
             weight.sum_in_place = weight.parameter.requires_grad
-        self.optimizer = torch.optim.AdamW(
-            build_groups(optimizer, model.parameters_by_name),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            fused=True,
-        )
-        for parameter in self.trained.values():
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self.optimizers = build_optimizers(optimizer, model.parameters_by_name)
+        self.moments = {
+            f"{moment}.{name}": torch.zeros_like(parameter)
+            for name, parameter in self.trained.items()
+            for moment in moments_of(optimizer, name, parameter)
+        }
+        self.num_steps = torch.zeros((), dtype=torch.float32, device=self.flat.device)
+        self.give_state()
         self.updates = torch.zeros(1, dtype=torch.float32)
         self.reduced = False
+
+    def give_state(self) -> None:
+        """Let the optimizers work on our moments; each parameter's count of updates is its own."""
+        names = {parameter: name for name, parameter in self.trained.items()}
+        for optimizer in self.optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                name = names[parameter]
+                if isinstance(optimizer, torch.optim.Muon):
+                    state = {"momentum_buffer": self.moments[f"momentum.{name}"]}
+                else:
+                    state = {m: self.moments[f"{m}.{name}"] for m in ADAMW_MOMENTS}
+                    state["step"] = self.num_steps.clone()
+                optimizer.state[parameter] = state
 
     def allocate_gradients(self) -> Tensor:
         """One zeroed buffer with every `.grad` a view of it: unused parameters have gradient 0."""
@@ -130,9 +168,10 @@ class PlainEngine:
         if not skipped:
             if self.clip_norm is not None and norm > self.clip_norm:
                 self.flat.mul_(self.clip_norm / norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group["lr_multiplier"]
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["lr_multiplier"]
+                optimizer.step()
             self.updates += 1
             self.model.refresh()
         self.flat.zero_()
@@ -142,14 +181,12 @@ class PlainEngine:
     def shards(self) -> dict[str, Shard]:
         """Checkpoint entries; they alias the live tensors."""
         entries = {n: whole(p.detach()) for n, p in self.model.parameters_by_name.items()}
-        for name, parameter in self.trained.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                entries[f"{moment}.{name}"] = whole(self.optimizer.state[parameter][moment])
+        entries |= {name: whole(moment) for name, moment in self.moments.items()}
         entries[UPDATES] = whole(self.updates)
         return entries
 
     def load(self, shards: dict[str, Shard]) -> None:
         """Take over entries of `shards()` that were filled from a checkpoint."""
-        for parameter in self.trained.values():
-            self.optimizer.state[parameter]["step"].fill_(self.updates.item())
+        self.num_steps.fill_(self.updates.item())
+        self.give_state()
         self.model.refresh()

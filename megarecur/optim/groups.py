@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from megarecur.config.schema import OptimizerConfig
-from megarecur.recurrence.inventory import is_frozen
+from megarecur.recurrence.inventory import is_frozen, uses_muon
 
 
 def build_groups(
     optimizer: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """Trained parameters in torch's groups, each with weight_decay and `lr_multiplier`.
+    """Parameters that AdamW trains in torch's groups, each with weight_decay and `lr_multiplier`.
 
     Matrices decay, vectors do not. Frozen parameters are in no group.
     """
+    names = [name for name, p in parameters.items() if not uses_muon(optimizer, name, p.ndim)]
+    return _group(optimizer, parameters, names, optimizer.weight_decay, 1.0)
+
+
+def build_muon_groups(
+    optimizer: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
+) -> list[dict[str, Any]]:
+    """The same for those that Muon trains; its own rate is a multiple of AdamW's."""
+    if optimizer.muon is None:
+        return []
+    names = [name for name, p in parameters.items() if uses_muon(optimizer, name, p.ndim)]
+    rate = optimizer.muon.lr / optimizer.lr
+    return _group(optimizer, parameters, names, optimizer.muon.weight_decay, rate)
+
+
+def _group(
+    optimizer: OptimizerConfig,
+    parameters: Mapping[str, nn.Parameter],
+    names: Iterable[str],
+    weight_decay: float,
+    rate: float,
+) -> list[dict[str, Any]]:
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
+    for name in names:
         if is_frozen(optimizer, name):
             continue
+        parameter = parameters[name]
         kept = parameter.ndim < 2 or any(fnmatchcase(name, p) for p in optimizer.no_decay)
         multiplier = 1.0
         for pattern, factor in optimizer.lr_multipliers.items():
             multiplier = factor if fnmatchcase(name, pattern) else multiplier
-        decay = 0.0 if kept else optimizer.weight_decay
-        groups.setdefault((decay, multiplier), []).append(parameter)
+        key = (0.0 if kept else weight_decay, rate * multiplier)
+        groups.setdefault(key, []).append(parameter)
     return [
         {"params": members, "weight_decay": decay, "lr_multiplier": multiplier}
         for (decay, multiplier), members in groups.items()

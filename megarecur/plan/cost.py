@@ -11,7 +11,13 @@ from dataclasses import dataclass, fields
 
 from megarecur.config.schema import Config, ModelConfig
 from megarecur.recurrence.depth import count_depths
-from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_embedding, is_frozen
+from megarecur.recurrence.inventory import (
+    ParameterSpec,
+    build_inventory,
+    is_embedding,
+    is_frozen,
+    uses_muon,
+)
 from megarecur.recurrence.layer_map import LayerMap, from_order
 from megarecur.recurrence.schemes import layer_map
 
@@ -150,7 +156,7 @@ class MemoryEstimate:
     parameters: int
     gradients: int
     moments: int
-    """AdamW's two, in the parameters' dtype."""
+    """AdamW's two, Muon's one, in the parameters' dtype."""
     copies: int
     """Matrices in the compute dtype; none where that is the parameters' own."""
     activations_kept: int
@@ -189,7 +195,9 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     specs = list(build_inventory(config).values())
     element, wide = _element_bytes(config), _parameter_bytes(config)
     size = sum(spec.size for spec in specs)
-    trained = sum(s.size for s in specs if not is_frozen(config.optimizer, s.name))
+    moving = [spec for spec in specs if not is_frozen(config.optimizer, spec.name)]
+    trained = sum(spec.size for spec in moving)
+    muon = sum(s.size for s in moving if uses_muon(config.optimizer, s.name, len(s.shape)))
     matrices = sum(spec.size for spec in specs if len(spec.shape) == 2)
     tokens = config.train.micro_batch_size * config.data.seq_length
     kept, recomputed = estimate_activations(config, steps)
@@ -198,7 +206,7 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     return MemoryEstimate(
         parameters=-(-size // parts[3]) * wide,
         gradients=-(-trained // parts[2]) * wide,
-        moments=0 if offload else 2 * -(-trained // parts[1]) * wide,
+        moments=0 if offload else -(-(2 * trained - muon) // parts[1]) * wide,
         copies=matrices * element if element < wide else 0,
         activations_kept=tokens * kept,
         activations_recomputed=tokens * recomputed,

@@ -139,6 +139,7 @@ def check_patterns(optimizer: OptimizerConfig, names: Iterable[str]) -> None:
         "no_decay": optimizer.no_decay,
         "lr_multipliers": tuple(optimizer.lr_multipliers),
         "frozen": optimizer.frozen,
+        "muon.exclude": optimizer.muon.exclude if optimizer.muon else (),
     }
     idle = [
         f"optimizer.{field}: {pattern!r} matches no parameter"
@@ -156,3 +157,10 @@ def check_patterns(optimizer: OptimizerConfig, names: Iterable[str]) -> None:
 def is_frozen(optimizer: OptimizerConfig, name: str) -> bool:
     """Whether a pattern freezes the parameter."""
     return any(fnmatchcase(name, pattern) for pattern in optimizer.frozen)
+
+
+def uses_muon(optimizer: OptimizerConfig, name: str, ndim: int) -> bool:
+    """Whether Muon trains the parameter: matrices of blocks, patterns apart."""
+    if optimizer.muon is None or ndim != 2 or not name.startswith("blocks."):
+        return False
+    return not any(fnmatchcase(name, pattern) for pattern in optimizer.muon.exclude)
