@@ -61,7 +61,10 @@ def make_step(config: Config, engine: PlainEngine) -> Callable[[], float]:
     tokens_BS, labels_BS = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator)
     positions_BS = torch.arange(LENGTH).expand(BATCH, LENGTH)
     zeros_BS = torch.zeros_like(tokens_BS)
-    batch = MicroBatch(tokens_BS, labels_BS, positions_BS, zeros_BS, torch.arange(BATCH), True)
+    ids_B = torch.arange(BATCH)
+    batch = MicroBatch(
+        tokens_BS, labels_BS, positions_BS, zeros_BS, ids_B, torch.zeros_like(ids_B), True
+    )
     model, steps = engine.model, layer_map(config.recurrence)
 
     def step() -> float:

@@ -59,7 +59,7 @@ def make_batch(number: int, device: torch.device) -> MicroBatch:
     both = torch.randint(VOCABULARY, (2, MICRO, LENGTH), generator=generator).to(device)
     positions = torch.arange(LENGTH, device=device).expand(MICRO, LENGTH)
     zeros, samples = torch.zeros_like(both[0]), torch.arange(MICRO, device=device)
-    return MicroBatch(both[0], both[1], positions, zeros, samples, True)
+    return MicroBatch(both[0], both[1], positions, zeros, samples, torch.zeros_like(samples), True)
 
 
 def step_seconds(model: Transformer, engine: Engine, config: Config, mesh: Mesh) -> float:

@@ -20,11 +20,12 @@ from megarecur.data.loader import Loader
 from megarecur.errors import CheckpointError, ConfigError, DataError
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
+from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh
 from megarecur.train import checkpoint
 from megarecur.train.metrics import read_rows
 from megarecur.train.state import open_run
-from megarecur.train.trainer import FINISHED, STOPPED, train
+from megarecur.train.trainer import FINISHED, STOPPED, open_data, train
 
 # 12 steps of 32 samples are more than an epoch of the corpus.
 TRAIN = {"steps": 12, "global_batch_size": 32, "micro_batch_size": 16}
@@ -404,3 +405,55 @@ def test_steps_that_are_not_finite_leave_valid_json(corpus, tmp_path, monkeypatc
     assert "NaN" not in text and "Infinity" not in text
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["optim/skipped"] for row in rows if "optim/lr" in row] == [2, 3]
+
+
+def two_sources(corpus: Path, run_dir: Path, **train_section: Any) -> Config:
+    """A mixture of two corpora, logged every 3 steps and saved inside an interval."""
+    sources = [{"path": f"{corpus}/train", "weight": 2.0}, {"path": f"{corpus}/val"}]
+    return make_config(
+        corpus, run_dir=str(run_dir), data={"train": sources, "val": []},
+        checkpoint={"every": 4, "keep_last": 9},
+        train={"steps": 6, "log_every": 3, "micro_batch_size": 4, **train_section},
+    )  # fmt: skip
+
+
+def train_on_ranks(corpus: str, run_dir: str) -> int:
+    """On every rank."""
+    return train(two_sources(Path(corpus), Path(run_dir)))
+
+
+def test_loss_of_each_source(corpus, tmp_path, world) -> None:
+    """By its own tokens; the same over ranks, and after a resume inside an interval."""
+    assert train(two_sources(corpus, tmp_path / "run", log_every=1)) == FINISHED
+    rows = [r for r in read_rows(tmp_path / "run" / "metrics.jsonl") if "train/loss" in r]
+    with open_loader(two_sources(corpus, tmp_path / "run")) as loader:
+        for row in rows:
+            counts = [0.0, 0.0]
+            for batch in loader.batch(row["step"] - 1):
+                for source, labels_S in zip(batch.sources_B, batch.labels_BS, strict=True):
+                    counts[int(source)] += int((labels_S != IGNORED).sum())
+            whole = sum(
+                count * row[f"train/loss_of/{name}"]
+                for name, count in zip(("train", "val"), counts, strict=True)
+                if count
+            )
+            assert whole / sum(counts) == pytest.approx(row["train/loss"], rel=1e-6)
+
+    def by_source(name: str) -> list[list[float]]:
+        rows = read_rows(tmp_path / name / "metrics.jsonl")
+        return [[row["train/loss_of/train"], row["train/loss_of/val"]] for row in rows
+                if "train/loss" in row]  # fmt: skip
+
+    assert train(two_sources(corpus, tmp_path / "straight")) == FINISHED
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    keep_only(tmp_path / "resumed", 4)
+    assert train(two_sources(corpus, tmp_path / "resumed")) == FINISHED
+    assert by_source("resumed") == by_source("straight")
+    assert world(2).run(train_on_ranks, str(corpus), str(tmp_path / "ranks")) == [FINISHED] * 2
+    for row, expected in zip(by_source("ranks"), by_source("straight"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+def open_loader(config: Config) -> Loader:
+    """The data of a config, for one process."""
+    return open_data(config, Mesh()).loader

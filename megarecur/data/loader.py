@@ -42,6 +42,8 @@ class MicroBatch:
     """int32, which document of the sample a token belongs to, from 0."""
     sample_ids_B: Tensor
     """int64, step * global_batch_size + row of the global batch."""
+    sources_B: Tensor
+    """int64, which corpus of the mixture a sample is of."""
     single_document: bool
     """No document ends inside any sample: causal attention needs no further mask."""
 
@@ -52,7 +54,9 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on a device."""
-        names = ("tokens_BS", "labels_BS", "positions_BS", "documents_BS", "sample_ids_B")
+        names = (
+            "tokens_BS", "labels_BS", "positions_BS", "documents_BS", "sample_ids_B", "sources_B"
+        )  # fmt: skip
         return replace(
             self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names}
         )
@@ -362,6 +366,7 @@ def _cut(samples: Samples, row: int, end: int) -> MicroBatch:
         positions_BS=positions,
         documents_BS=documents,
         sample_ids_B=torch.from_numpy(samples.ids_R[row:end]),
+        sources_B=torch.from_numpy(samples.sources_R[row:end]),
         single_document=single,
     )
 

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from megarecur.config.schema import Config
+from megarecur.data.loader import MicroBatch
 from megarecur.errors import ConfigError
 from megarecur.model.telemetry import MEASURES, name_measures
+from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import FlopEstimate, count_flops
 from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.schemes import layer_map
+from megarecur.train.evaluate import short_names
 from megarecur.train.metrics import Metrics, Progress, read_rows
 from megarecur.train.signals import StopFlag
 from megarecur.train.speed import peak_flops, peak_memory
@@ -35,12 +38,25 @@ class StepResult:
     """Loops; None for schemes without."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     telemetry: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    sources: Tensor | None = None
+    """[2, sources]: loss and counted tokens of each corpus, where there are several."""
     lr: float = 0.0
     grad_norm: float = 0.0
     skipped: bool = False
     data_seconds: float = 0.0
     """Waiting for the loader."""
     seconds: float = 0.0
+
+    def add_sources(self, batch: MicroBatch, losses_N: Tensor | None, count: int) -> None:
+        """Add a micro batch's losses to those of the corpora that its samples are of."""
+        if count < 2 or losses_N is None:
+            return
+        counted_BS = batch.labels_BS != IGNORED
+        sums = torch.zeros(2, count, dtype=torch.float64, device=losses_N.device)
+        losses_B = losses_N.view_as(counted_BS).sum(1, dtype=torch.float64)
+        sums[0].index_add_(0, batch.sources_B, losses_B)
+        sums[1].index_add_(0, batch.sources_B, counted_BS.sum(1, dtype=torch.float64))
+        self.sources = sums if self.sources is None else self.sources + sums
 
 
 class Interval:
@@ -51,6 +67,7 @@ class Interval:
         self.num_losses = self.num_steps = 0
         self.data_seconds = self.seconds = 0.0
         self.depths: list[Depth | None] = []
+        self.sources: Tensor | None = None
 
     def add(self, result: StepResult) -> None:
         """One optimizer step."""
@@ -61,17 +78,25 @@ class Interval:
         if result.skipped:
             return
         self.num_losses += 1
+        if result.sources is not None:
+            self.sources = result.sources if self.sources is None else self.sources + result.sources
         for name, value in result.losses.items():
             self.losses[name] = self.losses[name] + value if name in self.losses else value
 
     def carry(self, mesh: Mesh) -> dict[str, Any]:
         """What a checkpoint inside an interval keeps, for its mean loss to survive; collective."""
         losses = {n: float(mesh.sum_over_dp(v.clone())) for n, v in self.losses.items()}
-        return {"losses": losses, "num_losses": self.num_losses}
+        carried = {"losses": losses, "num_losses": self.num_losses}
+        if self.sources is not None:
+            carried["sources"] = mesh.sum_over_dp(self.sources.clone()).tolist()
+        return carried
 
     def restore(self, carried: dict[str, Any], mesh: Mesh) -> None:
         """Go on inside an interval. The sums are given to one replica, as they are over all."""
         self.num_losses = carried.get("num_losses", 0)
+        if "sources" in carried:
+            sums = torch.tensor(carried["sources"], dtype=torch.float64, device=mesh.device)
+            self.sources = sums if mesh.dp_rank == 0 else torch.zeros_like(sums)
         for name, value in carried.get("losses", {}).items():
             self.losses[name] = torch.tensor(value if mesh.dp_rank == 0 else 0.0).to(mesh.device)
 
@@ -83,6 +108,7 @@ class Report:
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(mesh.device, dtype) * mesh.dp
+        self.sources = short_names([source.path for source in config.data.train])
         self.flops: dict[Depth | None, FlopEstimate] = {}
         """Executed per token, by depth."""
         self.interval = Interval()
@@ -102,6 +128,8 @@ class Report:
         sums = [interval.losses[name] / interval.num_losses for name in names]
         for measures in last.telemetry.values():
             sums += measures.unbind()
+        if interval.sources is not None:
+            sums += interval.sources.flatten().unbind()
         reduced = self.mesh.sum_over_dp(torch.stack([s.to(torch.float64) for s in sums])).tolist()
         tokens = self.config.train.global_batch_size * self.config.data.seq_length
         rate = tokens * interval.num_steps / interval.seconds
@@ -119,6 +147,12 @@ class Report:
         rest, width = reduced[len(names) :], len(MEASURES)
         rows = [rest[i * width :][:width] for i in range(len(last.telemetry))]
         values |= name_measures(list(last.telemetry), rows, tokens)
+        of_source, count = rest[len(rows) * width :], len(self.sources)
+        for name, loss, counted in zip(
+            self.sources, of_source[:count], of_source[count:], strict=False
+        ):
+            if counted:
+                values[f"train/loss_of/{name}"] = loss / counted
         return values
 
     def count_work(self, depths: Sequence[Depth | None], rate: float) -> dict[str, float]:

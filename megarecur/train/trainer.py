@@ -227,6 +227,7 @@ def forward_backward(
         for name, term in terms.items():
             share = term.total.detach() / denominators[term.denominator]
             result.losses[name] = result.losses.get(name, 0.0) + share
+        result.add_sources(batch, terms["loss"].per_token, len(config.data.train))
         for key, sums in (seen.sums if seen else {}).items():
             before = result.telemetry.get(key)
             result.telemetry[key] = sums if before is None else before + sums
