@@ -206,6 +206,7 @@ FREE = {
     "train.eval_every",
     "train.eval_samples",
     "train.eval_depths",
+    "train.profile",
     "train.sample_prompts",
     "train.sample_tokens",
     "alarms.loss_spike",

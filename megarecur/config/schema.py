@@ -513,6 +513,16 @@ class ParallelConfig(Section):
         return self
 
 
+class ProfileConfig(Section):
+    """Which optimizer steps torch's profiler records, into RUN/profile."""
+
+    start: NonNegativeInt = 10
+    """The first, counted from 0."""
+    steps: PositiveInt = 3
+    all_ranks: bool = False
+    """Of every process; false: of the first."""
+
+
 class TrainConfig(Section):
     """How long, in which pieces, and on what."""
 
@@ -533,6 +543,8 @@ class TrainConfig(Section):
     """Samples of each validation corpus read per evaluation during training; 0: all."""
     eval_depths: tuple[PositiveInt, ...] = free(())
     """Numbers of loops to evaluate at as well, for schemes that repeat a group of blocks."""
+    profile: ProfileConfig | None = free(None)
+    """Left out: nothing is recorded."""
     sample_prompts: tuple[str, ...] = free(())
     """Texts that the model continues at every evaluation, shown in TensorBoard."""
     sample_tokens: PositiveInt = free(64)

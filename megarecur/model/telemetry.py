@@ -7,10 +7,12 @@ mean square of a vector over its channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megarecur.recurrence.layer_map import Step
 
@@ -56,6 +58,11 @@ class Telemetry:
                 sums[-1] += gradient.to(wide).square().sum()
 
             after.register_hook(measure)
+
+
+def named(name: str) -> AbstractContextManager[object]:
+    """A named range in the profiler's trace; nothing at all while none is recorded."""
+    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
 
 
 def rms(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from megarecur.model.block import Block
 from megarecur.model.context import Context, build_context
 from megarecur.model.norm import build_norm
 from megarecur.model.positions import sinusoidal
-from megarecur.model.telemetry import Telemetry
+from megarecur.model.telemetry import Telemetry, named
 from megarecur.parallel.linear import MakeParameter, Weight, product
 from megarecur.parallel.loss import cross_entropy
 from megarecur.parallel.random import dropout, initial_values, truncated_normal
@@ -100,7 +100,8 @@ class Stack(nn.Module):
             injected = reads[step.reads[0]] if step.reads else None
             block = self.blocks[str(step.block)]
             before = x
-            with torch.set_grad_enabled(step.grad and torch.is_grad_enabled()):
+            grad = torch.set_grad_enabled(step.grad and torch.is_grad_enabled())
+            with grad, named(f"block {step.block} loop {step.loop_index}"):
                 if recompute and step.grad:
                     # Nothing random is stateful, so no generator state needs keeping.
                     x = checkpoint(

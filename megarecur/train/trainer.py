@@ -17,7 +17,7 @@ from megarecur.data.corpus import Corpus, open_corpus
 from megarecur.data.loader import Loader, MicroBatch
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import CheckpointError, DataError
-from megarecur.model.telemetry import Telemetry
+from megarecur.model.telemetry import Telemetry, named
 from megarecur.model.transformer import LossTerm, Transformer
 from megarecur.optim.engine import Engine, build_engine
 from megarecur.optim.schedule import learning_rate
@@ -29,6 +29,7 @@ from megarecur.train.alarms import Alarms, record_event
 from megarecur.train.evaluate import continue_prompts, score_corpus, score_values
 from megarecur.train.initial import load_initial
 from megarecur.train.mirror import fetch_newest
+from megarecur.train.profile import Profiler
 from megarecur.train.report import Report, StepResult
 from megarecur.train.saving import Saver
 from megarecur.train.signals import StopFlag, watch_signals
@@ -65,6 +66,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             write_config(run_dir, config) if mesh.rank == 0 else None
             report = Report(run_dir, config, state, mesh)
         alarms = Alarms(config.alarms, report.rows())
+        profiler = Profiler(config.train.profile, run_dir, mesh)
+        resources.callback(profiler.close)
         saved = validated = state.step
         if state.step and not report.is_validated(state.step):
             validated = 0  # The run ended between saving this step and scoring it.
@@ -75,7 +78,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                 values, number = validate(model, data, mesh, state, stop)
                 if values:
                     report.write_texts(state, continue_prompts(model, config))
-                report.write(state, values, stop)
+                    report.write(state, values, stop)
                 saver.scored()
                 validated = state.step
             if number:
@@ -84,14 +87,17 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                 saver.finish()
                 report.finish(f"done: {state.step} steps, {state.tokens} tokens in {run_dir}")
                 return FINISHED
+            profiler.begin(state.step)
             started = time.perf_counter()
-            batches = [batch.to(mesh.device) for batch in loader.batch(state.step)]
-            loader.prefetch(state.step + 1)
+            with named("data"):
+                batches = [batch.to(mesh.device) for batch in loader.batch(state.step)]
+                loader.prefetch(state.step + 1)
             waited = time.perf_counter() - started
             due = is_due(state.step + 1, config.train.log_every, config)
             result = forward_backward(model, engine, config, batches, state.step, mesh, due)
             result.lr = learning_rate(config.optimizer, state.step, config.train.steps)
-            result.grad_norm, result.skipped = engine.step(result.lr)
+            with named("optimizer"):
+                result.grad_norm, result.skipped = engine.step(result.lr)
             result.data_seconds, result.seconds = waited, time.perf_counter() - started
             state = state.advance(config, result.skipped)
             report.interval.add(result)
@@ -111,8 +117,11 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                     saved = state.step
             if saved < state.step and is_due(state.step, config.checkpoint.every, config):
                 last = state.step == config.train.steps
-                save(saver, config, data, engine, mesh, state, report, last)
+                with named("save"):
+                    save(saver, config, data, engine, mesh, state, report, last)
                 saved = state.step
+            if written := profiler.end(state.step - 1):
+                report.note(written)
         if saved < state.step:
             save(saver, config, data, engine, mesh, state, report, last=True)
         saver.finish()
@@ -221,9 +230,11 @@ def forward_backward(
     for batch in batches:
         seen = Telemetry() if telemetry else None
         ctx = model.context(batch, step, training=True, telemetry=seen)
-        x, auxiliary = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
-        terms = model.loss(x, batch) | auxiliary
-        engine.backward(objective(terms, denominators))
+        with named("forward"):
+            x, auxiliary = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
+            terms = model.loss(x, batch) | auxiliary
+        with named("backward"):
+            engine.backward(objective(terms, denominators))
         for name, term in terms.items():
             share = term.total.detach() / denominators[term.denominator]
             result.losses[name] = result.losses.get(name, 0.0) + share

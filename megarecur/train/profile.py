@@ -1,0 +1,56 @@
+"""A window of optimizer steps recorded by torch's profiler, for Perfetto or TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megarecur.config.schema import ProfileConfig
+from megarecur.parallel.mesh import Mesh
+
+
+class Profiler:
+    """Records steps [start, start + steps) of one start of a run into RUN/profile.
+
+    Named ranges in the trace: data, forward, backward, optimizer, save; and every step of the map.
+    """
+
+    def __init__(self, config: ProfileConfig | None, run_dir: Path, mesh: Mesh) -> None:
+        recorded = config is not None and (config.all_ranks or mesh.rank == 0)
+        self.config = config if recorded else None
+        self.path = run_dir / "profile" / f"rank-{mesh.rank:05d}.json.gz"
+        self.device = mesh.device
+        self.profile: torch.profiler.profile | None = None
+
+    def begin(self, step: int) -> None:
+        """Before optimizer step `step`, counted from 0."""
+        if self.config is None or step != self.config.start:
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profile = torch.profiler.profile(
+            activities=activities, record_shapes=True, profile_memory=True
+        )
+        self.profile.start()
+
+    def end(self, step: int) -> str:
+        """After it; where the trace is, once it is written."""
+        if self.profile is None or self.config is None:
+            return ""
+        if step + 1 < self.config.start + self.config.steps:
+            return ""
+        return self.close()
+
+    def close(self) -> str:
+        """Write what was recorded, if anything is under way; where it is."""
+        profile, self.profile = self.profile, None
+        if profile is None:
+            return ""
+        profile.stop()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_name("tmp-" + self.path.name)
+        profile.export_chrome_trace(str(aside))
+        aside.rename(self.path)
+        return f"profile written to {self.path}; open it at ui.perfetto.dev"
