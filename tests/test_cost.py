@@ -133,7 +133,8 @@ def test_memory_by_kind() -> None:
     assert memory.parameters == memory.gradients == 4 * 1_180_800
     assert (memory.moments, memory.copies) == (8 * 1_180_800, 0)
     assert memory.logits == 8 * 1024 * 1024 * 8
-    assert memory.total == memory.state + memory.activations_kept + memory.logits
+    assert memory.mask == 8 * 1024 * 1024 * 4  # documents, whatever the head
+    assert memory.total == memory.state + memory.activations_kept + memory.logits + memory.mask
 
 
 def test_memory_follows_the_unrolled_depth_and_recompute_saves() -> None:

@@ -19,6 +19,7 @@ from megarecur.plan.cost import estimate_memory
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.metrics import read_rows
+from megarecur.train.speed import measure_state
 from megarecur.train.trainer import FINISHED, train, with_vocab_size
 
 
@@ -136,6 +137,9 @@ def test_memory_counts_one_moment_for_each_matrix() -> None:
         moment.numel() for moment in engine.moments.values()
     )
     assert estimate_memory(muon, steps).moments < estimate_memory(plain, steps).moments
+    estimate, held = estimate_memory(muon, steps), measure_state(model, engine.shards())
+    assert held["parameters"] == estimate.parameters and held["gradients"] == estimate.gradients
+    assert held["moments"] == estimate.moments + 4  # the count of updates
     assert len(model.parameters_by_name) < len(engine.moments)
 
 

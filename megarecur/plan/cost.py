@@ -162,6 +162,8 @@ class MemoryEstimate:
     activations_kept: int
     activations_recomputed: int
     logits: int
+    mask: int
+    """Of documents and ALiBi, materialised for every pair of positions of a micro batch."""
     recompute: bool
     """Whether the config recomputes; decides which activations `total` counts."""
     gathered: int = 0
@@ -181,7 +183,7 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """The peak, to first order: allocator and libraries come on top."""
-        return self.state + self.gathered + self.activations + self.logits
+        return self.state + self.gathered + self.activations + self.logits + self.mask
 
 
 def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstimate:
@@ -198,7 +200,8 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     moving = [spec for spec in specs if not is_frozen(config.optimizer, spec.name)]
     trained = sum(spec.size for spec in moving)
     muon = sum(s.size for s in moving if uses_muon(config.optimizer, s.name, len(s.shape)))
-    matrices = sum(spec.size for spec in specs if len(spec.shape) == 2)
+    copied = (s for s in specs if len(s.shape) == 2 and s.name != "embedding.positions")
+    matrices = sum(spec.size for spec in copied)
     tokens = config.train.micro_batch_size * config.data.seq_length
     kept, recomputed = estimate_activations(config, steps)
     # Logits, their form in the wide dtype, and the exponentials while they are summed.
@@ -211,9 +214,17 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
         activations_kept=tokens * kept,
         activations_recomputed=tokens * recomputed,
         logits=tokens * _vocab_size(config) * logit_bytes,
+        mask=tokens * config.data.seq_length * count_mask_heads(config) * element,
         recompute=config.train.recompute,
         gathered=size * wide if parts[3] > 1 else 0,
     )
+
+
+def count_mask_heads(config: Config) -> int:
+    """Heads that attention's mask differs for: none without one, as plain causality needs none."""
+    if config.model.positions == "alibi":
+        return config.model.num_heads
+    return int(config.data.mask_documents)
 
 
 def estimate_activations(config: Config, steps: LayerMap) -> tuple[int, int]:

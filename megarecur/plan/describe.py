@@ -330,6 +330,7 @@ def _memory(config: Config, steps: LayerMap) -> RenderableType:
         ("activations", memory.activations_kept),
         ("activations with recompute", memory.activations_recomputed),
         ("logits", memory.logits),
+        ("attention mask", memory.mask),
     ]
     unused = "activations" if memory.recompute else "activations with recompute"
     for name, count in rows:

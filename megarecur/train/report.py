@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from megarecur.errors import ConfigError
 from megarecur.model.telemetry import MEASURES, name_measures
 from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh
-from megarecur.plan.cost import FlopEstimate, count_flops
+from megarecur.plan.cost import FlopEstimate, count_flops, estimate_memory
+from megarecur.plan.describe import format_bytes
 from megarecur.recurrence.depth import Depth
+from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train.evaluate import short_names
 from megarecur.train.metrics import Metrics, Progress, read_rows
@@ -111,6 +113,7 @@ class Report:
         self.sources = short_names([source.path for source in config.data.train])
         self.flops: dict[Depth | None, FlopEstimate] = {}
         """Executed per token, by depth."""
+        self.told = False
         self.interval = Interval()
         self.interval.restore(state.interval, mesh)
         self.metrics: Metrics | None = None
@@ -142,7 +145,6 @@ class Report:
             **self.count_work(interval.depths, rate),
             "speed/data_wait": interval.data_seconds / interval.seconds,
             "speed/step_seconds": interval.seconds / interval.num_steps,
-            "memory/peak_bytes": peak_memory(self.mesh.device),
         }
         rest, width = reduced[len(names) :], len(MEASURES)
         rows = [rest[i * width :][:width] for i in range(len(last.telemetry))]
@@ -181,6 +183,21 @@ class Report:
             work["recurrence/num_loops"] = sum(d.num_loops for d in loops) / len(loops)
             work["recurrence/backward_loops"] = sum(d.backward_loops for d in loops) / len(loops)
         return work
+
+    def tell_memory(self, held: Mapping[str, int], steps: LayerMap) -> Mapping[str, float]:
+        """What the process holds, as metrics; once, also as a line beside the estimate."""
+        peak = peak_memory(self.mesh.device)
+        if not self.told:
+            self.told = True
+            estimate = estimate_memory(self.config, steps, self.mesh.dp)
+            parts = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in held.items())
+            what = "on the GPU" if self.mesh.device.type == "cuda" else "of the process"
+            self.note(
+                f"memory: {parts}; peak {what} {format_bytes(peak)}; estimated "
+                f"{format_bytes(estimate.total)}, of it activations "
+                f"{format_bytes(estimate.activations)}, logits {format_bytes(estimate.logits)}"
+            )
+        return {"memory/peak_bytes": peak, **{f"memory/{kind}": n for kind, n in held.items()}}
 
     def write(self, state: TrainState, values: dict[str, float], stop: StopFlag) -> None:
         """One row and one line; a row that cannot be written ends the run on every rank."""

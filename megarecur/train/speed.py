@@ -5,8 +5,12 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Mapping
 
 import torch
+
+from megarecur.model.transformer import Transformer
+from megarecur.parallel.shards import Shard
 
 # Dense bf16 products, from the makers' data sheets (SXM parts), FLOP/s.
 BF16_PEAK = {
@@ -53,3 +57,21 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measure_state(model: Transformer, shards: Mapping[str, Shard]) -> dict[str, int]:
+    """Bytes that a run keeps on this process between optimizer steps, by kind.
+
+    Args:
+        model: what is trained.
+        shards: the engine's, parameters and moments.
+    """
+    held = {"parameters": 0, "moments": 0}
+    for name, shard in shards.items():
+        kind = "parameters" if name in model.parameters_by_name else "moments"
+        held[kind] += sum(tensor.nbytes for *_, tensor in shard.chunks)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    copies = [weight.copy for weight in model.weights() if weight.copy is not None]
+    held["gradients"] = sum(gradient.nbytes for gradient in gradients)
+    held["copies"] = sum(copy.nbytes for copy in copies)
+    return held

@@ -33,6 +33,7 @@ from megarecur.train.profile import Profiler
 from megarecur.train.report import Report, StepResult
 from megarecur.train.saving import Saver
 from megarecur.train.signals import StopFlag, watch_signals
+from megarecur.train.speed import measure_state
 from megarecur.train.state import TrainState, check_resume, open_run, save_state, write_config
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             report.interval.add(result)
             if due:
                 values = report.close_interval(state, result) | saver.timings()
+                held = measure_state(model, engine.shards())
+                values |= report.tell_memory(held, layer_map(config.recurrence, result.depth))
                 reasons = alarms.check(state.step, values)
                 report.write(state, values | {"alarms/raised": len(reasons)}, stop)
                 action, source = choose_action(reasons, alarms, saver, state, report)
