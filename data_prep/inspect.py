@@ -105,6 +105,7 @@ def render_inspection(inspection: Inspection) -> RenderableType:
         ("bytes per token", f"{inspection.bytes_per_token:.3f}"),
         ("tokens per document", f"{inspection.mean_length:,.0f} (longest {inspection.longest:,})"),
         ("duplicates removed", f"{manifest.duplicates_removed:,}"),
+        ("near-duplicates removed", f"{manifest.near_duplicates_removed:,}"),
         ("documents skipped", f"{manifest.documents_skipped:,}"),
         ("tokenizer", f"{manifest.tokenizer}, vocabulary {manifest.vocab_size:,}"),
         ("input files", f"{len(manifest.sources):,}"),

@@ -1,4 +1,6 @@
-"""Input files to documents: txt and jsonl; plain, gz, xz or zst; files, globs and folders.
+"""Input files to documents: files, globs and folders of txt; jsonl, csv, tsv; parquet and Arrow.
+
+All but the last two may be plain, gz, xz or zst.
 
 A document is its UTF-8 bytes, checked. Whether a file is compressed is decided by its first bytes,
 and a name that says otherwise is an error, since half of such files are truncated or mistaken.
@@ -18,11 +20,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from data_prep.tables import (
+    BINARY_SUFFIXES,
+    CSV_DELIMITERS,
+    fields_of,
+    fill,
+    look_up,
+    read_arrow,
+    read_csv,
+)
 from megarecur.errors import DataError
 
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-FOLDER_SUFFIXES = (".txt", ".text", *JSON_SUFFIXES)
+FOLDER_SUFFIXES = (".txt", ".text", *JSON_SUFFIXES, *CSV_DELIMITERS, *BINARY_SUFFIXES)
+DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
+"""What Hugging Face's save_to_disk writes beside the data."""
 FOREIGN = {
     b"PK\x03\x04": "a zip archive",
     b"PAR1\x15": "a parquet file",
@@ -41,7 +54,7 @@ class Reading:
     """How files become documents."""
 
     text_key: str = "text"
-    """Key of a jsonl object that holds the text."""
+    """Field of a row that holds the text, `outer.inner` for a field within a field."""
     text_split: Literal["file", "blank_line", "separator"] = "file"
     """What ends a document in a txt file: its end, blank lines, or lines equal to `separator`."""
     separator: str = ""
@@ -49,8 +62,17 @@ class Reading:
     """Bytes that are not UTF-8: fail, skip the document, or put U+FFFD in their place."""
     exclude: tuple[str, ...] = ()
     """Patterns of paths or file names to leave out."""
+    template: str = ""
+    """A row's text, made of several fields: "{title}\\n\\n{text}". Replaces text_key."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a row that are read."""
+        return fields_of(self.template) if self.template else (self.text_key,)
 
     def __post_init__(self) -> None:
+        if self.template:
+            fields_of(self.template)
         if (self.text_split == "separator") != bool(self.separator):
             raise DataError(
                 f"text_split={self.text_split} with separator={self.separator!r}: "
@@ -68,8 +90,9 @@ WHOLE_FILES = Reading()
 def find_sources(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> list[Path]:
     """The files that inputs (files, globs, folders) stand for, sorted, each once.
 
-    A folder stands for the .txt and .jsonl files below it, compressed or not; a glob (`**` for any
-    depth) may match files of any name. `exclude` patterns match a whole path or a file name.
+    A folder stands for the files below it whose names end as FOLDER_SUFFIXES do, compressed or not;
+    a glob (`**` for any depth) may match files of any name. `exclude` patterns match a whole path
+    or a file name.
 
     Raises:
         DataError: an input stands for no file.
@@ -81,6 +104,8 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> l
         path = Path(entry)
         if path.is_dir():
             files = [p for p in path.rglob("*") if _plain_suffix(p) in FOLDER_SUFFIXES]
+            if any(p.suffix == ".arrow" for p in files):
+                files = [p for p in files if p.name not in DATASET_FILES]
             hint = f"no {', '.join(FOLDER_SUFFIXES)} files below; name others by a glob"
         elif path.exists():
             files, hint = [path], ""
@@ -188,10 +213,21 @@ def read_documents(path: Path, reading: Reading) -> Iterator[bytes | None]:
     """
     import zstandard
 
+    if path.suffix.lower() in BINARY_SUFFIXES:
+        for place, row in read_arrow(path, reading.fields):
+            yield from _text_of(row, place, reading)
+        return
     with open_source(path) as stream:
         try:
             if _plain_suffix(path) in JSON_SUFFIXES:
                 yield from _read_json_lines(path, stream, reading)
+            elif delimiter := CSV_DELIMITERS.get(_plain_suffix(path)):
+
+                def decode(content: bytes, place: str, offset: int) -> bytes | None:
+                    return _decode(content, place, offset, reading.errors)
+
+                for place, cells in read_csv(path, stream, delimiter, decode):
+                    yield from [None] if cells is None else _text_of(cells, place, reading)
             else:
                 for offset, content in _split_text(stream, reading):
                     yield _decode(content, f"{path}", offset, reading.errors)
@@ -263,25 +299,37 @@ def _read_json_lines(path: Path, stream: BinaryIO, reading: Reading) -> Iterator
                 f"{path}: line {number} (byte {begin}) is not JSON ({error}); a jsonl file holds "
                 "one object per line"
             ) from None
-        text = value.get(reading.text_key) if isinstance(value, dict) else None
-        if not isinstance(text, str):
-            found = f"keys {sorted(value)[:8]}" if isinstance(value, dict) else repr(value)[:40]
+        yield from _text_of(value, f"{path}: line {number} (byte {begin})", reading)
+
+
+def _text_of(row: Any, place: str, reading: Reading) -> Iterator[bytes | None]:
+    """The text of a row, None if it is skipped, nothing if it is empty."""
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{place} has no text under text_key={reading.text_key!r}, nor any fields "
+            f"(found {repr(row)[:40]}); a jsonl file holds one object per line"
+        )
+    if reading.template:
+        text, missing = fill(reading.template, row)
+    else:
+        text = look_up(row, reading.text_key)
+        missing = [] if isinstance(text, str) else [reading.text_key]
+    if missing:
+        raise DataError(
+            f"{place} has no text under text_key={missing[0]!r} (found keys {sorted(row)[:8]}); "
+            "name the key by --text-key, or several by --template"
+        )
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        if reading.errors == "fail":
             raise DataError(
-                f"{path}: line {number} (byte {begin}) has no text under "
-                f"text_key={reading.text_key!r} (found {found}); name the key by --text-key"
-            )
-        try:
-            content = text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            if reading.errors == "fail":
-                raise DataError(
-                    f"{path}: line {number} (byte {begin}) holds a lone surrogate "
-                    f"(\\u{ord(text[error.start]):04x}), which is not text; "
-                    "use --errors skip or --errors replace"
-                ) from None
-            if reading.errors == "skip":
-                yield None
-                continue
-            content = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-        if content:
-            yield content
+                f"{place} holds a lone surrogate (\\u{ord(text[error.start]):04x}), which is not "
+                "text; use --errors skip or --errors replace"
+            ) from None
+        if reading.errors == "skip":
+            yield None
+            return
+        content = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    if content:
+        yield content

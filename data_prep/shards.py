@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_prep.duplicates import NUM_HASHES, check_library, find_near_duplicates, signature
 from data_prep.files import explain_os_errors, publish, sync
 from data_prep.progress import ProgressReport, report_phase
 from data_prep.readers import WHOLE_FILES, Reading, find_sources, read_documents
@@ -65,6 +66,7 @@ class Plan:
     tokenizer: Tokenizer
     val_fraction: float
     deduplicate: bool
+    near_duplicates: float
     part_bytes: int
 
     @property
@@ -83,6 +85,11 @@ class Plan:
             "deduplicate": self.deduplicate,
             **asdict(replace(self.reading, exclude=())),
         }
+        # Later options count where they are used: without them, what is there stays as it was.
+        if not recipe["template"]:
+            del recipe["template"]
+        if self.near_duplicates:
+            recipe["near_duplicates"] = self.near_duplicates
         return xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode())
 
 
@@ -95,6 +102,8 @@ class ReadTask:
     """Without suffix: .zst and .npz are added."""
     reading: Reading
     part_bytes: int
+    signatures: bool
+    """Also keep what near-duplicates are found by."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,7 @@ def prepare_shards(
     *,
     val_fraction: float = 0.0,
     deduplicate: bool = True,
+    near_duplicates: float = 0.0,
     workers: int = 0,
     part_bytes: int = 0,
     progress: ProgressReport | None = None,
@@ -134,6 +144,8 @@ def prepare_shards(
         reading: how files become documents.
         val_fraction: share of the documents, chosen by their hash, that goes to OUT/val.
         deduplicate: keep only the first of documents with equal text.
+        near_duplicates: drop documents whose similarity (Jaccard, of their sets of 5 words in a
+            row) to an earlier one is estimated to be at least this; 0: none.
         workers: processes; 0: as many as cores.
         part_bytes: text per task of the second phase; 0: chosen by the size of the inputs.
         progress: told how far the work is.
@@ -147,13 +159,17 @@ def prepare_shards(
     """
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction} must be at least 0 and below 1")
+    if not 0 <= near_duplicates < 1:
+        raise DataError(f"near_duplicates={near_duplicates} must be at least 0 and below 1")
+    if near_duplicates:
+        check_library()
     if workers < 0:
         raise DataError(f"workers={workers} must be at least 1, or 0 for one per core")
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     with explain_os_errors(partial, "what is finished is kept"):
         model = load_tokenizer(tokenizer)
-        plan = _plan(inputs, reading, model, val_fraction, deduplicate, part_bytes)
+        plan = _plan(inputs, reading, model, val_fraction, deduplicate, near_duplicates, part_bytes)
         if out.exists() and not out.is_dir():
             raise DataError(f"{out}: is a file; choose another output folder")
         if all(_is_prepared(out / split, plan) for split in plan.splits):
@@ -172,6 +188,7 @@ def _plan(
     tokenizer: Tokenizer,
     val_fraction: float,
     deduplicate: bool,
+    near_duplicates: float,
     part_bytes: int,
 ) -> Plan:
     """Look at the inputs.
@@ -186,7 +203,7 @@ def _plan(
     part_bytes = part_bytes or min(max(sum(sizes) // 64, SMALLEST_PART), LARGEST_PART)
     return Plan(
         sources, _relative_names(sources), sizes, hashes, reading, tokenizer, val_fraction,
-        deduplicate, part_bytes,
+        deduplicate, near_duplicates, part_bytes,
     )  # fmt: skip
 
 
@@ -194,7 +211,13 @@ def _prepare(plan: Plan, out: Path, partial: Path, tokenizer_file: str, pool: Wo
     """Do the three phases, or what is left of them."""
     groups = list(_group_small(plan.sources, plan.sizes, plan.part_bytes))
     read = [
-        ReadTask(tuple(group), partial / f"read-{i:06}", plan.reading, plan.part_bytes)
+        ReadTask(
+            tuple(group),
+            partial / f"read-{i:06}",
+            plan.reading,
+            plan.part_bytes,
+            signatures=plan.near_duplicates > 0,
+        )
         for i, group in enumerate(groups)
     ]
     size_of = dict(zip(plan.sources, plan.sizes, strict=True))
@@ -202,11 +225,11 @@ def _prepare(plan: Plan, out: Path, partial: Path, tokenizer_file: str, pool: Wo
     pool.run("read", _read_sources, read, ".npz", read_sizes)
 
     indices = [np.load(task.target.with_suffix(".npz")) for task in read]
-    fates, duplicates = _decide(indices, plan.val_fraction, plan.deduplicate)
+    fates, removed = _decide(indices, plan)
     parts, part_sizes = _cut_into_parts(read, indices, fates, tokenizer_file)
     pool.run("tokenise", _tokenise_part, parts, ".tokens", part_sizes, meanwhile=_warm_up)
 
-    shared = _describe(plan, indices, duplicates)
+    shared = _describe(plan, indices, removed)
     files = [part.target.with_suffix(".tokens") for part in parts]
     # train comes last: where it is, everything is.
     for split in reversed(plan.splits):
@@ -218,7 +241,7 @@ def _prepare(plan: Plan, out: Path, partial: Path, tokenizer_file: str, pool: Wo
     shutil.rmtree(partial)
 
 
-def _describe(plan: Plan, indices: Sequence[Any], duplicates: int) -> dict[str, Any]:
+def _describe(plan: Plan, indices: Sequence[Any], removed: dict[str, int]) -> dict[str, Any]:
     """What the manifests of all splits have in common."""
     read = np.concatenate([index["sources"] for index in indices]).tolist()
     return {
@@ -227,7 +250,7 @@ def _describe(plan: Plan, indices: Sequence[Any], duplicates: int) -> dict[str, 
         "vocab_size": plan.tokenizer.vocab_size,
         "eos_id": plan.tokenizer.eos_id,
         "dtype": np.dtype(plan.tokenizer.dtype).name,
-        "duplicates_removed": duplicates,
+        **removed,
         "documents_skipped": sum(int(index["skipped"]) for index in indices),
         "preparation": plan.preparation,
         "sources": [
@@ -249,6 +272,7 @@ def _read_sources(task: ReadTask) -> int:
     compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
     lengths: list[int] = []
     hashes: list[bytes] = []
+    signatures: list[np.ndarray] = []
     part: list[bytes] = []
     part_documents, part_offsets, per_source = [0], [0], []
     skipped = held = 0
@@ -273,6 +297,8 @@ def _read_sources(task: ReadTask) -> int:
                 held += len(document)
                 lengths.append(len(document))
                 hashes.append(xxhash.xxh3_128_digest(document))
+                if task.signatures:
+                    signatures.append(signature(document))
             per_source.append((len(lengths) - already, sum(lengths[already:])))
         if part:
             flush()
@@ -285,6 +311,7 @@ def _read_sources(task: ReadTask) -> int:
             part_offsets=np.array(part_offsets, np.int64),
             sources=np.array(per_source, np.int64),
             skipped=np.int64(skipped),
+            signatures=np.array(signatures, np.uint32).reshape(-1, NUM_HASHES),
         )
     return 0
 
@@ -427,22 +454,27 @@ def _hash_written(folder: Path) -> dict[str, dict[str, Any]]:
 # ------------------------------------------------------------------------------------ what is where
 
 
-def _decide(
-    indices: Sequence[Any], val_fraction: float, deduplicate: bool
-) -> tuple[list[np.ndarray], int]:
-    """The fate (uint8) of each document of each task, and the number of duplicates."""
+def _decide(indices: Sequence[Any], plan: Plan) -> tuple[list[np.ndarray], dict[str, int]]:
+    """The fate (uint8) of each document of each task, and how many were removed, by reason."""
     hashes = np.concatenate([index["hashes"] for index in indices])
     fates = np.full(len(hashes), TRAIN, np.uint8)
-    fates[hashes[:, 0] < np.uint64(int(val_fraction * 2**64))] = VAL
-    duplicates = 0
-    if deduplicate and len(hashes):
+    fates[hashes[:, 0] < np.uint64(int(plan.val_fraction * 2**64))] = VAL
+    exact = near = 0
+    if plan.deduplicate and len(hashes):
         # A stable sort: among equal hashes, the first document comes first.
         order = np.lexsort((hashes[:, 1], hashes[:, 0]))
         repeated = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
         fates[order[1:][repeated]] = DROPPED
-        duplicates = int(repeated.sum())
+        exact = int(repeated.sum())
+    if plan.near_duplicates:
+        found = [s for index in indices for s in index["signatures"]]
+        kept = (i for i in range(len(found)) if fates[i] != DROPPED)
+        similar = find_near_duplicates(found, kept, plan.near_duplicates)
+        fates[similar] = DROPPED
+        near = len(similar)
     counts = [index["lengths"].size for index in indices]
-    return np.split(fates, np.cumsum(counts)[:-1]), duplicates
+    removed = {"duplicates_removed": exact, "near_duplicates_removed": near}
+    return np.split(fates, np.cumsum(counts)[:-1]), removed
 
 
 def _cut_into_parts(

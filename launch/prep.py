@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,24 +17,72 @@ app = typer.Typer(help="Turn text into a tokenizer and shards.", no_args_is_help
 Inputs = Annotated[
     list[str],
     typer.Argument(
-        metavar="INPUT...", help="txt or jsonl, plain or gz/xz/zst: files, globs, folders."
+        metavar="INPUT...",
+        help="txt, jsonl, csv, tsv (plain, gz, xz, zst), parquet, arrow: files, globs, folders.",
     ),
 ]
-TextKey = Annotated[str, typer.Option(help="Field of a jsonl line that holds the text.")]
-TextSplit = Annotated[
-    Literal["file", "blank_line", "separator"], typer.Option(help="What ends a document of a txt.")
-]
-Separator = Annotated[
-    str, typer.Option(help="The whole line that ends one, for --text-split separator.")
-]
-Errors = Annotated[
-    Literal["fail", "skip", "replace"],
-    typer.Option(help="Bytes that are not UTF-8: fail, skip the document, or replace them."),
-]
-Exclude = Annotated[list[str] | None, typer.Option(help="Pattern of paths to leave out.")]
+READING = {
+    "text_key": (
+        "text",
+        Annotated[str, typer.Option(help="Field of a row (jsonl, csv, parquet) with the text.")],
+    ),
+    "template": (
+        "",
+        Annotated[str, typer.Option(help="Text made of fields instead: '{title}\\n\\n{body}'.")],
+    ),
+    "text_split": (
+        "file",
+        Annotated[
+            Literal["file", "blank_line", "separator"],
+            typer.Option(help="What ends a document of a txt."),
+        ],
+    ),
+    "separator": (
+        "",
+        Annotated[
+            str, typer.Option(help="The whole line that ends one, for --text-split separator.")
+        ],
+    ),
+    "errors": (
+        "fail",
+        Annotated[
+            Literal["fail", "skip", "replace"],
+            typer.Option(help="Bytes that are not UTF-8: fail, skip the document, or replace."),
+        ],
+    ),
+    "exclude": (
+        None,
+        Annotated[list[str] | None, typer.Option(help="Pattern of paths to leave out.")],
+    ),
+}
+"""Options that say how files become documents: default and type of each."""
+
+
+def takes_reading(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of READING for its argument `reading`."""
+
+    def run(**options: Any) -> None:
+        from data_prep.readers import Reading
+
+        given = {name: options.pop(name) for name in READING}
+        given["exclude"] = tuple(given["exclude"] or ())
+        given["template"] = given["template"].replace("\\n", "\n").replace("\\t", "\t")
+        command(reading=Reading(**given), **options)
+
+    known = signature(command, eval_str=True)
+    own = [p for p in known.parameters.values() if p.name != "reading"]
+    shared = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (default, kind) in READING.items()
+    ]
+    run.__signature__ = known.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [*own, *shared]}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
 
 
 @app.command()
+@takes_reading
 def tokenizer(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="The .model file to write.")],
@@ -46,21 +96,17 @@ def tokenizer(
         int, typer.Option(min=0, help="Text to learn from at most; 0: all.")
     ] = 8 << 20,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the sample.")] = 1,
-    text_key: TextKey = "text",
-    text_split: TextSplit = "file",
-    separator: Separator = "",
-    errors: Errors = "fail",
-    exclude: Exclude = None,
+    *,
+    reading: Any,
 ) -> None:
     """Train a sentencepiece model."""
     from data_prep.progress import ProgressReport
-    from data_prep.readers import Reading
     from data_prep.tokenizer import train_tokenizer
 
     path = train_tokenizer(
         inputs,
         out,
-        Reading(text_key, text_split, separator, errors, tuple(exclude or ())),
+        reading,
         vocab_size=vocab_size,
         model_type=model_type,
         byte_fallback=byte_fallback,
@@ -73,6 +119,7 @@ def tokenizer(
 
 
 @app.command()
+@takes_reading
 def shards(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="The folder to make: DIR/train, and DIR/val.")],
@@ -83,16 +130,18 @@ def shards(
         float, typer.Option(min=0.0, max=1.0, help="Share of documents for validation.")
     ] = 0.0,
     deduplicate: Annotated[bool, typer.Option(help="Keep exact duplicates once.")] = True,
+    near_duplicates: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Also drop documents at least this similar to an earlier one."
+        ),
+    ] = 0.0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
-    text_key: TextKey = "text",
-    text_split: TextSplit = "file",
-    separator: Separator = "",
-    errors: Errors = "fail",
-    exclude: Exclude = None,
+    *,
+    reading: Any,
 ) -> None:
     """Tokenise text into shards; the same command goes on after an interruption."""
     from data_prep.progress import ProgressReport
-    from data_prep.readers import Reading
     from data_prep.shards import prepare_shards
 
     report(
@@ -100,9 +149,10 @@ def shards(
             inputs,
             out,
             tokenizer,
-            Reading(text_key, text_split, separator, errors, tuple(exclude or ())),
+            reading,
             val_fraction=val_fraction,
             deduplicate=deduplicate,
+            near_duplicates=near_duplicates,
             workers=workers,
             progress=ProgressReport(),
         ),

@@ -117,7 +117,7 @@ def test_the_command_line_imports_torch_only_inside_commands(name: str) -> None:
         alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
     }
     assert {str(module).split(".")[0] for module in top} <= {
-        "__future__", "collections", "errno", "launch", "pathlib", "sys", "typing", "typer",
+        "__future__", "collections", "errno", "inspect", "launch", "pathlib", "sys", "typing", "typer",
         "megarecur",
     }  # fmt: skip
     assert {m for m in top if str(m).startswith("megarecur")} <= {"megarecur.errors"}

@@ -57,11 +57,15 @@ class Manifest:
     """Name, documents and bytes of text read of each input file."""
     files: dict[str, dict[str, Any]]
     """Bytes and xxh64 of every other file of the corpus."""
+    near_duplicates_removed: int = 0
 
     @property
     def fingerprint(self) -> str:
         """The identity of the corpus: xxh3-128 of the manifest's content."""
-        return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
+        content = asdict(self)
+        if not self.near_duplicates_removed:  # Younger than the first corpora.
+            del content["near_duplicates_removed"]
+        return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def read_manifest(path: str | Path) -> Manifest:
