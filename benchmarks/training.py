@@ -56,7 +56,9 @@ def our_step(config: Config) -> Step:
     positions_BS = torch.arange(LENGTH, device=DEVICE).expand(BATCH, LENGTH)
     samples_B = torch.arange(BATCH, device=DEVICE)
     zeros_BS = torch.zeros_like(tokens_BS)
-    batch = MicroBatch(tokens_BS, labels_BS, positions_BS, zeros_BS, samples_B, torch.zeros_like(samples_B), True)
+    batch = MicroBatch(
+        tokens_BS, labels_BS, positions_BS, zeros_BS, samples_B, torch.zeros_like(samples_B), True
+    )
 
     def step() -> float:
         ctx = model.context(batch, step=0, training=True)

@@ -103,7 +103,11 @@ def test_a_separator_is_a_whole_line(tmp_path: Path) -> None:
     [
         ("a.txt.gz", b"plain", "is not what its name says: it is not gz-compressed"),
         ("a.txt", gzip.compress(b"x", mtime=0), "is not what its name says: it is gz-compressed"),
-        ("a.jsonl.xz", gzip.compress(b"x", mtime=0), "is not what its name says: it is gz-compressed"),
+        (
+            "a.jsonl.xz",
+            gzip.compress(b"x", mtime=0),
+            "is not what its name says: it is gz-compressed",
+        ),
         ("a.txt.gz", b"", "is empty"),
         ("a.txt", b"PK\x03\x04...", "is a zip archive, not text"),
         ("a.txt", "x".encode("utf-16"), "is UTF-16 text"),

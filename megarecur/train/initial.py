@@ -50,7 +50,8 @@ def load_initial(config: Config, engine: Engine, tokenizer: str, mesh: Mesh) -> 
 
 def find_source(source: str, mesh: Mesh) -> Path:
     """The checkpoint that RUN or RUN@STEP names; without a step the newest undamaged one."""
-    match = RUN_AT_STEP.fullmatch(source)
+    named = (Path(source) / "config.yaml").is_file()  # a folder may have an @ in its name
+    match = None if named else RUN_AT_STEP.fullmatch(source)
     run, step = (match[1], int(match[2])) if match else (source, None)
     root = Path(run) / "checkpoints"
     with same_error(mesh):
