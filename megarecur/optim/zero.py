@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from megarecur.config.schema import Config
 from megarecur.errors import ConfigError
 from megarecur.model.transformer import Stack, Transformer
-from megarecur.optim.engine import UPDATES
-from megarecur.optim.groups import build_groups
+from megarecur.optim.engine import ADAMW_MOMENTS, UPDATES, build_optimizers
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.parallel.shards import Shard, boxes, whole
@@ -31,9 +30,8 @@ from megarecur.recurrence.inventory import check_patterns, is_frozen
 
 DEEPSPEED = "0.19.8"
 """The one version whose inner workings are known here."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 50_000_000
-"""Most elements that are reduced or gathered in one call (fp32: 200 MB)."""
+"""Most elements that one call reduces, or gathers ahead (fp32: 200 MB)."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,8 @@ class ZeroEngine:
         check_patterns(config.optimizer, model.parameters_by_name)
         self.model, self.mesh, self.stage = model, mesh, config.parallel.zero_stage
         self.offload = config.parallel.offload_optimizer
-        self.num_microbatches = config.train.global_batch_size // (
-            mesh.dp * config.train.micro_batch_size
-        )
+        train = config.train
+        self.num_microbatches = train.global_batch_size // (mesh.dp * train.micro_batch_size)
         self.loss_scale = float(self.num_microbatches * mesh.dp)
         """DeepSpeed divides by both; our objective is a sum over micro batches and replicas."""
         self.shapes = {n: tuple(p.shape) for n, p in model.parameters_by_name.items()}
@@ -68,13 +65,7 @@ class ZeroEngine:
             parameter.requires_grad_(not is_frozen(config.optimizer, name))
             if parameter.requires_grad:
                 self.trained[name] = parameter
-        client = torch.optim.AdamW(
-            build_groups(config.optimizer, model.parameters_by_name),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            fused=True,
-        )
+        (client,) = build_optimizers(config.optimizer, model.parameters_by_name)
         deepspeed = import_deepspeed(mesh)
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [Stack])
@@ -97,20 +88,18 @@ class ZeroEngine:
             else self.optimizer.single_partition_of_fp32_groups
         )
         for flat in self.flats:
-            self.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
+            self.state[flat] = {moment: torch.zeros_like(flat) for moment in ADAMW_MOMENTS}
+            self.state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         if self.stage == 3:
             for weight in model.weights():
                 weight.transient = True
                 free_copy_with(weight)
-        self.flat: Tensor | None = None
+        self.buffer: Tensor | None = None
+        """Stage 1: every `.grad` is a view of it until the gradients are reduced, so that uses add
+        in place. DeepSpeed's other stages need autograd's hooks for that."""
         if self.stage == 1:
-            self.flat = torch.zeros(
-                sum(p.numel() for p in self.trained.values()), device=mesh.device
-            )
+            size = sum(p.numel() for p in self.trained.values())
+            self.buffer = torch.zeros(size, device=mesh.device)
             for weight in model.weights():
                 weight.sum_in_place = weight.parameter.requires_grad
         self.updates = torch.zeros(1, dtype=torch.float32)
@@ -135,9 +124,9 @@ class ZeroEngine:
         if self.stage == 3:
             zero |= {
                 "stage3_prefetch_bucket_size": bucket,
-                # Vectors are used everywhere and weigh nothing: they stay whole.
+                # Norms and biases weigh nothing: they stay whole.
                 "stage3_param_persistence_threshold": max(vectors, default=0),
-                # Replaces torch's own linear function for good.
+                # It would replace torch's linear function, for everybody and for good.
                 "memory_efficient_linear": False,
             }
         return {
@@ -174,9 +163,9 @@ class ZeroEngine:
         self.engine.backward(loss * self.loss_scale)
 
     def forget_gradients(self) -> None:
-        """Zero what DeepSpeed keeps from the last step for parameters that this one may not use."""
-        if self.flat is not None:
-            pieces = self.flat.zero_().split([p.numel() for p in self.trained.values()])
+        """Zero what is left of the last step's: this one may leave parameters unused."""
+        if self.buffer is not None:
+            pieces = self.buffer.zero_().split([p.numel() for p in self.trained.values()])
             for parameter, piece in zip(self.trained.values(), pieces, strict=True):
                 parameter.grad = piece.view_as(parameter)
         if self.stage == 3:
@@ -226,7 +215,7 @@ class ZeroEngine:
                 start = mapping.lp_fragment_address.start
                 stop = start + mapping.lp_fragment_address.numel
             part = slice(offset, offset + stop - start)
-            moments = {moment: self.state[flat][moment][part] for moment in MOMENTS}
+            moments = {moment: self.state[flat][moment][part] for moment in ADAMW_MOMENTS}
             yield name, Piece(shape, start, stop, flat.detach()[part], moments)
 
     def shards(self) -> dict[str, Shard]:

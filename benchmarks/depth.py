@@ -1,0 +1,102 @@
+"""Random depth against fixed depth at equal executed FLOPs.
+
+    python benchmarks/depth.py [--rounds 5] [--cuda]
+
+A loop model (prelude 1, core 2, coda 1, hidden 512, 4 sequences of 512 tokens) takes optimizer
+steps of the trainer's engine. A round is 14 steps with 4 loops each, and 14 steps that run every
+number of loops from 1 to 7 twice, in the order that their sampler draws them: the same executed
+FLOPs to the last one. Rounds take turns; the median ratio of their times is printed (wanted: at
+most 1.05).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+from training import BATCH, DEVICE, FFN, HEADS, HIDDEN, LENGTH, TOKENS, VOCABULARY, random_batch
+
+from megarecur.config.schema import Config
+from megarecur.data.loader import MicroBatch
+from megarecur.model.transformer import Transformer
+from megarecur.optim.engine import PlainEngine
+from megarecur.parallel.mesh import Mesh
+from megarecur.plan.cost import count_flops
+from megarecur.recurrence.depth import Depth, sample_depth
+from megarecur.recurrence.schemes import layer_map
+
+SAMPLER = {"sampler": "uniform", "min": 1, "max": 7}
+
+
+def make_config(num_loops: object) -> Config:
+    """The model of both sides."""
+    return Config.model_validate({
+        "run_dir": "run",
+        "model": {"hidden_size": HIDDEN, "num_heads": HEADS, "ffn_hidden_size": FFN,
+                  "vocab_size": VOCABULARY},
+        "recurrence": {"kind": "loop", "prelude": 1, "core": 2, "coda": 1, "num_loops": num_loops},
+        "data": {"train": [{"path": "none"}], "tokenizer": "bytes", "seq_length": LENGTH},
+        "optimizer": {"lr": 1e-4},
+        "train": {"steps": 1, "global_batch_size": BATCH, "micro_batch_size": BATCH},
+    })  # fmt: skip
+
+
+def drawn_depths(config: Config) -> list[int]:
+    """Each of 1 to 7 twice, in the order in which the sampler first draws them."""
+    order: list[int] = []
+    step = 0
+    while len(order) < 14:
+        depth = sample_depth(config.recurrence, config.seed, step)
+        assert depth is not None
+        if order.count(depth.num_loops) < 2:
+            order.append(depth.num_loops)
+        step += 1
+    return order
+
+
+def main() -> None:
+    """Measure and print."""
+    rounds = int(sys.argv[sys.argv.index("--rounds") + 1]) if "--rounds" in sys.argv else 5
+    config = make_config(SAMPLER)
+    model = Transformer(config, DEVICE)
+    engine = PlainEngine(model, config, Mesh(device=DEVICE))
+    tokens_BS, labels_BS = random_batch()
+    positions_BS = torch.arange(LENGTH, device=DEVICE).expand(BATCH, LENGTH)
+    samples_B = torch.arange(BATCH, device=DEVICE)
+    zeros_BS = torch.zeros_like(tokens_BS)
+    batch = MicroBatch(
+        tokens_BS, labels_BS, positions_BS, zeros_BS, samples_B, torch.zeros_like(samples_B), True
+    )
+
+    def seconds(depths: Sequence[int]) -> float:
+        began = time.perf_counter()
+        for loops in depths:
+            ctx = model.context(batch, step=0, training=True)
+            steps = layer_map(config.recurrence, Depth(loops, loops))
+            x, _ = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
+            loss = model.loss(x, batch)["loss"].total / TOKENS
+            engine.backward(loss)
+            engine.step(config.optimizer.lr)
+        loss.item()
+        return time.perf_counter() - began
+
+    fixed, sampled = [4] * 14, drawn_depths(config)
+
+    def work(depths: Sequence[int]) -> int:
+        return sum(count_flops(config, layer_map(config.recurrence, d)).train for d in depths)
+
+    assert work(fixed) == work(sampled)
+    seconds([1, 7])
+    ratios = []
+    for _ in range(rounds):
+        times = {name: seconds(depths) for name, depths in (("a", fixed), ("b", sampled))}
+        ratios.append(times["b"] / times["a"])
+        print(f"fixed {times['a']:.2f} s, sampled {times['b']:.2f} s, ratio {ratios[-1]:.3f}")
+    print(f"median ratio {statistics.median(ratios):.3f}, wanted at most 1.05")
+
+
+if __name__ == "__main__":
+    main()
