@@ -500,7 +500,7 @@ def save_until_killed(root, step):
 
 
 def wait_for(path):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 90  # a new world on a busy machine imports for long
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} does not appear"
         time.sleep(0.001)
