@@ -208,3 +208,18 @@ def assert_gradients_close(
     assert not wrong, f"{len(wrong)} of {len(errors)} gradients differ by more than {tol}:\n" + (
         "\n".join(f"  {name}: {wrong[name]:.3g} (norm {norms[name]:.3g})" for name in worst)
     )
+
+
+Trace = list[tuple[float, dict[str, Tensor], float, bool]]
+"""(loss, raw gradients, norm, skipped) of each optimizer step."""
+
+
+def compare(actual: Trace, expected: Trace, first: float = 2e-6, later: float = 2e-5) -> None:
+    """Losses, gradients and norms of every step, by design.md's measure."""
+    assert len(actual) == len(expected)
+    for step, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        tolerance = later if step else first
+        assert abs(a[0] - e[0]) <= tolerance * abs(e[0]), f"loss of step {step}: {a[0]} {e[0]}"
+        assert_gradients_close(a[1], e[1], tolerance)
+        assert abs(a[2] - e[2]) <= tolerance * abs(e[2]), f"norm of step {step}: {a[2]} {e[2]}"
+        assert a[3] == e[3]

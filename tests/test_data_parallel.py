@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness import WorldError, assert_gradients_close
-from torch import Tensor
+from harness import Trace, WorldError, compare
 
 from configs import SCHEMES, make_config
 from megarecur.config.schema import Config
@@ -16,7 +15,6 @@ from megarecur.parallel.mesh import Mesh, build_mesh
 from megarecur.train.trainer import forward_backward, open_data
 
 SHARED = "blocks.0.attention.query.weight"
-Trace = list[tuple[float, dict[str, Tensor], float, bool]]
 
 
 def trace(config: Config, num_steps: int, fault: str = "") -> Trace:
@@ -41,17 +39,6 @@ def trace(config: Config, num_steps: int, fault: str = "") -> Trace:
         norm, skipped = engine.step(config.optimizer.lr)
         found.append((loss, gradients if mesh.rank == 0 else {}, norm, skipped))
     return found
-
-
-def compare(actual: Trace, expected: Trace, first: float, later: float) -> None:
-    """Losses, gradients and norms of every step, by design.md's measure."""
-    assert len(actual) == len(expected)
-    for step, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        tolerance = later if step else first
-        assert abs(a[0] - e[0]) <= tolerance * abs(e[0]), f"loss of step {step}: {a[0]} {e[0]}"
-        assert_gradients_close(a[1], e[1], tolerance)
-        assert abs(a[2] - e[2]) <= tolerance * abs(e[2]), f"norm of step {step}: {a[2]} {e[2]}"
-        assert a[3] == e[3]
 
 
 COVERING = [

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_data_parallel import compare, trace
+from harness import compare
+from test_data_parallel import trace
 from torch import Tensor
 
 from configs import SCHEMES, make_config

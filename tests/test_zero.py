@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from harness import WorldError, assert_gradients_close
+from harness import Trace, WorldError, compare
 from torch import Tensor
 
 from configs import make_config
@@ -34,7 +34,6 @@ from megarecur.train import checkpoint
 from megarecur.train.metrics import read_rows
 from megarecur.train.trainer import count_denominators, objective, open_data, train
 
-Trace = list[tuple[float, dict[str, Tensor], float, bool]]
 FIRST, LATER = 2e-6, 2e-5
 
 
@@ -95,17 +94,6 @@ def trace(config: Config, num_steps: int, maps: Sequence[LayerMap] = (), fault: 
     if fault == "loss not multiplied by dp":
         engine.loss_scale /= here(config).dp
     return run_steps(config, model, engine, range(num_steps), maps, fault)
-
-
-def compare(actual: Trace, expected: Trace, first: float = FIRST, later: float = LATER) -> None:
-    """Losses, gradients and norms of every step, by design.md's measure."""
-    assert len(actual) == len(expected)
-    for step, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        tolerance = later if step else first
-        assert abs(a[0] - e[0]) <= tolerance * abs(e[0]), f"loss of step {step}: {a[0]} {e[0]}"
-        assert_gradients_close(a[1], e[1], tolerance)
-        assert abs(a[2] - e[2]) <= tolerance * abs(e[2]), f"norm of step {step}: {a[2]} {e[2]}"
-        assert a[3] == e[3]
 
 
 def config_of(corpus: Path, scheme: str, stage: int, micro: int, **sections: dict) -> Config:
