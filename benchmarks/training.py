@@ -1,10 +1,11 @@
 """Training speed of a reuse-mapped model against Hugging Face Llama of the same executed depth.
 
-    python benchmarks/training.py [fp32] [bf16] [--rounds 7] [--cuda]
+    python benchmarks/training.py [fp32] [bf16] [--rounds 7] [--compile] [--cuda]
 
 One step is forward, backward, clipping and fused AdamW on 4 sequences of 512 tokens: hidden 512,
 feed-forward 1,408, 8 heads, 8 executed layers, 8,192 tokens of vocabulary, tied. Ours runs 4 blocks
 twice each (the engine's own step), theirs 8 layers (sdpa; in bf16, fp32 weights under autocast).
+With --compile both sides run under torch.compile: ours its block, theirs the model.
 Both sides, and products of the model's shapes, take turns in one run; medians are printed.
 "Share" is executed FLOPs over what the machine's fp32 products (bf16 ones on CUDA) would do in the
 same time.
@@ -22,6 +23,7 @@ import torch
 from megarecur.config.schema import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.data.torchvision_stub import make_torchvision_importable
+from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.mesh import Mesh
@@ -31,6 +33,7 @@ from megarecur.recurrence.schemes import layer_map
 HIDDEN, FFN, HEADS, DEPTH, VOCABULARY, LENGTH, BATCH = 512, 1408, 8, 8, 8192, 512, 4
 TOKENS = LENGTH * BATCH
 DEVICE = torch.device("cuda" if "--cuda" in sys.argv else "cpu")
+COMPILE = "--compile" in sys.argv
 Step = Callable[[], float]
 
 
@@ -52,6 +55,8 @@ def our_step(config: Config) -> Step:
     """One optimizer step of the trainer's engine; returns the loss."""
     model = Transformer(config, DEVICE)
     engine = PlainEngine(model, config, Mesh(device=DEVICE))
+    if COMPILE:
+        CompiledModel(model)
     steps, (tokens_BS, labels_BS) = layer_map(config.recurrence), random_batch()
     positions_BS = torch.arange(LENGTH, device=DEVICE).expand(BATCH, LENGTH)
     samples_B = torch.arange(BATCH, device=DEVICE)
@@ -85,10 +90,11 @@ def their_step(precision: str) -> Step:
     ).to(DEVICE)  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     tokens_BS, labels_BS = random_batch()
+    forward = torch.compile(model) if COMPILE else model
 
     def step() -> float:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(input_ids=tokens_BS, shift_labels=labels_BS, labels=labels_BS).loss
+            loss = forward(input_ids=tokens_BS, shift_labels=labels_BS, labels=labels_BS).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -139,6 +145,7 @@ def compare(precision: str, rounds: int) -> None:
     products, product_flops = products_step()
     sides = {"ours": our_step(config), "theirs": their_step(precision), "products": products}
     losses = {name: step() for name, step in sides.items()}
+    _ = [step() for step in sides.values()]
     assert abs(losses["ours"] - losses["theirs"]) < 0.2, f"different work? {losses}"
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
@@ -146,7 +153,7 @@ def compare(precision: str, rounds: int) -> None:
             times[name].append(seconds(step))
     median = {name: statistics.median(values) for name, values in times.items()}
     rate = product_flops / median["products"]
-    print(f"{precision}: products {rate / 1e9:,.0f} GFLOP/s")
+    print(f"{precision}{', compiled' if COMPILE else ''}: products {rate / 1e9:,.0f} GFLOP/s")
     for name in ("ours", "theirs"):
         share = flops / median[name] / rate
         print(f"  {name:7} {TOKENS / median[name]:8,.0f} tokens/s   share {share:.2f}")

@@ -202,6 +202,7 @@ FREE = {
     "train.micro_batch_size",
     "train.device",
     "train.recompute",
+    "train.compile",
     "train.log_every",
     "train.eval_every",
     "train.eval_samples",

@@ -536,6 +536,10 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = free("auto")
     recompute: bool = free(False)
     """Recompute every step of the map in backward instead of keeping its activations."""
+    compile: bool | Literal["auto"] = free(False)
+    """Compile the block with torch.compile: one graph for all blocks, loops and depths. Takes a C++
+    compiler (CPU) or Triton and a C compiler (CUDA), and up to minutes at the start; auto: run
+    eagerly where they are missing."""
     log_every: PositiveInt = free(10)
     eval_every: NonNegativeInt = free(0)
     """0: evaluate at the end only."""

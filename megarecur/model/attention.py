@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarecur.config.schema import ModelConfig
-from megarecur.model.context import Context
+from megarecur.model.context import Context, Keys
 from megarecur.model.positions import rotate
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
 from megarecur.parallel.random import dropout
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.interleaved = model.rope_interleaved
         self.dropout = model.attention_dropout
 
-    def forward(self, x_BSD: Tensor, ctx: Context, step: Step) -> Tensor:
+    def forward(self, x_BSD: Tensor, ctx: Context, step: Step, keys: Keys) -> Tensor:
         """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache."""
         qkv = apply_all((self.query, self.key, self.value), x_BSD)
         q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
@@ -44,8 +44,8 @@ class Attention(nn.Module):
         if ctx.cache is not None:
             k_BSNH, v_BSNH = ctx.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
         q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BSNH, v_BSNH))
-        if ctx.training and self.dropout > 0.0:
-            out = self.attend_with_dropout(q, k, v, ctx, step)
+        if "attention" in keys:
+            out = self.attend_with_dropout(q, k, v, ctx, keys["attention"])
         else:
             # In the dtype of products, which a CPU without bf16 instructions takes wider.
             q, k, v = (t.to(self.query.weight.product_dtype) for t in (q, k, v))
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         return self.output(out.transpose(1, 2).flatten(2).to(x_BSD.dtype))
 
     def attend_with_dropout(
-        self, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, ctx: Context, step: Step
+        self, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, ctx: Context, where: Tensor
     ) -> Tensor:
         """The math path: weights are materialised, as their mask is a function of coordinates."""
         k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k_BNSH, v_BNSH))
@@ -72,5 +72,5 @@ class Attention(nn.Module):
         heads = torch.arange(q_BNSH.shape[1], device=scores.device)[None, :, None]
         samples, positions = ctx.rows()
         rows = (samples[:, :, None], heads, positions[:, None, :])
-        weights = dropout(weights, self.dropout, ctx.where("attention", step), rows)
+        weights = dropout(weights, self.dropout, where, rows)
         return weights.to(v.dtype) @ v

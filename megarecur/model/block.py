@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from megarecur.config.schema import ModelConfig
 from megarecur.model.attention import Attention
-from megarecur.model.context import Context
+from megarecur.model.context import Context, Keys
 from megarecur.model.feed_forward import GELU, SwiGLU
 from megarecur.model.norm import build_norm
 from megarecur.parallel.linear import Linear, MakeParameter
 from megarecur.parallel.random import dropout
 from megarecur.recurrence.layer_map import Step
+
+Body = Callable[["Block", Tensor, Context, Step, Keys], Tensor]
 
 
 class Block(nn.Module):
@@ -33,7 +37,11 @@ class Block(nn.Module):
         prefix, eps = f"blocks.{block}", model.norm_eps
         feed_forward = {"swiglu": SwiGLU, "gelu": GELU}[model.feed_forward]
         self.injection = Linear(f"{prefix}.injection", make, dtype, False) if has_adapter else None
-        self.norm_position, self.dropout = model.norm_position, model.dropout
+        self.norm_position = model.norm_position
+        self.rates = {"mix": model.dropout, "feed": model.dropout,
+                      "attention": model.attention_dropout}  # fmt: skip
+        self.compiled: Body | None = None
+        """Runs `body` in training (`model.compile`)."""
         self.attention_norm = build_norm(model.norm, f"{prefix}.attention_norm", make, eps)
         self.attention = Attention(f"{prefix}.attention", make, model, dtype)
         self.feed_forward_norm = build_norm(model.norm, f"{prefix}.feed_forward_norm", make, eps)
@@ -50,17 +58,24 @@ class Block(nn.Module):
         """One step of the map; `injected` is added, or mixed in by the adapter, first."""
         if injected is not None:
             x = self.inject(x, injected)
+        body = Block.body if self.compiled is None or not ctx.training else self.compiled
+        return body(self, x, ctx, step, ctx.keys(step, self.rates))
+
+    def body(self, x: Tensor, ctx: Context, step: Step, keys: Keys) -> Tensor:
+        """What is compiled: one graph for all blocks and steps of the map, hence nothing here may
+        depend on which of them it is, but for tensors."""
         if self.norm_position == "pre":
-            x = x + self.drop(self.attention(self.attention_norm(x), ctx, step), ctx, step, "mix")
-            return x + self.drop(self.feed_forward(self.feed_forward_norm(x)), ctx, step, "feed")
+            mixed = self.attention(self.attention_norm(x), ctx, step, keys)
+            x = x + self.drop(mixed, ctx, keys, "mix")
+            return x + self.drop(self.feed_forward(self.feed_forward_norm(x)), ctx, keys, "feed")
         if self.norm_position == "post":
-            x = x + self.drop(self.attention(x, ctx, step), ctx, step, "mix")
+            x = x + self.drop(self.attention(x, ctx, step, keys), ctx, keys, "mix")
             x = self.attention_norm(x)
-            x = x + self.drop(self.feed_forward(x), ctx, step, "feed")
+            x = x + self.drop(self.feed_forward(x), ctx, keys, "feed")
             return self.feed_forward_norm(x)
-        x = x + self.drop(self.attention(self.attention_norm(x), ctx, step), ctx, step, "mix")
-        x = self.attention_output_norm(x)
-        x = x + self.drop(self.feed_forward(self.feed_forward_norm(x)), ctx, step, "feed")
+        mixed = self.attention(self.attention_norm(x), ctx, step, keys)
+        x = self.attention_output_norm(x + self.drop(mixed, ctx, keys, "mix"))
+        x = x + self.drop(self.feed_forward(self.feed_forward_norm(x)), ctx, keys, "feed")
         return self.feed_forward_output_norm(x)
 
     def inject(self, x: Tensor, injected: Tensor) -> Tensor:
@@ -69,8 +84,8 @@ class Block(nn.Module):
             return x + injected
         return self.injection(torch.cat([x, injected], dim=-1))
 
-    def drop(self, x: Tensor, ctx: Context, step: Step, site: str) -> Tensor:
+    def drop(self, x: Tensor, ctx: Context, keys: Keys, site: str) -> Tensor:
         """Dropout of a residual branch."""
-        if not ctx.training or self.dropout == 0.0:
+        if site not in keys:
             return x
-        return dropout(x, self.dropout, ctx.where(site, step), ctx.rows())
+        return dropout(x, self.rates[site], keys[site], ctx.rows())

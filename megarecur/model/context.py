@@ -14,8 +14,11 @@ from torch import Tensor
 from megarecur.config.schema import ModelConfig
 from megarecur.model.positions import alibi_bias, rotation
 from megarecur.model.telemetry import Telemetry
-from megarecur.parallel.random import key
+from megarecur.parallel.random import key, key_words
 from megarecur.recurrence.layer_map import Step
+
+Keys = dict[str, Tensor]
+"""Of dropout at one step of the map, by site: `key_words`."""
 
 
 class KeysAndValues(Protocol):
@@ -62,6 +65,18 @@ class Context:
         """The key of a site's random values in this optimizer step."""
         place = () if step is None else (step.block, step.loop_index)
         return key(self.seed, self.step, site, *place)
+
+    def keys(self, step: Step, rates: dict[str, float]) -> Keys:
+        """The keys of dropout at a step of the map, as tensors, so that one compiled graph serves
+        all steps; none outside of training.
+
+        Args:
+            step: of the map.
+            rates: probability by site.
+        """
+        device = self.sample_ids_B.device
+        dropped = [site for site, rate in rates.items() if self.training and rate > 0.0]
+        return {site: key_words(self.where(site, step), device) for site in dropped}
 
 
 def build_context(

@@ -43,7 +43,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return self.down(_SwiGLU.apply(*apply_all((self.gate, self.up), x)))
+        gate, up = apply_all((self.gate, self.up), x)
+        if torch.compiler.is_compiling():
+            return self.down(F.silu(gate) * up)
+        return self.down(_SwiGLU.apply(gate, up))
 
 
 class GELU(nn.Module):

@@ -52,7 +52,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 def rotate(x_BSNH: Tensor, angles: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """Rotate queries or keys; pairs are (i, i + H/2), or (2i, 2i + 1) where interleaved."""
-    return _Rotate.apply(x_BSNH, *angles, interleaved)
+    if not torch.compiler.is_compiling():
+        return _Rotate.apply(x_BSNH, *angles, interleaved)
+    cos, sin = angles
+    if interleaved:
+        a, b = x_BSNH.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x_BSNH.dtype)
+    a, b = x_BSNH.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_BSNH.dtype)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

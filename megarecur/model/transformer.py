@@ -18,7 +18,7 @@ from megarecur.model.norm import build_norm
 from megarecur.model.positions import sinusoidal
 from megarecur.model.telemetry import Telemetry, named
 from megarecur.parallel.linear import MakeParameter, Weight, product
-from megarecur.parallel.loss import cross_entropy
+from megarecur.parallel.loss import EAGER, cross_entropy
 from megarecur.parallel.random import dropout, initial_values, truncated_normal
 from megarecur.recurrence.inventory import Inventory, adapter_block, build_inventory
 from megarecur.recurrence.layer_map import Step
@@ -215,6 +215,10 @@ class Transformer(nn.Module):
             scale = model.hidden_size**0.5 if model.scale_embeddings else 1.0
             self.look_up = Embedding(self.embedding, positions, scale)
         self.project = None if self.head is None else Head(self.head)
+        self.loss_kernels = EAGER
+        """In training (`model.compile`)."""
+        self.always_mask = False
+        """Give micro batches of single documents a mask too, so that one graph serves all."""
 
     def weights(self) -> list[Weight]:
         """Every unique matrix with a compute copy."""
@@ -234,11 +238,12 @@ class Transformer(nn.Module):
         states: list[Tensor] | None = None,
     ) -> Context:
         """The context of a micro batch; training switches dropout on."""
+        masked = not batch.single_document or (training and self.always_mask)
         return build_context(
             self.config.model,
             batch.positions_BS,
             self.dtype,
-            documents_BS=None if batch.single_document else batch.documents_BS,
+            documents_BS=batch.documents_BS if masked else None,
             sample_ids_B=batch.sample_ids_B,
             seed=self.config.seed,
             step=step,
@@ -273,7 +278,8 @@ class Transformer(nn.Module):
     def loss(self, x: Tensor, batch: Batch) -> dict[str, LossTerm]:
         """Sums over the counted tokens of a micro batch, each with its denominator."""
         logits_NV = self.logits(x).flatten(0, 1)
-        total, square, losses_N = cross_entropy(logits_NV, batch.labels_BS.flatten())
+        kernels = self.loss_kernels if torch.is_grad_enabled() else EAGER
+        total, square, losses_N = cross_entropy(logits_NV, batch.labels_BS.flatten(), kernels)
         terms = {"loss": LossTerm(total, "tokens", per_token=losses_N)}
         if self.config.model.z_loss > 0.0:
             terms["z_loss"] = LossTerm(square, "tokens", self.config.model.z_loss)

@@ -128,9 +128,42 @@ class _Products(torch.autograd.Function):
         return dx if dx is None else dx.view_as(x).to(x.dtype), None, *dws, *dbs
 
 
+class _Value(torch.autograd.Function):
+    """The copy, with the parameter's gradient: dW in the parameter's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
+
+
+def multiply(
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """x W_i^T + b_i for each weight.
+
+    A compiler is given the formula and derives the rest: it fuses what `_Products` spares. Its
+    graph gives dW of one use, in the parameter's dtype, and autograd sums the uses outside of it.
+    """
+    if not torch.compiler.is_compiling():
+        return _Products.apply(x, weights, *(w.parameter for w in weights), *biases)
+    wide, values = x.to(weights[0].product_dtype), []
+    for weight, bias in zip(weights, biases, strict=True):
+        value = weight.parameter
+        if weight.copy is not None:
+            value = _Value.apply(value, weight.copy)
+        y = F.linear(wide, value, None if bias is None else bias.to(wide.dtype))
+        values.append(y.to(x.dtype))
+    return tuple(values)
+
+
 def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out]."""
-    return _Products.apply(x, (weight,), weight.parameter, bias)[0]
+    return multiply(x, (weight,), (bias,))[0]
 
 
 class Linear(nn.Module):
@@ -148,6 +181,4 @@ class Linear(nn.Module):
 
 def apply_all(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
     """Each layer's output for the same x, whose gradient is then summed without temporaries."""
-    weights = tuple(layer.weight for layer in layers)
-    biases = (layer.bias for layer in layers)
-    return _Products.apply(x, weights, *(w.parameter for w in weights), *biases)
+    return multiply(x, [layer.weight for layer in layers], [layer.bias for layer in layers])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,43 +12,86 @@ IGNORED = -100
 """Label of a token that does not count."""
 
 
+class LossKernels(NamedTuple):
+    """The two passes over the logits."""
+
+    summarize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(logits [N, V], index [N, 1]) to logsumexp and the logit of the index, both [N] and wide."""
+    differentiate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    """(logits, logsumexp [N], index [N, 1], scale [N, 1], d_index [N, 1]): the logits become
+    softmax times scale, plus d_index at the index."""
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Sums of -log p(label) and of logsumexp^2 over the counted tokens.
 
-    Keeps the logits only; backward turns them into their own gradient in place. Both go by slices
-    of tokens, so that temporaries stay small (and on CPUs in the cache).
+    Keeps the logits only; backward turns them into their own gradient in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        wide = torch.promote_types(logits_NV.dtype, torch.float32)
-        logsumexp_N = logits_NV.new_empty(len(labels_N), dtype=wide)
-        for part in slices(logits_NV):
-            torch.logsumexp(logits_NV[part].to(wide), dim=-1, out=logsumexp_N[part])
+    def forward(
+        ctx: Any, logits_NV: Tensor, labels_N: Tensor, kernels: LossKernels
+    ) -> tuple[Tensor, Tensor, Tensor]:
         counted_N = labels_N != IGNORED
         index_N1 = labels_N.clamp(min=0).unsqueeze(-1)
-        picked_N = logits_NV.gather(-1, index_N1).squeeze(-1).to(wide)
+        logsumexp_N, picked_N = kernels.summarize(logits_NV, index_N1)
         ctx.save_for_backward(logits_NV, logsumexp_N, counted_N, index_N1)
+        ctx.kernels = kernels
         zero = logsumexp_N.new_zeros(())
         losses_N = torch.where(counted_N, logsumexp_N - picked_N, zero)
         ctx.mark_non_differentiable(losses_N)
         return losses_N.sum(), torch.where(counted_N, logsumexp_N.square(), zero).sum(), losses_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, logsumexp_N, counted_N, index_N1 = ctx.saved_tensors
         d_loss, d_square, _ = grads
         scale_N1 = torch.where(counted_N, d_loss + 2.0 * d_square * logsumexp_N, 0.0).unsqueeze(-1)
         d_label_N1 = torch.where(counted_N, -d_loss, 0.0).to(logsumexp_N.dtype).unsqueeze(-1)
-        for part in slices(logits_NV):
-            # The logits are not read again: their memory becomes their gradient.
-            logits = logits_NV[part]
-            d_logits = logits if logits.dtype == logsumexp_N.dtype else logits.to(logsumexp_N.dtype)
-            d_logits.sub_(logsumexp_N[part, None]).exp_().mul_(scale_N1[part])
-            d_logits.scatter_add_(-1, index_N1[part], d_label_N1[part])
-            if d_logits is not logits:
-                logits.copy_(d_logits)
-        return logits_NV, None
+        # The logits are not read again: their memory becomes their gradient.
+        ctx.kernels.differentiate(logits_NV, logsumexp_N, index_N1, scale_N1, d_label_N1)
+        return logits_NV, None, None
+
+
+def summarize(logits_NV: Tensor, index_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """`LossKernels.summarize` by slices of tokens: temporaries stay small, on CPUs in the cache."""
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    logsumexp_N = logits_NV.new_empty(len(logits_NV), dtype=wide)
+    for part in slices(logits_NV):
+        torch.logsumexp(logits_NV[part].to(wide), dim=-1, out=logsumexp_N[part])
+    return logsumexp_N, logits_NV.gather(-1, index_N1).squeeze(-1).to(wide)
+
+
+def differentiate(
+    logits_NV: Tensor, logsumexp_N: Tensor, index_N1: Tensor, scale_N1: Tensor, d_index_N1: Tensor
+) -> None:
+    """`LossKernels.differentiate` by slices of tokens."""
+    for part in slices(logits_NV):
+        logits = logits_NV[part]
+        d_logits = logits if logits.dtype == logsumexp_N.dtype else logits.to(logsumexp_N.dtype)
+        d_logits.sub_(logsumexp_N[part, None]).exp_().mul_(scale_N1[part])
+        d_logits.scatter_add_(-1, index_N1[part], d_index_N1[part])
+        if d_logits is not logits:
+            logits.copy_(d_logits)
+
+
+def summarize_fused(logits_NV: Tensor, index_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """`LossKernels.summarize` as a formula, for a compiler."""
+    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return wide_NV.logsumexp(-1), wide_NV.gather(-1, index_N1).squeeze(-1)
+
+
+def differentiate_fused(
+    logits_NV: Tensor, logsumexp_N: Tensor, index_N1: Tensor, scale_N1: Tensor, d_index_N1: Tensor
+) -> None:
+    """`LossKernels.differentiate` as a formula, for a compiler."""
+    softmax_NV = (logits_NV.to(logsumexp_N.dtype) - logsumexp_N.unsqueeze(-1)).exp()
+    columns_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device)
+    d_logits_NV = softmax_NV * scale_N1 + torch.where(columns_V == index_N1, d_index_N1, 0.0)
+    logits_NV.copy_(d_logits_NV)
+
+
+EAGER = LossKernels(summarize, differentiate)
 
 
 def slices(logits_NV: Tensor) -> list[slice]:
@@ -57,10 +101,12 @@ def slices(logits_NV: Tensor) -> list[slice]:
     return [slice(i, i + length) for i in range(0, logits_NV.shape[0], length)]
 
 
-def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy(
+    logits_NV: Tensor, labels_N: Tensor, kernels: LossKernels = EAGER
+) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of cross-entropy, sum of logsumexp^2) over tokens whose label is not IGNORED, and the
     cross-entropy of each token [N], 0 where ignored, which has no gradient.
 
     Consumes the logits: after backward their memory holds their gradient.
     """
-    return _CrossEntropy.apply(logits_NV, labels_N)
+    return _CrossEntropy.apply(logits_NV, labels_N, kernels)

@@ -50,24 +50,31 @@ def _fold(x: Tensor) -> Tensor:
     return torch.where(folded >= 1 << 31, folded - _INT32_RANGE, folded).to(torch.int32)
 
 
+def key_words(where: int, device: torch.device) -> Tensor:
+    """A key as a tensor, int32 [2]: for rows and for columns. A compiled graph takes it as an
+    input, where a number would be a constant of the graph."""
+    words = (_signed(where ^ (where >> 32)), _signed(where >> 17))
+    return torch.tensor(words, dtype=torch.int32, device=device)
+
+
 def random_bits(
-    where: int, rows: tuple[Tensor, ...], num_columns: int, first_column: int = 0
+    where: int | Tensor, rows: tuple[Tensor, ...], num_columns: int, first_column: int = 0
 ) -> Tensor:
     """int32 bits, uniform, one for each (row, column); separable, so any shard makes its own.
 
     Args:
-        where: a 64-bit key: seed, step, site.
+        where: a 64-bit key, or its `key_words`: seed, step, site.
         rows: integer tensors that broadcast to the leading shape, such as samples [B, 1] and
             positions [B, S].
         num_columns: size of the last dim.
         first_column: where this part of the last dim begins.
     """
     device = rows[0].device
-    row = torch.tensor(_signed(where ^ (where >> 32)), dtype=torch.int32, device=device)
+    row, column = (key_words(where, device) if isinstance(where, int) else where).unbind()
     for part in rows:
         row = _scramble(row ^ _scramble(_fold(part.to(torch.int64))))
     columns = torch.arange(first_column, first_column + num_columns, device=device)
-    bits = row.unsqueeze(-1) ^ _scramble(columns.to(torch.int32) + _signed(where >> 17))
+    bits = row.unsqueeze(-1) ^ _scramble(columns.to(torch.int32) + column)
     # In place and as few passes as do: these are the ones that cost something. The arithmetic
     # shift makes rows that are each other's complement equal, which is as rare as equal rows.
     bits.mul_(_signed(0x9E3779B1))
@@ -82,12 +89,15 @@ def drop_share(probability: float) -> float:
 
 def keep_mask(
     probability: float,
-    where: int,
+    where: int | Tensor,
     rows: tuple[Tensor, ...],
     num_columns: int,
     first_column: int = 0,
 ) -> Tensor:
     """bool, True with 1 - drop_share(probability); coordinates as those of `random_bits`."""
+    if torch.compiler.is_compiling():
+        assert isinstance(where, Tensor)
+        return _opaque_mask(probability, where, list(rows), num_columns, first_column)
     # Each word serves two columns; the multiplication leaves its lower half to be mixed.
     first_word, first = divmod(first_column, 2)
     words = random_bits(where, rows, (first + num_columns + 1) // 2, first_word)
@@ -97,7 +107,26 @@ def keep_mask(
     return halves[..., first : first + num_columns] >= threshold
 
 
-def dropout(x: Tensor, probability: float, where: int, rows: tuple[Tensor, ...]) -> Tensor:
+@torch.library.custom_op(
+    "megarecur::keep_mask",
+    mutates_args=(),
+    schema="(float probability, Tensor where, Tensor[] rows, int columns, int first) -> Tensor",
+)
+def _opaque_mask(
+    probability: float, where: Tensor, rows: list[Tensor], columns: int, first: int
+) -> Tensor:
+    """`keep_mask` as one operation of a compiled graph. Hashes overflow, which C++, what a compiled
+    graph becomes on a CPU, leaves undefined for signed numbers: other masks came of it."""
+    return keep_mask(probability, where, tuple(rows), columns, first)
+
+
+@_opaque_mask.register_fake
+def _(probability: float, where: Tensor, rows: list[Tensor], columns: int, first: int) -> Tensor:
+    shape = torch.broadcast_shapes(*(row.shape for row in rows))
+    return where.new_empty((*shape, columns), dtype=torch.bool)
+
+
+def dropout(x: Tensor, probability: float, where: int | Tensor, rows: tuple[Tensor, ...]) -> Tensor:
     """Inverted dropout of x [..., D] with the mask of (where, rows, channel)."""
     mask = keep_mask(probability, where, rows, x.shape[-1])
     return torch.where(mask, x * (1.0 / (1.0 - drop_share(probability))), 0.0)

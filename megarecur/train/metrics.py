@@ -84,9 +84,9 @@ def drop_after(path: Path, step: int) -> None:
 class Progress:
     """One line per log step: rewritten in place on a terminal, plain elsewhere."""
 
-    def __init__(self, num_steps: int, stream: TextIO = sys.stdout) -> None:
-        self.num_steps, self.stream = num_steps, stream
-        self.terminal = stream.isatty()
+    def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
+        self.num_steps, self.stream = num_steps, stream or sys.stdout
+        self.terminal = self.stream.isatty()
         self.open_line = False
         self.first: tuple[int, float] | None = None
 

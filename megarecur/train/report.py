@@ -13,6 +13,7 @@ from torch import Tensor
 from megarecur.config.schema import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.errors import ConfigError
+from megarecur.model.compile import CompiledModel
 from megarecur.model.telemetry import MEASURES, name_measures
 from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh
@@ -214,6 +215,14 @@ class Report:
         """Texts for TensorBoard, by tag."""
         if self.metrics is not None:
             self.metrics.write_texts(state.step, texts)
+
+    def tell_graphs(self, compiled: CompiledModel | None) -> dict[str, float]:
+        """Graphs of the block made so far, as a metric; of those made after warming up, a line."""
+        if compiled is None:
+            return {}
+        if news := compiled.news():
+            self.note(news)
+        return {"speed/graphs": float(compiled.graphs)}
 
     def note(self, text: str) -> None:
         """A line of its own."""

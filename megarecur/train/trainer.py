@@ -16,7 +16,8 @@ from megarecur.config.schema import Config
 from megarecur.data.corpus import Corpus, open_corpus
 from megarecur.data.loader import Loader, MicroBatch
 from megarecur.data.tokenizer import load_tokenizer
-from megarecur.errors import CheckpointError, DataError
+from megarecur.errors import CheckpointError, ConfigError, DataError
+from megarecur.model.compile import CompiledModel, find_obstacle
 from megarecur.model.telemetry import Telemetry, named
 from megarecur.model.transformer import LossTerm, Transformer
 from megarecur.optim.engine import Engine, build_engine
@@ -55,6 +56,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
     with ExitStack() as resources:
         stop = stop or resources.enter_context(watch_signals())
         mesh = resources.enter_context(open_mesh(config))
+        compiling, reason = choose_compiler(config, mesh)
         run_dir = resources.enter_context(open_run(config, mesh))
         data = open_data(config, mesh)
         config, loader = data.config, resources.enter_context(closing(data.loader))
@@ -67,6 +69,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             write_config(run_dir, config) if mesh.rank == 0 else None
             report = Report(run_dir, config, state, mesh)
         alarms = Alarms(config.alarms, report.rows())
+        report.note(reason) if reason else None
+        compiled = CompiledModel(model) if compiling else None
         profiler = Profiler(config.train.profile, run_dir, mesh)
         resources.callback(profiler.close)
         saved = validated = state.step
@@ -106,6 +110,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                 values = report.close_interval(state, result) | saver.timings()
                 held = measure_state(model, engine.shards())
                 values |= report.tell_memory(held, layer_map(config.recurrence, result.depth))
+                values |= report.tell_graphs(compiled)
                 reasons = alarms.check(state.step, values)
                 report.write(state, values | {"alarms/raised": len(reasons)}, stop)
                 action, source = choose_action(reasons, alarms, saver, state, report)
@@ -207,6 +212,25 @@ def with_vocab_size(config: Config, vocab_size: int) -> Config:
             f"data.tokenizer={config.data.tokenizer}; raise it or leave it out"
         )
     return config
+
+
+def choose_compiler(config: Config, mesh: Mesh) -> tuple[bool, str]:
+    """(whether every rank compiles, why not where `auto` had to choose so); collective.
+
+    Raises:
+        ConfigError: train.compile=true without what torch.compile needs.
+    """
+    wish = config.train.compile
+    obstacle = find_obstacle(mesh.device) if wish else None
+    with same_error(mesh):
+        if wish is True and obstacle is not None:
+            raise ConfigError(
+                f"train.compile=true: {obstacle}; or run eagerly: train.compile=false"
+            )
+    obstacles = [found for found in mesh.gather_objects(obstacle) if found is not None]
+    if obstacles:
+        return False, f"train.compile=auto: running eagerly, as {obstacles[0]}"
+    return bool(wish), ""
 
 
 # ------------------------------------------------------------------------------- one optimizer step

@@ -1,0 +1,192 @@
+"""torch.compile of the block against eager: the same losses and gradients, from two graphs.
+
+Most cases stop before code is generated (`aot_eager` runs the traced forward and backward graphs as
+they are): what Inductor makes of them takes a minute a graph, and is checked in the slow tests.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Trace, compare
+from test_zero import build, config_of, maps_of, reference, run_steps
+
+from megarecur.config.load import to_yaml
+from megarecur.config.schema import Config
+from megarecur.errors import ConfigError
+from megarecur.model.compile import CompiledModel, find_obstacle
+from megarecur.recurrence.layer_map import LayerMap
+from megarecur.train.metrics import read_rows
+from megarecur.train.trainer import FINISHED, train
+
+DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
+CASES = [
+    ("loop", {"model": DROPOUT}),
+    ("cycle", {"model": {"norm_position": "sandwich", "attention_bias": "all"}}),
+    ("sequence", {"model": {"norm_position": "post", "norm": "layer", "feed_forward": "gelu",
+                            "positions": "learned"}}),
+    ("reuse_map", {"train": {"recompute": True}, "model": {**DROPOUT, "z_loss": 1e-3}}),
+    ("cycle_reverse", {"model": {"positions": "alibi", "rope_interleaved": False}}),
+    ("block_recurrence", {"model": {"rope_interleaved": True, "tie_embeddings": False}}),
+    ("custom", {"data": {"seq_length": 16, "mask_documents": False}}),
+    ("dense", {"optimizer": {"clip_norm": 0.5, "frozen": ["blocks.1.*"]}}),
+]  # fmt: skip
+
+
+def aot_eager(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> object:
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(graph, inputs)
+
+
+def trace_compiled(
+    config: Config, num_steps: int, maps: Sequence[LayerMap] = (), inductor: bool = False
+) -> tuple[Trace, int]:
+    """The steps' trace, and how many graphs of the block were made."""
+    config, model, engine = build(config)
+    compiled = CompiledModel(model, None if inductor else aot_eager)
+    return run_steps(config, model, engine, range(num_steps), maps), compiled.graphs
+
+
+def case_of(corpus: Path, scheme: str, extra: dict, stage: int = 0) -> Config:
+    sections = {name: dict(values) for name, values in extra.items()}
+    data = sections.pop("data", {})
+    config = config_of(corpus, scheme, stage, 2, **sections)
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "extra"),
+    [case if i in (0, 1, 3) else pytest.param(*case, marks=pytest.mark.slow)
+     for i, case in enumerate(CASES)],
+)  # fmt: skip
+def test_compiled_equals_eager(corpus, scheme, extra) -> None:
+    config = case_of(corpus, scheme, extra)
+    found, graphs = trace_compiled(config, 5)
+    compare(found, reference(config, 5))
+    # Frozen weights have no gradient, which makes a graph of their own.
+    assert graphs == (2 if config.optimizer.frozen else 1)
+
+
+def test_two_graphs_serve_every_depth(corpus) -> None:
+    """One with and one without gradient, over 1 to 6 loops, truncated and whole."""
+    config = case_of(corpus, "loop", {"model": DROPOUT})
+    maps = maps_of(config, [3, 1, 6], backward=2) + maps_of(config, [2, 4, 5])
+    found, graphs = trace_compiled(config, len(maps), maps)
+    compare(found, reference(config, len(maps), maps))
+    assert graphs == 2
+
+
+def test_graphs_made_later_are_told_with_their_reason(corpus) -> None:
+    config, model, engine = build(case_of(corpus, "reuse_map", {}))
+    compiled = CompiledModel(model, aot_eager)
+    run_steps(config, model, engine, range(1))
+    assert compiled.graphs == 1
+    assert not compiled.news() and not compiled.news()
+    shorter = config.model_copy(update={"data": config.data.model_copy(update={"seq_length": 8})})
+    run_steps(shorter, model, engine, range(1))
+    assert compiled.graphs == 2
+    assert "of the block 2 in all" in (news := compiled.news()) and "size mismatch" in news
+    assert not compiled.news()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_compiled_shards_equal_the_plain_engine(world, corpus, stage) -> None:
+    config = case_of(corpus, "loop", {"model": DROPOUT}, stage)
+    maps = maps_of(config, [3, 1, 4, 2], backward=2)
+    found, graphs = world(2).run(trace_compiled, config, len(maps), maps)[0]
+    compare(found, reference(config, len(maps), maps))
+    assert graphs == 2
+
+
+# ------------------------------------------------------------------------------------- Inductor
+
+
+def needs_a_compiler() -> None:
+    if obstacle := find_obstacle(torch.device("cpu")):
+        pytest.skip(obstacle)
+
+
+@pytest.mark.slow
+def test_inductor_equals_eager(corpus) -> None:
+    needs_a_compiler()
+    config = case_of(corpus, "loop", {"model": DROPOUT})
+    maps = maps_of(config, [3, 1, 6], backward=2) + maps_of(config, [2, 4])
+    found, graphs = trace_compiled(config, len(maps), maps, True)
+    compare(found, reference(config, len(maps), maps))
+    assert graphs == 2
+
+
+@pytest.mark.slow
+def test_inductor_in_bf16_is_as_close_to_fp64_as_eager(corpus) -> None:
+    needs_a_compiler()
+
+    def first(precision: str, compiled: bool) -> dict[str, torch.Tensor]:
+        config = case_of(corpus, "loop", {"train": {"precision": precision}})
+        found = trace_compiled(config, 1, (), True)[0] if compiled else reference(config, 1)
+        return {name: value.double() for name, value in found[0][1].items()}
+
+    exact = first("fp64", False)
+    total = sum(value.square().sum() for value in exact.values()) ** 0.5
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        parts = [(found[n] - e).norm() / max(e.norm(), 1e-3 * total) for n, e in exact.items()]
+        return float(torch.stack(parts).square().mean().sqrt())
+
+    assert error(first("bf16", True)) <= 1.1 * error(first("bf16", False))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_resumes_and_shows_its_graphs(corpus, tmp_path) -> None:
+    needs_a_compiler()
+    config = case_of(corpus, "loop", {"train": {"compile": True, "steps": 4, "eval_samples": 8}})
+    sampled = {"num_loops": {"sampler": "uniform", "min": 1, "max": 4}, "backward_loops": 2}
+    config = config.model_copy(update={
+        "run_dir": str(tmp_path / "run"),
+        "recurrence": type(config.recurrence).model_validate(
+            config.recurrence.model_dump() | sampled),
+    })  # fmt: skip
+    eager = config.model_copy(update={
+        "run_dir": str(tmp_path / "eager"),
+        "train": config.train.model_copy(update={"compile": False}),
+    })  # fmt: skip
+    assert train(eager) == train(config) == FINISHED
+    rows, expected = (
+        {row["step"]: row for row in read_rows(Path(c.run_dir) / "metrics.jsonl")
+         if "train/loss" in row} for c in (config, eager)
+    )  # fmt: skip
+    assert rows[4]["speed/graphs"] == 2 and "speed/graphs" not in expected[4]
+    for step in rows:
+        assert rows[step]["train/loss"] == pytest.approx(expected[step]["train/loss"], rel=2e-5)
+
+
+# ------------------------------------------------------------------------------- without a compiler
+
+
+def test_without_a_compiler_the_run_is_refused(corpus, tmp_path) -> None:
+    config = case_of(corpus, "loop", {"train": {"compile": True}})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-m", "launch.cli", "train", "config.yaml"]
+    env = {**os.environ, "CXX": "/none/such", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "there is no C++ compiler (/none/such)" in done.stderr
+    assert "train.compile=false" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_runs_eagerly_and_says_so(corpus, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("megarecur.train.trainer.find_obstacle", lambda device: "no compiler")
+    config = case_of(corpus, "reuse_map", {"train": {"compile": "auto", "steps": 2}})
+    config = config.model_copy(update={"run_dir": str(tmp_path / "run")})
+    assert train(config) == FINISHED
+    assert "running eagerly, as no compiler" in capsys.readouterr().out
+    compiled = config.train.model_copy(update={"compile": True})
+    with pytest.raises(ConfigError, match="no compiler; or run eagerly"):
+        train(config.model_copy(update={"run_dir": str(tmp_path / "b"), "train": compiled}))
+    assert not (tmp_path / "b").exists()
