@@ -23,7 +23,7 @@ from test_checkpoint import (
     place,
     run_on,
     save_steps,
-    wait_for,
+    wait_for_new,
 )
 
 from configs import make_config
@@ -242,9 +242,9 @@ def save_beside_until_killed(root: Path, step: int) -> None:
 def test_ranks_killed_while_saving_beside_training(tmp_path, kills) -> None:
     rng, step, root = random.Random(kills), 0, tmp_path / "checkpoints"
     for _ in range(kills):
-        world = World(4)
+        world, since = World(4), time.time()
         world.submit(save_beside_until_killed, root, step + 1)
-        wait_for(root / f"step-{step + 1:08d}")
+        wait_for_new(root, since, ("",))
         time.sleep(rng.uniform(0, 0.4))
         os.kill(world.pids[rng.randrange(4)], signal.SIGKILL)
         outcomes = world.collect(timeout=30)
