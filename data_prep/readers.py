@@ -1,6 +1,6 @@
-"""Input files to documents: files, globs and folders of txt; jsonl, csv, tsv; parquet and Arrow.
+"""Input files to documents: files, globs and folders of txt; jsonl, csv, tsv; parquet, Arrow, MDS.
 
-All but the last two may be plain, gz, xz or zst.
+All but the last three may be plain, gz, xz or zst.
 
 A document is its UTF-8 bytes, checked. Whether a file is compressed is decided by its first bytes,
 and a name that says otherwise is an error, since half of such files are truncated or mistaken.
@@ -23,17 +23,21 @@ from typing import Any, BinaryIO, Literal
 from data_prep.tables import (
     BINARY_SUFFIXES,
     CSV_DELIMITERS,
+    MDS_SUFFIX,
+    drop_copies,
     fields_of,
     fill,
+    is_mds,
     look_up,
     read_arrow,
     read_csv,
+    read_mds,
 )
 from megarecur.errors import DataError
 
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-FOLDER_SUFFIXES = (".txt", ".text", *JSON_SUFFIXES, *CSV_DELIMITERS, *BINARY_SUFFIXES)
+FOLDER_SUFFIXES = (".txt", ".text", *JSON_SUFFIXES, *CSV_DELIMITERS, *BINARY_SUFFIXES, MDS_SUFFIX)
 DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
 """What Hugging Face's save_to_disk writes beside the data."""
 FOREIGN = {
@@ -103,9 +107,10 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> l
     for entry in map(str, inputs):
         path = Path(entry)
         if path.is_dir():
-            files = [p for p in path.rglob("*") if _plain_suffix(p) in FOLDER_SUFFIXES]
+            files = [p for p in path.rglob("*") if _plain_suffix(p) in FOLDER_SUFFIXES or is_mds(p)]
             if any(p.suffix == ".arrow" for p in files):
                 files = [p for p in files if p.name not in DATASET_FILES]
+            files = drop_copies(files)
             hint = f"no {', '.join(FOLDER_SUFFIXES)} files below; name others by a glob"
         elif path.exists():
             files, hint = [path], ""
@@ -213,8 +218,9 @@ def read_documents(path: Path, reading: Reading) -> Iterator[bytes | None]:
     """
     import zstandard
 
-    if path.suffix.lower() in BINARY_SUFFIXES:
-        for place, row in read_arrow(path, reading.fields):
+    if path.suffix.lower() in BINARY_SUFFIXES or is_mds(path):
+        rows = (read_mds if is_mds(path) else read_arrow)(path, reading.fields)
+        for place, row in rows:
             yield from _text_of(row, place, reading)
         return
     with open_source(path) as stream:

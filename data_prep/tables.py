@@ -1,4 +1,4 @@
-"""Rows of tables to documents: jsonl, csv, tsv, parquet, and Arrow files as `datasets` saves them.
+"""Rows of tables to documents: jsonl, csv, tsv, parquet, Arrow files of `datasets`, MDS shards.
 
 A row is a mapping of fields; its text is one field of it, or a template filled with several.
 """
@@ -9,13 +9,14 @@ import csv
 import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megarecur.errors import DataError
 
 BINARY_SUFFIXES = (".parquet", ".arrow")
+MDS_SUFFIX = ".mds"
 CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ROWS_AT_ONCE = 1024
 
@@ -143,6 +144,49 @@ def _batches(path: Path, fields: Sequence[str]) -> Iterator[Any]:
         columns = _columns(path, fields, reader.schema.names)
         for batch in batches:
             yield batch.select(columns)
+
+
+def is_mds(path: Path) -> bool:
+    """Whether a name is that of an MDS shard, compressed (shard.00000.mds.zstd) or not."""
+    return MDS_SUFFIX in path.suffixes[-2:]
+
+
+def drop_copies(paths: Sequence[Path]) -> list[Path]:
+    """The same without MDS's index, and without compressed shards that lie there unpacked too."""
+    if not any(map(is_mds, paths)):
+        return list(paths)
+    plain = {path for path in paths if path.suffix == MDS_SUFFIX}
+    return [p for p in paths if p.name != "index.json" and p.with_suffix("") not in plain]
+
+
+def read_mds(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of an MDS shard, which the index.json beside or above it describes.
+
+    Raises:
+        DataError: there is no index, it does not list the shard, or the shard is damaged or lacks
+            a column.
+    """
+    from megarecur.data.foreign import MEND, decode_shard
+
+    folder = next((p for p in path.parents if (p / "index.json").is_file()), None)
+    if folder is None:
+        raise DataError(f"{path}: has no index.json beside it, without which it cannot be read")
+    name = path.relative_to(folder).as_posix()
+    entry = _mds_entries(folder, (folder / "index.json").stat().st_mtime_ns).get(name)
+    if entry is None:
+        raise DataError(f"{path}: is not listed in {folder / 'index.json'}; {MEND}")
+    _columns(path, fields, entry["column_names"])
+    for number, row in enumerate(decode_shard(path, entry), 1):
+        yield f"{path}: sample {number}", row
+
+
+@lru_cache(4)
+def _mds_entries(folder: Path, _changed: int) -> dict[str, dict[str, Any]]:
+    """What an index.json says of each file."""
+    from megarecur.data.foreign import read_index
+
+    pairs = [(e[k], e) for e in read_index(folder) for k in ("raw_data", "zip_data") if e.get(k)]
+    return {info["basename"]: entry for info, entry in pairs}
 
 
 def _columns(path: Path, fields: Sequence[str], names: Sequence[str]) -> list[str]:

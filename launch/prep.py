@@ -18,7 +18,7 @@ Inputs = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT...",
-        help="txt, jsonl, csv, tsv (plain, gz, xz, zst), parquet, arrow: files, globs, folders.",
+        help="txt, jsonl, csv, tsv (plain, gz, xz, zst), parquet, arrow, mds: files, folders.",
     ),
 ]
 READING = {

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,31 @@ def _choose_column(path: Path, entries: Sequence[dict[str, Any]]) -> str:
             name = entry["raw_data"]["basename"]
             raise DataError(f"{path}: {name} has other columns than the first shard, {shown}")
     return chosen[0]
+
+
+def decode_shard(path: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The samples of one shard, compressed or not, all columns decoded.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    packed = entry.get("zip_data")
+    packed = packed if packed and path.name == Path(packed["basename"]).name else None
+    _compare(path, packed or entry["raw_data"], hashed=True)
+    make_torchvision_importable()
+    from streaming.base.compression import decompress
+    from streaming.base.format import reader_from_json
+
+    reader = reader_from_json("", "", entry)
+    try:
+        content: Any = np.memmap(path, np.uint8, "r").data
+        if packed:
+            content = decompress(entry["compression"], path.read_bytes())
+        offsets = np.frombuffer(content, np.uint32, entry["samples"] + 1, 4).tolist()
+        for begin, end in pairwise(offsets):
+            yield reader.decode_sample(bytes(content[begin:end]))
+    except Exception as error:  # each compression and each encoding raises its own
+        raise DataError(f"{path}: damaged ({error}); {MEND}") from None
 
 
 # ------------------------------------------------------------------------------- shards as they lie
