@@ -131,7 +131,7 @@ def _batches(path: Path, fields: Sequence[str]) -> Iterator[Any]:
         from pyarrow import parquet
 
         with parquet.ParquetFile(path) as file:
-            columns = _columns(path, fields, file.schema_arrow.names)
+            columns = columns_of(path, fields, file.schema_arrow.names)
             yield from file.iter_batches(ROWS_AT_ONCE, columns=columns)
         return
     with pyarrow.memory_map(str(path)) as source:
@@ -141,7 +141,7 @@ def _batches(path: Path, fields: Sequence[str]) -> Iterator[Any]:
         except pyarrow.ArrowInvalid:
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        columns = _columns(path, fields, reader.schema.names)
+        columns = columns_of(path, fields, reader.schema.names)
         for batch in batches:
             yield batch.select(columns)
 
@@ -175,7 +175,7 @@ def read_mds(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str,
     entry = _mds_entries(folder, (folder / "index.json").stat().st_mtime_ns).get(name)
     if entry is None:
         raise DataError(f"{path}: is not listed in {folder / 'index.json'}; {MEND}")
-    _columns(path, fields, entry["column_names"])
+    columns_of(path, fields, entry["column_names"])
     for number, row in enumerate(decode_shard(path, entry), 1):
         yield f"{path}: sample {number}", row
 
@@ -189,13 +189,17 @@ def _mds_entries(folder: Path, _changed: int) -> dict[str, dict[str, Any]]:
     return {info["basename"]: entry for info, entry in pairs}
 
 
-def _columns(path: Path, fields: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The columns that hold fields, which may be paths into them."""
+def columns_of(place: object, fields: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The columns that hold fields, which may be paths into them.
+
+    Raises:
+        DataError: there are no such columns at this place.
+    """
     found = {field: field if field in names else field.split(".")[0] for field in fields}
     missing = sorted({column for column in found.values() if column not in names})
     if missing:
         raise DataError(
-            f"{path}: has no column {', '.join(missing)}; it has {', '.join(names)}: name the one "
+            f"{place}: has no column {', '.join(missing)}; it has {', '.join(names)}: name the one "
             "that holds the text by --text-key, or several by --template"
         )
     return list(dict.fromkeys(found.values()))
