@@ -1,6 +1,6 @@
-"""Input files to documents: files, globs and folders of txt; jsonl, csv, tsv; parquet and Arrow.
+"""Input files to documents: files, globs and folders of txt; jsonl, csv, tsv; parquet, Arrow, MDS.
 
-All but the last two may be plain, gz, xz or zst.
+All but the last three may be plain, gz, xz or zst. `hf:...` is a split of a Hugging Face dataset.
 
 A document is its UTF-8 bytes, checked. Whether a file is compressed is decided by its first bytes,
 and a name that says otherwise is an error, since half of such files are truncated or mistaken.
@@ -20,20 +20,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from data_prep.hub import PREFIX, HubShard, find_shards, read_shard
 from data_prep.tables import (
     BINARY_SUFFIXES,
     CSV_DELIMITERS,
+    MDS_SUFFIX,
+    drop_copies,
     fields_of,
     fill,
+    is_mds,
     look_up,
     read_arrow,
     read_csv,
+    read_mds,
 )
+from megarecur.data.corpus import hash_file
 from megarecur.errors import DataError
 
+Source = Path | HubShard
+"""What one task reads: a file, or a shard of a Hugging Face dataset."""
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-FOLDER_SUFFIXES = (".txt", ".text", *JSON_SUFFIXES, *CSV_DELIMITERS, *BINARY_SUFFIXES)
+FOLDER_SUFFIXES = (".txt", ".text", *JSON_SUFFIXES, *CSV_DELIMITERS, *BINARY_SUFFIXES, MDS_SUFFIX)
 DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
 """What Hugging Face's save_to_disk writes beside the data."""
 FOREIGN = {
@@ -87,8 +95,10 @@ class Reading:
 WHOLE_FILES = Reading()
 
 
-def find_sources(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> list[Path]:
+def find_sources(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> list[Source]:
     """The files that inputs (files, globs, folders) stand for, sorted, each once.
+
+    After them, in the order given, the shards of Hugging Face datasets (`hf:...`).
 
     A folder stands for the files below it whose names end as FOLDER_SUFFIXES do, compressed or not;
     a glob (`**` for any depth) may match files of any name. `exclude` patterns match a whole path
@@ -100,12 +110,17 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> l
     if isinstance(inputs, (str, Path)):
         inputs = [inputs]
     found: dict[Path, None] = {}
+    shards: dict[HubShard, None] = {}
     for entry in map(str, inputs):
+        if entry.startswith(PREFIX):
+            shards.update(dict.fromkeys(find_shards(entry)))
+            continue
         path = Path(entry)
         if path.is_dir():
-            files = [p for p in path.rglob("*") if _plain_suffix(p) in FOLDER_SUFFIXES]
+            files = [p for p in path.rglob("*") if _plain_suffix(p) in FOLDER_SUFFIXES or is_mds(p)]
             if any(p.suffix == ".arrow" for p in files):
                 files = [p for p in files if p.name not in DATASET_FILES]
+            files = drop_copies(files)
             hint = f"no {', '.join(FOLDER_SUFFIXES)} files below; name others by a glob"
         elif path.exists():
             files, hint = [path], ""
@@ -122,10 +137,20 @@ def find_sources(inputs: Sequence[str | Path], exclude: Sequence[str] = ()) -> l
             fnmatch.fnmatch(path.as_posix(), e) or fnmatch.fnmatch(path.name, e) for e in exclude
         )
     ]
-    if not kept:
+    if found and not kept:
         raise DataError(f"all {len(found)} input files are excluded by {list(exclude)}")
     unique = {path.resolve(): path for path in sorted(kept, reverse=True)}
-    return sorted(unique.values())
+    return [*sorted(unique.values()), *shards]
+
+
+def size_of(source: Source) -> int:
+    """Bytes of a source as it lies there."""
+    return source.size if isinstance(source, HubShard) else source.stat().st_size
+
+
+def hash_of(source: Source) -> str:
+    """The identity of a source's content: for a file, its xxh64."""
+    return source.digest if isinstance(source, HubShard) else hash_file(source)
 
 
 def _plain_suffix(path: Path) -> str:
@@ -204,8 +229,8 @@ class ZstdFile(io.RawIOBase):
         super().close()
 
 
-def read_documents(path: Path, reading: Reading) -> Iterator[bytes | None]:
-    """The documents of one file in order, as UTF-8; None for one that was skipped.
+def read_documents(path: Source, reading: Reading) -> Iterator[bytes | None]:
+    """The documents of one source in order, as UTF-8; None for one that was skipped.
 
     Raises:
         DataError: the file is damaged, is not what its name says, or holds bytes that are not
@@ -213,8 +238,13 @@ def read_documents(path: Path, reading: Reading) -> Iterator[bytes | None]:
     """
     import zstandard
 
-    if path.suffix.lower() in BINARY_SUFFIXES:
-        for place, row in read_arrow(path, reading.fields):
+    if isinstance(path, HubShard):
+        for place, row in read_shard(path, reading.fields):
+            yield from _text_of(row, place, reading)
+        return
+    if path.suffix.lower() in BINARY_SUFFIXES or is_mds(path):
+        rows = (read_mds if is_mds(path) else read_arrow)(path, reading.fields)
+        for place, row in rows:
             yield from _text_of(row, place, reading)
         return
     with open_source(path) as stream:

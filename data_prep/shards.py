@@ -32,8 +32,17 @@ import xxhash
 
 from data_prep.duplicates import NUM_HASHES, check_library, find_near_duplicates, signature
 from data_prep.files import explain_os_errors, publish, sync
+from data_prep.hub import HubShard
 from data_prep.progress import ProgressReport, report_phase
-from data_prep.readers import WHOLE_FILES, Reading, find_sources, read_documents
+from data_prep.readers import (
+    WHOLE_FILES,
+    Reading,
+    Source,
+    find_sources,
+    hash_of,
+    read_documents,
+    size_of,
+)
 from data_prep.workers import Workers
 from megarecur.data.corpus import (
     CHUNK_TOKENS,
@@ -56,12 +65,12 @@ DROPPED, TRAIN, VAL = 0, 1, 2
 class Plan:
     """What is made of what."""
 
-    sources: Sequence[Path]
+    sources: Sequence[Source]
     names: Sequence[str]
     """Of the sources, whatever folder they lie in."""
     sizes: Sequence[int]
     hashes: Sequence[str]
-    """xxh64 of each source as it lies on disk."""
+    """xxh64 of each source as it lies on disk, or what stands for it."""
     reading: Reading
     tokenizer: Tokenizer
     val_fraction: float
@@ -97,7 +106,7 @@ class Plan:
 class ReadTask:
     """Read one input file, or several small ones."""
 
-    sources: tuple[Path, ...]
+    sources: tuple[Source, ...]
     target: Path
     """Without suffix: .zst and .npz are added."""
     reading: Reading
@@ -138,7 +147,7 @@ def prepare_shards(
     """Turn text files into the corpora OUT/train and, with a val_fraction, OUT/val.
 
     Args:
-        inputs: files, globs or folders (see `readers.find_sources`).
+        inputs: files, globs, folders, or `hf:...` (see `readers.find_sources`).
         out: folder of the result; OUT.partial holds unfinished work.
         tokenizer: a sentencepiece model, a tokenizer.json, or `bytes`.
         reading: how files become documents.
@@ -198,11 +207,11 @@ def _plan(
     """
     sources = find_sources(inputs, reading.exclude)
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(hash_file, sources))
-    sizes = [path.stat().st_size for path in sources]
+        hashes = list(pool.map(hash_of, sources))
+    sizes = [size_of(source) for source in sources]
     part_bytes = part_bytes or min(max(sum(sizes) // 64, SMALLEST_PART), LARGEST_PART)
     return Plan(
-        sources, _relative_names(sources), sizes, hashes, reading, tokenizer, val_fraction,
+        sources, _names(sources), sizes, hashes, reading, tokenizer, val_fraction,
         deduplicate, near_duplicates, part_bytes,
     )  # fmt: skip
 
@@ -220,8 +229,8 @@ def _prepare(plan: Plan, out: Path, partial: Path, tokenizer_file: str, pool: Wo
         )
         for i, group in enumerate(groups)
     ]
-    size_of = dict(zip(plan.sources, plan.sizes, strict=True))
-    read_sizes = [sum(size_of[source] for source in group) for group in groups]
+    sizes = dict(zip(plan.sources, plan.sizes, strict=True))
+    read_sizes = [sum(sizes[source] for source in group) for group in groups]
     pool.run("read", _read_sources, read, ".npz", read_sizes)
 
     indices = [np.load(task.target.with_suffix(".npz")) for task in read]
@@ -503,9 +512,11 @@ def _cut_into_parts(
     return parts, sizes
 
 
-def _group_small(sources: Sequence[Path], sizes: Sequence[int], most: int) -> Iterator[list[Path]]:
+def _group_small(
+    sources: Sequence[Source], sizes: Sequence[int], most: int
+) -> Iterator[list[Source]]:
     """Consecutive files of up to `most` bytes together; a larger file is alone."""
-    group: list[Path] = []
+    group: list[Source] = []
     held = 0
     for source, size in zip(sources, sizes, strict=True):
         if group and held + size > most:
@@ -522,6 +533,13 @@ def _load_tokens(path: Path, split: str) -> tuple[np.ndarray, int, np.ndarray]:
         arrays = [np.load(file) for _ in range(6)]
     lengths, num_bytes, tokens = arrays[:3] if split == "train" else arrays[3:]
     return lengths, int(num_bytes), tokens
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    """What manifests call the sources, wherever they lie."""
+    files = [source for source in sources if isinstance(source, Path)]
+    shards = [source.name for source in sources if isinstance(source, HubShard)]
+    return [*(_relative_names(files) if files else []), *shards]
 
 
 def _relative_names(paths: Sequence[Path]) -> list[str]:

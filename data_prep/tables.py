@@ -1,4 +1,4 @@
-"""Rows of tables to documents: jsonl, csv, tsv, parquet, and Arrow files as `datasets` saves them.
+"""Rows of tables to documents: jsonl, csv, tsv, parquet, Arrow files of `datasets`, MDS shards.
 
 A row is a mapping of fields; its text is one field of it, or a template filled with several.
 """
@@ -9,13 +9,14 @@ import csv
 import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megarecur.errors import DataError
 
 BINARY_SUFFIXES = (".parquet", ".arrow")
+MDS_SUFFIX = ".mds"
 CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ROWS_AT_ONCE = 1024
 
@@ -130,7 +131,7 @@ def _batches(path: Path, fields: Sequence[str]) -> Iterator[Any]:
         from pyarrow import parquet
 
         with parquet.ParquetFile(path) as file:
-            columns = _columns(path, fields, file.schema_arrow.names)
+            columns = columns_of(path, fields, file.schema_arrow.names)
             yield from file.iter_batches(ROWS_AT_ONCE, columns=columns)
         return
     with pyarrow.memory_map(str(path)) as source:
@@ -140,18 +141,65 @@ def _batches(path: Path, fields: Sequence[str]) -> Iterator[Any]:
         except pyarrow.ArrowInvalid:
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        columns = _columns(path, fields, reader.schema.names)
+        columns = columns_of(path, fields, reader.schema.names)
         for batch in batches:
             yield batch.select(columns)
 
 
-def _columns(path: Path, fields: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The columns that hold fields, which may be paths into them."""
+def is_mds(path: Path) -> bool:
+    """Whether a name is that of an MDS shard, compressed (shard.00000.mds.zstd) or not."""
+    return MDS_SUFFIX in path.suffixes[-2:]
+
+
+def drop_copies(paths: Sequence[Path]) -> list[Path]:
+    """The same without MDS's index, and without compressed shards that lie there unpacked too."""
+    if not any(map(is_mds, paths)):
+        return list(paths)
+    plain = {path for path in paths if path.suffix == MDS_SUFFIX}
+    return [p for p in paths if p.name != "index.json" and p.with_suffix("") not in plain]
+
+
+def read_mds(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of an MDS shard, which the index.json beside or above it describes.
+
+    Raises:
+        DataError: there is no index, it does not list the shard, or the shard is damaged or lacks
+            a column.
+    """
+    from megarecur.data.foreign import MEND, decode_shard
+
+    folder = next((p for p in path.parents if (p / "index.json").is_file()), None)
+    if folder is None:
+        raise DataError(f"{path}: has no index.json beside it, without which it cannot be read")
+    name = path.relative_to(folder).as_posix()
+    entry = _mds_entries(folder, (folder / "index.json").stat().st_mtime_ns).get(name)
+    if entry is None:
+        raise DataError(f"{path}: is not listed in {folder / 'index.json'}; {MEND}")
+    columns_of(path, fields, entry["column_names"])
+    for number, row in enumerate(decode_shard(path, entry), 1):
+        yield f"{path}: sample {number}", row
+
+
+@lru_cache(4)
+def _mds_entries(folder: Path, _changed: int) -> dict[str, dict[str, Any]]:
+    """What an index.json says of each file."""
+    from megarecur.data.foreign import read_index
+
+    pairs = [(e[k], e) for e in read_index(folder) for k in ("raw_data", "zip_data") if e.get(k)]
+    return {info["basename"]: entry for info, entry in pairs}
+
+
+def columns_of(place: object, fields: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The columns that hold fields, which may be paths into them.
+
+    Raises:
+        DataError: there are no such columns at this place.
+    """
     found = {field: field if field in names else field.split(".")[0] for field in fields}
     missing = sorted({column for column in found.values() if column not in names})
     if missing:
         raise DataError(
-            f"{path}: has no column {', '.join(missing)}; it has {', '.join(names)}: name the one "
+            f"{place}: has no column {', '.join(missing)}; it has {', '.join(names)}: name the one "
             "that holds the text by --text-key, or several by --template"
         )
     return list(dict.fromkeys(found.values()))

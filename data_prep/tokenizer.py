@@ -18,7 +18,14 @@ import xxhash
 
 from data_prep.files import explain_os_errors, publish
 from data_prep.progress import ProgressReport, report_phase
-from data_prep.readers import WHOLE_FILES, Reading, find_sources, read_documents
+from data_prep.readers import (
+    WHOLE_FILES,
+    Reading,
+    Source,
+    find_sources,
+    read_documents,
+    size_of,
+)
 from megarecur.errors import DataError
 
 PASSAGE_BYTES = 2048
@@ -43,7 +50,7 @@ def train_tokenizer(
     The same inputs, options and library version give the same file.
 
     Args:
-        inputs: files, globs or folders (see `readers.find_sources`).
+        inputs: files, globs, folders, or `hf:...` (see `readers.find_sources`).
         out: path of the model.
         reading: how files become documents.
         vocab_size: number of pieces, special and byte pieces included.
@@ -117,7 +124,7 @@ def _train(
 
 
 def _sample(
-    sources: Sequence[Path],
+    sources: Sequence[Source],
     reading: Reading,
     sample_bytes: int,
     seed: int,
@@ -126,7 +133,7 @@ def _sample(
     """Passages of at most `sample_bytes` in all, those of the lowest hashes, in reading order."""
     kept: list[tuple[int, int, str]] = []  # a heap, highest hash first
     held = number = 0
-    sizes = [source.stat().st_size for source in sources]
+    sizes = [size_of(source) for source in sources]
     with report_phase(progress, "sample", sum(sizes)) as advance:
         for source, source_bytes in zip(sources, sizes, strict=True):
             for document in read_documents(source, reading):

@@ -18,7 +18,8 @@ Inputs = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT...",
-        help="txt, jsonl, csv, tsv (plain, gz, xz, zst), parquet, arrow: files, globs, folders.",
+        help="txt, jsonl, csv, tsv (plain, gz, xz, zst), parquet, arrow, mds: files, folders; "
+        "hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset.",
     ),
 ]
 READING = {

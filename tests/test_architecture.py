@@ -43,6 +43,7 @@ OWNERS = {
     "matplotlib": ("megarecur.plot",),
     "fsspec": ("megarecur.train.mirror",),
     "pyarrow": ("data_prep.tables",),
+    "datasets": ("data_prep.hub",),
     "datasketch": ("data_prep.duplicates",),
     "typer": ("launch",),
 }

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,7 @@ def marks(partial: Path) -> dict[str, Mark]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
-def kill_once(inputs: list[Path], out: Path, when: Callable[[], bool]) -> bool:
+def kill_once(inputs: Sequence[str | Path], out: Path, when: Callable[[], bool]) -> bool:
     """Start preparing in another process and kill it; whether it was still at work."""
     program = (
         "import sys\nfrom data_prep.shards import prepare_shards\n"

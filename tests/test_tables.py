@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import zstandard
 from pyarrow import parquet
 
 from configs import TEXT
@@ -17,6 +18,7 @@ from data_prep.shards import prepare_shards
 from launch.cli import main
 from megarecur.data.corpus import Corpus, read_manifest
 from megarecur.data.tokenizer import load_tokenizer
+from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -111,6 +113,58 @@ def test_a_folder_saved_by_datasets(tmp_path: Path) -> None:
         (folder / name).write_text("{}")
     names = [path.name for path in find_sources([folder])]
     assert names == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+
+
+def write_mds(folder: Path, columns: dict[str, str], rows: list[Any], **options: Any) -> Path:
+    """Rows as an MDS folder of several shards, as llm-foundry writes text it does not tokenise."""
+    make_torchvision_importable()
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder), columns=columns, size_limit=400, **options) as writer:
+        for row in rows:
+            writer.write({name: row[name] for name in columns})
+    return folder
+
+
+@pytest.mark.parametrize("compression", [None, "zstd", "gz"])
+def test_text_in_mds(tmp_path: Path, compression: str | None) -> None:
+    """The documents of such folders, one split or several, are those of the rows."""
+    rows = [{"text": f"text {i} é", "title": f"T{i}", "n": i} for i in range(50)]
+    options = {"compression": compression, "hashes": ["sha1", "xxh64"]}
+    columns = {"text": "str", "title": "str", "n": "int"}
+    for name, part in (("train", rows[:40]), ("val", rows[40:])):
+        write_mds(tmp_path / "in" / name, columns, part, **options)
+    sources = find_sources([tmp_path / "in"])
+    assert len(sources) > 4 and all(".mds" in path.name for path in sources)
+    found = [document for path in sources for document in read(path)]
+    assert found == [row["text"].encode() for row in rows]
+    filled = [d for path in sources for d in read(path, template="{title}: {text} {n}")]
+    assert filled[3] == "T3: text 3 é 3".encode()
+    with pytest.raises(DataError, match=r"mds.*has no column body; it has n, text, title"):
+        read(sources[0], text_key="body")
+    out = tmp_path / "out"
+    prepare_shards([tmp_path / "in"], out, "bytes", workers=2)
+    assert texts(Corpus(out / "train")) == [row["text"] for row in rows]
+    content = sources[1].read_bytes()
+    sources[1].write_bytes(content[:-9] + b"123456789")
+    with pytest.raises(DataError, match=f"{sources[1]} does not match its hash"):
+        read(sources[1])
+    (sources[1].parent / "index.json").write_text('{"version": 2, "shards": []}')
+    with pytest.raises(DataError, match="lists no shards"):
+        read(sources[1])
+    (sources[1].parent / "index.json").unlink()
+    with pytest.raises(DataError, match=r"has no index\.json beside it"):
+        read(sources[1])
+
+
+def test_shards_that_lie_there_unpacked_too_are_read_once(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}" * 9} for i in range(20)]
+    folder = write_mds(tmp_path / "in", {"text": "str"}, rows, compression="zstd")
+    first = sorted(folder.glob("*.zstd"))[0]
+    first.with_suffix("").write_bytes(zstandard.decompress(first.read_bytes()))
+    sources = find_sources([folder])
+    assert first not in sources and first.with_suffix("") in sources
+    assert [d for p in sources for d in read(p)] == [row["text"].encode() for row in rows]
 
 
 def texts(corpus: Corpus) -> list[str]:

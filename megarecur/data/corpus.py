@@ -79,9 +79,9 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         values = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        splits = [d for d in ("train", "val") if (path / d / "manifest.json").is_file()]
+        splits = {f.parent for name in ("manifest", "index") for f in path.glob(f"*/{name}.json")}
         hint = (
-            f"it holds corpora: give {' or '.join(str(path / d) for d in splits)}"
+            f"it holds corpora: give {' or '.join(map(str, sorted(splits)))}"
             if splits
             else "prepare one with `megarecur prep shards`"
         )
@@ -226,8 +226,15 @@ def open_corpus(
 ) -> Corpus:
     """A corpus, if it was made with this tokenizer; see `Corpus` for the rest.
 
+    A folder with an index.json but no manifest.json is another program's: see `ForeignCorpus`.
+
     Raises:
         DataError: another tokenizer, or a file that is missing or damaged.
     """
+    from megarecur.data.foreign import ForeignCorpus, is_foreign
+    from megarecur.data.tokenizer import load_tokenizer
+
+    if is_foreign(path):
+        return ForeignCorpus(path, load_tokenizer(tokenizer), verify, part, num_parts)
     check_tokenizer(path, read_manifest(path), tokenizer, fingerprint)
     return Corpus(path, verify, part, num_parts)

@@ -1,0 +1,494 @@
+"""Token corpora in MDS that other programs wrote (llm-foundry's converters, say), read as they are.
+
+    my-c4/train/
+      index.json              mosaicml-streaming's index of the shards
+      shard.00000.mds.zstd    or .mds: samples of one integer column, `tokens` or `input_ids`
+
+Rows of one length are one stream, in which documents end with the tokenizer's end-of-document id;
+samples of several lengths are documents. Ids are of the config's tokenizer, so all are compared
+with its vocabulary.
+
+Samples are read by StreamingDataset.__getitem__. Its constructor is not run: it claims shared
+memory and lock files of the whole machine, believes the environment about the world, and meets all
+processes in barriers, where the others would wait for ever for one that found damage.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megarecur.data.corpus import Corpus
+from megarecur.data.tokenizer import Tokenizer
+from megarecur.data.torchvision_stub import make_torchvision_importable
+from megarecur.errors import DataError
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("tokens", "input_ids")
+ID_TYPES = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16",
+            32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}  # fmt: skip
+"""MDS's numbers of the types that ids may have."""
+CACHED_SAMPLES = 64
+SCANNED_TOKENS = 1 << 20
+MEND = "copy it again from where it came, or convert it again"
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether a folder holds MDS shards that `megarecur prep shards` did not write."""
+    path = Path(path)
+    own = any((path / name).exists() for name in ("manifest.json", "documents.npy"))
+    return not own and (path / "index.json").is_file()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One entry of index.json, and where its uncompressed file lies."""
+
+    entry: dict[str, Any]
+    file: Path
+    column: str
+
+    def locate(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The file's bytes, and of each sample where ids begin, how many, and MDS's type of them.
+
+        Raises:
+            DataError: the file is not laid out as index.json says.
+        """
+        try:
+            return self._locate()
+        except (IndexError, ValueError, KeyError, OSError) as error:
+            raise DataError(f"{self.file}: damaged ({error}); {MEND}") from None
+
+    def _locate(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        content = np.memmap(self.file, np.uint8, "r").view(np.ndarray)
+        n = self.entry["samples"]
+        offsets = content[4 : 4 * (n + 2)].view(np.uint32).astype(np.int64)
+        if offsets.size != n + 1 or int(content[:4].view(np.uint32)[0]) != n:
+            raise ValueError(f"it does not hold {n} samples")
+        if (np.diff(offsets) < 0).any() or offsets[-1] > content.size:
+            raise ValueError("its offsets point outside")
+        # A sample: the sizes of the columns that have no fixed one, then the values.
+        begin, sizes = offsets[:-1], []
+        for size in self.entry["column_sizes"]:
+            if size is None:
+                sizes.append(_gather(content, begin, np.uint32))
+                begin = begin + 4
+            else:
+                sizes.append(np.full(n, size, np.int64))
+        ends = begin + sum(sizes)
+        if (ends != offsets[1:]).any():
+            raise ValueError("the sizes of its columns do not add up")
+        k = self.entry["column_names"].index(self.column)
+        begin = begin + sum(sizes[:k])
+        end = begin + sizes[k]
+        kind, _, shape = self.entry["column_encodings"][k].removeprefix("ndarray:").partition(":")
+        if kind == "bytes":
+            codes = np.full(n, 65, np.uint8)
+        elif kind == "ndarray":
+            codes, begin = content[begin], begin + 1
+        else:
+            codes = np.full(n, {name: code for code, name in ID_TYPES.items()}[kind], np.uint8)
+        if kind != "bytes" and not shape:  # ndim * 4 + log2 of the bytes per dimension, dimensions
+            first = content[begin].astype(np.int64)
+            begin = begin + 1 + (first >> 2) * (1 << (first & 3))
+        strange = sorted(set(codes.tolist()) - ID_TYPES.keys())
+        if strange:
+            raise ValueError(f"its column {self.column} holds something else than integers")
+        widths = codes.astype(np.int64) // 8
+        lengths, rest = np.divmod(end - begin, widths)
+        if rest.any() or (lengths < 0).any():
+            raise ValueError(f"its column {self.column} is cut short, or is not of this type")
+        return content, begin, lengths, codes
+
+    def lengths(self) -> np.ndarray:
+        """Ids of each sample, int64."""
+        return self.locate()[2]
+
+    def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first sample, ids [samples, length]) of consecutive samples."""
+        content, begins, lengths, codes = self.locate()
+        steps = np.diff(begins)
+        regular = all((a == a[:1]).all() for a in (lengths, codes, steps)) and len(begins) > 1
+        rows = max(SCANNED_TOKENS // max(int(lengths[0]), 1), 1) if regular else 1
+        for i in range(0, len(begins), rows):
+            kind, n = np.dtype(ID_TYPES[int(codes[i])]), int(lengths[i])
+            shape = (min(rows, len(begins) - i), n)
+            strides = (int(steps[0]) if regular else 0, kind.itemsize)
+            if n:
+                yield i, np.ndarray(shape, kind, content.data, int(begins[i]), strides)
+
+
+class ForeignCorpus(Corpus):
+    """A token corpus of another program, with the reading interface of `Corpus`.
+
+    Args:
+        path: the folder of index.json; it is only read, compressed shards are unpacked elsewhere.
+        tokenizer: what the ids are of.
+        verify: compare shards with their hashes, where index.json has any (sizes are always
+            compared), and all ids with the vocabulary before training.
+        part: which part of the shards this process hashes; others hash the rest.
+        num_parts: how many parts there are.
+
+    Raises:
+        DataError: a shard is missing or damaged, there is no column of ids, or an id lies outside
+            the vocabulary; the message names the shard or the sample.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        verify: bool = True,
+        part: int = 0,
+        num_parts: int = 1,
+    ) -> None:
+        self.path = Path(path)
+        self._tokenizer = tokenizer
+        self.tokenizer_fingerprint = tokenizer.fingerprint
+        self.vocab_size, self.eos_id = tokenizer.vocab_size, tokenizer.eos_id
+        self.dtype = np.dtype(tokenizer.dtype)
+        entries = read_index(self.path)
+        self.column = _choose_column(self.path, entries)
+        self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(entries, sort_keys=True).encode())
+        """The identity of the corpus: a hash of index.json's content."""
+        hashed = set(range(len(entries))[part::num_parts]) if verify else set()
+        if part == 0:
+            self._say_what_is_unusual(entries, verify)
+        self._shards = self._find_files(entries, hashed)
+        with ThreadPoolExecutor() as pool:
+            lengths = list(pool.map(Shard.lengths, self._shards))
+        counts = np.concatenate(lengths)
+        self.starts_of_samples = np.concatenate([[0], counts.cumsum()])
+        self.num_tokens = int(self.starts_of_samples[-1])
+        self._first_samples = np.cumsum([0, *(n.size for n in lengths)])
+        fixed = counts.size > 0 and bool((counts == counts[0]).all())
+        # Ends of documents lie anywhere in rows of one length: every process has to find them all.
+        scanned = range(len(entries)) if fixed else sorted(hashed)
+        with ThreadPoolExecutor() as pool:
+            ends = list(pool.map(lambda k: self._scan(k, fixed), scanned))
+        if fixed:
+            starts = np.concatenate([[0], np.concatenate(ends) + 1])
+            self.documents = starts[starts < self.num_tokens]
+            if self.documents.size < 2 and part == 0:
+                log.warning(
+                    "%s: its rows hold no end of document (id %d): they are read as one document",
+                    self.path, self.eos_id,
+                )  # fmt: skip
+        else:
+            self.documents = self.starts_of_samples[:-1][counts > 0]
+        self.num_documents = self.documents.size
+        self._rows = _open_rows(self._shards)
+        self._sample = lru_cache(CACHED_SAMPLES)(self._decode)
+
+    def _say_what_is_unusual(self, entries: Sequence[dict[str, Any]], verify: bool) -> None:
+        bare = sum(not _hashes_of(entry) for entry in entries)
+        if bare and verify:
+            log.warning(
+                "%s: index.json holds no hashes of %s shards: damage inside them may go unnoticed",
+                self.path, "its" if bare == len(entries) else f"{bare} of {len(entries)}",
+            )  # fmt: skip
+
+    def _find_files(self, entries: Sequence[dict[str, Any]], hashed: set[int]) -> list[Shard]:
+        """Check every shard, unpack those that are compressed; all that is wrong in one message."""
+
+        def check(k: int) -> Shard | str:
+            try:
+                return Shard(entries[k], self._find_file(entries[k], k in hashed), self.column)
+            except DataError as error:
+                return str(error)
+
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(check, range(len(entries))))
+        bad = [each for each in found if isinstance(each, str)]
+        if bad:
+            more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
+            raise DataError("; ".join(bad[:5]) + f"{more}; {MEND}")
+        return [each for each in found if isinstance(each, Shard)]
+
+    def _find_file(self, entry: dict[str, Any], hashed: bool) -> Path:
+        """The uncompressed file of a shard, compared with what index.json says."""
+        raw, packed = entry["raw_data"], entry.get("zip_data")
+        file = self.path / raw["basename"]
+        if not file.is_file() and packed:
+            source = self.path / packed["basename"]
+            _compare(source, packed, hashed)
+            file = _unpacked_folder(self.fingerprint) / raw["basename"]
+            _unpack(source, file, entry)
+        _compare(file, raw, hashed)
+        return file
+
+    def _scan(self, k: int, find_ends: bool) -> np.ndarray:
+        """Check the ids of a shard; where documents end in it, as places in the stream."""
+        ends = [np.empty(0, np.int64)]
+        for i, ids in self._shards[k].slabs():
+            number = int(self._first_samples[k]) + i
+            self._check_ids(ids, number)
+            if find_ends:
+                found = np.flatnonzero(ids.reshape(-1) == self.eos_id)
+                ends.append(found + self.starts_of_samples[number])
+        return np.concatenate(ends)
+
+    def _check_ids(self, ids: np.ndarray, number: int) -> None:
+        """Refuse ids outside the vocabulary; `ids` are of the samples from `number` on."""
+        if not ids.size or (ids.max() < self.vocab_size and ids.min() >= 0):
+            return
+        rows = ids.reshape(-1, ids.shape[-1])
+        row, column = np.argwhere((rows < 0) | (rows >= self.vocab_size))[0].tolist()
+        shard = self._shards[self._shard_of(number + row)]
+        try:  # Damage looks like this too, and another process may be the one that hashes it.
+            _compare(shard.file, shard.entry["raw_data"], hashed=True)
+        except DataError as error:
+            raise DataError(f"{error}; {MEND}") from None
+        raise DataError(
+            f"{self.path}: {self._name(number + row)} holds id {rows[row, column]}, but the "
+            f"tokenizer {self._tokenizer.name} has ids 0 to {self.vocab_size - 1}; give the "
+            "tokenizer that the corpus was made with as data.tokenizer"
+        )
+
+    def _name(self, number: int) -> str:
+        """How messages call a sample."""
+        shard = self._shards[self._shard_of(number)]
+        return f"sample {number} ({shard.entry['raw_data']['basename']})"
+
+    def _shard_of(self, number: int) -> int:
+        """Which shard a sample lies in."""
+        return int(self._first_samples.searchsorted(number, "right")) - 1
+
+    def _decode(self, number: int) -> np.ndarray:
+        """The ids of one sample, in the corpus's type."""
+        try:
+            value = self._rows[number][self.column]
+            ids = np.frombuffer(value, np.int64) if isinstance(value, bytes) else value.reshape(-1)
+        except (IndexError, ValueError, KeyError, OSError) as error:
+            raise DataError(f"{self.path}: {self._name(number)}: {error}; {MEND}") from None
+        if ids.size != self.starts_of_samples[number + 1] - self.starts_of_samples[number]:
+            raise DataError(f"{self.path}: {self._name(number)} changed while it was read; {MEND}")
+        self._check_ids(ids, number)
+        return ids.astype(self.dtype)
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Tokens [start, start + n) in the corpus's own type; the last samples read are kept."""
+        if not 0 <= start <= start + n <= self.num_tokens:
+            raise DataError(
+                f"{self.path}: tokens {start} to {start + n} asked for, it has {self.num_tokens}"
+            )
+        if n == 0:
+            return np.empty(0, self.dtype)
+        first = int(self.starts_of_samples.searchsorted(start, "right")) - 1
+        last = int(self.starts_of_samples.searchsorted(start + n, "left"))
+        parts = [self._sample(i) for i in range(first, last)]
+        skip = start - int(self.starts_of_samples[first])
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[skip : skip + n]
+
+    @cached_property
+    def num_bytes(self) -> int:  # type: ignore[override]
+        """UTF-8 bytes of the text: what up to 65,536 tokens decode to, scaled to all."""
+        stretches, size = (1, self.num_tokens) if self.num_tokens <= 1 << 16 else (64, 1024)
+        starts = np.linspace(0, self.num_tokens - size, stretches).astype(np.int64)
+        texts = (self._tokenizer.decode(self.read(int(s), size).tolist()) for s in starts)
+        found = sum(len(text.encode(errors="replace")) for text in texts)
+        return round(found * self.num_tokens / max(stretches * size, 1))
+
+
+def read_index(path: Path) -> list[dict[str, Any]]:
+    """The shards that index.json lists.
+
+    Raises:
+        DataError: it is missing, damaged, or not of MDS; or a column could run code when read.
+    """
+    file = path / "index.json"
+    try:
+        shards = json.loads(file.read_bytes())["shards"]
+        for shard in shards:
+            if shard["format"] != "mds":
+                raise ValueError(f"its shards are {shard['format']}, not mds")
+            for part in (shard["raw_data"], shard.get("zip_data")):
+                name = Path(part["basename"]) if part else Path()
+                if name.is_absolute() or ".." in name.parts:
+                    raise ValueError(f"it names a shard outside its folder: {name}")
+            if "pkl" in shard["column_encodings"]:
+                raise ValueError("a column is pickled: to read it would run code")
+            if not len(shard["column_names"]) == len(shard["column_sizes"]):
+                raise ValueError("columns and sizes do not match")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise DataError(f"{file}: cannot be used ({error}); {MEND}") from None
+    if not shards:
+        raise DataError(f"{file}: lists no shards; {MEND}")
+    return list(shards)
+
+
+def _choose_column(path: Path, entries: Sequence[dict[str, Any]]) -> str:
+    """The column that holds ids, the same in all shards."""
+    columns = dict(zip(entries[0]["column_names"], entries[0]["column_encodings"], strict=True))
+    integers = [f"ndarray:{name}" for name in ID_TYPES.values()]
+    named = [name for name in COLUMNS if name in columns]
+    arrays = [name for name in columns if columns[name].rpartition(":")[0] in integers
+              or columns[name] in integers]  # fmt: skip
+    chosen = named[:1] or (arrays if len(arrays) == 1 else [])
+    shown = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+    if not chosen:
+        text = "str" in columns.values()
+        remedy = (
+            f"it holds text: make shards of it with `megarecur prep shards {path}`"
+            if text
+            else f"name the column of ids {' or '.join(COLUMNS)}"
+        )
+        raise DataError(f"{path}: has no column of ids, but {shown}; {remedy}")
+    kind = columns[chosen[0]]
+    if kind not in ("bytes", "ndarray", *integers) and kind.rpartition(":")[0] not in integers:
+        raise DataError(
+            f"{path}: column {chosen[0]} is of type {kind}; ids are read from bytes (int64) or "
+            "ndarray of integers"
+        )
+    for entry in entries:
+        if columns != dict(zip(entry["column_names"], entry["column_encodings"], strict=True)):
+            name = entry["raw_data"]["basename"]
+            raise DataError(f"{path}: {name} has other columns than the first shard, {shown}")
+    return chosen[0]
+
+
+def decode_shard(path: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The samples of one shard, compressed or not, all columns decoded.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    packed = entry.get("zip_data")
+    packed = packed if packed and path.name == Path(packed["basename"]).name else None
+    _compare(path, packed or entry["raw_data"], hashed=True)
+    make_torchvision_importable()
+    from streaming.base.compression import decompress
+    from streaming.base.format import reader_from_json
+
+    reader = reader_from_json("", "", entry)
+    try:
+        content: Any = np.memmap(path, np.uint8, "r").data
+        if packed:
+            content = decompress(entry["compression"], path.read_bytes())
+        offsets = np.frombuffer(content, np.uint32, entry["samples"] + 1, 4).tolist()
+        for begin, end in pairwise(offsets):
+            yield reader.decode_sample(bytes(content[begin:end]))
+    except Exception as error:  # each compression and each encoding raises its own
+        raise DataError(f"{path}: damaged ({error}); {MEND}") from None
+
+
+# ------------------------------------------------------------------------------- shards as they lie
+
+
+def _gather(content: np.ndarray, places: np.ndarray, kind: Any) -> np.ndarray:
+    """Numbers that lie at some places among bytes, as int64."""
+    width = np.dtype(kind).itemsize
+    return content[places[:, None] + np.arange(width)].view(kind)[:, 0].astype(np.int64)
+
+
+def _hashes_of(entry: dict[str, Any]) -> dict[str, str]:
+    """The hashes of a shard's file as it was published."""
+    return dict((entry.get("zip_data") or entry["raw_data"]).get("hashes") or {})
+
+
+def _compare(file: Path, info: dict[str, Any], hashed: bool) -> None:
+    """Compare a file with its size and, where there is one, its hash.
+
+    Raises:
+        DataError: it is missing or differs.
+    """
+    try:
+        size = file.stat().st_size
+        if size != info["bytes"]:
+            raise DataError(f"{file} has {size} bytes instead of {info['bytes']}")
+        if hashed and not _matches(np.memmap(file, np.uint8, "r").data, info):
+            raise DataError(f"{file} does not match its hash: it is damaged")
+    except FileNotFoundError:
+        raise DataError(f"{file} is missing") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read ({error})") from None
+
+
+def _matches(content: Any, info: dict[str, Any]) -> bool:
+    """Whether bytes have the fastest of the hashes that index.json holds of them."""
+    hashes = info.get("hashes") or {}
+    for name, expected in sorted(hashes.items(), key=lambda each: not each[0].startswith("xxh")):
+        if name in xxhash.algorithms_available:
+            return bool(getattr(xxhash, name)(content).hexdigest() == expected)
+        if name in hashlib.algorithms_available:
+            return hashlib.new(name, content).hexdigest() == expected
+    return True
+
+
+def _unpacked_folder(fingerprint: str) -> Path:
+    """Where a corpus's shards are unpacked: the corpus's own folder may be read-only."""
+    return Path(tempfile.gettempdir()) / f"megarecur-{os.getuid()}" / fingerprint
+
+
+def _unpack(source: Path, file: Path, entry: dict[str, Any]) -> None:
+    """Unpack a compressed shard once per machine, whatever the number of processes.
+
+    Raises:
+        DataError: it is damaged, or there is no room for it.
+    """
+    make_torchvision_importable()
+    from streaming.base.compression import decompress
+
+    raw = entry["raw_data"]
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(file.with_name(file.name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if file.is_file() and file.stat().st_size == raw["bytes"]:
+                return
+            try:
+                content = decompress(entry["compression"], source.read_bytes())
+            except Exception as error:  # each compression raises its own
+                raise DataError(f"{source} is damaged ({error})") from None
+            if len(content) != raw["bytes"] or not _matches(content, raw):
+                raise DataError(f"{source} does not unpack to what index.json says")
+            aside = file.with_name(file.name + ".tmp")
+            aside.write_bytes(content)
+            aside.rename(file)
+    except OSError as error:
+        raise DataError(
+            f"{source} cannot be unpacked to {file.parent} ({error.strerror}): set TMPDIR to a "
+            "folder with room for the whole corpus"
+        ) from None
+
+
+def _open_rows(shards: Sequence[Shard]) -> Any:
+    """A StreamingDataset of shards that are there, for its __getitem__ alone."""
+    make_torchvision_importable()
+    from streaming import StreamingDataset
+    from streaming.base.format import reader_from_json
+    from streaming.base.spanner import Spanner
+
+    class Rows(StreamingDataset):
+        def __init__(self) -> None:
+            self.shards = [_reader(shard) for shard in shards]
+            sizes = np.array([shard.samples for shard in self.shards], np.int64)
+            self.num_samples = int(sizes.sum())
+            self.spanner = Spanner(sizes)
+            self._shard_access_times: Any = np.zeros(len(sizes), np.int64)
+
+        def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+            """Called where a file is gone: there is no place to fetch it from."""
+            raise DataError(f"{shards[shard_id].file} is missing; {MEND}")
+
+    def _reader(shard: Shard) -> Any:
+        basename = shard.entry["raw_data"]["basename"]
+        folder = shard.file.parents[len(Path(basename).parts) - 1]
+        return reader_from_json(str(folder), "", shard.entry)
+
+    return Rows()
