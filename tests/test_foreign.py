@@ -108,7 +108,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where compressed shards are unpacked."""
     folder = tmp_path / "scratch"
     folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setattr("megarecur.data.foreign._unpacked_folder", folder.joinpath)
     return folder
 
 
