@@ -33,13 +33,12 @@ from megarecur.data.loader import Loader, MicroBatch, validation_batches
 from megarecur.data.order import ShardOrder, WholeOrder
 from megarecur.data.remote import CachedFiles, RemoteCorpus
 from megarecur.errors import ConfigError, DataError
-from megarecur.parallel.mesh import Mesh
 from megarecur.train.metrics import read_rows
 from megarecur.train.trainer import FINISHED, train
 
 S = 512
-SHARD = 32_800  # bytes, a little more than a chunk: shards are of one chunk
-NUM_SHARDS = 10
+SHARD = 34_000  # bytes, a little more than a chunk: shards are of one chunk
+NUM_SHARDS = 9
 
 # -------------------------------------------------------------------------------------------- order
 
@@ -113,7 +112,7 @@ def test_shards_read_in_order(num_shards: int, size: int, seq_length: int, data:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of 10 shards, each of 31 windows or, the last one, fewer; and a smaller `val`."""
+    """A corpus of 9 shards, each of 31 windows or, the last one, fewer; and a smaller `val`."""
     rng = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("home")
     lengths = rng.integers(200, 5000, 60)
@@ -161,7 +160,7 @@ def size_of(folder: Path) -> int:
 
 def room(home: Path, shards: int, split: str = "train") -> float:
     """The bound, in GB, that holds so many shards and no more."""
-    names = ("manifest.json", "index.json", "documents.npy")
+    names = ("manifest.json", "manifest.json", "index.json", "documents.npy")
     size = max(file.stat().st_size for file in (home / split).glob("shard.*"))
     return (sum((home / split / n).stat().st_size for n in names) + shards * size) / 1e9
 
@@ -191,6 +190,7 @@ class Watch:
         while not self.done.is_set():
             self.largest = max(self.largest, size_of(self.folder))
             self.samples += 1
+            time.sleep(0.001)
 
     def __enter__(self) -> Watch:
         self.thread.start()
@@ -237,10 +237,8 @@ def test_the_same_batches_from_a_remote(
 def test_ranks_read_the_same_samples(home: Path) -> None:
     local = Corpus(home / "train")
     for step in (0, 7, 70):
-        whole = make(local, micro_batch_size=8).batch(step)[0]
         parts = [make(local, dp_rank=r, dp_size=2).batch(step)[0] for r in range(2)]
-        assert whole.sample_ids_B.tolist() == sum((p.sample_ids_B.tolist() for p in parts), [])
-        assert torch.equal(whole.tokens_BS, torch.cat([p.tokens_BS for p in parts]))
+        assert_equal(make(local).batch(step), parts)
 
 
 def test_blocks_need_only_their_shards(home: Path, tmp_path: Path) -> None:
@@ -300,11 +298,9 @@ def test_a_bound_that_is_too_small_names_the_least(
     def open_with(bound: float) -> Loader:
         return make(RemoteCorpus(tmp_path / "cache", str(home / "train"), bound), **order)
 
-    with pytest.raises(ConfigError) as caught:
-        open_with(1e-5)
-    with pytest.raises(ConfigError) as caught:
-        open_with(named_bound(caught))
-        open_with(room(home, 5) if "shuffle" not in order else 1e-5)
+    for bound in (1e-5, room(home, 1), *([room(home, 5)] if "shuffle" not in order else [])):
+        with pytest.raises(ConfigError) as caught:
+            open_with(bound)
     least = named_bound(caught)
     with closing(open_with(least)) as loader:
         for step in range(20):
@@ -433,7 +429,7 @@ def test_what_a_killed_download_left_is_cleaned_up(home: Path, tmp_path: Path) -
         folder.mkdir(parents=True)
         (folder / "shard.mds.tmp").write_bytes(bytes(5000))
     files = CachedFiles(cache, str(home / "train"))
-    with files.hold("shard.00002.mds"):
+    with files.hold("shard.00002.mds.fetch"):
         RemoteCorpus(cache, str(home / "train"))
         assert not left.parent.exists() and running.exists()
     # Here too, where room is wanted while the run goes on.
@@ -489,7 +485,7 @@ def test_a_reader_does_not_wait_for_ever(
 ) -> None:
     monkeypatch.setattr(remote_module, "PATIENCE", 0.2)
     corpus = RemoteCorpus(tmp_path / "cache", str(home / "train"))
-    lock = corpus.shards._files.lock("shard.00000.mds", fcntl.LOCK_EX)
+    lock = corpus.shards._files.lock("shard.00000.mds.fetch", fcntl.LOCK_EX)
     assert lock is not None
     with closing(corpus), pytest.raises(DataError, match=r"shard.00000.mds did not arrive in 0.2"):
         corpus.read(0, 10)
@@ -550,9 +546,9 @@ def run_config(far: Path, folder: Path, remote: bool = True, **sections: Any) ->
     model = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_hidden_size": 16}
     changes = {
         "model": model,
-        "recurrence": {"kind": "dense", "num_layers": 1},
-        "data": {**sources, "seq_length": S, "shuffle_shards": 2},
-        "train": {"steps": 20, "global_batch_size": 16, "micro_batch_size": 4, "eval_samples": 8},
+        "recurrence": {"kind": "reuse_map", "reuse_map": [1]},
+        "data": {**sources, "seq_length": S, "shuffle_shards": 2, "mask_documents": False},
+        "train": {"steps": 20, "global_batch_size": 16, "micro_batch_size": 8, "eval_samples": 8},
         "checkpoint": {"every": 5, "keep_last": 9},
     }
     for name, update in sections.items():
@@ -602,7 +598,7 @@ def test_a_run_is_killed_and_goes_on(
 
 
 def test_order_is_part_of_the_run(home: Path, straight: Path) -> None:
-    with pytest.raises(ConfigError, match="data.shuffle_shards: 3"):
+    with pytest.raises(ConfigError, match=r"data\.shuffle_shards: 3"):
         train(run_config(home, straight, remote=False, data={"shuffle_shards": 3}))
 
 
@@ -613,7 +609,7 @@ def train_counting(config: Config, watched: str) -> tuple[int, Counter[str], int
 
     def batch(self: Loader, step: int) -> list[MicroBatch]:
         found = original(self, step)
-        ids.append(sum((each.sample_ids_B.tolist() for each in found), []))
+        ids.append([i for each in found for i in each.sample_ids_B.tolist()])
         return found
 
     with ExitStack() as stack:
@@ -626,9 +622,7 @@ def train_counting(config: Config, watched: str) -> tuple[int, Counter[str], int
         return train(config), counts, watch.largest, ids
 
 
-def test_two_ranks_share_a_cache(
-    world: Any, home: Path, straight: Path, tmp_path: Path
-) -> None:
+def test_two_ranks_share_a_cache(world: Any, home: Path, straight: Path, tmp_path: Path) -> None:
     """Each shard is downloaded once an epoch; losses and samples are those of one process."""
     config = run_config(home, tmp_path)
     cache = tmp_path / "cache" / "train"
@@ -685,7 +679,8 @@ def test_a_fault_that_stays_ends_every_rank(
     break_it(shard)
     for code, message, seconds in world(2).run(fail_to_train, config):
         assert code == 2, message
-        assert message.startswith("error: ") and "Traceback" not in message
+        message = message[message.index("error: ") :]  # After warnings of the first two attempts.
+        assert "Traceback" not in message
         assert str(shard) in message and text in message and "3 attempt(s)" in message
         assert seconds < 30
     json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -3,8 +3,8 @@
     PATH/
       manifest.json index.json documents.npy   fetched when the corpus is opened
       shard.00007.mds                          under this name only once it is whole and verified
-      .cache/locks/shard.00007.mds             shared: somebody needs it; exclusive: somebody writes
-                                               or deletes it
+      .cache/locks/shard.00007.mds             shared: a process needs it, it is not deleted
+      .cache/locks/shard.00007.mds.fetch       exclusive: a process fetches it
       .cache/fetching/shard.00007.mds/         a download under way
 
 Shards are needed in blocks (see `order.py`): those of the block that is read and of the next one
@@ -44,6 +44,7 @@ PATIENCE = 300.0
 STARVING = 10.0
 """Seconds after which a reader may take the room of shards that other processes need."""
 NUM_THREADS = 4
+FETCH = ".fetch"
 POLL, POLL_AHEAD = 0.02, 0.5
 """Seconds until a shard that others hold, or without room, is tried again: wanted now, or later."""
 
@@ -77,6 +78,7 @@ class RemoteCorpus(Corpus):
         self._files.open(verify)
         super().__init__(path, verify=False)
         self.check_room(2)
+        self.shards.trim()
 
     def _check_files(self, hashed: set[str]) -> None:
         """Files are checked when they are fetched."""
@@ -147,7 +149,7 @@ class CachedFiles:
                 f"{self.path}: cannot be a cache ({error.strerror}); give a folder that can be "
                 "written"
             ) from None
-        with self.hold(manifest.name):
+        with self.hold(manifest.name + FETCH):
             found = self._download(manifest.name, _find_manifest_fault)
             here = read_manifest(self.path) if manifest.exists() else None
             there = read_manifest(found.parent)
@@ -160,8 +162,9 @@ class CachedFiles:
                 )
             self._publish(found)
         for name in ("index.json", "documents.npy"):
-            with self.hold(name):
+            with self.hold(name + FETCH):
                 if find_fault(self.path / name, there.files[name], hashed=verify):
+                    (self.path / name).unlink(missing_ok=True)
                     self.fetch(name, there.files[name])
         for folder in self.fetching.iterdir():
             self.is_stale(folder)
@@ -229,7 +232,7 @@ class CachedFiles:
 
     def is_stale(self, folder: Path) -> bool:
         """Whether a download is no longer under way; it is then cleaned up."""
-        lock = self.lock(folder.name, fcntl.LOCK_EX)
+        lock = self.lock(folder.name + FETCH, fcntl.LOCK_EX)
         if lock is None:
             return False
         shutil.rmtree(folder, ignore_errors=True)
@@ -239,10 +242,12 @@ class CachedFiles:
     def lock(self, name: str, mode: int) -> int | None:
         """A descriptor that holds the lock of a file until it is closed; None: others hold it."""
         lock = os.open(self.locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        if relock(lock, mode):
-            return lock
-        os.close(lock)
-        return None
+        try:
+            fcntl.flock(lock, mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        return lock
 
     @contextmanager
     def hold(self, name: str) -> Iterator[None]:
@@ -284,20 +289,24 @@ class Shards(Sequence[np.ndarray]):
         self.bound, self._verify = bound, verify
         self.names = list(expected)
         self.sizes = [int(values["bytes"]) for values in expected.values()]
-        self.other_bytes = sum(
-            entry.stat().st_size for entry in files.path.iterdir() if entry.is_file()
-            and entry.name not in expected
-        )  # fmt: skip
+        others = [e for e in files.path.iterdir() if e.is_file() and e.name not in expected]
+        # Whoever opens the corpus downloads the manifest once more, to compare.
+        others.append(files.path / "manifest.json")
+        self.other_bytes = sum(file.stat().st_size for file in others)
         self._changed = threading.Condition()
         self._blocks: Sequence[Sequence[int]] = [[k] for k in (*range(len(self.names)), 0)]
         self._place = 0
         self._current: Sequence[int] = ()
-        self._wanted: list[int] = []
-        """Shards to fetch and to keep, the most urgent first."""
+        self._now: list[int] = []
+        """Shards to map and to hold: those that readers wait for, and the current block."""
+        self._ahead: list[int] = []
+        """Shards to fetch after these: the next block."""
+        self._there: set[int] = set()
+        """Those of the next block, and then of the current one, that were found or fetched."""
         self._asked: dict[int, tuple[int, float]] = {}
         """How many readers wait for a shard, and since when."""
         self._arrays: dict[int, np.ndarray] = {}
-        self._held: dict[int, int] = {}
+        self._held: dict[int, int | None] = {}
         """Shared locks of mapped shards."""
         self._busy: set[int] = set()
         self._resting: dict[int, float] = {}
@@ -374,12 +383,14 @@ class Shards(Sequence[np.ndarray]):
         """Find what is wanted now, and release the rest."""
         blocks = self._blocks[self._place : self._place + 2]
         self._current = blocks[0] if blocks else ()
-        self._wanted = list(dict.fromkeys((*self._asked, *(k for block in blocks for k in block))))
-        wanted = set(self._wanted)
-        for k in [k for k in self._arrays if k not in wanted]:
+        self._now = list(dict.fromkeys((*self._asked, *self._current)))
+        now = set(self._now)
+        self._ahead = [k for k in (blocks[1] if blocks[1:] else ()) if k not in now]
+        self._there &= now.union(self._ahead)
+        for k in [k for k in self._arrays if k not in now]:
             self._release(k)
         self._resting.clear()
-        if self._wanted and not self._threads and not self._files.closed.is_set():
+        if self._now and not self._threads and not self._files.closed.is_set():
             for _ in range(NUM_THREADS):
                 self._threads.append(threading.Thread(target=self._work, daemon=True))
                 self._threads[-1].start()
@@ -387,18 +398,20 @@ class Shards(Sequence[np.ndarray]):
 
     def _release(self, k: int) -> None:
         """Unmap a shard, from now on the most recent of those not needed."""
+        _touch(self._files.path / self.names[k])
         del self._arrays[k]
-        if k in self._held:
-            _touch(self._files.path / self.names[k])
-            os.close(self._held.pop(k))
+        lock = self._held.pop(k)
+        if lock is not None:
+            os.close(lock)
 
     def _choose(self) -> int | None:
-        """What to fetch next."""
-        now = time.monotonic()
-        for k in self._wanted:
-            if k in self._arrays or k in self._busy or k in self._failed:
+        """What to fetch next: the next block takes no room before the current one is there."""
+        time_now = time.monotonic()
+        missing = [k for k in self._now if k not in self._arrays]
+        for k in missing or self._ahead:
+            if k in self._busy or k in self._failed or (k in self._there and not missing):
                 continue
-            if self._resting.get(k, now) <= now:
+            if self._resting.get(k, time_now) <= time_now:
                 return k
         return None
 
@@ -414,9 +427,10 @@ class Shards(Sequence[np.ndarray]):
                     return
                 self._resting.pop(k, None)
                 self._busy.add(k)
+                is_now, is_checked = k in self._now, k in self._there
             found, error = None, None
             try:
-                found = self._obtain(k)
+                found = self._obtain(k, is_now, is_checked)
             except DataError as failure:
                 error = failure
             except Exception as failure:  # The reader is told, whatever it is.
@@ -429,57 +443,79 @@ class Shards(Sequence[np.ndarray]):
                 if error is not None:
                     self._failed[k] = error
                 elif found is None:
-                    pause = POLL if k in self._asked else POLL_AHEAD
+                    pause = POLL if k in self._now else POLL_AHEAD
                     self._resting[k] = time.monotonic() + pause
                 else:
-                    self._arrays[k], lock = found
-                    if lock is not None:
-                        self._held[k] = lock
-                    if k not in self._wanted:
-                        self._release(k)
+                    self._there.add(k)
+                    if found:
+                        self._arrays[k], self._held[k] = found
+                        if k not in self._now:
+                            self._release(k)
                 self._changed.notify_all()
 
-    def _obtain(self, k: int) -> tuple[np.ndarray, int | None] | None:
-        """Map a shard and hold its lock, fetching it first if it is not there.
+    def _obtain(
+        self, k: int, is_now: bool, is_checked: bool
+    ) -> tuple[np.ndarray, int | None] | tuple[()] | None:
+        """Have a shard in the cache, and if it is needed now, map it and hold its lock.
 
-        None: another process fetches it, or there is no room before others release theirs.
+        None: another process fetches or deletes it, or there is no room before others release
+        theirs.
         """
         name = self.names[k]
-        file, expected = self._files.path / name, self._expected[name]
+        file, hashed = self._files.path / name, self._verify and not is_checked
         lock = self._files.lock(name, fcntl.LOCK_SH)
         if lock is None:
             return None
-        kept = None
+        held = None
         try:
-            if find_fault(file, expected, self._verify):
-                # Another process may have fetched it before the lock was exclusive.
-                if not relock(lock, fcntl.LOCK_EX):
-                    return None
-                if fault := find_fault(file, expected, self._verify):
-                    if file.exists():
-                        log.warning("%s %s; it is fetched again", file, fault)
-                        file.unlink()
-                    if not self._make_room(k):
-                        return None
-                    self._files.fetch(name, expected)
-            array = self._load(k)  # Before the lock is shared again: from here on it is readable.
+            if find_fault(file, self._expected[name], hashed) and not self._fetch(k):
+                return None
             _touch(file)
-            if self.bound is not None and relock(lock, fcntl.LOCK_SH):
-                kept = lock
-            return array, kept
+            if not is_now:
+                return ()
+            array = self._load(k)
+            if self.bound is not None:  # Otherwise nothing is deleted, nor are files kept open.
+                held = lock
+            return array, held
         finally:
-            if kept is None:
+            if held is None:
                 os.close(lock)
 
-    def _make_room(self, k: int) -> bool:
-        """Delete what nobody needs until a shard fits under the bound, and reserve its place."""
+    def _fetch(self, k: int) -> bool:
+        """Fetch a shard, unless another process does or there is no room."""
         files, name = self._files, self.names[k]
+        file, expected = files.path / name, self._expected[name]
+        lock = files.lock(name + FETCH, fcntl.LOCK_EX)
+        if lock is None:
+            return False
+        try:
+            fault = find_fault(file, expected, self._verify)
+            if fault is None:
+                return True  # Another process has just fetched it.
+            if file.exists():
+                log.warning("%s %s; it is fetched again", file, fault)
+                file.unlink()
+            if not self._make_room(k):
+                return False
+            files.fetch(name, expected)
+            return True
+        finally:
+            os.close(lock)
+
+    def trim(self) -> None:
+        """Delete shards that nobody needs where the folder is above the bound, lower than once."""
+        self._make_room(None)
+
+    def _make_room(self, k: int | None) -> bool:
+        """Delete what nobody needs until a shard fits under the bound, and reserve its place."""
+        files, name = self._files, None if k is None else self.names[k]
         if self.bound is None:
             return True
         with self._changed:
-            mine = {self.names[i] for i in (*self._wanted, *self._arrays)}
-            asked = self._asked.get(k)
-        starving = asked is not None and time.monotonic() > asked[1] + STARVING
+            # What is read now comes before the next block; that one never drives out itself.
+            mine = {self.names[i] for i in (*self._now, *(() if k in self._now else self._ahead))}
+            since = self._asked[k][1] if k in self._asked else None
+        starving = since is not None and time.monotonic() > since + STARVING
         with files.hold("room"):
             # Downloads first: one that ends meanwhile is then seen in both places, not in none.
             running = {
@@ -492,31 +528,28 @@ class Shards(Sequence[np.ndarray]):
                 for entry in entries:
                     if entry.name in self._expected:
                         times[entry.name] = entry.stat().st_mtime_ns
-            names = running & set(self._expected) | set(times) | {name}
-            used = self.other_bytes + sum(self._expected[other]["bytes"] for other in names)
+            names = running | set(times) | ({name} if name is not None else set())
+            sizes = [self._expected[other]["bytes"] for other in names if other in self._expected]
+            used = self.other_bytes + sum(sizes)
             for other in sorted(times.keys() - mine, key=times.__getitem__):
                 if used <= self.bound:
                     break
                 lock = files.lock(other, fcntl.LOCK_EX)
                 if lock is None and not (starving and other not in running):
                     continue
+                if lock is None:
+                    log.warning("%s: no room for %s in %g s; %s is deleted, which another process "
+                                "needs; a higher cache_gb avoids this", files.path, name, STARVING,
+                                other)  # fmt: skip
                 (files.path / other).unlink(missing_ok=True)
                 used -= self._expected[other]["bytes"]
                 if lock is not None:
                     os.close(lock)
             if used > self.bound:
                 return False
-            (files.fetching / name).mkdir(exist_ok=True)
+            if name is not None:
+                (files.fetching / name).mkdir(exist_ok=True)
         return True
-
-
-def relock(lock: int, mode: int) -> bool:
-    """Change the mode of a lock; False: others hold it."""
-    try:
-        fcntl.flock(lock, mode | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _find_manifest_fault(file: Path) -> str | None:
