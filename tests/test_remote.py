@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -578,29 +580,46 @@ def straight(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def die_at_step_8(config: Config) -> None:
+    """Train in a process of its own, which is killed."""
+    original = Loader.batch
+
+    def batch(self: Loader, step: int) -> list[MicroBatch]:
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, step)
+
+    Loader.batch = batch  # type: ignore[method-assign]
+    train(config)
+
+
+@pytest.fixture(scope="module")
+def killed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, and of its caches, that was killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    process = multiprocessing.get_context("forkserver").Process(
+        target=die_at_step_8, args=(run_config(home, folder),)
+    )
+    process.start()
+    process.join(100)
+    assert process.exitcode == -signal.SIGKILL
+    assert 1 <= len(cached_shards(folder / "cache" / "train")) <= 4
+    return folder
+
+
 @pytest.mark.parametrize("emptied", [False, True], ids=["warm", "emptied"])
 def test_a_run_is_killed_and_goes_on(
-    home: Path, straight: Path, tmp_path: Path, emptied: bool, monkeypatch: pytest.MonkeyPatch
+    home: Path, straight: Path, killed: Path, tmp_path: Path, emptied: bool
 ) -> None:
-    config = run_config(home, tmp_path)
-
-    def die(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        original = Loader.batch
-        patch.setattr(
-            Loader, "batch", lambda self, step: die() if step == 8 else original(self, step)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    folder = Path(shutil.copytree(killed, tmp_path / "killed"))
     if emptied:
-        shutil.rmtree(tmp_path / "cache")
-    with Watch(tmp_path / "cache" / "train") as watch:
+        shutil.rmtree(folder / "cache")
+    config = run_config(home, folder)
+    with Watch(folder / "cache" / "train") as watch:
         assert train(config) == FINISHED
-    assert losses(tmp_path) == losses(straight)
+    assert losses(folder) == losses(straight)
     bound = config.data.train[0].cache_gb
-    assert bound is not None and 0 < watch.largest <= bound * 1e9
+    assert bound is not None and 0 < watch.largest <= bound * 1e9 < size_of(home / "train")
 
 
 def test_order_is_part_of_the_run(home: Path, straight: Path) -> None:
@@ -621,6 +640,7 @@ def train_counting(config: Config, watched: str) -> tuple[int, Counter[str], int
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         hurry(patch)
+        patch.setattr(remote_module, "STARVING", 1e9)  # It takes no force to go on.
         patch.setattr(Loader, "batch", batch)
         remote_module.make_torchvision_importable()
         counts = stack.enter_context(mended_after(99, Path(), Path()))
@@ -629,7 +649,7 @@ def train_counting(config: Config, watched: str) -> tuple[int, Counter[str], int
 
 
 def test_two_ranks_share_a_cache(world: Any, home: Path, straight: Path, tmp_path: Path) -> None:
-    """Each shard is downloaded once an epoch; losses and samples are those of one process."""
+    """Losses and samples are those of one process."""
     config = run_config(home, tmp_path)
     cache = tmp_path / "cache" / "train"
     results = world(2).run(train_counting, config, str(cache))
@@ -642,16 +662,15 @@ def test_two_ranks_share_a_cache(world: Any, home: Path, straight: Path, tmp_pat
     for step, values in losses(straight).items():
         assert losses(tmp_path)[step] == pytest.approx(values, rel=1e-4)
 
-    unbounded = {split: [{"path": f"{tmp_path}/whole/{split}", "remote": f"{home}/{split}"}]
-                 for split in ("train", "val")}  # fmt: skip
-    config = run_config(home, tmp_path / "all", data=unbounded)
-    results = world(2).run(train_counting, config, str(tmp_path / "whole" / "train"))
-    total = results[0][1] + results[1][1]
-    shards = {name: n for name, n in total.items() if name.startswith("shard.0000")}
-    val = len(list((home / "val").glob("shard.*")))
-    # Both splits have shards of the same names; of val, only the first samples are read.
-    assert all(shards[f"shard.0000{k}.mds"] == 1 for k in range(val, NUM_SHARDS))
-    assert all(shards[f"shard.0000{k}.mds"] <= 2 for k in range(val))
+
+def test_two_ranks_download_each_shard_once(world: Any, home: Path, tmp_path: Path) -> None:
+    train_cache, val = f"{tmp_path}/cache", [{"path": f"{home}/val"}]
+    data = {"train": [{"path": train_cache, "remote": f"{home}/train"}], "val": val}
+    config = run_config(home, tmp_path, data={**data, "shuffle_shards": 0}, train={"steps": 4})
+    results = world(2).run(train_counting, config, train_cache)
+    counts = results[0][1] + results[1][1]
+    shards = {name: n for name, n in counts.items() if name.startswith("shard")}
+    assert shards == dict.fromkeys((f"shard.0000{k}.mds" for k in range(NUM_SHARDS)), 1)
 
 
 def fail_to_train(config: Config) -> tuple[int, str, float]:
