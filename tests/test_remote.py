@@ -198,7 +198,7 @@ class Watch:
                     fcntl.flock(stack.enter_context(open(lock)), fcntl.LOCK_EX)
                 self.largest = max(self.largest, size_of(self.folder))
             self.samples += 1
-            time.sleep(0.002)
+            time.sleep(0.01)  # Others want the lock too.
 
     def __enter__(self) -> Watch:
         self.thread.start()
@@ -227,7 +227,7 @@ def test_the_same_batches_from_a_remote(
         for step in range(steps):
             assert_equal(loader.batch(step), plain.batch(step))
             loader.prefetch(step + 1)
-    assert watch.samples > 10
+    assert watch.samples > 3
     here = len(list(cached.glob("shard.*")))
     if bound is None or shards is None:
         assert here == NUM_SHARDS
@@ -607,6 +607,7 @@ def killed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("emptied", [False, True], ids=["warm", "emptied"])
 def test_a_run_is_killed_and_goes_on(
     home: Path, straight: Path, killed: Path, tmp_path: Path, emptied: bool
@@ -648,6 +649,7 @@ def train_counting(config: Config, watched: str) -> tuple[int, Counter[str], int
         return train(config), counts, watch.largest, ids
 
 
+@pytest.mark.slow
 def test_two_ranks_share_a_cache(world: Any, home: Path, straight: Path, tmp_path: Path) -> None:
     """Losses and samples are those of one process."""
     config = run_config(home, tmp_path)
