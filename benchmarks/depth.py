@@ -1,6 +1,6 @@
 """Random depth against fixed depth at equal executed FLOPs.
 
-    python benchmarks/depth.py [--rounds 5] [--cuda]
+    python benchmarks/depth.py [--rounds 5] [--compile] [--cuda]
 
 A loop model (prelude 1, core 2, coda 1, hidden 512, 4 sequences of 512 tokens) takes optimizer
 steps of the trainer's engine. A round is 14 steps with 4 loops each, and 14 steps that run every
@@ -17,10 +17,22 @@ import time
 from collections.abc import Sequence
 
 import torch
-from training import BATCH, DEVICE, FFN, HEADS, HIDDEN, LENGTH, TOKENS, VOCABULARY, random_batch
+from training import (
+    BATCH,
+    COMPILE,
+    DEVICE,
+    FFN,
+    HEADS,
+    HIDDEN,
+    LENGTH,
+    TOKENS,
+    VOCABULARY,
+    random_batch,
+)
 
 from megarecur.config.schema import Config
 from megarecur.data.loader import MicroBatch
+from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.mesh import Mesh
@@ -38,7 +50,8 @@ def make_config(num_loops: object) -> Config:
         "model": {"hidden_size": HIDDEN, "num_heads": HEADS, "ffn_hidden_size": FFN,
                   "vocab_size": VOCABULARY},
         "recurrence": {"kind": "loop", "prelude": 1, "core": 2, "coda": 1, "num_loops": num_loops},
-        "data": {"train": [{"path": "none"}], "tokenizer": "bytes", "seq_length": LENGTH},
+        "data": {"train": [{"path": "none"}], "tokenizer": "bytes", "seq_length": LENGTH,
+                 "mask_documents": False},
         "optimizer": {"lr": 1e-4},
         "train": {"steps": 1, "global_batch_size": BATCH, "micro_batch_size": BATCH},
     })  # fmt: skip
@@ -63,6 +76,7 @@ def main() -> None:
     config = make_config(SAMPLER)
     model = Transformer(config, DEVICE)
     engine = PlainEngine(model, config, Mesh(device=DEVICE))
+    compiled = CompiledModel(model) if COMPILE else None
     tokens_BS, labels_BS = random_batch()
     positions_BS = torch.arange(LENGTH, device=DEVICE).expand(BATCH, LENGTH)
     samples_B = torch.arange(BATCH, device=DEVICE)
@@ -96,6 +110,7 @@ def main() -> None:
         ratios.append(times["b"] / times["a"])
         print(f"fixed {times['a']:.2f} s, sampled {times['b']:.2f} s, ratio {ratios[-1]:.3f}")
     print(f"median ratio {statistics.median(ratios):.3f}, wanted at most 1.05")
+    print(f"{compiled.graphs} graphs of the block") if compiled else None
 
 
 if __name__ == "__main__":

@@ -160,6 +160,7 @@ def evaluate_run(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Score a run on its validation corpora: loss, perplexity, bits per byte."""
+    from megarecur.config.schema import Source
     from megarecur.data.corpus import open_corpus
     from megarecur.parallel.mesh import Mesh, pick_device
     from megarecur.train.evaluate import evaluate
@@ -169,11 +170,15 @@ def evaluate_run(
     mesh = Mesh(device=pick_device(device))
     model, loaded = load_model(run, step, mesh.device)
     depths = parse_depths(depth, loaded.config)
-    paths = data or [source.path for source in loaded.config.data.val]
-    if not paths:
+    sources = [Source(path=path) for path in data] if data else loaded.config.data.val
+    if not sources:
         raise ConfigError(f"{run}: its config has no data.val; name a corpus with --data")
+    paths = [source.path for source in sources]
     fingerprint = open_tokenizer(loaded).fingerprint
-    corpora = [open_corpus(path, loaded.tokenizer, fingerprint) for path in paths]
+    corpora = [
+        open_corpus(s.path, loaded.tokenizer, fingerprint, remote=s.remote, cache_gb=s.cache_gb)
+        for s in sources
+    ]
     curves = {}
     for loops in depths:
         scores = evaluate(model, corpora, loaded.config, mesh, samples, loops)

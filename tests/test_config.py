@@ -185,12 +185,11 @@ def test_a_config_cannot_be_changed(base: Path) -> None:
         load_config(base).seed = 3  # type: ignore[misc]
 
 
+REMOTE_KEYS = ("path", "remote", "cache_gb")
 FREE = {
     "run_dir",
     "data.tokenizer",
-    "data.train.0.path",
-    "data.train.1.path",
-    "data.val.0.path",
+    *(f"data.{s}.{key}" for s in ("train.0", "train.1", "val.0") for key in REMOTE_KEYS),
     "data.val.0.weight",
     "data.verify",
     "parallel.tensor",

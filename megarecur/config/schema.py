@@ -381,11 +381,36 @@ RecurrenceConfig = Annotated[
 # ----------------------------------------------------------------------------------------- data
 
 
+REMOTE_SCHEMES = ("s3", "gs", "sftp", "hf", "oci", "azure", "azure-dl", "dbfs", "alipan")
+
+
 class Source(Section):
     """One corpus and its share of the samples. A corpus is its manifest's hash, not its path."""
 
     path: str = free()
+    """Its folder; with a remote, the folder of the local cache."""
     weight: PositiveFloat = 1.0
+    remote: str | None = free(None, min_length=1)
+    """Where the corpus lies, if not in `path`: s3://, gs://, sftp://, hf:// or whatever else
+    mosaicml-streaming downloads from, or a path. Shards are fetched before they are read."""
+    cache_gb: PositiveFloat | None = free(None)
+    """Bound of the local cache, in 10^9 bytes. Left out: all that was fetched is kept."""
+
+    @model_validator(mode="after")
+    def check_remote(self) -> Source:
+        """Refuse a bound without a cache, and URLs that nothing reads."""
+        if self.cache_gb is not None and self.remote is None:
+            raise ValueError(
+                f"cache_gb={self.cache_gb:g} bounds the cache of a remote; give remote, or leave "
+                "cache_gb out"
+            )
+        scheme, found, _ = (self.remote or "").partition("://")
+        if found and scheme not in REMOTE_SCHEMES:
+            raise ValueError(
+                f"remote={self.remote}: {scheme}:// is not read; use one of "
+                f"{', '.join(REMOTE_SCHEMES)}, or a path"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -397,10 +422,38 @@ class DataConfig(Section):
     """A sentencepiece model, a Hugging Face tokenizer.json, or `bytes`. Its content is fixed."""
     seq_length: PositiveInt
     shuffle: bool = True
+    shuffle_shards: NonNegativeInt = 0
+    """0: shuffle over the whole corpus. n: in blocks of n shards, each shard once an epoch, so that
+    a cache of two blocks is enough; no sample then crosses the end of a shard."""
     mask_documents: bool = True
     """Attention stays inside a document and positions restart with it."""
     verify: bool = free(True)
-    """Check every shard against its hash before training."""
+    """Check every shard against its hash before training; with a remote, what lies in the cache
+    before it is read."""
+
+    @model_validator(mode="after")
+    def check_caches(self) -> DataConfig:
+        """Refuse orders that a bounded cache cannot follow, and caches that would be shared."""
+        if self.shuffle_shards and not self.shuffle:
+            raise ValueError(
+                f"shuffle_shards={self.shuffle_shards} needs shuffle=true; set it to 0 to read in "
+                "order"
+            )
+        for i, source in enumerate(self.train):
+            if source.cache_gb is not None and self.shuffle and not self.shuffle_shards:
+                raise ValueError(
+                    f"train.{i}.cache_gb={source.cache_gb:g} with shuffle_shards=0: a shuffle over "
+                    "the whole corpus needs all of its shards at any time; set data.shuffle_shards "
+                    f"to 4, for example, or leave data.train.{i}.cache_gb out"
+                )
+        sources = (*self.train, *self.val)
+        for source in sources:
+            if source.remote is not None and [s.path for s in sources].count(source.path) > 1:
+                raise ValueError(
+                    f"path={source.path} is the cache of {source.remote} and is named more than "
+                    "once in train and val; give each source a folder of its own"
+                )
+        return self
 
 
 # ------------------------------------------------------------------------------------ optimizer

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -144,12 +145,12 @@ class Corpus:
         self._check_files(set(names[part::num_parts]) if verify else set())
         try:
             index = json.loads((self.path / "index.json").read_bytes())
-            self.shards = [self._map(shard) for shard in index["shards"]]
+            self.shards, sizes = self._open_shards(index["shards"])
             documents = np.load(self.path / "documents.npy", mmap_mode="r")
         except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
             # Damage in a file whose hash another process compares, or none.
             raise DataError(f"{self.path}: damaged ({error}); {MEND}") from None
-        self.starts = [0, *accumulate(shard.size for shard in self.shards)]
+        self.starts = [0, *accumulate(sizes)]
         if self.starts[-1] < self.num_tokens:
             raise DataError(
                 f"{self.path / 'index.json'}: holds {self.starts[-1]} tokens, the manifest says "
@@ -163,17 +164,7 @@ class Corpus:
         """Compare sizes, and of these files hashes, with those that the manifest lists."""
 
         def fault(name: str) -> str | None:
-            file, expected = self.path / name, self.manifest.files[name]
-            try:
-                if file.stat().st_size != expected["bytes"]:
-                    return f"has {file.stat().st_size} bytes instead of {expected['bytes']}"
-                if name in hashed and hash_file(file) != expected["xxh64"]:
-                    return "does not match its hash: it is damaged"
-            except FileNotFoundError:
-                return "is missing"
-            except OSError as error:
-                return f"cannot be read ({error.strerror})"
-            return None
+            return find_fault(self.path / name, self.manifest.files[name], name in hashed)
 
         with ThreadPoolExecutor() as pool:
             faults = list(pool.map(fault, self.manifest.files))
@@ -183,6 +174,13 @@ class Corpus:
             more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
             raise DataError("; ".join(bad[:5]) + f"{more}; {MEND}")
 
+    def _open_shards(
+        self, described: list[dict[str, Any]]
+    ) -> tuple[Sequence[np.ndarray], list[int]]:
+        """The shards that the index describes, and the tokens of each."""
+        shards = [self._map(shard) for shard in described]
+        return shards, [shard.size for shard in shards]
+
     def _map(self, shard: dict[str, Any]) -> np.ndarray:
         """The tokens of one shard: after the sample offsets and a header, samples side by side."""
         file = self.path / shard["raw_data"]["basename"]
@@ -190,6 +188,9 @@ class Corpus:
         offsets = content[4 : 4 + 4 * (shard["samples"] + 1)].view(np.uint32)
         begin, end = int(offsets[0]), int(offsets[-1])
         return np.frombuffer(content, self.dtype, (end - begin) // self.dtype.itemsize, begin)
+
+    def close(self) -> None:
+        """Stop what goes on in the background, which is nothing here."""
 
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens [start, start + n) in the corpus's own type; a copy-free slice inside a shard."""
@@ -205,6 +206,20 @@ class Corpus:
             parts.append(self.shards[k][:missing])
             missing -= parts[-1].size
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def find_fault(file: Path, expected: Mapping[str, Any], hashed: bool) -> str | None:
+    """What is wrong with a file by the size and, if `hashed`, the hash that a manifest lists."""
+    try:
+        if file.stat().st_size != expected["bytes"]:
+            return f"has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if hashed and hash_file(file) != expected["xxh64"]:
+            return "does not match its hash: it is damaged"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
 
 
 def hash_file(path: Path) -> str:
@@ -223,14 +238,23 @@ def open_corpus(
     verify: bool = True,
     part: int = 0,
     num_parts: int = 1,
+    remote: str | None = None,
+    cache_gb: float | None = None,
 ) -> Corpus:
-    """A corpus, if it was made with this tokenizer; see `Corpus` for the rest.
+    """A corpus, if it was made with this tokenizer; see `Corpus` and `RemoteCorpus` for the rest.
 
     A folder with an index.json but no manifest.json is another program's: see `ForeignCorpus`.
 
     Raises:
+        ConfigError: a bound of the cache that is too small.
         DataError: another tokenizer, or a file that is missing or damaged.
     """
+    if remote is not None:
+        from megarecur.data.remote import RemoteCorpus
+
+        corpus = RemoteCorpus(path, remote, cache_gb, verify)
+        check_tokenizer(remote, corpus.manifest, tokenizer, fingerprint)
+        return corpus
     from megarecur.data.foreign import ForeignCorpus, is_foreign
     from megarecur.data.tokenizer import load_tokenizer
 

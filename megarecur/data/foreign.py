@@ -176,6 +176,7 @@ class ForeignCorpus(Corpus):
         self.starts_of_samples = np.concatenate([[0], counts.cumsum()])
         self.num_tokens = int(self.starts_of_samples[-1])
         self._first_samples = np.cumsum([0, *(n.size for n in lengths)])
+        self.starts = self.starts_of_samples[self._first_samples].tolist()
         fixed = counts.size > 0 and bool((counts == counts[0]).all())
         # Ends of documents lie anywhere in rows of one length: every process has to find them all.
         scanned = range(len(entries)) if fixed else sorted(hashed)

@@ -1,8 +1,8 @@
 """Batches of a step, cut from corpora: a pure function of (step, seed), whatever the mesh.
 
-Sample i of a corpus is tokens [i S, i S + S]: S inputs, and the same shifted by one as labels. The
-global batch of a step is `global_batch_size` samples in an order that `order.py` gives; rank r of
-data parallelism takes rows [r k, (r + 1) k), cut in micro batches. So which samples a step reads
+A sample of a corpus is a window of S + 1 tokens: S inputs, and the same shifted by one as labels.
+The global batch of a step is `global_batch_size` samples in an order that `order.py` gives; rank r
+of data parallelism takes rows [r k, (r + 1) k), cut in micro batches. So which samples a step reads
 depends neither on the number of ranks nor on the micro batch size, and the only state is the step.
 
 Shapes: B samples of a micro batch, S sequence length.
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from megarecur.data.corpus import Corpus
-from megarecur.data.order import counts_before, epoch_keys, mixture, permute
-from megarecur.errors import ConfigError, DataError
+from megarecur.data.order import Order, ShardOrder, WholeOrder, counts_before, mixture
+from megarecur.data.remote import RemoteCorpus
+from megarecur.errors import ConfigError, DataError, MegarecurError
 from megarecur.parallel.loss import IGNORED
 
 BLOCK_SAMPLES = 4096
@@ -74,11 +75,13 @@ class Loader:
         dp_size: how many of those there are.
         seed: of the order.
         shuffle: read the samples of each epoch of each corpus in a random order.
+        shuffle_shards: shuffle in blocks of so many shards; 0: over the whole corpus.
         mask_documents: number the documents of a sample, restart positions with them, and count no
             label that belongs to another document.
 
     Raises:
-        ConfigError: the ranks or micro batches do not divide the global batch.
+        ConfigError: the ranks or micro batches do not divide the global batch, or the local cache
+            of a remote corpus is too small.
         DataError: a corpus is shorter than one sample.
     """
 
@@ -93,6 +96,7 @@ class Loader:
         dp_size: int,
         seed: int,
         shuffle: bool = True,
+        shuffle_shards: int = 0,
         mask_documents: bool = True,
     ) -> None:
         if global_batch_size % (dp_size * micro_batch_size):
@@ -106,11 +110,23 @@ class Loader:
         self.seq_length, self.seed = seq_length, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.rank_batch_size = dp_rank, global_batch_size // dp_size
-        self.shuffle, self.mask_documents = shuffle, mask_documents
-        self.num_windows = [_count_windows(corpus, seq_length) for corpus in self.corpora]
+        self.mask_documents = mask_documents
+        self.orders: list[Order] = []
+        for source, corpus in enumerate(self.corpora):
+            place = corpus.starts, corpus.num_tokens, seq_length
+            order: Order = (
+                ShardOrder(*place, shuffle_shards, seed, source)
+                if shuffle and shuffle_shards
+                else WholeOrder(*place, shuffle, seed, source)
+            )
+            _check_length(corpus, order, seq_length)
+            if isinstance(corpus, RemoteCorpus):
+                samples = global_batch_size * self.weights[source] / sum(self.weights)
+                corpus.check_room(order.shards_at_once(samples))
+            self.orders.append(order)
         self._steps_per_block = max(BLOCK_SAMPLES // self.rank_batch_size, 1)
         self._sample_blocks: dict[int, Samples] = {}
-        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._pending: dict[int, Future[list[MicroBatch]]] = {}
         self._pool: ThreadPoolExecutor | None = None
 
@@ -118,34 +134,41 @@ class Loader:
         """The ids of all samples of a step's global batch, in order: int64."""
         return np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
 
+    @property
+    def num_windows(self) -> list[int]:
+        """Samples of an epoch of each corpus."""
+        return [order.num_windows for order in self.orders]
+
     def windows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source of each sample, and which window of that source it is; `ids` ascend by one."""
+        sources, _, windows = self._find(ids)
+        return sources, windows
+
+    def _find(self, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of each sample its source, its number among the source's samples, and its window."""
         first, last = int(ids[0]), int(ids[-1])
         blocks = [self._block(b) for b in range(first // BLOCK_SAMPLES, last // BLOCK_SAMPLES + 1)]
-        sources, windows = blocks[0]
+        found: tuple[np.ndarray, ...] = blocks[0]
         if len(blocks) > 1:
-            sources, windows = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+            found = tuple(np.concatenate(parts) for parts in zip(*blocks, strict=True))
         begin = first % BLOCK_SAMPLES
-        return sources[begin:][: len(ids)], windows[begin:][: len(ids)]
+        return tuple(values[begin:][: len(ids)] for values in found)
 
-    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and windows of a block of consecutive samples; the last few are kept."""
+    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`_find` for a block of consecutive samples; the last few are kept."""
         found = self._blocks.get(number)
         if found is not None:
             return found
         start = number * BLOCK_SAMPLES
         sources, numbers = mixture(start, start + BLOCK_SAMPLES, self.weights)
         windows = np.empty_like(numbers)
-        for source, n in enumerate(self.num_windows):
+        for source, order in enumerate(self.orders):
             own = sources == source
-            epochs, indices = np.divmod(numbers[own], n)
-            if self.shuffle:
-                indices = permute(indices, n, epoch_keys(self.seed, source, epochs))
-            windows[own] = indices
+            windows[own] = order.windows(numbers[own])
         while len(self._blocks) > 4:
             self._blocks.pop(next(iter(self._blocks)), None)
-        self._blocks[number] = sources, windows
-        return sources, windows
+        self._blocks[number] = sources, numbers, windows
+        return sources, numbers, windows
 
     def batch(self, step: int) -> list[MicroBatch]:
         """This rank's micro batches of a step."""
@@ -170,8 +193,10 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop building batches in the background."""
+        """Stop building batches, and fetching shards, in the background."""
         self._pending.clear()
+        for corpus in self.corpora:
+            corpus.close()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -195,10 +220,16 @@ class Loader:
         batch, own = self.global_batch_size, self.dp_rank * self.rank_batch_size
         ids = np.arange(steps[0] * batch, (steps[-1] + 1) * batch)
         mine = slice(own, own + self.rank_batch_size)
-        ids_R, sources_R, windows_R = (
-            values.reshape(-1, batch)[:, mine].flatten() for values in (ids, *self.windows(ids))
+        ids_R, sources_R, numbers_R, windows_R = (
+            values.reshape(-1, batch)[:, mine].flatten() for values in (ids, *self._find(ids))
         )
-        starts_R = windows_R * self.seq_length
+        starts_R = np.empty_like(windows_R)
+        for source, (corpus, order) in enumerate(zip(self.corpora, self.orders, strict=True)):
+            own = sources_R == source
+            starts_R[own] = order.starts(windows_R[own])
+            if isinstance(corpus, RemoteCorpus) and own.any():
+                numbers = numbers_R[own]
+                corpus.follow(order.blocks(int(numbers[0]), int(numbers[-1])))
         S, masked = self.seq_length, self.mask_documents
         found = _lay_out(self.corpora, sources_R, starts_R, ids_R, S, masked)
         while len(self._sample_blocks) > 1:
@@ -263,14 +294,19 @@ def validation_batches(
     dp_size: int = 1,
     mask_documents: bool = True,
     max_samples: int = 0,
+    failures: list[MegarecurError] | None = None,
 ) -> Iterator[MicroBatch]:
     """A corpus in order, each token (but the first) predicted once, cut over data-parallel ranks.
 
     Every rank yields the same number of micro batches, all of the same shape: what is missing in
     the last ones has label -100. `max_samples` of 0: all.
 
+    Args:
+        failures: why the corpus cannot be read is appended here, instead of raised, and all further
+            micro batches are empty: other ranks may wait for this one in a forward pass.
+
     Raises:
-        DataError: the corpus has no token to predict.
+        DataError: the corpus has no token to predict, or cannot be read.
     """
     if corpus.num_tokens < 2:
         raise DataError(f"{corpus.path}: has {corpus.num_tokens} token(s), none to predict")
@@ -280,20 +316,33 @@ def validation_batches(
     for first in range(0, num_samples, stride):
         ids = np.arange(micro_batch_size) + first + dp_rank * micro_batch_size
         # Samples beyond the last one start at the end of the corpus: nothing in them is counted.
-        starts = np.where(ids < num_samples, ids * seq_length, corpus.num_tokens)
-        samples = _lay_out([corpus], np.zeros_like(ids), starts, ids, seq_length, mask_documents)
-        yield _cut(samples, 0, micro_batch_size)
+        readable = ids < (0 if failures else num_samples)
+        try:
+            batch = _cut_at(corpus, ids, readable, seq_length, mask_documents)
+        except MegarecurError as error:
+            if failures is None:
+                raise
+            failures.append(error)
+            batch = _cut_at(corpus, ids, readable & False, seq_length, mask_documents)
+        yield batch
 
 
-def _count_windows(corpus: Corpus, seq_length: int) -> int:
-    """How many samples an epoch of a corpus has."""
-    n = (corpus.num_tokens - 1) // seq_length
-    if n < 1:
+def _cut_at(
+    corpus: Corpus, ids: np.ndarray, readable: np.ndarray, seq_length: int, mask_documents: bool
+) -> MicroBatch:
+    """Samples of a corpus in order; those not to be read are empty."""
+    starts = np.where(readable, ids * seq_length, corpus.num_tokens)
+    samples = _lay_out([corpus], np.zeros_like(ids), starts, ids, seq_length, mask_documents)
+    return _cut(samples, 0, len(ids))
+
+
+def _check_length(corpus: Corpus, order: Order, seq_length: int) -> None:
+    """Refuse a corpus without a single sample."""
+    if order.num_windows < 1:
         raise DataError(
             f"{corpus.path}: has {corpus.num_tokens} tokens, too few for one sample of "
             f"data.seq_length={seq_length} and its next token; lower seq_length, or add text"
         )
-    return n
 
 
 @dataclass(frozen=True)
@@ -349,7 +398,8 @@ def _cut(samples: Samples, row: int, end: int) -> MicroBatch:
     short = []
     for b, (corpus, start) in enumerate(zip(rows, samples.starts_R[row:end].tolist(), strict=True)):
         n = min(S + 1, corpus.num_tokens - start)
-        window_BT[b, :n] = corpus.read(start, n)
+        if n:  # To read nothing would fetch the last shard of a remote corpus.
+            window_BT[b, :n] = corpus.read(start, n)
         if n <= S:
             window_BT[b, n:] = corpus.eos_id
             short.append((b, max(n - 1, 0)))

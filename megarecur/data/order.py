@@ -5,11 +5,16 @@ for any block of positions, without reading the ones before it:
 
     mixture   which source a position belongs to, and how many samples that source gave before it
     permute   which of a source's n windows its k-th sample of an epoch is
+
+An order (`WholeOrder`, `ShardOrder`) says for one corpus which window each of its samples is, where
+that window starts, and which shards are needed for it.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import ceil
 
 import numpy as np
 
@@ -29,8 +34,13 @@ def epoch_keys(seed: int, source: int, epochs: np.ndarray) -> np.ndarray:
     # Arrays of one element, not scalars: numpy warns when scalars wrap around, as they do here.
     key = np.array([seed % 2**64], np.uint64)
     for part in (np.array([source], np.uint64), np.atleast_1d(epochs).astype(np.uint64)):
-        key = mix64(key + np.uint64(_GOLDEN)) ^ mix64(~part)
+        key = _join(key, part)
     return mix64(key)
+
+
+def _join(key: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """A key that depends on another one and on a number."""
+    return mix64(key + np.uint64(_GOLDEN)) ^ mix64(~part)
 
 
 def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
@@ -67,6 +77,170 @@ def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
         x[todo] = high << low_bits | low
         todo = x >= n
     return x.astype(np.int64)
+
+
+class Order(ABC):
+    """Which window of its corpus each sample is; samples are counted on over the epochs."""
+
+    num_windows: int
+    """Samples of an epoch."""
+
+    @abstractmethod
+    def windows(self, numbers: np.ndarray) -> np.ndarray:
+        """The windows, int64 in [0, num_windows), of samples by their numbers."""
+
+    @abstractmethod
+    def starts(self, windows: np.ndarray) -> np.ndarray:
+        """The token at which each window starts, int64."""
+
+    @abstractmethod
+    def blocks(self, first: int, last: int) -> list[Sequence[int]]:
+        """The shards needed together for samples first to last, block by block as they are read,
+        and those needed after them."""
+
+    @abstractmethod
+    def shards_at_once(self, samples: float) -> int:
+        """How many shards a local cache must hold where a step reads so many samples."""
+
+
+class WholeOrder(Order):
+    """Windows of one stream of tokens, in order or each epoch shuffled over the whole corpus.
+
+    Args:
+        shard_starts: the token at which each shard starts, and the end of the last.
+        num_tokens: tokens of the corpus.
+        seq_length: of a window.
+        shuffle: whether it is.
+        seed: of the run.
+        source: the corpus's place in the mixture.
+    """
+
+    def __init__(
+        self,
+        shard_starts: Sequence[int],
+        num_tokens: int,
+        seq_length: int,
+        shuffle: bool,
+        seed: int,
+        source: int,
+    ) -> None:
+        self.shard_starts = np.asarray(shard_starts)
+        self.seq_length, self.shuffle, self.seed, self.source = seq_length, shuffle, seed, source
+        self.num_windows = (num_tokens - 1) // seq_length
+
+    def windows(self, numbers: np.ndarray) -> np.ndarray:
+        """As `Order`."""
+        epochs, indices = np.divmod(numbers, self.num_windows)
+        if not self.shuffle:
+            return indices
+        return permute(indices, self.num_windows, epoch_keys(self.seed, self.source, epochs))
+
+    def starts(self, windows: np.ndarray) -> np.ndarray:
+        """As `Order`."""
+        return windows * self.seq_length
+
+    def blocks(self, first: int, last: int) -> list[Sequence[int]]:
+        """As `Order`: shuffled, all shards are needed together; in order, one after the other."""
+        shards = range(len(self.shard_starts) - 1)
+        if self.shuffle:
+            return [shards]
+        epochs, windows = np.divmod([first, last], self.num_windows)
+        places = self.shard_starts.searchsorted(self.starts(windows), "right") - 1
+        begin, end = epochs * len(shards) + places
+        return [[shard % len(shards)] for shard in range(begin, end + 2)]
+
+    def shards_at_once(self, samples: float) -> int:
+        """As `Order`."""
+        num_shards = len(self.shard_starts) - 1
+        if self.shuffle:
+            return num_shards
+        return 1 + ceil(samples * num_shards / self.num_windows)
+
+
+class ShardOrder(Order):
+    """Windows that lie inside shards, each epoch shuffled in blocks of whole shards.
+
+    Each epoch the shards are permuted and cut in blocks; the windows of each block are permuted
+    among themselves. So one block after the other is read, and needs its own shards alone. A shard
+    of T tokens has (T - 1) // seq_length windows, none of which crosses its end; windows are
+    numbered through all shards.
+
+    Args:
+        shard_starts, num_tokens, seq_length, seed, source: as for `WholeOrder`.
+        shards_per_block: the last block of an epoch has what is left.
+    """
+
+    def __init__(
+        self,
+        shard_starts: Sequence[int],
+        num_tokens: int,
+        seq_length: int,
+        shards_per_block: int,
+        seed: int,
+        source: int,
+    ) -> None:
+        ends = np.minimum(np.asarray(shard_starts, np.int64), num_tokens)
+        self.shard_starts, self.seq_length = ends[:-1], seq_length
+        self.sizes = np.maximum(np.diff(ends) - 1, 0) // seq_length
+        self.firsts = self.sizes.cumsum() - self.sizes
+        self.num_windows = int(self.sizes.sum())
+        self.filled = np.flatnonzero(self.sizes)
+        """Shards that have windows at all."""
+        self.num_blocks = -(-self.filled.size // shards_per_block)
+        self.shards_per_block, self.seed, self.source = shards_per_block, seed, source
+        self._epochs: dict[int, tuple[list[np.ndarray], np.ndarray, np.ndarray]] = {}
+
+    def windows(self, numbers: np.ndarray) -> np.ndarray:
+        """As `Order`."""
+        epochs, indices = np.divmod(numbers, self.num_windows)
+        windows = np.empty_like(indices)
+        for epoch in np.unique(epochs).tolist():
+            blocks, begins, key = self._epoch(epoch)
+            own = np.flatnonzero(epochs == epoch)
+            numbers_of_blocks = begins.searchsorted(indices[own], "right") - 1
+            for number in np.unique(numbers_of_blocks).tolist():
+                rows, shards = own[numbers_of_blocks == number], blocks[number]
+                begin, n = int(begins[number]), int(self.sizes[shards].sum())
+                keys = mix64(_join(key, np.array([number], np.uint64)))
+                inside = permute(indices[rows] - begin, n, keys)
+                ends = self.sizes[shards].cumsum()
+                place = ends.searchsorted(inside, "right")
+                windows[rows] = inside + (self.firsts[shards] - ends + self.sizes[shards])[place]
+        return windows
+
+    def starts(self, windows: np.ndarray) -> np.ndarray:
+        """As `Order`."""
+        shards = self.firsts.searchsorted(windows, "right") - 1
+        return self.shard_starts[shards] + (windows - self.firsts[shards]) * self.seq_length
+
+    def blocks(self, first: int, last: int) -> list[Sequence[int]]:
+        """As `Order`."""
+        begin, end = self._count_blocks(first), self._count_blocks(last) + 2
+        places = [divmod(block, self.num_blocks) for block in range(begin, end)]
+        return [self._epoch(epoch)[0][place].tolist() for epoch, place in places]
+
+    def _count_blocks(self, number: int) -> int:
+        """How many blocks, over all epochs, come before that of a sample."""
+        epoch, index = divmod(number, self.num_windows)
+        place = int(self._epoch(epoch)[1].searchsorted(index, "right")) - 1
+        return epoch * self.num_blocks + place
+
+    def shards_at_once(self, samples: float) -> int:
+        """As `Order`: of two blocks, or of as many more as a step reads from."""
+        at_once = 1 + ceil(samples * self.num_blocks / self.num_windows)
+        return min(at_once * self.shards_per_block, self.filled.size)
+
+    def _epoch(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """The blocks of an epoch, its sample at which each begins, and its key; some are kept."""
+        if epoch not in self._epochs:
+            key, n = epoch_keys(self.seed, self.source, np.array([epoch])), self.filled.size
+            shards = self.filled[permute(np.arange(n), n, key)]
+            blocks = np.split(shards, range(self.shards_per_block, n, self.shards_per_block))
+            ends = np.array([self.sizes[block].sum() for block in blocks]).cumsum()
+            while len(self._epochs) > 4:
+                self._epochs.pop(next(iter(self._epochs)), None)
+            self._epochs[epoch] = blocks, np.concatenate([[0], ends[:-1]]), key
+        return self._epochs[epoch]
 
 
 def mixture(start: int, stop: int, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -85,6 +85,11 @@ def same_error(mesh: Mesh) -> Iterator[None]:
         if mesh.dp_group is None:
             raise
         error = failure
+    raise_first(error, mesh)
+
+
+def raise_first(error: Exception | None, mesh: Mesh) -> None:
+    """Raise the first rank's error on every rank, if any has one; collective."""
     errors = [e for e in mesh.gather_objects(error) if e is not None]
     if errors:
         raise errors[0]

@@ -13,10 +13,11 @@ from megarecur.config.schema import Config
 from megarecur.data.corpus import Corpus
 from megarecur.data.loader import validation_batches
 from megarecur.data.tokenizer import load_tokenizer
+from megarecur.errors import MegarecurError
 from megarecur.inference.generate import encode_prompt, generate, stream_text
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.loss import IGNORED
-from megarecur.parallel.mesh import Mesh
+from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train.signals import StopFlag
 
@@ -71,11 +72,15 @@ def score_corpus(
     """One pass over (the start of) a corpus, every token predicted once; None when stopped.
 
     num_loops: loops to run instead of those trained with, where the scheme repeats a group.
+
+    Raises:
+        MegarecurError: on every rank, why one could not read the corpus.
     """
     steps = layer_map(config.recurrence, num_loops)
-    # Losses and counted tokens of positions of equal bit length.
+    # Losses and counted tokens of positions of equal bit length; and failures to read.
     buckets = config.data.seq_length.bit_length() + 1
-    sums = torch.zeros(2, buckets, dtype=torch.float64, device=mesh.device)
+    sums = torch.zeros(3, buckets, dtype=torch.float64, device=mesh.device)
+    failures: list[MegarecurError] = []  # This rank goes on without data: others wait for it.
     batches = validation_batches(
         corpus,
         seq_length=config.data.seq_length,
@@ -84,10 +89,14 @@ def score_corpus(
         dp_size=mesh.dp,
         mask_documents=config.data.mask_documents,
         max_samples=max_samples,
+        failures=failures,
     )
     for i, batch in enumerate(batches):
-        if stop is not None and i % 8 == 7 and stop.agreed(mesh):
-            return None
+        if stop is not None and i % 8 == 7:
+            if failures:
+                stop.fail(failures[0])
+            if stop.agreed(mesh):
+                return None
         batch = batch.to(mesh.device)
         ctx = model.context(batch, step=0, training=False)
         x, _ = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
@@ -98,7 +107,10 @@ def score_corpus(
         counted_N = (batch.labels_BS != IGNORED).flatten()
         sums[0].index_add_(0, bucket_N, losses_N.to(torch.float64))
         sums[1].index_add_(0, bucket_N, counted_N.to(torch.float64))
-    losses, counts = mesh.sum_over_dp(sums).tolist()
+    sums[2] += len(failures)
+    losses, counts, failed = mesh.sum_over_dp(sums).tolist()
+    if any(failed):
+        raise_first(failures[0] if failures else None, mesh)
     total, tokens = sum(losses), sum(counts)
     num_bytes = tokens * corpus.num_bytes / corpus.num_tokens
     parts = tuple(a / n if n else math.nan for a, n in zip(losses, counts, strict=True))

@@ -16,13 +16,13 @@ from megarecur.config.schema import Config
 from megarecur.data.corpus import Corpus, open_corpus
 from megarecur.data.loader import Loader, MicroBatch
 from megarecur.data.tokenizer import load_tokenizer
-from megarecur.errors import CheckpointError, ConfigError, DataError
+from megarecur.errors import CheckpointError, ConfigError, DataError, MegarecurError
 from megarecur.model.compile import CompiledModel, find_obstacle
 from megarecur.model.telemetry import Telemetry, named
 from megarecur.model.transformer import LossTerm, Transformer
 from megarecur.optim.engine import Engine, build_engine
 from megarecur.optim.schedule import learning_rate
-from megarecur.parallel.mesh import Mesh, open_mesh, same_error
+from megarecur.parallel.mesh import Mesh, open_mesh, raise_first, same_error
 from megarecur.recurrence.depth import sample_depth
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
@@ -59,7 +59,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         compiling, reason = choose_compiler(config, mesh)
         run_dir = resources.enter_context(open_run(config, mesh))
         data = open_data(config, mesh)
-        config, loader = data.config, resources.enter_context(closing(data.loader))
+        config, loader = data.config, resources.enter_context(closing(data)).loader
         model = Transformer(config, mesh.device)
         engine = build_engine(model, config, mesh)
         saver = resources.enter_context(Saver(run_dir, config, mesh))
@@ -95,11 +95,12 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             profiler.begin(state.step)
             started = time.perf_counter()
             with named("data"):
-                batches = [batch.to(mesh.device) for batch in loader.batch(state.step)]
-                loader.prefetch(state.step + 1)
+                batches, unread = read_batches(loader, state.step, mesh)
             waited = time.perf_counter() - started
             due = is_due(state.step + 1, config.train.log_every, config)
-            result = forward_backward(model, engine, config, batches, state.step, mesh, due)
+            result = forward_backward(
+                model, engine, config, batches, state.step, mesh, due, unread=unread
+            )
             result.lr = learning_rate(config.optimizer, state.step, config.train.steps)
             with named("optimizer"):
                 result.grad_norm, result.skipped = engine.step(result.lr)
@@ -158,6 +159,12 @@ class Data:
     tokenizer: str
     """Fingerprint."""
 
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.loader.close()
+        for corpus in self.validation:
+            corpus.close()
+
 
 def open_data(config: Config, mesh: Mesh) -> Data:
     """Open and check tokenizer and corpora.
@@ -176,6 +183,8 @@ def open_data(config: Config, mesh: Mesh) -> Data:
                     config.data.verify,
                     part=mesh.dp_rank,
                     num_parts=mesh.dp,
+                    remote=s.remote,
+                    cache_gb=s.cache_gb,
                 )
                 for s in sources
             ]
@@ -191,9 +200,22 @@ def open_data(config: Config, mesh: Mesh) -> Data:
         dp_size=mesh.dp,
         seed=config.seed,
         shuffle=config.data.shuffle,
+        shuffle_shards=config.data.shuffle_shards,
         mask_documents=config.data.mask_documents,
     )
     return Data(config, loader, validation, tokenizer.fingerprint)
+
+
+def read_batches(
+    loader: Loader, step: int, mesh: Mesh
+) -> tuple[list[MicroBatch], MegarecurError | None]:
+    """This rank's micro batches, or why they cannot be read; those of the next steps are begun."""
+    try:
+        batches = [batch.to(mesh.device) for batch in loader.batch(step)]
+    except MegarecurError as error:
+        return [], error
+    loader.prefetch(step + 1)
+    return batches, None
 
 
 def with_vocab_size(config: Config, vocab_size: int) -> Config:
@@ -244,15 +266,19 @@ def forward_backward(
     step: int,
     mesh: Mesh,
     telemetry: bool = False,
+    unread: MegarecurError | None = None,
 ) -> StepResult:
     """Gradients of the objective over the global batch, left in the engine.
 
     The objective divides sums by counts over the global batch, known before the forward pass, so
     that it depends on neither dp, micro batch size nor padding.
+
+    Raises:
+        MegarecurError: on every rank, why one could not read its batches (`unread`).
     """
     depth = sample_depth(config.recurrence, config.seed, step)
     steps = layer_map(config.recurrence, depth)
-    denominators = count_denominators(batches, mesh)
+    denominators = count_denominators(batches, mesh, unread)
     result = StepResult(depth)
     for batch in batches:
         seen = Telemetry() if telemetry else None
@@ -272,10 +298,20 @@ def forward_backward(
     return result
 
 
-def count_denominators(batches: Sequence[MicroBatch], mesh: Mesh) -> dict[str, float]:
-    """Counted tokens of the global batch, at least 1; one all-reduce."""
-    tokens = torch.tensor(float(sum(batch.num_tokens for batch in batches)), dtype=torch.float64)
-    return {"tokens": max(float(mesh.sum_over_dp(tokens.to(mesh.device))), 1.0)}
+def count_denominators(
+    batches: Sequence[MicroBatch], mesh: Mesh, unread: MegarecurError | None = None
+) -> dict[str, float]:
+    """Counted tokens of the global batch, at least 1; one all-reduce, of failures to read too.
+
+    Raises:
+        MegarecurError: on every rank, why one could not read its batches.
+    """
+    own = [sum(batch.num_tokens for batch in batches), unread is not None]
+    counts = mesh.sum_over_dp(torch.tensor(own, dtype=torch.float64).to(mesh.device))
+    tokens, failures = counts.tolist()
+    if failures:
+        raise_first(unread, mesh)
+    return {"tokens": max(tokens, 1.0)}
 
 
 def objective(terms: Mapping[str, LossTerm], denominators: Mapping[str, float]) -> Tensor:
