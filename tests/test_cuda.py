@@ -5,6 +5,7 @@ import torch
 from harness import assert_gradients_close
 
 from configs import make_config
+from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.mesh import Mesh
@@ -32,6 +33,23 @@ def test_gradients_equal_those_of_the_cpu(corpus, scheme, mask_documents) -> Non
         forward_backward(engine.model, engine, data.config, batches, 0, mesh)
         found.append({name: grad.cpu() for name, grad in engine.gradients().items()})
     assert_gradients_close(found[1], found[0], 1e-11)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_equals_eager(corpus, precision) -> None:
+    config = make_config(corpus, "loop", train={"precision": precision})
+    found = []
+    for compiled in (False, True):
+        mesh = Mesh(device=torch.device("cuda"))
+        data = open_data(config, mesh)
+        engine = PlainEngine(Transformer(data.config, mesh.device), data.config, mesh)
+        made = CompiledModel(engine.model) if compiled else None
+        for step in range(2):
+            batches = [batch.to(mesh.device) for batch in data.loader.batch(step)]
+            forward_backward(engine.model, engine, data.config, batches, step, mesh)
+        found.append({name: grad.cpu() for name, grad in engine.gradients().items()})
+    assert made is not None and made.graphs == 1
+    assert_gradients_close(found[1], found[0], 1e-4 if precision == "fp32" else 3e-2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -12,7 +12,7 @@ from megarecur.model.attention import Attention
 from megarecur.model.context import Context, Keys
 from megarecur.model.feed_forward import GELU, SwiGLU
 from megarecur.model.norm import build_norm
-from megarecur.parallel.linear import Linear, MakeParameter
+from megarecur.parallel.linear import Linear, MakeParameter, Weight
 from megarecur.parallel.random import dropout
 from megarecur.recurrence.layer_map import Step
 
@@ -58,8 +58,13 @@ class Block(nn.Module):
         """One step of the map; `injected` is added, or mixed in by the adapter, first."""
         if injected is not None:
             x = self.inject(x, injected)
-        body = Block.body if self.compiled is None or not ctx.training else self.compiled
-        return body(self, x, ctx, step, ctx.keys(step, self.rates))
+        keys = ctx.keys(step, self.rates)
+        if self.compiled is None or not ctx.training:
+            return self.body(x, ctx, step, keys)
+        for weight in self.modules():
+            if isinstance(weight, Weight):
+                weight.value()  # A gathered one has no copy yet; a graph takes what is there.
+        return self.compiled(self, x, ctx, step, keys)
 
     def body(self, x: Tensor, ctx: Context, step: Step, keys: Keys) -> Tensor:
         """What is compiled: one graph for all blocks and steps of the map, hence nothing here may

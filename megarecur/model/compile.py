@@ -1,8 +1,9 @@
 """torch.compile of the block: one graph for all blocks, all loops and all depths.
 
 Compiled is `Block.body`, in training: a function of tensors alone, weights included, so that blocks
-of one shape share a graph. A second graph serves loops without gradient. The two passes of the loss
-over the logits are compiled apart. Injection, measures of the residual stream, embedding and head
+of one shape share a graph. A second graph serves loops without gradient (where parameters are
+frozen, one more each pattern of them). The two passes of the loss over the logits are compiled
+apart. Injection, measures of the residual stream, embedding and head
 stay outside; evaluation and generation run eagerly.
 
 Torch's compiler, which takes seconds to import, is imported when something is compiled.
@@ -25,6 +26,10 @@ from megarecur.parallel.loss import LossKernels, differentiate_fused, summarize_
 Backend = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
 
+MOST_GRAPHS = 64
+"""Of one function; beyond that torch refuses. Patterns of frozen parameters may need some."""
+
+
 class Compiled:
     """A function, compiled whenever it meets a new kind of input; counts its graphs.
 
@@ -41,6 +46,7 @@ class Compiled:
         def call(*args: Any) -> Any:
             return function(*args)
 
+        torch._dynamo.config.recompile_limit = MOST_GRAPHS
         # Torch keeps graphs, and limits their number, by code object: each of these has its own.
         call.__code__ = call.__code__.replace()
         # A break in the graph is an error; sizes are constants, as those of training are.
