@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 import random
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from harness import World
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import TEXT, make_config
@@ -14,10 +18,10 @@ from data_prep.readers import Reading
 from data_prep.shards import prepare_shards
 from megarecur.config.schema import AlarmConfig, Config
 from megarecur.errors import ConfigError
-from megarecur.train import checkpoint
+from megarecur.train import checkpoint, checkpoint_storage
 from megarecur.train.alarms import Alarms
 from megarecur.train.metrics import read_rows
-from megarecur.train.trainer import DIVERGED, FINISHED, train
+from megarecur.train.trainer import DIVERGED, FINISHED, read_batches, train
 
 BATCH_TOKENS = 8 * 32
 BAD_STEP = 22
@@ -168,6 +172,55 @@ def test_a_run_that_dies_after_a_roll_back_goes_on_behind_it(noisy, tmp_path) ->
         assert train(config.model_copy(update={"train": limited})) == FINISHED
     assert len(events(tmp_path / "resumed")) == 1
     assert weights(tmp_path / "resumed", 30) == weights(tmp_path / "straight", 30)
+
+
+def die_after_rolling_back(config: Config) -> None:
+    """Writing is slow, and the machine goes down at the step after."""
+
+    def write_slowly(file: Any, data: Any, path: Any) -> None:
+        time.sleep(0.01)
+        written(file, data, path)
+
+    def read(loader: Any, step: int, mesh: Any) -> Any:
+        return os._exit(9) if step == BAD_STEP else read_batches(loader, step, mesh)
+
+    written = checkpoint_storage.write_all
+    with (
+        mock.patch.object(checkpoint_storage, "write_all", write_slowly),
+        mock.patch("megarecur.train.trainer.read_batches", read),
+    ):
+        train(config)
+
+
+@pytest.mark.slow
+def test_a_kill_right_after_a_roll_back_reads_nothing_twice(noisy, tmp_path) -> None:
+    straight = noisy_config(noisy, tmp_path / "straight", action="roll_back")
+    config = noisy_config(noisy, tmp_path / "killed", action="roll_back")
+    world = World(1)
+    world.submit(die_after_rolling_back, config)
+    ((error, _),) = world.collect(timeout=60)
+    assert "exit code 9" in error
+    assert train(straight) == train(config) == FINISHED
+    assert len(events(tmp_path / "killed")) == 1
+    assert weights(tmp_path / "killed", 30) == weights(tmp_path / "straight", 30)
+
+
+def test_what_was_rolled_back_to_stays_good_after_a_resume() -> None:
+    rows = [row(step, 3.0) | {"step": step} for step in range(1, 22)]
+    assert Alarms(AlarmConfig(), rows).healthy_step == 21
+    assert Alarms(AlarmConfig(), rows, rolled_back_at=22).healthy_step == 22
+
+
+@pytest.mark.parametrize(
+    ("saving", "text"),
+    [({"every": 0}, "set checkpoint.every"),
+     ({"every": 5, "keep_last": 1}, "has nothing left from the log step before")],
+)  # fmt: skip
+def test_a_roll_back_that_cannot_be_is_refused(saving, text) -> None:
+    sections = {"alarms": {"action": "roll_back"}, "train": {"log_every": 100, "steps": 500}}
+    with pytest.raises(ConfigError, match=text):
+        make_config(checkpoint=saving, **sections)
+    make_config(checkpoint={"every": 5, "keep_last": 1, "keep_every": 50}, **sections)
 
 
 def test_roll_backs_are_bounded_and_need_a_checkpoint(noisy, tmp_path) -> None:

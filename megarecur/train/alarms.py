@@ -33,18 +33,25 @@ class Alarms:
     Args:
         config: what counts as out of the ordinary.
         rows: of metrics.jsonl so far; the last ones are the history.
+        rolled_back_at: the step of the last roll-back, whose parameters are good.
     """
 
-    def __init__(self, config: AlarmConfig, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        config: AlarmConfig,
+        rows: Iterable[Mapping[str, Any]] = (),
+        rolled_back_at: int = 0,
+    ) -> None:
         self.config = config
         self.losses: deque[float] = deque(maxlen=config.window)
         self.residuals: deque[float] = deque(maxlen=config.window)
         self.skipped = 0
         self.healthy_step = 0
-        """The last log step without an alarm."""
+        """The last log step without an alarm, or with a roll-back."""
         for row in rows:
             if "optim/skipped" in row:
                 self.check(row["step"], row)
+        self.healthy_step = max(self.healthy_step, rolled_back_at)
 
     def check(self, step: int, values: Mapping[str, float | None]) -> list[str]:
         """What is out of the ordinary at a log step; where nothing is, its metrics are history."""

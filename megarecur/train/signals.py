@@ -36,7 +36,7 @@ class StopFlag:
         if number == self.number == signal.SIGINT and now - self.noted > 1.0:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        if self.number != number:
+        if self.number not in (number, FAILED):
             self.number, self.noted = number, now
 
     def fail(self, error: MegarecurError) -> None:

@@ -37,6 +37,8 @@ class TrainState:
     """Losses since the last log step, where a checkpoint falls inside an interval."""
     roll_backs: int = 0
     """Times that an alarm brought an earlier checkpoint back."""
+    rolled_back_at: int = 0
+    """Step of the last one."""
 
     def advance(self, config: Config, skipped: bool) -> TrainState:
         """One optimizer step later."""
@@ -51,7 +53,7 @@ class TrainState:
 
     def rolled_back(self) -> TrainState:
         """The same place in data and schedule, with an earlier checkpoint's parameters."""
-        return replace(self, roll_backs=self.roll_backs + 1)
+        return replace(self, roll_backs=self.roll_backs + 1, rolled_back_at=self.step)
 
 
 def save_state(

@@ -68,7 +68,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         with same_error(mesh):
             write_config(run_dir, config) if mesh.rank == 0 else None
             report = Report(run_dir, config, state, mesh)
-        alarms = Alarms(config.alarms, report.rows())
+        alarms = Alarms(config.alarms, report.rows(), state.rolled_back_at)
         report.note(reason) if reason else None
         compiled = CompiledModel(model) if compiling else None
         profiler = Profiler(config.train.profile, run_dir, mesh)
@@ -121,9 +121,10 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                     return DIVERGED
                 if source is not None:
                     load_checkpoint(source, engine, mesh)
-                    alarms.healthy_step, state = state.step, state.rolled_back()
+                    state = state.rolled_back()
+                    alarms.healthy_step = saved = state.step
                     save(saver, config, data, engine, mesh, state, report, last=False)
-                    saved = state.step
+                    saver.wait()  # A run that dies now must not read those samples again.
             if saved < state.step and is_due(state.step, config.checkpoint.every, config):
                 last = state.step == config.train.steps
                 with named("save"):
@@ -190,19 +191,19 @@ def open_data(config: Config, mesh: Mesh) -> Data:
             ]
             for sources in (config.data.train, config.data.val)
         )
-    config = with_vocab_size(config, tokenizer.vocab_size)
-    loader = Loader(
-        [(corpus, s.weight) for corpus, s in zip(train, config.data.train, strict=True)],
-        seq_length=config.data.seq_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        shuffle_shards=config.data.shuffle_shards,
-        mask_documents=config.data.mask_documents,
-    )
+        config = with_vocab_size(config, tokenizer.vocab_size)
+        loader = Loader(
+            [(corpus, s.weight) for corpus, s in zip(train, config.data.train, strict=True)],
+            seq_length=config.data.seq_length,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            shuffle_shards=config.data.shuffle_shards,
+            mask_documents=config.data.mask_documents,
+        )
     return Data(config, loader, validation, tokenizer.fingerprint)
 
 
@@ -343,9 +344,9 @@ def validate(
             if score is None:
                 return {}, stop.agreed(mesh)
             scores.append(score)
-        named = score_values(scores, paths)
         prefix = "val/" if depth is None else f"val/depth_{depth}/"
-        values |= {prefix + name.removeprefix("val/"): value for name, value in named.items()}
+        for name, value in score_values(scores, paths).items():
+            values[prefix + name.removeprefix("val/")] = value
     return values, stop.agreed(mesh)
 
 
