@@ -192,7 +192,7 @@ def test_every_depth_is_legal(least, spread, backward, start, over, kind, step) 
     config = loop(
         {"sampler": "uniform", "min": least, "max": most},
         backward_loops=min(backward, most),
-        curriculum={"kind": kind, "over": over, "steps": 200, "start": start},
+        curriculum={"kind": kind, "over": over, "steps": 200, "start": min(start, most)},
     )
     depth = sample_depth(config, 1, step)
     assert 1 <= depth.backward_loops <= depth.num_loops <= most
@@ -250,6 +250,14 @@ def test_loops_in_words() -> None:
             "max=3 must not be below mean=4.0",
         ),
         ({"num_loops": 3, "backward_loops": 4}, "backward_loops=4 is more than the 3 loops"),
+        (
+            {"num_loops": {"sampler": "poisson", "mean": 4}, "backward_loops": 9},
+            "backward_loops=9 is more than the 8 loops that run with rare exceptions",
+        ),
+        (
+            {"num_loops": 3, "curriculum": {"kind": "linear", "steps": 9, "start": 4}},
+            "curriculum.start=4 is more than the 3 loops",
+        ),
         (
             {"num_loops": 3, "backward_loops": 2, "injection": "none"},
             "injection=none with loops without gradient",

@@ -128,6 +128,23 @@ def copy(folders: dict[str, Path], tmp_path: Path) -> Any:
     return of
 
 
+def test_windows_stay_inside_the_shards_of_others(folders: dict[str, Path]) -> None:
+    corpus = open_foreign(folders["int64 bytes"])
+    options: Any = {"global_batch_size": 8, "micro_batch_size": 8, "dp_rank": 0, "dp_size": 1,
+                    "seed": 1, "shuffle_shards": 2}  # fmt: skip
+    loader = Loader([(corpus, 1.0)], seq_length=24, **options)
+    (order,) = loader.orders
+    starts = np.sort(order.starts(order.windows(np.arange(order.num_windows))))
+    shards = np.searchsorted(corpus.starts, starts, "right")
+    assert (shards == np.searchsorted(corpus.starts, starts + 24, "right")).all()
+    assert len(np.unique(starts)) == order.num_windows and len(np.unique(shards)) > 1
+    tokens_BS = loader.batch(0)[0].tokens_BS.numpy()
+    begins = order.starts(order.windows(np.arange(8))).tolist()
+    assert (tokens_BS == [corpus.read(begin, 24) for begin in begins]).all()
+    with pytest.raises(DataError, match="set shuffle_shards to 0"):
+        Loader([(corpus, 1.0)], seq_length=corpus.starts[1] + 1, **options)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_equal_those_of_our_shards(
     own: Corpus, folders: dict[str, Path], kind: str, scratch: Path

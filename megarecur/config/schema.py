@@ -7,6 +7,7 @@ the resolved config of a run folder states every one of them.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -126,6 +127,8 @@ class Dense(Section):
 
 
 class Shared(Section):
+    """Blocks shared by more layers, in an order that kind names (Takase & Kiyono 2021)."""
+
     num_blocks: PositiveInt
     depth: PositiveInt
     """Unrolled depth."""
@@ -284,13 +287,21 @@ class Looped(Section):
         """Refuse depths that cannot run, and truncation that never truncates."""
         loops, backward = self.num_loops, self.backward_loops
         refuse_zero("num_loops", loops)
-        most = loops if isinstance(loops, int) else getattr(loops, "max", None)
         if backward is not None and isinstance(loops, Split):
             raise ValueError("backward_loops: num_loops draws loops with gradient by itself")
+        most, often = (loops if isinstance(loops, int) else getattr(loops, "max", None)), "at most"
+        if isinstance(loops, Poisson | PoissonLogNormal) and most is None:
+            # Without a bound any depth may be drawn, but hardly ever one above twice the mean.
+            most, often = math.ceil(2 * loops.mean), "with rare exceptions"
         if backward is not None and most is not None and backward > most:
             raise ValueError(
-                f"backward_loops={backward} is more than the {most} loops that run at most; "
+                f"backward_loops={backward} is more than the {most} loops that run {often}; "
                 "lower it, or leave it out for the full backward"
+            )
+        start = self.curriculum.start if self.curriculum is not None else 1
+        if most is not None and start > most:
+            raise ValueError(
+                f"curriculum.start={start} is more than the {most} loops that run {often}; lower it"
             )
         grows = self.curriculum is not None and self.curriculum.over == "backward"
         truncated = backward is not None or isinstance(loops, Split) or grows
@@ -460,11 +471,15 @@ class DataConfig(Section):
 
 
 class Constant(Section):
+    """Warm up, then stay."""
+
     kind: Literal["constant"]
     warmup_steps: NonNegativeInt = 0
 
 
 class Cosine(Section):
+    """Warm up, then fall along half a cosine (Loshchilov & Hutter 2017)."""
+
     kind: Literal["cosine"]
     warmup_steps: NonNegativeInt = 0
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
@@ -589,7 +604,7 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = free("auto")
     recompute: bool = free(False)
     """Recompute every step of the map in backward instead of keeping its activations."""
-    compile: bool | Literal["auto"] = free(False)
+    compile: Literal[False, True, "auto"] = free(False)
     """Compile the block with torch.compile: one graph for all blocks, loops and depths. Takes a C++
     compiler (CPU) or Triton and a C compiler (CUDA), and up to minutes at the start; auto: run
     eagerly where they are missing."""
@@ -696,6 +711,25 @@ class Config(Section):
             raise ValueError(
                 f"checkpoint.keep_best={self.checkpoint.keep_best} needs data.val to score "
                 "checkpoints; name a corpus there, or set keep_best to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_roll_back(self) -> Config:
+        """Refuse to roll back where no checkpoint from before an alarm would be left."""
+        saving, log_every = self.checkpoint, self.train.log_every
+        if self.alarms.action != "roll_back" or saving.keep_every:
+            return self
+        if saving.every == 0:
+            raise ValueError(
+                "alarms.action=roll_back needs checkpoints to go back to; set checkpoint.every"
+            )
+        if (saving.keep_last - 1) * saving.every + 1 < log_every:
+            raise ValueError(
+                f"alarms.action=roll_back looks at every train.log_every={log_every} steps, when "
+                f"checkpoint.keep_last={saving.keep_last} of checkpoint.every={saving.every} has "
+                "nothing left from the log step before; raise keep_last or every, or lower "
+                "log_every"
             )
         return self
 

@@ -10,6 +10,7 @@ Shapes: B samples of a micro batch, S sequence length.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from megarecur.data.order import Order, ShardOrder, WholeOrder, counts_before, m
 from megarecur.data.remote import RemoteCorpus
 from megarecur.errors import ConfigError, DataError, MegarecurError
 from megarecur.parallel.loss import IGNORED
+
+log = logging.getLogger(__name__)
 
 BLOCK_SAMPLES = 4096
 PREFETCH_DEPTH = 2
@@ -337,7 +340,20 @@ def _cut_at(
 
 
 def _check_length(corpus: Corpus, order: Order, seq_length: int) -> None:
-    """Refuse a corpus without a single sample."""
+    """Refuse a corpus without a single sample; say where many tokens are in none."""
+    lost = 1.0 - order.num_windows * seq_length / max(corpus.num_tokens, 1)
+    if isinstance(order, ShardOrder) and order.num_windows < 1:
+        raise DataError(
+            f"{corpus.path}: none of its shards holds one sample of data.seq_length={seq_length} "
+            "and its next token, and data.shuffle_shards keeps samples inside shards; set "
+            "shuffle_shards to 0, or lower seq_length"
+        )
+    if isinstance(order, ShardOrder) and lost > 0.1:
+        log.warning(
+            "%s: %.0f %% of its tokens are never read: data.shuffle_shards keeps samples of "
+            "data.seq_length=%d inside shards, which are short",
+            corpus.path, 100 * lost, seq_length,
+        )  # fmt: skip
     if order.num_windows < 1:
         raise DataError(
             f"{corpus.path}: has {corpus.num_tokens} tokens, too few for one sample of "

@@ -204,9 +204,15 @@ class CachedFiles:
                 if self.closed.wait(pause):
                     break
         shutil.rmtree(self.fetching / name, ignore_errors=True)
+        hint = (
+            "; a corpus of another program has none: copy it here and give it as path, without "
+            "remote, or prepare it with `megarecur prep shards`"
+            if name == "manifest.json"
+            else ""
+        )
         raise DataError(
             f"{url} {fault}, after {attempt} attempt(s); see that it can be read from this machine "
-            "and is whole (if not, copy it there again), then run the same command"
+            f"and is whole (if not, copy it there again), then run the same command{hint}"
         )
 
     def _publish(self, file: Path) -> None:

@@ -227,7 +227,7 @@ def find_checkpoint(
     )
     rank, size = _rank(group), _size(group)
     if at_most is not None:
-        paths = [path for path in paths if int(path.name[5:]) <= at_most]
+        paths = [path for path in paths if step_of(path.name) <= at_most]
     for path in reversed(paths):
         damage, refusal = [], ""
         try:
@@ -242,6 +242,11 @@ def find_checkpoint(
             return path, messages
         messages.append(f"{path} is damaged and was skipped: " + "; ".join(found))
     return None, messages
+
+
+def step_of(name: str) -> int:
+    """The optimizer step of a checkpoint folder's name."""
+    return int(name.removeprefix("step-"))
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -71,7 +71,9 @@ def find_source(source: str, mesh: Mesh) -> Path:
     path = root / f"step-{step:08d}"
     with same_error(mesh):
         if not path.is_dir():
-            kept = ", ".join(str(int(p.name[5:])) for p in checkpoint.list_checkpoints(root))
+            kept = ", ".join(
+                str(checkpoint.step_of(p.name)) for p in checkpoint.list_checkpoints(root)
+            )
             raise CheckpointError(
                 f"init_from={source}: {root} has no checkpoint of step {step}; "
                 f"kept: {kept or 'none'}"

@@ -65,7 +65,7 @@ def find_step(run_dir: Path, step: int | None) -> Path:
         return path
     path = root / f"step-{step:08d}"
     if not path.is_dir():
-        kept = ", ".join(str(int(p.name[5:])) for p in checkpoint.list_checkpoints(root))
+        kept = ", ".join(str(checkpoint.step_of(p.name)) for p in checkpoint.list_checkpoints(root))
         raise CheckpointError(f"{root}: has no checkpoint of step {step}; kept: {kept or 'none'}")
     damage = checkpoint.verify(path)
     if damage:

@@ -23,7 +23,7 @@ from typing import Any
 
 from megarecur.config.schema import CheckpointConfig
 from megarecur.errors import CheckpointError, ConfigError
-from megarecur.train.checkpoint import STEP_FOLDER, list_checkpoints
+from megarecur.train.checkpoint import STEP_FOLDER, list_checkpoints, step_of
 from megarecur.train.checkpoint_index import DamagedCheckpoint, Index, read_index
 from megarecur.train.checkpoint_storage import delete_folder, find_damage, sync_folder
 from megarecur.train.retention import steps_to_keep
@@ -278,11 +278,6 @@ class NotedFile:
         """Fill a block, or a part of it."""
         self.note()
         return int(self.file.readinto(block))
-
-
-def step_of(name: str) -> int:
-    """The optimizer step of a checkpoint folder's name."""
-    return int(name.removeprefix("step-"))
 
 
 # --------------------------------------------------------------------------------------- reading

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from megarecur.config.schema import CheckpointConfig
-from megarecur.train.checkpoint import TEMPORARY, list_checkpoints, verify
+from megarecur.train.checkpoint import TEMPORARY, list_checkpoints, step_of, verify
 from megarecur.train.checkpoint_index import seal
 from megarecur.train.checkpoint_storage import delete_folder, sync_folder, write_file
 
@@ -82,7 +82,7 @@ def remove_old(
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(root)}
+    paths = {step_of(path.name): path for path in list_checkpoints(root)}
     keep = steps_to_keep(paths, rule, scores or {})
     doomed = [path for step, path in paths.items() if step not in keep and path != busy]
     kept = [path for path in reversed(paths.values()) if path not in doomed]
