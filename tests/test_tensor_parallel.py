@@ -112,6 +112,22 @@ def test_ranks_equal_one_process(world, corpus, scheme, tensor, processes, extra
     compare(world(processes).run(trace, config, 5)[0], reference(config, 5))
 
 
+@pytest.mark.parametrize(
+    ("stage", "tensor", "processes", "extra"),
+    [(1, 2, 4, SEQUENCE), (2, 2, 2, SEQUENCE), (3, 2, 4, SEQUENCE), (1, 4, 4, {}), (3, 4, 4, {}),
+     (2, 2, 4, {"parallel": {"offload_optimizer": True}})],
+)  # fmt: skip
+def test_zero_on_the_mesh_equals_one_process(
+    world, corpus, stage, tensor, processes, extra
+) -> None:
+    """Four ranks of two key heads too: each head is held twice."""
+    parallel = {**extra.get("parallel", {}), "zero_stage": stage}
+    config = config_of(corpus, "loop", tensor, model=DROPOUT, parallel=parallel)
+    alone = config.parallel.model_copy(update={"zero_stage": 0, "offload_optimizer": False})
+    expected = reference(config.model_copy(update={"parallel": alone}), 5)
+    compare(world(processes).run(trace, config, 5)[0], expected)
+
+
 @pytest.mark.parametrize("extra", [{}, SEQUENCE])
 def test_double_precision_equals_to_the_last_digits(world, corpus, extra) -> None:
     config = config_of(corpus, "loop", 4, train={"precision": "fp64"}, model=DROPOUT, **extra)

@@ -17,8 +17,9 @@ from megarecur.config.schema import Config, OptimizerConfig
 from megarecur.model.transformer import Transformer
 from megarecur.optim.groups import build_groups, build_muon_groups
 from megarecur.parallel.mesh import Mesh
+from megarecur.parallel.regions import TensorParallel
 from megarecur.parallel.shards import Shard, whole
-from megarecur.recurrence.inventory import check_patterns, is_frozen, uses_muon
+from megarecur.recurrence.inventory import ParameterSpec, check_patterns, is_frozen, uses_muon
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 NORM_ROW = 4096
@@ -71,6 +72,16 @@ def global_norm(flat: Tensor) -> Tensor:
     rest = torch.linalg.vector_norm(flat[rows.numel() :], keepdim=True)
     norms = torch.cat([torch.linalg.vector_norm(rows, dim=1), rest])
     return norms.square().sum().sqrt()
+
+
+def sum_over_holders(gradient: Tensor, spec: ParameterSpec, tp: TensorParallel) -> Tensor:
+    """The sum of a gradient over the tensor-parallel ranks that hold the same part of a parameter:
+    each puts its own in its place of the whole."""
+    offset, sizes = spec.part(tp.rank, tp.size)
+    place = tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
+    whole_gradient = gradient.new_zeros(spec.shape)
+    whole_gradient[place] = gradient
+    return tp.sum(whole_gradient)[place].contiguous()
 
 
 def build_optimizers(
