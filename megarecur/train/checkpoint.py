@@ -203,6 +203,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return read_index(Path(path)).state
 
 
+def read_names(path: Path) -> list[str]:
+    """The entries of a checkpoint; raises CheckpointError if its index is damaged."""
+    return list(read_index(Path(path)).tensors)
+
+
 def verify(path: Path) -> list[str]:
     """Read a whole checkpoint and list what is damaged, by file and tensor; [] if nothing is.
 
