@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import xxhash
 from harness import Trace, WorldError, compare
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,12 +19,14 @@ from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import Engine, PlainEngine, build_engine
 from megarecur.parallel.mesh import Mesh, build_mesh
 from megarecur.parallel.shards import Shard
+from megarecur.plan.cost import estimate_memory
 from megarecur.recurrence.inventory import ParameterSpec
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.checkpoint_index import read_index
 from megarecur.train.load import load_model
 from megarecur.train.metrics import read_rows
+from megarecur.train.speed import measure_state
 from megarecur.train.trainer import FINISHED, forward_backward, objective, open_data, train
 
 MESHES: dict[tuple[int, int], Mesh] = {}
@@ -210,6 +213,46 @@ def test_no_more_is_sent_than_megatron_sends(world, corpus, extra) -> None:
         assert found["elements"] > most["elements"]
 
 
+# ------------------------------------------------------------------------------ data and memory
+
+
+def what_is_read(config: Config) -> list[Any]:
+    """Of each step: the replica, its sample ids, and its tokens as bytes."""
+    _, _, _, mesh, loader = build(config)
+    steps = []
+    for step in (0, 1, 40):
+        batches = loader.batch(step)
+        ids = [i for batch in batches for i in batch.sample_ids_B.tolist()]
+        tokens = b"".join(batch.tokens_BS.numpy().tobytes() for batch in batches)
+        steps.append((mesh.dp_rank, ids, xxhash.xxh3_128_hexdigest(tokens)))
+    return steps
+
+
+def test_ranks_of_a_replica_read_the_same_samples(world, corpus) -> None:
+    ranks = world(4).run(what_is_read, config_of(corpus, "loop", 2))
+    assert ranks[0] == ranks[1] and ranks[2] == ranks[3]
+    alone = what_is_read(config_of(corpus, "loop", 1))
+    for (_, first, _), (_, second, _), (_, ids, _) in zip(ranks[0], ranks[2], alone, strict=True):
+        assert first + second == ids and not set(first) & set(second)
+
+
+def measure(config: Config) -> tuple[dict[str, int], Any]:
+    config, model, engine, _, _ = build(config)
+    estimate = estimate_memory(config, layer_map(config.recurrence))
+    return measure_state(model, engine.shards()), estimate
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_a_rank_holds_its_share_and_the_estimate_says_so(world, corpus, tensor) -> None:
+    held = world(tensor).run(measure, config_of(corpus, "loop", tensor))
+    whole, _ = measure(config_of(corpus, "loop", 1))
+    most = max(found["parameters"] for found, _ in held)
+    assert most == held[-1][1].parameters and held[-1][0]["gradients"] == held[-1][1].gradients
+    assert held[-1][0]["moments"] == held[-1][1].moments + 4  # and the count of updates
+    # The injection's matrix, norms, and key heads beyond their number are not divided.
+    assert whole["parameters"] / tensor < most < 1.35 * whole["parameters"] / tensor
+
+
 # ------------------------------------------------------------------------------------- checkpoints
 
 
@@ -233,13 +276,18 @@ def go_on(config: Config, root: Path, first: int, last: int) -> tuple[Any, Trace
     return loaded, found
 
 
+def zero(stage: int) -> dict[str, Any]:
+    return {"parallel": {"zero_stage": stage, "sequence_parallel": True}}
+
+
 PAIRS = [
     ((2, 2, {}), (1, 1, {})),
     ((1, 1, {}), (4, 4, SEQUENCE)),
-    ((4, 2, SEQUENCE), (4, 4, {})),
-    ((4, 4, {}), (2, 1, {})),
+    ((4, 2, zero(1)), (4, 4, {})),
+    ((4, 4, {}), (4, 2, zero(3))),
     ((2, 1, {}), (2, 2, SEQUENCE)),
-    ((4, 4, SEQUENCE), (4, 2, {})),
+    ((4, 2, zero(3)), (2, 1, {})),
+    ((4, 4, SEQUENCE), (4, 2, zero(2))),
 ]
 """(processes, tensor, sections) to save on, and to load on."""
 

@@ -335,7 +335,7 @@ def chunks_to_write(
         (name, tuple(offset), tensor.nbytes)
         for name, shard in shards.items()
         for offset, _, tensor in shard.chunks
-        if tensor.numel()
+        if tensor.numel() and shard.written
     ]
     holders: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}
