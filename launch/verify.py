@@ -48,6 +48,13 @@ def verify_config(config: Config, nproc: int, steps: int, small: bool) -> int:
 def print_rows(rows: list[Row], config: Config) -> None:
     """The table, and the verdict."""
     mesh = config.parallel
+    width = max(len(name) for name in rows[0].gradient_errors)
+    print(f"{'raw gradient':{width}}  error at each step")
+    for name in rows[0].gradient_errors:
+        errors = [row.gradient_errors[name] for row in rows]
+        wrong = any(not e <= row.tolerance for e, row in zip(errors, rows, strict=True))
+        numbers = "  ".join(f"{error:.1e}" for error in errors)
+        print(f"{name:{width}}  {numbers}{'  DIFFERS' if wrong else ''}")
     print("step  loss alone    loss on mesh  error    norm     worst gradient  (at most)")
     for row in rows:
         mark = "" if row.equal else "  DIFFERS"

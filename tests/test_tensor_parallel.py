@@ -19,6 +19,7 @@ from configs import SCHEMES, make_config
 from megarecur.config.schema import Config, RecurrenceConfig
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import Engine, PlainEngine, build_engine
+from megarecur.parallel import regions
 from megarecur.parallel.mesh import Mesh, build_mesh
 from megarecur.parallel.shards import Shard
 from megarecur.plan.cost import estimate_memory
@@ -253,23 +254,27 @@ def count_traffic(config: Config, gather_logits: bool = False) -> dict[str, int]
     config, model, engine, _, loader = build(config)
     batch, calls = loader.batch(0)[0], []
 
-    def count(kind: str, tensor: int) -> Any:
-        whole = getattr(dist, kind)
+    def count(owner: Any, name: str, tensor: int) -> Any:
+        whole = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append((kind, args[tensor].numel()))
+            calls.append(args[tensor].numel())
             return whole(*args, **kwargs)
 
-        return mock.patch.object(dist, kind, call)
+        return mock.patch.object(owner, name, call)
 
-    with count("all_reduce", 0), count("all_gather_into_tensor", 0), count("all_gather", 1):
+    with (
+        count(dist, "all_reduce", 0),
+        count(regions, "all_gather", 0),
+        count(dist, "all_gather", 1),
+    ):
         ctx = model.context(batch, 0, training=True)
         x, _ = model.run(layer_map(config.recurrence), model.embed(batch.tokens_BS, ctx), ctx, {})
         if gather_logits:
             with torch.no_grad():
                 model.all_logits(x)
         engine.backward(objective(model.loss(x, batch), {"tokens": 1.0}))
-    return {"calls": len(calls), "elements": sum(n for _, n in calls)}
+    return {"calls": len(calls), "elements": sum(calls)}
 
 
 def most_traffic(config: Config, sequence: bool) -> dict[str, int]:

@@ -268,7 +268,7 @@ class ZeroEngine:
             place = tuple(a + b for a, b in zip(origin, offset, strict=True))
             chunks.append((place, sizes, values[first : first + size].view(sizes)))
             first += size
-        # Ranks that hold the same have flat buffers of their own lengths, cut at places of their own.
+        # Ranks that hold the same have flat buffers of other lengths, cut at other places.
         first_holder = self.mesh.tp_rank % spec.holders(self.mesh.tp) == 0
         return Shard(spec.shape, chunks, written=first_holder)
 

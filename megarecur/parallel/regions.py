@@ -18,6 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 names them anew.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class TensorParallel:
     """This process among those that share each matrix.
@@ -92,7 +96,7 @@ class TensorParallel:
     def gather_positions(self, x: Tensor) -> Tensor:
         """[B, P, D] of each rank to [B, S, D]."""
         parts = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(parts.view(-1, *x.shape[1:]), x.contiguous(), group=self.group)
+        all_gather(parts.view(-1, *x.shape[1:]), x.contiguous(), group=self.group)
         return parts.transpose(0, 1).flatten(1, 2)
 
     def scatter_sum(self, y: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ class TensorParallel:
             return self.own(self.sum(y.contiguous())).contiguous()
         parts = y.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
         out = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=self.group)
+        reduce_scatter(out, parts.flatten(0, 1), group=self.group)
         return out
 
 
