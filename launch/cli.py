@@ -112,13 +112,46 @@ def launch_processes(
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
 ) -> None:
-    """Train with several processes, one replica each."""
+    """Train with several processes on the mesh that the config names."""
     from megarecur.config.load import load_config
 
     resolved = load_config(config, overrides or ())
     from launch.local import launch_local
 
-    raise typer.Exit(launch_local(resolved, str(config), overrides or [], nproc))
+    raise typer.Exit(launch_local(resolved, ["train", str(config), *(overrides or [])], nproc))
+
+
+@app.command()
+def verify(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes; tensor x pipeline if left out.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 3,
+    small: Annotated[
+        bool, typer.Option("--small", help="Narrow and short; same blocks, heads and mesh.")
+    ] = False,
+) -> None:
+    """Compare a config's mesh with one process: losses, norms and every raw gradient."""
+    from megarecur.config.load import load_config
+
+    resolved = with_vocab_size(load_config(config, overrides or ()))
+    replica = resolved.parallel.tensor * resolved.parallel.pipeline
+    from launch.verify import verify_config
+
+    raise typer.Exit(verify_config(resolved, nproc or replica, steps, small))
+
+
+@app.command(hidden=True)
+def record(config: ConfigPath, folder: Path, steps: int) -> None:
+    """Take steps and write what they gave: one side of `verify`."""
+    from megarecur.config.load import load_config
+
+    resolved = load_config(config, ())
+    from megarecur.train.verify import record as record_steps
+
+    record_steps(resolved, steps, folder)
 
 
 # ------------------------------------------------------------------------------- after training

@@ -19,8 +19,9 @@ from megarecur.train.signals import STOP_SIGNALS
 USER_ERROR, STOPPED = 2, 3
 
 
-def launch_local(config: Config, config_path: str, overrides: Sequence[str], nproc: int) -> int:
-    """Train with nproc processes. Returns the exit code: the workers' own where they agree.
+def launch_local(config: Config, command: Sequence[str], nproc: int) -> int:
+    """Run a command of megarecur in nproc processes that know of each other. Returns the exit code:
+    the workers' own where they agree.
 
     Raises:
         MeshError: a world that does not fit the config.
@@ -46,10 +47,9 @@ def launch_local(config: Config, config_path: str, overrides: Sequence[str], npr
         # SIGTERM and SIGINT are ours to forward: the agent would end workers that are saving.
         signals_to_handle="SIGHUP,SIGQUIT",
     )
-    command = ["-m", "launch.cli", "train", config_path, *overrides]
     try:
         with forward_signals():
-            elastic_launch(settings, sys.executable)(*command)
+            elastic_launch(settings, sys.executable)("-m", "launch.cli", *command)
     except ChildFailedError as error:
         # The agent ends with SIGTERM the workers that are slower to leave than the first.
         codes = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}

@@ -119,7 +119,12 @@ class World:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["torch", "hypothesis.strategies", "pytest", "megarecur.train.checkpoint"]
+            [
+                "hypothesis.strategies",
+                "pytest",
+                "megarecur.train.trainer",
+                "tensorboard.backend.event_processing.event_accumulator",
+            ]
         )
         self._folder = Path(tempfile.mkdtemp(prefix="world-"))
         for rank in range(self.size):

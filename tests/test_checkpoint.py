@@ -530,9 +530,11 @@ def check_survivors(root, oldest):
     return step
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_ranks_leave_a_good_checkpoint(tmp_path, kills):
-    rng = random.Random(kills)
+@pytest.mark.parametrize(
+    ("kills", "seed"), [(3, 0), *[pytest.param(5, s, marks=pytest.mark.slow) for s in (1, 2, 3, 4)]]
+)
+def test_killed_ranks_leave_a_good_checkpoint(tmp_path, kills, seed):
+    rng = random.Random(seed)
     step = 0
     for _ in range(kills):
         world, since = World(4), time.time()

@@ -93,7 +93,9 @@ def test_paths_are_those_of_the_file_without_the_tag_of_a_union(
         ("train.micro_batch_size=3", "micro_batch_size=3 must divide train.global_batch_size=16"),
         ("optimizer.schedule.warmup_steps=500", "do not fit in train.steps=400"),
         ("model={hidden_size: 8, num_heads: 1, positions: learned, max_positions: 9}", "max_posi"),
-        ("parallel.tensor=2", "tensor=2 is not available in this version"),
+        ("parallel.pipeline=2", "pipeline=2 is not available in this version"),
+        ("parallel.tensor=3", "parallel.tensor=3 does not divide model.num_heads=4"),
+        ("parallel.sequence_parallel=true", "sequence_parallel needs tensor above 1"),
         ("data.train=[]", "data.train: Tuple should have at least 1 item"),
         ("version=2", "version 2 of the config is unknown here"),
         ("model.hidden_size.x=3", "model.hidden_size is a value, not a section"),
@@ -104,6 +106,20 @@ def test_paths_are_those_of_the_file_without_the_tag_of_a_union(
 )
 def test_refused(base: Path, override: str, part: str) -> None:
     assert part in refusal(base, override)
+
+
+def test_what_tensor_parallelism_cannot_cut_is_named_at_once(base: Path) -> None:
+    message = refusal(
+        base,
+        "parallel={tensor: 4, sequence_parallel: true}",
+        "model={hidden_size: 96, num_heads: 6, num_kv_heads: 3, ffn_hidden_size: 250}",
+        "data.seq_length=126",
+    )
+    assert (
+        "parallel.tensor=4 does not divide model.num_heads=6, model.ffn_hidden_size=250, "
+        in message
+    )
+    assert "num_kv_heads=3 (nor divides it), data.seq_length=126 (sequence_parallel)" in message
 
 
 @pytest.mark.parametrize(

@@ -238,9 +238,11 @@ def save_beside_until_killed(root: Path, step: int) -> None:
             step += 1
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_ranks_killed_while_saving_beside_training(tmp_path, kills) -> None:
-    rng, step, root = random.Random(kills), 0, tmp_path / "checkpoints"
+@pytest.mark.parametrize(
+    ("kills", "seed"), [(1, 0), *[pytest.param(5, s, marks=pytest.mark.slow) for s in (1, 2, 3, 4)]]
+)
+def test_ranks_killed_while_saving_beside_training(tmp_path, kills, seed) -> None:
+    rng, step, root = random.Random(seed), 0, tmp_path / "checkpoints"
     for _ in range(kills):
         world, since = World(4), time.time()
         world.submit(save_beside_until_killed, root, step + 1)

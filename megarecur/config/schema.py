@@ -543,6 +543,8 @@ class ParallelConfig(Section):
     """The mesh; data = world size / (tensor x pipeline)."""
 
     tensor: PositiveInt = free(1)
+    """Ranks that share each matrix (Shoeybi et al. 2019): heads, feed-forward and vocabulary are
+    cut among them."""
     pipeline: PositiveInt = free(1)
     zero_stage: Literal[0, 1, 2, 3] = free(0)
     """What the replicas share out instead of keeping it whole (Rajbhandari et al. 2020): 1, the
@@ -551,6 +553,8 @@ class ParallelConfig(Section):
     offload_optimizer: bool = free(False)
     """Keep the optimizer's moments, and step, in the memory of the CPU; zero_stage 1 or 2."""
     sequence_parallel: bool = free(False)
+    """The ranks of tensor also share the residual stream, by position (Korthikanti et al. 2022):
+    less memory, as much communication."""
 
     @model_validator(mode="after")
     def check_zero(self) -> ParallelConfig:
@@ -570,13 +574,12 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def check_available(self) -> ParallelConfig:
         """Refuse what this version does not run yet."""
-        for name, plain in (("tensor", 1), ("pipeline", 1)):
-            if getattr(self, name) != plain:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not available in this version; "
-                    f"set {name}: {plain} and use data parallelism"
-                )
-        if self.sequence_parallel:
+        if self.pipeline != 1:
+            raise ValueError(
+                f"pipeline={self.pipeline} is not available in this version; set pipeline: 1 and "
+                "use tensor or data parallelism"
+            )
+        if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel needs tensor above 1; set it to false")
         return self
 
@@ -730,6 +733,34 @@ class Config(Section):
                 f"checkpoint.keep_last={saving.keep_last} of checkpoint.every={saving.every} has "
                 "nothing left from the log step before; raise keep_last or every, or lower "
                 "log_every"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_tensor(self) -> Config:
+        """Refuse matrices that the ranks of tensor parallelism cannot share."""
+        model, size = self.model, self.parallel.tensor
+        problems = [
+            f"model.{name}={value}"
+            for name, value in (
+                ("num_heads", model.num_heads),
+                ("ffn_hidden_size", model.ffn_hidden_size),
+            )
+            if value % size
+        ]
+        if model.num_kv_heads % size and size % model.num_kv_heads:
+            problems.append(f"model.num_kv_heads={model.num_kv_heads} (nor divides it)")
+        if self.parallel.sequence_parallel and self.data.seq_length % size:
+            problems.append(f"data.seq_length={self.data.seq_length} (sequence_parallel)")
+        if problems:
+            raise ValueError(
+                f"parallel.tensor={size} does not divide {', '.join(problems)}; choose a size that "
+                "does"
+            )
+        if size > 1 and self.train.compile:
+            raise ValueError(
+                f"train.compile={self.train.compile} with parallel.tensor={size} is not available "
+                "in this version; set train.compile to false"
             )
         return self
 

@@ -114,11 +114,13 @@ def next_logits(
         sample_ids_B=samples_B,
         seed=seed,
         cache=cache,
+        tp=model.tp,
     )
-    x, _ = model.run(steps, model.embed(tokens_BS, ctx), ctx, {})
-    if cache is not None:
-        cache.advance(length)
-    return model.logits(x[:, -1])
+    with model.tp.whole_sequences():
+        x, _ = model.run(steps, model.embed(tokens_BS, ctx), ctx, {})
+        if cache is not None:
+            cache.advance(length)
+        return model.all_logits(x[:, -1:])[:, 0]
 
 
 def choose(

@@ -13,6 +13,7 @@ from megarecur.model.context import Context, Keys
 from megarecur.model.positions import rotate
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
 from megarecur.parallel.random import dropout
+from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.recurrence.inventory import biased_projections
 from megarecur.recurrence.layer_map import Step
 
@@ -21,16 +22,26 @@ class Attention(nn.Module):
     """Query head i reads key head i // (num_heads / num_kv_heads) (Ainslie et al. 2023)."""
 
     def __init__(
-        self, name: str, make: MakeParameter, model: ModelConfig, dtype: torch.dtype
+        self,
+        name: str,
+        make: MakeParameter,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
         biased = biased_projections(model)
-        self.query = Linear(f"{name}.query", make, dtype, "q" in biased)
-        self.key = Linear(f"{name}.key", make, dtype, "k" in biased)
-        self.value = Linear(f"{name}.value", make, dtype, "v" in biased)
-        self.output = Linear(f"{name}.output", make, dtype, "o" in biased)
+        self.query = Linear(f"{name}.query", make, dtype, "q" in biased, tp, "outputs")
+        self.key = Linear(f"{name}.key", make, dtype, "k" in biased, tp, "outputs")
+        self.value = Linear(f"{name}.value", make, dtype, "v" in biased, tp, "outputs")
+        self.output = Linear(f"{name}.output", make, dtype, "o" in biased, tp, "inputs")
         self.head_dim = model.head_dim
-        self.groups = model.num_heads // model.num_kv_heads
+        # Of this rank, which may hold a key head that others hold too.
+        num_heads, num_kv_heads = (
+            len(layer.weight.parameter) // model.head_dim for layer in (self.query, self.key)
+        )
+        self.groups = num_heads // num_kv_heads
+        self.first_head = tp.rank * num_heads
         self.interleaved = model.rope_interleaved
         self.dropout = model.attention_dropout
 
@@ -70,7 +81,8 @@ class Attention(nn.Module):
             scores = scores.masked_fill(future, float("-inf"))
         weights = scores.softmax(-1)
         heads = torch.arange(q_BNSH.shape[1], device=scores.device)[None, :, None]
-        samples, positions = ctx.rows()
+        heads = heads + self.first_head
+        samples, positions = ctx.all_rows()
         rows = (samples[:, :, None], heads, positions[:, None, :])
         weights = dropout(weights, self.dropout, where, rows)
         return weights.to(v.dtype) @ v

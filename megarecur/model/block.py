@@ -14,6 +14,7 @@ from megarecur.model.feed_forward import GELU, SwiGLU
 from megarecur.model.norm import build_norm
 from megarecur.parallel.linear import Linear, MakeParameter, Weight
 from megarecur.parallel.random import dropout
+from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.recurrence.layer_map import Step
 
 Body = Callable[["Block", Tensor, Context, Step, Keys], Tensor]
@@ -32,6 +33,7 @@ class Block(nn.Module):
         model: ModelConfig,
         dtype: torch.dtype,
         has_adapter: bool,
+        tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
         prefix, eps = f"blocks.{block}", model.norm_eps
@@ -43,9 +45,9 @@ class Block(nn.Module):
         self.compiled: Body | None = None
         """Runs `body` in training (`model.compile`)."""
         self.attention_norm = build_norm(model.norm, f"{prefix}.attention_norm", make, eps)
-        self.attention = Attention(f"{prefix}.attention", make, model, dtype)
+        self.attention = Attention(f"{prefix}.attention", make, model, dtype, tp)
         self.feed_forward_norm = build_norm(model.norm, f"{prefix}.feed_forward_norm", make, eps)
-        self.feed_forward = feed_forward(f"{prefix}.feed_forward", make, model, dtype)
+        self.feed_forward = feed_forward(f"{prefix}.feed_forward", make, model, dtype, tp)
         if model.norm_position == "sandwich":
             self.attention_output_norm = build_norm(
                 model.norm, f"{prefix}.attention_output_norm", make, eps

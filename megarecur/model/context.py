@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from megarecur.config.schema import ModelConfig
-from megarecur.model.positions import alibi_bias, rotation
+from megarecur.model.positions import alibi_bias, alibi_slopes, rotation
 from megarecur.model.telemetry import Telemetry
 from megarecur.parallel.random import key, key_words
+from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.recurrence.layer_map import Step
 
 Keys = dict[str, Tensor]
@@ -53,13 +54,20 @@ class Context:
     """Where the steps of the map are measured, if wanted."""
     states: list[Tensor] | None = None
     """The output of every step of the map, if wanted."""
+    tp: TensorParallel = ALONE
+    """The ranks that share its matrices."""
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """(sample, position) coordinates of random values, broadcasting to [B, S]."""
+        """(sample, position) coordinates of random values of the residual stream, broadcasting to
+        its [B, S], which may be this rank's positions only."""
+        samples, positions = self.all_rows()
+        return samples, self.tp.own(positions)
+
+    def all_rows(self) -> tuple[Tensor, Tensor]:
+        """The same where all positions are, as in attention."""
         length = self.positions_BS.shape[1]
-        return self.sample_ids_B[:, None], torch.arange(length, device=self.sample_ids_B.device)[
-            None
-        ]
+        positions = torch.arange(length, device=self.sample_ids_B.device)
+        return self.sample_ids_B[:, None], positions[None]
 
     def where(self, site: str, step: Step | None = None) -> int:
         """The key of a site's random values in this optimizer step."""
@@ -92,6 +100,7 @@ def build_context(
     cache: KeysAndValues | None = None,
     telemetry: Telemetry | None = None,
     states: list[Tensor] | None = None,
+    tp: TensorParallel = ALONE,
 ) -> Context:
     """Masks and rotations of a micro batch, made once for all steps of the map.
 
@@ -107,6 +116,7 @@ def build_context(
         cache: keys and values of earlier tokens.
         telemetry: filled by the blocks, if given.
         states: appended to by the blocks, if given.
+        tp: the ranks that share matrices.
     """
     batch, length = positions_BS.shape
     device = positions_BS.device
@@ -126,7 +136,9 @@ def build_context(
         mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
         mask.masked_fill_(~allowed, float("-inf"))
         if needs_bias:
-            mask = mask + alibi_bias(model.num_heads, query, keys).to(dtype)
+            heads = model.num_heads // tp.size
+            slopes = alibi_slopes(model.num_heads)[tp.rank * heads :][:heads]
+            mask = mask + alibi_bias(slopes, query, keys).to(dtype)
     rotated = None
     if model.positions == "rope":
         # Without restarts every row is alike: one row of the table serves all.
@@ -136,5 +148,5 @@ def build_context(
         )
     return Context(
         seed, step, training, sample_ids_B, positions_BS, mask, is_causal, rotated, cache,
-        telemetry, states,
+        telemetry, states, tp,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megarecur.config.schema import ModelConfig
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
+from megarecur.parallel.regions import ALONE, TensorParallel
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -33,13 +34,18 @@ class SwiGLU(nn.Module):
     """down(silu(gate(x)) up(x)) (Shazeer 2020, eq. 6)."""
 
     def __init__(
-        self, name: str, make: MakeParameter, model: ModelConfig, dtype: torch.dtype
+        self,
+        name: str,
+        make: MakeParameter,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
         bias = model.feed_forward_bias
-        self.gate = Linear(f"{name}.gate", make, dtype, bias)
-        self.up = Linear(f"{name}.up", make, dtype, bias)
-        self.down = Linear(f"{name}.down", make, dtype, bias)
+        self.gate = Linear(f"{name}.gate", make, dtype, bias, tp, "outputs")
+        self.up = Linear(f"{name}.up", make, dtype, bias, tp, "outputs")
+        self.down = Linear(f"{name}.down", make, dtype, bias, tp, "inputs")
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
@@ -53,11 +59,17 @@ class GELU(nn.Module):
     """down(gelu(up(x))), exact GELU (Hendrycks & Gimpel 2016)."""
 
     def __init__(
-        self, name: str, make: MakeParameter, model: ModelConfig, dtype: torch.dtype
+        self,
+        name: str,
+        make: MakeParameter,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
-        self.up = Linear(f"{name}.up", make, dtype, model.feed_forward_bias)
-        self.down = Linear(f"{name}.down", make, dtype, model.feed_forward_bias)
+        bias = model.feed_forward_bias
+        self.up = Linear(f"{name}.up", make, dtype, bias, tp, "outputs")
+        self.down = Linear(f"{name}.down", make, dtype, bias, tp, "inputs")
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""

@@ -71,10 +71,10 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return slopes
 
 
-def alibi_bias(num_heads: int, queries_S: Tensor, keys_K: Tensor) -> Tensor:
+def alibi_bias(slopes_N: Tensor, queries_S: Tensor, keys_K: Tensor) -> Tensor:
     """Score bias [1, N, S, K]: -slope times the distance."""
     distance = (queries_S[:, None] - keys_K[None, :]).to(torch.float32)
-    return -alibi_slopes(num_heads).to(distance.device)[None, :, None, None] * distance
+    return -slopes_N.to(distance.device)[None, :, None, None] * distance
 
 
 def sinusoidal(positions_BS: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:

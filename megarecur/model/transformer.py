@@ -4,6 +4,7 @@ V vocabulary, N = B S tokens."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,6 +21,8 @@ from megarecur.model.telemetry import Telemetry, named
 from megarecur.parallel.linear import MakeParameter, Weight, product
 from megarecur.parallel.loss import EAGER, cross_entropy
 from megarecur.parallel.random import dropout, initial_values, truncated_normal
+from megarecur.parallel.regions import ALONE, TensorParallel
+from megarecur.parallel.shards import Shard
 from megarecur.recurrence.inventory import Inventory, adapter_block, build_inventory
 from megarecur.recurrence.layer_map import Step
 
@@ -69,13 +72,18 @@ class Stack(nn.Module):
     (ZeRO 3) happens once per forward, however often a block is used."""
 
     def __init__(
-        self, config: Config, make: MakeParameter, dtype: torch.dtype, blocks: Iterable[int]
+        self,
+        config: Config,
+        make: MakeParameter,
+        dtype: torch.dtype,
+        blocks: Iterable[int],
+        tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
         self.config = config
         adapter = adapter_block(config.recurrence)
         self.blocks = nn.ModuleDict(
-            {str(b): Block(b, make, config.model, dtype, b == adapter) for b in blocks}
+            {str(b): Block(b, make, config.model, dtype, b == adapter, tp) for b in blocks}
         )
 
     def forward(
@@ -124,7 +132,7 @@ class Stack(nn.Module):
             return torch.zeros_like(x)
         where = ctx.where("initial state")
         samples, _ = ctx.rows()
-        noise = truncated_normal(where, (samples, ctx.positions_BS), x.shape[-1])
+        noise = truncated_normal(where, (samples, ctx.tp.own(ctx.positions_BS)), x.shape[-1])
         return (noise * recurrence.initial_state_std).to(x.dtype)
 
 
@@ -135,30 +143,47 @@ class Embedding(nn.Module):
     gathered for a module's call, and only those that are directly its own.
     """
 
-    def __init__(self, weight: Weight, positions: nn.Parameter | None, scale: float) -> None:
+    def __init__(
+        self,
+        weight: Weight,
+        positions: nn.Parameter | None,
+        scale: float,
+        tp: TensorParallel = ALONE,
+        first: int = 0,
+    ) -> None:
         super().__init__()
         self.table, self.positions, self.scale = weight.parameter, positions, scale
+        self.tp, self.first = tp, first
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
-        """[B, S] ids to [B, S, D] in the parameters' dtype."""
-        x = F.embedding(tokens_BS, self.table)
+        """[B, S] ids to [B, S, D], or this rank's positions of it, in the parameters' dtype."""
+        x = self.look_up(tokens_BS)
         if self.scale != 1.0:
             x = x * self.scale
         if self.positions is not None:
-            x = x + F.embedding(positions_BS, self.positions)
+            x = x + F.embedding(self.tp.own(positions_BS), self.positions)
         return x
+
+    def look_up(self, tokens_BS: Tensor) -> Tensor:
+        """Rows of the table; of a table cut by ids, each comes from the rank that has it."""
+        if self.tp.size == 1:
+            return F.embedding(tokens_BS, self.table)
+        rows_BS = tokens_BS - self.first
+        own_BS = (rows_BS >= 0) & (rows_BS < len(self.table))
+        x = F.embedding(torch.where(own_BS, rows_BS, 0), self.table)
+        return self.tp.leave(torch.where(own_BS[..., None], x, 0.0))
 
 
 class Head(nn.Module):
     """Logits; the parameter is its own too, for the reason that `Embedding` gives."""
 
-    def __init__(self, weight: Weight) -> None:
+    def __init__(self, weight: Weight, tp: TensorParallel = ALONE) -> None:
         super().__init__()
-        self.table, self.weight = weight.parameter, weight
+        self.table, self.weight, self.tp = weight.parameter, weight, tp
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., V]."""
-        return product(x, self.weight)
+        """[B, S, D] to [B, S, V], or to this rank's shard of the vocabulary."""
+        return product(self.tp.enter(x), self.weight)
 
 
 class Transformer(nn.Module):
@@ -170,6 +195,7 @@ class Transformer(nn.Module):
         blocks: the blocks to build; None: all.
         has_embedding: whether this part embeds.
         has_head: whether this part ends in the loss.
+        tp: the ranks that share its matrices, and this one's place among them.
     """
 
     def __init__(
@@ -180,9 +206,10 @@ class Transformer(nn.Module):
         blocks: Collection[int] | None = None,
         has_embedding: bool = True,
         has_head: bool = True,
+        tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tp = config, tp
         self.inventory: Inventory = build_inventory(config)
         self.dtype = COMPUTE_DTYPE[config.train.precision]
         self.parameters_by_name: dict[str, nn.Parameter] = {}
@@ -190,8 +217,10 @@ class Transformer(nn.Module):
         master = torch.float64 if self.dtype == torch.float64 else torch.float32
 
         def make(name: str) -> nn.Parameter:
+            offset, sizes = self.inventory[name].part(tp.rank, tp.size)
             values = initial_values(self.inventory[name], config.seed, master)
-            parameter = nn.Parameter(values.to(device))
+            own = values[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))]
+            parameter = nn.Parameter(own.to(device, copy=tp.size > 1).contiguous())
             self.parameters_by_name[name] = parameter
             return parameter
 
@@ -203,7 +232,7 @@ class Transformer(nn.Module):
         )
         learned = has_embedding and model.positions == "learned"
         positions = make("embedding.positions") if learned else None
-        self.stack = Stack(config, make, self.dtype, sorted(blocks))
+        self.stack = Stack(config, make, self.dtype, sorted(blocks), tp)
         self.final_norm: nn.Module | None = None
         self.head: Weight | None = None
         if has_head and model.norm_position != "post":
@@ -213,12 +242,21 @@ class Transformer(nn.Module):
         self.look_up: Embedding | None = None
         if self.embedding is not None and has_embedding:
             scale = model.hidden_size**0.5 if model.scale_embeddings else 1.0
-            self.look_up = Embedding(self.embedding, positions, scale)
-        self.project = None if self.head is None else Head(self.head)
+            self.look_up = Embedding(self.embedding, positions, scale, tp, self.first_id(tp.rank))
+        self.project = None if self.head is None else Head(self.head, tp)
         self.loss_kernels = EAGER
         """In training (`model.compile`)."""
         self.always_mask = False
         """Give micro batches of single documents a mask too, so that one graph serves all."""
+
+    def first_id(self, rank: int) -> int:
+        """Where a tensor-parallel rank's shard of the vocabulary begins; at size, its end."""
+        return self.inventory["embedding.weight"].shape[0] * rank // self.tp.size
+
+    def shard(self, name: str, tensor: Tensor) -> Shard:
+        """What this rank has of a parameter, or of a moment of it, as its part of the whole."""
+        spec = self.inventory[name]
+        return Shard(spec.shape, [(*spec.part(self.tp.rank, self.tp.size), tensor)])
 
     def weights(self) -> list[Weight]:
         """Every unique matrix with a compute copy."""
@@ -250,6 +288,7 @@ class Transformer(nn.Module):
             training=training,
             telemetry=telemetry,
             states=states,
+            tp=self.tp,
         )
 
     def embed(self, tokens_BS: Tensor, ctx: Context) -> Tensor:
@@ -271,15 +310,22 @@ class Transformer(nn.Module):
         return self.stack(steps, x, ctx, reads, self.final_norm), {}
 
     def logits(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., V]."""
+        """[B, S, D] to [B, S, V], or to this rank's shard of the vocabulary."""
         assert self.project is not None
         return self.project(self.final_norm(x) if self.final_norm is not None else x)
+
+    def all_logits(self, x: Tensor) -> Tensor:
+        """[B, S, D] to [B, S, V] on every rank; outside of the graph."""
+        ids = [self.first_id(rank) for rank in range(self.tp.size + 1)]
+        return self.tp.gather_last(self.logits(x), [b - a for a, b in pairwise(ids)])
 
     def loss(self, x: Tensor, batch: Batch) -> dict[str, LossTerm]:
         """Sums over the counted tokens of a micro batch, each with its denominator."""
         logits_NV = self.logits(x).flatten(0, 1)
         kernels = self.loss_kernels if torch.is_grad_enabled() else EAGER
-        total, square, losses_N = cross_entropy(logits_NV, batch.labels_BS.flatten(), kernels)
+        total, square, losses_N = cross_entropy(
+            logits_NV, batch.labels_BS.flatten(), kernels, self.tp, self.first_id(self.tp.rank)
+        )
         terms = {"loss": LossTerm(total, "tokens", per_token=losses_N)}
         if self.config.model.z_loss > 0.0:
             terms["z_loss"] = LossTerm(square, "tokens", self.config.model.z_loss)

@@ -6,6 +6,7 @@ is the reference: AdamW, one reduction over dp.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -16,8 +17,9 @@ from megarecur.config.schema import Config, OptimizerConfig
 from megarecur.model.transformer import Transformer
 from megarecur.optim.groups import build_groups, build_muon_groups
 from megarecur.parallel.mesh import Mesh
+from megarecur.parallel.regions import TensorParallel
 from megarecur.parallel.shards import Shard, whole
-from megarecur.recurrence.inventory import check_patterns, is_frozen, uses_muon
+from megarecur.recurrence.inventory import ParameterSpec, check_patterns, is_frozen, uses_muon
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 NORM_ROW = 4096
@@ -72,6 +74,16 @@ def global_norm(flat: Tensor) -> Tensor:
     return norms.square().sum().sqrt()
 
 
+def sum_over_holders(gradient: Tensor, spec: ParameterSpec, tp: TensorParallel) -> Tensor:
+    """The sum of a gradient over the tensor-parallel ranks that hold the same part of a parameter:
+    each puts its own in its place of the whole."""
+    offset, sizes = spec.part(tp.rank, tp.size)
+    place = tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
+    whole_gradient = gradient.new_zeros(spec.shape)
+    whole_gradient[place] = gradient
+    return tp.sum(whole_gradient)[place].contiguous()
+
+
 def build_optimizers(
     config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
 ) -> list[torch.optim.Optimizer]:
@@ -111,6 +123,8 @@ class PlainEngine:
             parameter.requires_grad_(not is_frozen(optimizer, name))
             if parameter.requires_grad:
                 self.trained[name] = parameter
+        self.holders = {n: model.inventory[n].holders(mesh.tp) for n in self.trained}
+        """How many tensor-parallel ranks hold each element."""
         self.flat = self.allocate_gradients()
         for weight in model.weights():
             weight.sum_in_place = weight.parameter.requires_grad
@@ -139,8 +153,13 @@ class PlainEngine:
                 optimizer.state[parameter] = state
 
     def allocate_gradients(self) -> Tensor:
-        """One zeroed buffer with every `.grad` a view of it: unused parameters have gradient 0."""
-        parameters = list(self.trained.values())
+        """One zeroed buffer with every `.grad` a view of it: unused parameters have gradient 0.
+
+        Those of as many holders lie side by side.
+        """
+        parameters = [
+            self.trained[name] for name in sorted(self.trained, key=self.holders.__getitem__)
+        ]
         size = sum(p.numel() for p in parameters)
         flat = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
         pieces = flat.split([p.numel() for p in parameters])
@@ -154,10 +173,47 @@ class PlainEngine:
         loss.backward()
 
     def reduce(self) -> None:
-        """Sum gradients over replicas, once per step."""
+        """Sum gradients over what holds the same parameters, once per step."""
         if not self.reduced:
+            self.reduce_over_tp()
             self.mesh.sum_over_dp(self.flat)
             self.reduced = True
+
+    def reduce_over_tp(self) -> None:
+        """Sum the gradients of what several tensor-parallel ranks hold and each knows a part of:
+        under sequence parallelism everything that is not cut, always key heads held by several.
+
+        One call: each rank puts what it holds in its place of a buffer of the whole tensors.
+        """
+        tp, parts = self.model.tp, []
+        for name, holders in self.holders.items():
+            spec = self.model.inventory[name]
+            if tp.size > 1 and holders > 1 and (spec.cut is not None or tp.sequence):
+                offset, sizes = spec.part(tp.rank, tp.size)
+                place = tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
+                grad = self.trained[name].grad
+                assert grad is not None
+                parts.append((spec.shape, place, grad))
+        if not parts:
+            return
+        buffers = self.flat.new_zeros(sum(math.prod(shape) for shape, *_ in parts))
+        pieces = buffers.split([math.prod(shape) for shape, *_ in parts])
+        for piece, (shape, place, grad) in zip(pieces, parts, strict=True):
+            piece.view(shape)[place] = grad
+        self.mesh.sum_over_tp(buffers)
+        for piece, (shape, place, grad) in zip(pieces, parts, strict=True):
+            grad.copy_(piece.view(shape)[place])
+
+    def norm(self) -> float:
+        """Of all gradients, each element counted once."""
+        counts = dict.fromkeys(sorted(self.holders.values()), 0)
+        for name, holders in self.holders.items():
+            counts[holders] += self.trained[name].numel()
+        squares = [
+            global_norm(part).square() / holders
+            for part, holders in zip(self.flat.split(list(counts.values())), counts, strict=True)
+        ]
+        return float(self.mesh.sum_over_tp(torch.stack(squares).sum()).sqrt())
 
     def gradients(self) -> dict[str, Tensor]:
         """Raw gradients by global name, summed over replicas; copies."""
@@ -167,7 +223,7 @@ class PlainEngine:
     def step(self, lr: float) -> tuple[float, bool]:
         """Reduce, clip, update. Returns (global norm before clipping, skipped as not finite)."""
         self.reduce()
-        norm = global_norm(self.flat).item()
+        norm = self.norm()
         skipped = not norm < float("inf")
         if not skipped:
             if self.clip_norm is not None and norm > self.clip_norm:
@@ -184,8 +240,13 @@ class PlainEngine:
 
     def shards(self) -> dict[str, Shard]:
         """Checkpoint entries; they alias the live tensors."""
-        entries = {n: whole(p.detach()) for n, p in self.model.parameters_by_name.items()}
-        entries |= {name: whole(moment) for name, moment in self.moments.items()}
+        entries = {
+            name: self.model.shard(name, parameter.detach())
+            for name, parameter in self.model.parameters_by_name.items()
+        }
+        for entry, moment in self.moments.items():
+            _, _, name = entry.partition(".")
+            entries[entry] = self.model.shard(name, moment)
         entries[UPDATES] = whole(self.updates)
         return entries
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megarecur.config.schema import Config
 from megarecur.errors import ConfigError
 from megarecur.model.transformer import Stack, Transformer
-from megarecur.optim.engine import ADAMW_MOMENTS, UPDATES, build_optimizers
+from megarecur.optim.engine import ADAMW_MOMENTS, UPDATES, build_optimizers, sum_over_holders
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.parallel.shards import Shard, boxes, whole
@@ -36,8 +36,10 @@ BUCKET = 50_000_000
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank owns of one parameter: elements [start, stop) of it, kept one-dimensional."""
+    """What this rank owns of one parameter: elements [start, stop) of what its tensor-parallel rank
+    holds, kept one-dimensional."""
 
+    name: str
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -61,10 +63,13 @@ class ZeroEngine:
         self.shapes = {n: tuple(p.shape) for n, p in model.parameters_by_name.items()}
         self.trained: dict[str, Any] = {}
         """By name; `Any`, as DeepSpeed hangs its own attributes on parameters."""
+        self.summed: set[Any] = set()
+        """Parameters whose gradient is summed over tensor-parallel ranks."""
         for name, parameter in model.parameters_by_name.items():
             parameter.requires_grad_(not is_frozen(config.optimizer, name))
             if parameter.requires_grad:
                 self.trained[name] = parameter
+                self.share(name, parameter)
         (client,) = build_optimizers(config.optimizer, model.parameters_by_name)
         deepspeed = import_deepspeed(mesh)
         if self.stage == 3:
@@ -77,6 +82,7 @@ class ZeroEngine:
             model_parameters=list(self.trained.values()),
             optimizer=client,
             config=self.describe(config),
+            mpu=Groups(mesh),
         )
         if self.stage < 3 and not self.offload:
             self.drop_masters()
@@ -101,11 +107,23 @@ class ZeroEngine:
             size = sum(p.numel() for p in self.trained.values())
             self.buffer = torch.zeros(size, device=mesh.device)
             for weight in model.weights():
-                weight.sum_in_place = weight.parameter.requires_grad
+                summed = weight.parameter in self.summed
+                weight.sum_in_place = weight.parameter.requires_grad and not summed
         self.updates = torch.zeros(1, dtype=torch.float32)
         self.done = 0
         """Backward passes of this step."""
         model.refresh()
+
+    def share(self, name: str, parameter: Any) -> None:
+        """Tell DeepSpeed what is a part of a tensor, or the norm is silently wrong; and sum what
+        several tensor-parallel ranks hold and each knows a part of, before DeepSpeed sees it."""
+        spec, tp = self.model.inventory[name], self.model.tp
+        holders = spec.holders(tp.size)
+        # What is not marked counts on the first rank alone, so of several holders one is marked.
+        parameter.model_parallel = spec.cut is not None and tp.rank % holders == 0
+        if tp.size > 1 and holders > 1 and (spec.cut is not None or tp.sequence):
+            self.summed.add(parameter)
+            parameter.register_hook(lambda gradient: sum_over_holders(gradient, spec, tp))
 
     def describe(self, config: Config) -> dict[str, Any]:
         """DeepSpeed's configuration, from ours."""
@@ -216,15 +234,15 @@ class ZeroEngine:
                 stop = start + mapping.lp_fragment_address.numel
             part = slice(offset, offset + stop - start)
             moments = {moment: self.state[flat][moment][part] for moment in ADAMW_MOMENTS}
-            yield name, Piece(shape, start, stop, flat.detach()[part], moments)
+            yield name, Piece(name, shape, start, stop, flat.detach()[part], moments)
 
     def shards(self) -> dict[str, Shard]:
         """Checkpoint entries; they alias the live tensors. Nothing is gathered."""
         entries: dict[str, Shard] = {}
         for name, piece in self.pieces():
-            entries[name] = cut(piece, piece.values)
+            entries[name] = self.cut(piece, piece.values)
             for moment, values in piece.moments.items():
-                entries[f"{moment}.{name}"] = cut(piece, values)
+                entries[f"{moment}.{name}"] = self.cut(piece, values)
         for name, parameter in self.model.parameters_by_name.items():
             if name not in self.trained:
                 entries[name] = self.frozen_shard(name, parameter)
@@ -234,11 +252,25 @@ class ZeroEngine:
     def frozen_shard(self, name: str, parameter: Any) -> Shard:
         """The entry of a parameter that is not trained: a piece at stage 3, else all of it."""
         if self.stage < 3:
-            return whole(parameter.detach())
+            return self.model.shard(name, parameter.detach())
         shape, values = self.shapes[name], parameter.ds_tensor.detach()
         start = min(values.numel() * self.mesh.dp_rank, math.prod(shape))
         stop = min(start + values.numel(), math.prod(shape))
-        return cut(Piece(shape, start, stop, values, {}), values)
+        return self.cut(Piece(name, shape, start, stop, values, {}), values)
+
+    def cut(self, piece: Piece, values: Tensor) -> Shard:
+        """A one-dimensional slice as rectangles of the whole tensor, without copying."""
+        spec = self.model.inventory[piece.name]
+        origin, _ = spec.part(self.mesh.tp_rank, self.mesh.tp)
+        chunks, first = [], 0
+        for offset, sizes in boxes(piece.shape, piece.start, piece.stop):
+            size = math.prod(sizes)
+            place = tuple(a + b for a, b in zip(origin, offset, strict=True))
+            chunks.append((place, sizes, values[first : first + size].view(sizes)))
+            first += size
+        # Ranks that hold the same have flat buffers of other lengths, cut at other places.
+        first_holder = self.mesh.tp_rank % spec.holders(self.mesh.tp) == 0
+        return Shard(spec.shape, chunks, written=first_holder)
 
     def load(self, shards: dict[str, Shard]) -> None:
         """Take over entries of `shards()` that were filled from a checkpoint. Collective."""
@@ -253,14 +285,49 @@ class ZeroEngine:
         self.model.refresh()
 
 
-def cut(piece: Piece, values: Tensor) -> Shard:
-    """A one-dimensional slice of a tensor as rectangles of it, without copying."""
-    chunks, first = [], 0
-    for offset, sizes in boxes(piece.shape, piece.start, piece.stop):
-        size = math.prod(sizes)
-        chunks.append((offset, sizes, values[first : first + size].view(sizes)))
-        first += size
-    return Shard(piece.shape, chunks)
+class Groups:
+    """The mesh, in DeepSpeed's words (its `mpu`)."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        alone = None
+        if mesh.dp_group is None or mesh.tp_group is None:
+            rank = dist.get_rank()
+            alone = dist.new_group([rank], use_local_synchronization=True)
+        self.dp_group = mesh.dp_group if mesh.dp_group is not None else alone
+        self.tp_group = mesh.tp_group if mesh.tp_group is not None else alone
+
+    def get_data_parallel_group(self) -> Any:
+        """Who shares out the optimizer's state."""
+        return self.dp_group
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many they are."""
+        return self.mesh.dp
+
+    def get_data_parallel_rank(self) -> int:
+        """This process among them."""
+        return self.mesh.dp_rank
+
+    def get_model_parallel_group(self) -> Any:
+        """All processes of a replica."""
+        return self.tp_group
+
+    def get_model_parallel_world_size(self) -> int:
+        """How many they are."""
+        return self.mesh.tp
+
+    def get_model_parallel_rank(self) -> int:
+        """This process among them."""
+        return self.mesh.tp_rank
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        """Stages of a replica."""
+        return self.mesh.pp
 
 
 # ------------------------------------------------------------------- DeepSpeed, missing and present

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from megarecur.parallel.regions import ALONE, TensorParallel
 
 MakeParameter = Callable[[str], nn.Parameter]
 """Global name to parameter: the inventory decides shape and initial value."""
@@ -167,18 +169,42 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A linear layer whose weight may be used any number of times per step."""
+    """A linear layer whose weight may be used any number of times per step.
 
-    def __init__(self, name: str, make: MakeParameter, dtype: torch.dtype, bias: bool) -> None:
+    Args:
+        name: global, of its parameters.
+        make: makes them, those that are cut as this rank holds them.
+        dtype: of what products take and give.
+        bias: whether it has one.
+        tp: the ranks that share the matrix.
+        cut: by its outputs (column parallel) or its inputs (row parallel); None: every rank holds
+            all of it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: MakeParameter,
+        dtype: torch.dtype,
+        bias: bool,
+        tp: TensorParallel = ALONE,
+        cut: Literal["outputs", "inputs"] | None = None,
+    ) -> None:
         super().__init__()
         self.weight = Weight(make(name + ".weight"), dtype)
         self.bias = make(name + ".bias") if bias else None
+        self.tp, self.cut = tp, cut if tp.size > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
-        return product(x, self.weight, self.bias)
+        """[..., in] to [..., out]; cut, one of the two is this rank's share."""
+        if self.cut == "inputs":
+            y = self.tp.leave(product(x, self.weight))
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        return apply_all((self,), x)[0]
 
 
 def apply_all(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
     """Each layer's output for the same x, whose gradient is then summed without temporaries."""
+    if layers[0].cut == "outputs":
+        x = layers[0].tp.enter(x)
     return multiply(x, [layer.weight for layer in layers], [layer.bias for layer in layers])

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megarecur.parallel.regions import ALONE, TensorParallel
+
 IGNORED = -100
 """Label of a token that does not count."""
 
@@ -30,12 +32,20 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, labels_N: Tensor, kernels: LossKernels
+        ctx: Any,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        kernels: LossKernels,
+        tp: TensorParallel,
+        first: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         counted_N = labels_N != IGNORED
-        index_N1 = labels_N.clamp(min=0).unsqueeze(-1)
+        own_N = (labels_N >= first) & (labels_N < first + logits_NV.shape[-1])
+        index_N1 = torch.where(own_N, labels_N - first, 0).unsqueeze(-1)
         logsumexp_N, picked_N = kernels.summarize(logits_NV, index_N1)
-        ctx.save_for_backward(logits_NV, logsumexp_N, counted_N, index_N1)
+        if tp.size > 1:
+            logsumexp_N, picked_N = _join(logsumexp_N, torch.where(own_N, picked_N, 0.0), tp)
+        ctx.save_for_backward(logits_NV, logsumexp_N, counted_N, own_N, index_N1)
         ctx.kernels = kernels
         zero = logsumexp_N.new_zeros(())
         losses_N = torch.where(counted_N, logsumexp_N - picked_N, zero)
@@ -43,14 +53,22 @@ class _CrossEntropy(torch.autograd.Function):
         return losses_N.sum(), torch.where(counted_N, logsumexp_N.square(), zero).sum(), losses_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, logsumexp_N, counted_N, index_N1 = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits_NV, logsumexp_N, counted_N, own_N, index_N1 = ctx.saved_tensors
         d_loss, d_square, _ = grads
         scale_N1 = torch.where(counted_N, d_loss + 2.0 * d_square * logsumexp_N, 0.0).unsqueeze(-1)
-        d_label_N1 = torch.where(counted_N, -d_loss, 0.0).to(logsumexp_N.dtype).unsqueeze(-1)
+        d_label_N = torch.where(counted_N & own_N, -d_loss, 0.0).to(logsumexp_N.dtype)
         # The logits are not read again: their memory becomes their gradient.
-        ctx.kernels.differentiate(logits_NV, logsumexp_N, index_N1, scale_N1, d_label_N1)
-        return logits_NV, None, None
+        ctx.kernels.differentiate(logits_NV, logsumexp_N, index_N1, scale_N1, d_label_N[:, None])
+        return logits_NV, None, None, None, None
+
+
+def _join(logsumexp_N: Tensor, picked_N: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
+    """logsumexp over all shards of the vocabulary, and the label's logit from the one that has it:
+    two small reductions, whatever the size of the vocabulary."""
+    largest_N = tp.max(logsumexp_N.clone())
+    both_2N = tp.sum(torch.stack(((logsumexp_N - largest_N).exp(), picked_N)))
+    return largest_N + both_2N[0].log(), both_2N[1]
 
 
 def summarize(logits_NV: Tensor, index_N1: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,11 +120,17 @@ def slices(logits_NV: Tensor) -> list[slice]:
 
 
 def cross_entropy(
-    logits_NV: Tensor, labels_N: Tensor, kernels: LossKernels = EAGER
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    kernels: LossKernels = EAGER,
+    tp: TensorParallel = ALONE,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of cross-entropy, sum of logsumexp^2) over tokens whose label is not IGNORED, and the
     cross-entropy of each token [N], 0 where ignored, which has no gradient.
 
-    Consumes the logits: after backward their memory holds their gradient.
+    Consumes the logits: after backward their memory holds their gradient. With tensor parallelism
+    they are this rank's shard of the vocabulary, [N, V / size] from id `first` on; results are the
+    same on all ranks (Shoeybi et al. 2019, section 3).
     """
-    return _CrossEntropy.apply(logits_NV, labels_N, kernels)
+    return _CrossEntropy.apply(logits_NV, labels_N, kernels, tp, first)

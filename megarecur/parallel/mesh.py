@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megarecur.config.schema import Config
 from megarecur.errors import MegarecurError, MeshError
+from megarecur.parallel.regions import TensorParallel
 
 TIMEOUT = timedelta(minutes=10)
 SAVE_TIMEOUT = timedelta(minutes=30)
@@ -31,25 +32,53 @@ class Mesh:
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dp_group: Any = None
-    """None in a world of one process."""
+    """The processes that hold the same part of the model; None: this one alone."""
+    tp_group: Any = None
+    """Those that share each matrix of a replica's stage; None: this one alone."""
     save_group: Any = None
     """All processes, over gloo: for checkpoints, which a thread of its own may be saving. None in a
     world of one process."""
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.dp * self.pp * self.tp
 
     @property
     def dp_rank(self) -> int:
         """Which replica this process belongs to."""
         return self.rank // (self.pp * self.tp)
 
+    @property
+    def tp_rank(self) -> int:
+        """Which share of each matrix is its own."""
+        return self.rank % self.tp
+
+    def tensor_parallel(self, sequence: bool = False) -> TensorParallel:
+        """What a model needs to know of the ranks that share its matrices."""
+        return TensorParallel(self.tp_group, self.tp_rank, self.tp, sequence and self.tp > 1)
+
     def sum_over_dp(self, tensor: Tensor) -> Tensor:
         """Sum in place over the replicas."""
-        if self.dp_group is not None:
+        if self.dp > 1:
             dist.all_reduce(tensor, group=self.dp_group)
+        return tensor
+
+    def sum_over_tp(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the ranks that share matrices."""
+        if self.tp > 1:
+            dist.all_reduce(tensor, group=self.tp_group)
+        return tensor
+
+    def sum_over_world(self, tensor: Tensor) -> Tensor:
+        """Sum in place over all processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
         return tensor
 
     def max_over_world(self, value: int) -> int:
         """The largest of one integer per process."""
-        if self.dp_group is None:
+        if self.world == 1:
             return value
         tensor = torch.tensor(value, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -57,7 +86,7 @@ class Mesh:
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
-        if self.dp_group is None:
+        if self.world == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0)
@@ -65,7 +94,7 @@ class Mesh:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
-        if self.dp_group is None:
+        if self.world == 1:
             return [value]
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
@@ -82,7 +111,7 @@ def same_error(mesh: Mesh) -> Iterator[None]:
     try:
         yield
     except (MegarecurError, OSError) as failure:
-        if mesh.dp_group is None:
+        if mesh.world == 1:
             raise
         error = failure
     raise_first(error, mesh)
@@ -176,10 +205,23 @@ def open_mesh(config: Config) -> Iterator[Mesh]:
 
 
 def build_mesh(config: Config, device: torch.device) -> Mesh:
-    """The mesh over the process group that exists."""
+    """The mesh over the process group that exists; collective."""
     tp, pp = config.parallel.tensor, config.parallel.pipeline
     world, rank = dist.get_world_size(), dist.get_rank()
-    return Mesh(world // (pp * tp), pp, tp, rank, device, dist.group.WORLD)
+    ranks = torch.arange(world).view(-1, pp, tp)
+    dp_group = pick_group(ranks.movedim(0, -1).flatten(0, -2).tolist(), rank)
+    tp_group = pick_group(ranks.flatten(0, -2).tolist(), rank)
+    return Mesh(len(ranks), pp, tp, rank, device, dp_group, tp_group)
+
+
+def pick_group(members: list[list[int]], rank: int) -> Any:
+    """This process's group, of groups that share out the world; None: it is alone. Collective."""
+    if len(members[0]) == 1:
+        return None
+    if len(members) == 1:
+        return dist.group.WORLD
+    groups = [dist.new_group(each) for each in members]
+    return next(group for group, each in zip(groups, members, strict=True) if rank in each)
 
 
 @contextmanager

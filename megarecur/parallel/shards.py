@@ -16,11 +16,13 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # (offset, sizes) within the whol
 class Shard:
     """This rank's part of one unique tensor: rectangles (offset, sizes, tensor) of `global_shape`.
 
-    A rank that holds a replica gives the same rectangle as the others; it is written once.
+    A rank that holds a replica gives the same rectangle as the others; it is written once. Where
+    replicas are cut in different places, all but one are not `written`, only read.
     """
 
     global_shape: tuple[int, ...]
     chunks: list[tuple[tuple[int, ...], tuple[int, ...], Tensor]]
+    written: bool = True
 
 
 def whole(tensor: Tensor) -> Shard:

@@ -6,10 +6,12 @@ Sizes are in parameters, FLOPs per token, bytes.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from megarecur.config.schema import Config, ModelConfig
+from megarecur.config.schema import Config, ModelConfig, ParallelConfig
 from megarecur.recurrence.depth import count_depths
 from megarecur.recurrence.inventory import (
     ParameterSpec,
@@ -187,21 +189,27 @@ class MemoryEstimate:
 
 
 def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstimate:
-    """Memory of one of `dp` data-parallel processes.
+    """Memory of the largest process of one of `dp` replicas.
 
-    ZeRO divides what its stage shares out. Stages 2 and 3 also hold, until the last use of a block,
-    the gradients of a pass that are not reduced yet; offloaded moments are on the CPU.
+    Tensor parallelism divides matrices, heads and vocabulary, ZeRO what its stage shares out of the
+    rest. Stages 2 and 3 also hold, until the last use of a block, the gradients of a pass that are
+    not reduced yet; offloaded moments are on the CPU.
     """
     stage, offload = config.parallel.zero_stage, config.parallel.offload_optimizer
+    tp = config.parallel.tensor
     parts = [dp if stage >= first else 1 for first in range(4)]
     specs = list(build_inventory(config).values())
     element, wide = _element_bytes(config), _parameter_bytes(config)
-    size = sum(spec.size for spec in specs)
+
+    def held(some: Iterable[ParameterSpec]) -> int:
+        """Elements on the last tensor-parallel rank, whose shards are the largest."""
+        return sum(math.prod(spec.part(tp - 1, tp)[1]) for spec in some)
+
+    size = held(specs)
     moving = [spec for spec in specs if not is_frozen(config.optimizer, spec.name)]
-    trained = sum(spec.size for spec in moving)
-    muon = sum(s.size for s in moving if uses_muon(config.optimizer, s.name, len(s.shape)))
-    copied = (s for s in specs if len(s.shape) == 2 and s.name != "embedding.positions")
-    matrices = sum(spec.size for spec in copied)
+    trained = held(moving)
+    muon = held(s for s in moving if uses_muon(config.optimizer, s.name, len(s.shape)))
+    matrices = held(s for s in specs if len(s.shape) == 2 and s.name != "embedding.positions")
     tokens = config.train.micro_batch_size * config.data.seq_length
     kept, recomputed = estimate_activations(config, steps)
     # Logits, their form in the wide dtype, and the exponentials while they are summed.
@@ -213,7 +221,7 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
         copies=matrices * element if element < wide else 0,
         activations_kept=tokens * kept,
         activations_recomputed=tokens * recomputed,
-        logits=tokens * _vocab_size(config) * logit_bytes,
+        logits=tokens * -(-_vocab_size(config) // tp) * logit_bytes,
         mask=tokens * config.data.seq_length * count_mask_heads(config) * element,
         recompute=config.train.recompute,
         gathered=size * wide if parts[3] > 1 else 0,
@@ -223,7 +231,7 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
 def count_mask_heads(config: Config) -> int:
     """Heads that attention's mask differs for: none without one, as plain causality needs none."""
     if config.model.positions == "alibi":
-        return config.model.num_heads
+        return config.model.num_heads // config.parallel.tensor
     return int(config.data.mask_documents)
 
 
@@ -231,12 +239,12 @@ def estimate_activations(config: Config, steps: LayerMap) -> tuple[int, int]:
     """Bytes per token kept for backward: (everything, with recompute of each step).
 
     Recompute keeps the input of every step and, at the peak, everything of one step. Values that
-    later steps read are kept in both.
+    later steps read are kept in both. With tensor parallelism: those of one of its ranks.
     """
-    model, element = config.model, _element_bytes(config)
-    stream = model.hidden_size * element
-    step_bytes = count_kept_elements(model, config.data.seq_length) * element
-    step_bytes += 4 * model.num_heads  # logsumexp of the scores, fp32
+    model, element, parallel = config.model, _element_bytes(config), config.parallel
+    stream = model.hidden_size * element // (parallel.tensor if parallel.sequence_parallel else 1)
+    step_bytes = count_kept_elements(model, config.data.seq_length, parallel) * element
+    step_bytes += 4 * model.num_heads // parallel.tensor  # logsumexp of the scores, fp32
     graded = [step for step in steps if step.grad]
     written = stream * sum(len(step.writes) for step in steps)
     adapter = 2 * stream if has_adapter(config) else 0
@@ -247,16 +255,21 @@ def estimate_activations(config: Config, steps: LayerMap) -> tuple[int, int]:
     return kept, (recomputed if graded else kept)
 
 
-def count_kept_elements(model: ModelConfig, seq_length: int) -> int:
-    """Elements per token that one step keeps for backward, attention scores not materialised."""
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    norms = 4  # inputs and outputs of two norms
+def count_kept_elements(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> int:
+    """Elements per token that one step keeps for backward on one tensor-parallel rank, attention
+    scores not materialised."""
+    tp = parallel.tensor
+    queries = model.num_heads // tp * model.head_dim
+    keys = max(model.num_kv_heads // tp, 1) * model.head_dim
+    inputs = 2  # of two norms; their outputs are gathered where sequences are cut
     if model.norm_position == "sandwich":
-        norms += 2  # what the output norms normalise; their own outputs are only added
+        inputs += 2  # what the output norms normalise; their own outputs are only added
+    norms = 2 + inputs / (tp if parallel.sequence_parallel else 1)
     attention = 2 * queries + 2 * keys  # q, k, v and the output's input
-    feed_forward = (3 if model.feed_forward == "swiglu" else 2) * model.ffn_hidden_size
-    scores = 2 * model.num_heads * seq_length if model.attention_dropout else 0  # the math path
-    return norms * model.hidden_size + attention + feed_forward + scores
+    feed_forward = (3 if model.feed_forward == "swiglu" else 2) * model.ffn_hidden_size // tp
+    heads = model.num_heads // tp
+    scores = 2 * heads * seq_length if model.attention_dropout else 0  # the math path
+    return round(norms * model.hidden_size) + attention + feed_forward + scores
 
 
 def has_adapter(config: Config) -> bool:

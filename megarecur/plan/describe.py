@@ -321,7 +321,9 @@ def _compute(config: Config, steps: LayerMap) -> RenderableType:
 def _memory(config: Config, steps: LayerMap) -> RenderableType:
     memory = estimate_memory(config, steps)
     deepest = ", deepest step of the run" if is_sampled(config.recurrence) else ""
-    table = _table(f"memory of one process{deepest}", "")
+    tensor = config.parallel.tensor
+    shared = f" of the {tensor} that share each matrix" if tensor > 1 else ""
+    table = _table(f"memory of one process{shared}{deepest}", "")
     rows = [
         ("parameters", memory.parameters),
         ("gradients", memory.gradients),

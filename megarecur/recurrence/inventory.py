@@ -28,7 +28,8 @@ class ParameterSpec:
     """One unique parameter.
 
     `block` owns it (None: embedding, final norm, head). Initial values are normal with `std`
-    around `mean`.
+    around `mean`. Tensor parallelism cuts it along `cut` (None: every rank holds all of it), in
+    units of `unit` rows or columns, such as those of one head.
     """
 
     name: str
@@ -36,11 +37,32 @@ class ParameterSpec:
     block: int | None
     std: float = 0.0
     mean: float = 0.0
+    cut: int | None = None
+    unit: int = 1
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def part(self, rank: int, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(offset, sizes) of what a tensor-parallel rank of `size` holds.
+
+        Where there are fewer units than ranks, neighbours hold the same one.
+        """
+        offset, sizes = [0] * len(self.shape), list(self.shape)
+        if self.cut is not None:
+            units = self.shape[self.cut] // self.unit
+            first = units * rank // size
+            last = max(units * (rank + 1) // size, first + 1)
+            offset[self.cut], sizes[self.cut] = first * self.unit, (last - first) * self.unit
+        return tuple(offset), tuple(sizes)
+
+    def holders(self, size: int) -> int:
+        """How many of `size` tensor-parallel ranks hold each element."""
+        if self.cut is None:
+            return size
+        return max(size * self.unit // self.shape[self.cut], 1)
 
 
 Inventory = dict[str, ParameterSpec]
@@ -54,7 +76,8 @@ def build_inventory(config: Config) -> Inventory:
     model, steps = config.model, layer_map(config.recurrence)
     assert model.vocab_size is not None
     hidden = model.hidden_size
-    specs = [ParameterSpec("embedding.weight", (model.vocab_size, hidden), None, model.init_std)]
+    table = (model.vocab_size, hidden)
+    specs = [ParameterSpec("embedding.weight", table, None, model.init_std, cut=0)]
     if model.positions == "learned":
         rows = model.max_positions or config.data.seq_length
         specs.append(ParameterSpec("embedding.positions", (rows, hidden), None, model.init_std))
@@ -63,7 +86,7 @@ def build_inventory(config: Config) -> Inventory:
     if model.norm_position != "post":
         specs += norm_parameters(model, "final_norm", None)
     if not model.tie_embeddings:
-        specs.append(ParameterSpec("head.weight", (model.vocab_size, hidden), None, model.init_std))
+        specs.append(ParameterSpec("head.weight", table, None, model.init_std, cut=0))
     return {spec.name: spec for spec in specs}
 
 
@@ -77,27 +100,39 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
         scaled /= math.sqrt(2 * len(steps))
     prefix = f"blocks.{block}."
 
-    def linear(name: str, rows: int, columns: int, bias: bool, std: float) -> list[ParameterSpec]:
-        weight = ParameterSpec(f"{prefix}{name}.weight", (rows, columns), block, std)
-        extra = [ParameterSpec(f"{prefix}{name}.bias", (rows,), block)] if bias else []
-        return [weight, *extra]
+    def linear(
+        name: str,
+        rows: int,
+        columns: int,
+        bias: bool,
+        std: float,
+        cut: int | None = None,
+        unit: int = 1,
+    ) -> list[ParameterSpec]:
+        shape = (rows, columns)
+        weight = ParameterSpec(f"{prefix}{name}.weight", shape, block, std, cut=cut, unit=unit)
+        if not bias:
+            return [weight]
+        along = 0 if cut == 0 else None  # A bias is cut with the outputs.
+        name = f"{prefix}{name}.bias"
+        return [weight, ParameterSpec(name, (rows,), block, cut=along, unit=unit)]
 
-    biased = biased_projections(model)
+    biased, head, std = biased_projections(model), model.head_dim, model.init_std
     specs = []
     if block == adapter_block(recurrence):
         specs += linear("injection", hidden, 2 * hidden, False, model.init_std)
     specs += norm_parameters(model, prefix + "attention_norm", block)
-    specs += linear("attention.query", queries, hidden, "q" in biased, model.init_std)
-    specs += linear("attention.key", keys, hidden, "k" in biased, model.init_std)
-    specs += linear("attention.value", keys, hidden, "v" in biased, model.init_std)
-    specs += linear("attention.output", hidden, queries, "o" in biased, scaled)
+    specs += linear("attention.query", queries, hidden, "q" in biased, std, 0, head)
+    specs += linear("attention.key", keys, hidden, "k" in biased, std, 0, head)
+    specs += linear("attention.value", keys, hidden, "v" in biased, std, 0, head)
+    specs += linear("attention.output", hidden, queries, "o" in biased, scaled, 1, head)
     if model.norm_position == "sandwich":
         specs += norm_parameters(model, prefix + "attention_output_norm", block)
     specs += norm_parameters(model, prefix + "feed_forward_norm", block)
     if model.feed_forward == "swiglu":
-        specs += linear("feed_forward.gate", ffn, hidden, model.feed_forward_bias, model.init_std)
-    specs += linear("feed_forward.up", ffn, hidden, model.feed_forward_bias, model.init_std)
-    specs += linear("feed_forward.down", hidden, ffn, model.feed_forward_bias, scaled)
+        specs += linear("feed_forward.gate", ffn, hidden, model.feed_forward_bias, std, 0)
+    specs += linear("feed_forward.up", ffn, hidden, model.feed_forward_bias, std, 0)
+    specs += linear("feed_forward.down", hidden, ffn, model.feed_forward_bias, scaled, 1)
     if model.norm_position == "sandwich":
         specs += norm_parameters(model, prefix + "feed_forward_output_norm", block)
     return specs

@@ -203,6 +203,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return read_index(Path(path)).state
 
 
+def read_names(path: Path) -> list[str]:
+    """The entries of a checkpoint; raises CheckpointError if its index is damaged."""
+    return list(read_index(Path(path)).tensors)
+
+
 def verify(path: Path) -> list[str]:
     """Read a whole checkpoint and list what is damaged, by file and tensor; [] if nothing is.
 
@@ -330,7 +335,7 @@ def chunks_to_write(
         (name, tuple(offset), tensor.nbytes)
         for name, shard in shards.items()
         for offset, _, tensor in shard.chunks
-        if tensor.numel()
+        if tensor.numel() and shard.written
     ]
     holders: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}

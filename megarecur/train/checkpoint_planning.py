@@ -43,7 +43,7 @@ class ShardSavePlanner(DefaultSavePlanner):
         """One item per rectangle of this rank."""
         items = []
         for name, shard in self._shards.items():
-            for offset, sizes, tensor in _filled(shard):
+            for offset, sizes, tensor in _filled(shard) if shard.written else ():
                 if tuple(tensor.shape) != sizes:
                     raise CheckpointError(
                         f"{name}: a chunk of sizes {sizes} is given as {tuple(tensor.shape)}"

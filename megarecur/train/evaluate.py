@@ -108,7 +108,7 @@ def score_corpus(
         sums[0].index_add_(0, bucket_N, losses_N.to(torch.float64))
         sums[1].index_add_(0, bucket_N, counted_N.to(torch.float64))
     sums[2] += len(failures)
-    losses, counts, failed = mesh.sum_over_dp(sums).tolist()
+    losses, counts, failed = (mesh.sum_over_world(sums) * (mesh.dp / mesh.world)).tolist()
     if any(failed):
         raise_first(failures[0] if failures else None, mesh)
     total, tokens = sum(losses), sum(counts)

@@ -110,7 +110,7 @@ class Report:
     def __init__(self, run_dir: Path, config: Config, state: TrainState, mesh: Mesh) -> None:
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.peak = peak_flops(mesh.device, dtype) * mesh.dp
+        self.peak = peak_flops(mesh.device, dtype) * mesh.world
         self.sources = short_names([source.path for source in config.data.train])
         self.flops: dict[Depth | None, FlopEstimate] = {}
         """Executed per token, by depth."""
@@ -131,6 +131,8 @@ class Report:
         names = list(interval.losses)
         sums = [interval.losses[name] / interval.num_losses for name in names]
         for measures in last.telemetry.values():
+            if self.config.parallel.sequence_parallel:  # Each rank measured its own positions.
+                self.mesh.sum_over_tp(measures)
             sums += measures.unbind()
         if interval.sources is not None:
             sums += interval.sources.flatten().unbind()

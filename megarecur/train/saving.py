@@ -242,7 +242,7 @@ class Saver:
         """Let a save under way end where the run fails; ranks may be gone: no collectives."""
         if self.handle is None:
             return
-        lost = isinstance(error, RuntimeError) and self.mesh.dp_group is not None
+        lost = isinstance(error, RuntimeError) and self.mesh.world > 1
         try:
             self.handle.result(LOST_GRACE_SECONDS if lost else GRACE_SECONDS)
         except Exception as failure:

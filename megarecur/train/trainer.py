@@ -60,7 +60,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         run_dir = resources.enter_context(open_run(config, mesh))
         data = open_data(config, mesh)
         config, loader = data.config, resources.enter_context(closing(data)).loader
-        model = Transformer(config, mesh.device)
+        tp = mesh.tensor_parallel(config.parallel.sequence_parallel)
+        model = Transformer(config, mesh.device, tp=tp)
         engine = build_engine(model, config, mesh)
         saver = resources.enter_context(Saver(run_dir, config, mesh))
         state = resume(run_dir, config, data, engine, mesh)
@@ -308,11 +309,12 @@ def count_denominators(
         MegarecurError: on every rank, why one could not read its batches.
     """
     own = [sum(batch.num_tokens for batch in batches), unread is not None]
-    counts = mesh.sum_over_dp(torch.tensor(own, dtype=torch.float64).to(mesh.device))
+    counts = mesh.sum_over_world(torch.tensor(own, dtype=torch.float64).to(mesh.device))
     tokens, failures = counts.tolist()
     if failures:
         raise_first(unread, mesh)
-    return {"tokens": max(tokens, 1.0)}
+    # Every rank of a replica reads, and counts, the same samples.
+    return {"tokens": max(tokens * mesh.dp / mesh.world, 1.0)}
 
 
 def objective(terms: Mapping[str, LossTerm], denominators: Mapping[str, float]) -> Tensor:

@@ -1,0 +1,69 @@
+"""`megarecur verify`: both sides run in processes of their own, then they are compared."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from launch.local import launch_local
+from megarecur.config.load import to_yaml
+from megarecur.config.schema import Config, ParallelConfig
+from megarecur.parallel.mesh import check_world
+from megarecur.train.verify import Row, certified, compare
+
+EQUAL, DIFFERENT = 0, 1
+
+
+def verify_config(config: Config, nproc: int, steps: int, small: bool) -> int:
+    """Print the certificate. Returns the exit code: not 0 where anything differs.
+
+    Raises:
+        MeshError: a world that does not fit the config.
+    """
+    check_world(config, nproc)
+    parallel = config.parallel
+    config = certified(config, small, nproc // (parallel.tensor * parallel.pipeline))
+    with tempfile.TemporaryDirectory(prefix="megarecur-verify-") as name:
+        folder = Path(name)
+        sides = {"alone": (1, ParallelConfig()), "mesh": (nproc, parallel)}
+        for side, (processes, mesh) in sides.items():
+            path = folder / f"{side}.yaml"
+            path.write_text(to_yaml(config.model_copy(update={"parallel": mesh})), "utf-8")
+            print(f"{side}: {steps} steps with {processes} process(es)", flush=True)
+            command = ["record", str(path), str(folder / side), str(steps)]
+            code = (
+                subprocess.run([sys.executable, "-m", "launch.cli", *command]).returncode
+                if processes == 1
+                else launch_local(config, command, processes)
+            )
+            if code:
+                return code
+        rows = compare(config, steps, folder / "alone", folder / "mesh")
+    print_rows(rows, config)
+    return EQUAL if all(row.equal for row in rows) else DIFFERENT
+
+
+def print_rows(rows: list[Row], config: Config) -> None:
+    """The table, and the verdict."""
+    mesh = config.parallel
+    width = max(len(name) for name in rows[0].gradient_errors)
+    print(f"{'raw gradient':{width}}  error at each step")
+    for name in rows[0].gradient_errors:
+        errors = [row.gradient_errors[name] for row in rows]
+        wrong = any(not e <= row.tolerance for e, row in zip(errors, rows, strict=True))
+        numbers = "  ".join(f"{error:.1e}" for error in errors)
+        print(f"{name:{width}}  {numbers}{'  DIFFERS' if wrong else ''}")
+    print("step  loss alone    loss on mesh  error    norm     worst gradient  (at most)")
+    for row in rows:
+        mark = "" if row.equal else "  DIFFERS"
+        print(
+            f"{row.step:4}  {row.losses[0]:.9f}  {row.losses[1]:.9f}   {row.loss_error:.1e}  "
+            f"{row.norm_error:.1e}  {row.gradient_error:.1e}  ({row.tolerance:.0e})  "
+            f"{row.gradient}{mark}"
+        )
+    layout = f"tensor={mesh.tensor} pipeline={mesh.pipeline} zero_stage={mesh.zero_stage}"
+    equal = all(row.equal for row in rows)
+    print(f"{layout}: {'equal to one process' if equal else 'NOT equal to one process'} "
+          f"({config.train.precision})")  # fmt: skip

@@ -1,0 +1,148 @@
+"""The parity certificate: a config's mesh against one process, by losses, norms and raw gradients.
+
+Both take the same few optimizer steps; `record` writes what each made of them, as a checkpoint of
+gradients per step, and `compare` puts the two side by side. Gradients are compared by
+
+    |g - g0| / max(|g0|, 1e-3 |G|)         g0 of one process, G all of its gradients
+
+raw, before clipping and stepping, since Adam hides scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megarecur.config.load import validate
+from megarecur.config.schema import Config
+from megarecur.model.transformer import Transformer
+from megarecur.optim.engine import build_engine
+from megarecur.optim.schedule import learning_rate
+from megarecur.parallel.mesh import open_mesh
+from megarecur.parallel.shards import whole
+from megarecur.recurrence.inventory import build_inventory
+from megarecur.train import checkpoint
+from megarecur.train.trainer import forward_backward, open_data
+
+TOLERANCES = {"fp32": (2e-6, 2e-5), "fp64": (1e-11, 1e-11)}
+"""Of the first step, and of those after it."""
+LEAST_EPS = 1e-5
+"""AdamW's eps in what is compared: a smaller one turns rounding of tiny gradients into steps."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer step, compared."""
+
+    step: int
+    losses: tuple[float, float]
+    """Of one process, and of the mesh."""
+    loss_error: float
+    """Relative."""
+    norm_error: float
+    gradient_errors: dict[str, float]
+    tolerance: float
+
+    @property
+    def gradient(self) -> str:
+        """The one that differs most."""
+        errors = self.gradient_errors
+        return max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+
+    @property
+    def gradient_error(self) -> float:
+        """Its error."""
+        return self.gradient_errors[self.gradient]
+
+    @property
+    def equal(self) -> bool:
+        """Whether all of it is within the tolerance."""
+        worst = max(self.loss_error, self.norm_error, self.gradient_error)
+        return worst <= self.tolerance  # false for nan
+
+
+def certified(config: Config, small: bool, dp: int) -> Config:
+    """The config as it is compared: in fp32 (or fp64), eager; `small`: narrow and short, with the
+    same blocks, heads and mesh.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    values = config.model_dump(mode="json")
+    precision = "fp64" if config.train.precision == "fp64" else "fp32"
+    values["train"] |= {"precision": precision, "compile": False, "profile": None}
+    values["optimizer"]["eps"] = max(config.optimizer.eps, LEAST_EPS)
+    if small:
+        hidden = config.model.num_heads * 8
+        values["model"] |= {"hidden_size": hidden, "head_dim": 8, "ffn_hidden_size": 2 * hidden}
+        length = min(config.data.seq_length, 16 * config.parallel.tensor)
+        values["data"]["seq_length"] = length
+        if config.model.positions == "learned":
+            values["model"]["max_positions"] = length
+        values["train"] |= {"micro_batch_size": 1, "global_batch_size": 2 * dp}
+    return validate(values, "verify")
+
+
+def record(config: Config, steps: int, folder: Path) -> None:
+    """Take optimizer steps on this process's mesh, and write loss, norm and gradients of each.
+
+    Raises:
+        MegarecurError: for whatever the user can mend.
+    """
+    with open_mesh(config) as mesh:
+        data = open_data(config, mesh)
+        config = data.config
+        tp = mesh.tensor_parallel(config.parallel.sequence_parallel)
+        model = Transformer(config, mesh.device, tp=tp)
+        engine = build_engine(model, config, mesh)
+        for step in range(steps):
+            batches = [batch.to(mesh.device) for batch in data.loader.batch(step)]
+            result = forward_backward(model, engine, config, batches, step, mesh)
+            loss = float(mesh.sum_over_dp(result.losses["loss"].to(torch.float64)))
+            shards = {name: model.shard(name, g) for name, g in engine.gradients().items()}
+            norm, _ = engine.step(learning_rate(config.optimizer, step, config.train.steps))
+            state = {"loss": loss, "norm": norm}
+            checkpoint.save(folder, step, shards, state, group=mesh.save_group).result()
+        data.close()
+
+
+def compare(config: Config, steps: int, alone: Path, mesh: Path) -> list[Row]:
+    """Two recordings of a config, step by step."""
+    rows = []
+    for step in range(steps):
+        name = f"step-{step:08d}"
+        (loss, norm, expected), (other_loss, other_norm, found) = (
+            read(folder / name, config) for folder in (alone, mesh)
+        )
+        total = torch.stack([g.norm() for g in expected.values()]).norm()
+        errors = {
+            key: float((found[key] - g).norm() / torch.maximum(g.norm(), 1e-3 * total))
+            for key, g in expected.items()
+        }
+        rows.append(
+            Row(
+                step,
+                (loss, other_loss),
+                abs(other_loss - loss) / abs(loss),
+                abs(other_norm - norm) / norm,
+                errors,
+                TOLERANCES[config.train.precision][min(step, 1)],
+            )
+        )
+    return rows
+
+
+def read(path: Path, config: Config) -> tuple[float, float, dict[str, Tensor]]:
+    """Loss, norm and whole gradients, in fp64, of a recorded step."""
+    dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+    state, names = checkpoint.read_state(path), checkpoint.read_names(path)
+    gradients = {
+        name: torch.empty(spec.shape, dtype=dtype)
+        for name, spec in build_inventory(config).items()
+        if name in names
+    }
+    checkpoint.load(path, {name: whole(tensor) for name, tensor in gradients.items()})
+    return state["loss"], state["norm"], {name: g.double() for name, g in gradients.items()}
