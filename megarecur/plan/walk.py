@@ -1,0 +1,150 @@
+"""The walk: the layer map over pipeline ranks, as stages between which activations travel.
+
+Every block has one owner, so the order of blocks is an order of ranks. A stage is a run of steps on
+one rank; between stages travel the hidden state and what later steps read. A value that a rank has
+had once stays there for its later stages of the same micro batch. Gradients travel back along the
+same hops, where any is due: steps without gradient cut their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from megarecur.plan.placement import Placement
+from megarecur.recurrence.layer_map import LayerMap
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A run of consecutive steps on one pipeline rank."""
+
+    index: int
+    rank: int
+    steps: LayerMap
+    first: bool = False
+    """It embeds the tokens first."""
+    last: bool = False
+    """It ends in the loss."""
+    receives: tuple[str, ...] = ()
+    """Values for later reads that arrive with the hidden state."""
+    sends: tuple[str, ...] = ()
+    """Those that leave with it: what the next stage receives."""
+    returns_x: bool = False
+    """The gradient of the hidden state that entered goes back to the stage before."""
+    returns: tuple[str, ...] = ()
+    """Of what arrived for later reads: where a gradient goes back too."""
+    backward: bool = False
+    """It has a backward pass."""
+
+    @property
+    def sends_back(self) -> bool:
+        """Whether any gradient goes back to the stage before."""
+        return self.returns_x or bool(self.returns)
+
+
+Walk = tuple[Stage, ...]
+
+
+def build_walk(
+    steps: LayerMap,
+    placement: Placement,
+    cuts: Collection[int] = (),
+    fresh_core: bool = False,
+) -> Walk:
+    """The stages of a map.
+
+    Args:
+        steps: the layer map.
+        placement: where each block, the embedding and the head live.
+        cuts: positions in the map before which a stage begins even on the same rank, as the tip of
+            a V is cut in two.
+        fresh_core: the hidden state does not pass into the step that writes `prelude`, as the core
+            starts from a state of its own.
+    """
+    runs: list[tuple[int, list[int]]] = [(placement.embedding, [])]
+    for position, step in enumerate(steps):
+        rank = placement.owners[step.block]
+        if rank != runs[-1][0] or (position in cuts and runs[-1][1]):
+            runs.append((rank, []))
+        runs[-1][1].append(position)
+    if runs[-1][0] != placement.head:
+        runs.append((placement.head, []))
+    stages = [
+        Stage(i, rank, tuple(steps[p] for p in positions), i == 0, i == len(runs) - 1)
+        for i, (rank, positions) in enumerate(runs)
+    ]
+    return tuple(_flow_back(_carry(stages), fresh_core))
+
+
+def _carry(stages: list[Stage]) -> list[Stage]:
+    """Fill in what travels for later reads: from the last stage whose rank has the value."""
+    arriving: list[list[str]] = [[] for _ in stages]
+    for name in sorted({name for stage in stages for step in stage.steps for name in step.reads}):
+        holds: dict[int, int] = {}  # rank: its latest stage from which the value may leave
+        for stage in stages:
+            for step in stage.steps:
+                if name in step.writes:
+                    holds = {stage.rank: stage.index}
+                    continue
+                if name not in step.reads or stage.rank in holds:
+                    continue
+                source = max(holds.values())
+                for hop in range(source + 1, stage.index + 1):
+                    arriving[hop].append(name)
+                    holds[stages[hop].rank] = hop
+            if stage.rank in holds:
+                holds[stage.rank] = stage.index
+    sends = [*arriving[1:], []]
+    return [
+        replace(stage, receives=tuple(arriving[i]), sends=tuple(sends[i]))
+        for i, stage in enumerate(stages)
+    ]
+
+
+def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
+    """Fill in which gradients travel: those that depend on a parameter and are asked for."""
+
+    def starts_fresh(writes: tuple[str, ...]) -> bool:
+        return fresh_core and "prelude" in writes
+
+    # Forward: does the hidden state that enters a stage, does each value, depend on parameters?
+    enters: list[bool] = []
+    depends: dict[str, bool] = {}
+    x = True
+    for stage in stages:
+        enters.append(x)
+        for step in stage.steps:
+            depends |= dict.fromkeys(step.writes, x)
+            x = step.grad
+    # Backward: is the gradient asked for, of the hidden state and, on each rank, of each value?
+    asked_x, asked = True, dict[tuple[int, str], bool]()
+    found: list[Stage] = []
+    for stage in reversed(stages):
+        backward = asked_x
+        for name in stage.sends:  # What the next stage returns.
+            if name in found[-1].returns:
+                asked[stage.rank, name] = backward = True
+        for step in reversed(stage.steps):
+            asked_x = asked_x and step.grad
+            backward = backward or asked_x
+            for name in step.reads:
+                if asked_x:
+                    asked[stage.rank, name] = True
+            if starts_fresh(step.writes):
+                asked_x = False
+            for name in step.writes:
+                due = asked.pop((stage.rank, name), False)
+                backward = backward or due
+                asked_x = asked_x or due
+        # A value stays on its rank: its gradient leaves with the stage that it arrived at.
+        returns = tuple(
+            name
+            for name in stage.receives
+            if asked.pop((stage.rank, name), False) and depends[name]
+        )
+        asked_x = asked_x and enters[stage.index] and not stage.first
+        found.append(
+            replace(stage, returns_x=asked_x, returns=returns, backward=backward or bool(returns))
+        )
+    return found[::-1]
