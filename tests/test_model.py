@@ -21,6 +21,7 @@ from megarecur.model.telemetry import Telemetry, name_measures
 from megarecur.model.transformer import Transformer
 from megarecur.parallel import linear
 from megarecur.parallel.linear import Linear
+from megarecur.plan.placement import Placement
 from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.layer_map import LayerMap, Step
 from megarecur.recurrence.schemes import layer_map
@@ -464,10 +465,8 @@ def test_parts_run_as_the_whole() -> None:
     config = make_config(SCHEMES["cycle"], "fp32")
     batch, steps = make_batch(), layer_map(config.recurrence)
     loss = run(config, batch)[0]
-    parts = {
-        b: build(config, blocks={b}, has_embedding=b == 0, has_head=b == steps[-1].block)
-        for b in (0, 1)
-    }
+    placement = Placement(2, (0, 1), embedding=0, head=steps[-1].block)
+    parts = {b: build(config, placement=placement, pp_rank=b) for b in (0, 1)}
     ctx = parts[0].context(batch, step=3, training=False)
     x = parts[0].embed(batch.tokens_BS, ctx)
     for step in steps:

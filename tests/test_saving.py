@@ -43,7 +43,8 @@ from megarecur.train.metrics import read_rows
 from megarecur.train.mirror import Mirror, Place, fetch_newest
 from megarecur.train.retention import best_steps, remove_old, steps_to_keep
 from megarecur.train.saving import Saver
-from megarecur.train.trainer import FINISHED, STOPPED, forward_backward, open_data, train
+from megarecur.train.step import forward_backward
+from megarecur.train.trainer import FINISHED, STOPPED, open_data, train
 
 WRITE_ALL = checkpoint_storage.write_all
 

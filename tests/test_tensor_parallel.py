@@ -23,6 +23,7 @@ from megarecur.parallel import regions
 from megarecur.parallel.mesh import Mesh, build_mesh
 from megarecur.parallel.shards import Shard
 from megarecur.plan.cost import estimate_memory
+from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.depth import sample_depth
 from megarecur.recurrence.inventory import ParameterSpec
 from megarecur.recurrence.schemes import layer_map
@@ -31,7 +32,8 @@ from megarecur.train.checkpoint_index import read_index
 from megarecur.train.load import load_model
 from megarecur.train.metrics import read_rows
 from megarecur.train.speed import measure_state
-from megarecur.train.trainer import FINISHED, forward_backward, objective, open_data, train
+from megarecur.train.step import build_model, forward_backward, objective, sum_losses
+from megarecur.train.trainer import FINISHED, open_data, train
 
 MESHES: dict[tuple[int, int], Mesh] = {}
 """Of this process, by (tensor, pipeline): a world's groups are made once."""
@@ -49,8 +51,7 @@ def mesh_of(config: Config) -> Mesh:
 def build(config: Config) -> tuple[Config, Transformer, Engine, Mesh, Any]:
     mesh = mesh_of(config)
     data = open_data(config, mesh)
-    tp = mesh.tensor_parallel(config.parallel.sequence_parallel)
-    model = Transformer(data.config, tp=tp)
+    model = build_model(data.config, mesh, Schedules(data.config))
     return data.config, model, build_engine(model, data.config, mesh), mesh, data.loader
 
 
@@ -72,7 +73,7 @@ def trace(config: Config, num_steps: int, fault: str = "") -> Trace:
     found: Trace = []
     for step in range(num_steps):
         result = forward_backward(model, engine, config, loader.batch(step), step, mesh)
-        loss = float(mesh.sum_over_dp(result.losses["loss"].clone()))
+        loss = sum_losses(result, mesh)
         gradients = gather_whole(model, mesh, engine.gradients())
         norm, skipped = engine.step(config.optimizer.lr)
         found.append((loss, gradients, norm, skipped))
@@ -365,7 +366,7 @@ def go_on(config: Config, root: Path, first: int, last: int) -> tuple[Any, list,
         own = [i for batch in batches for i in batch.sample_ids_B.tolist()]
         ids.append([i for each in mesh.gather_objects(own)[:: mesh.tp] for i in each])
         result = forward_backward(model, engine, config, batches, step, mesh)
-        loss = float(mesh.sum_over_dp(result.losses["loss"].clone()))
+        loss = sum_losses(result, mesh)
         norm, skipped = engine.step(config.optimizer.lr)
         found.append((loss, {}, norm, skipped))
     checkpoint.save(root, last, engine.shards(), {"step": last}, group=group).result()

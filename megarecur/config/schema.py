@@ -546,6 +546,9 @@ class ParallelConfig(Section):
     """Ranks that share each matrix (Shoeybi et al. 2019): heads, feed-forward and vocabulary are
     cut among them."""
     pipeline: PositiveInt = free(1)
+    placement: tuple[int, ...] | None = free(None)
+    order: str = free("auto")
+    split_backward: bool = free(True)
     zero_stage: Literal[0, 1, 2, 3] = free(0)
     """What the replicas share out instead of keeping it whole (Rajbhandari et al. 2020): 1, the
     optimizer's moments; 2, gradients too; 3, parameters too, gathered for each forward and backward
@@ -572,13 +575,8 @@ class ParallelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def check_available(self) -> ParallelConfig:
-        """Refuse what this version does not run yet."""
-        if self.pipeline != 1:
-            raise ValueError(
-                f"pipeline={self.pipeline} is not available in this version; set pipeline: 1 and "
-                "use tensor or data parallelism"
-            )
+    def check_sequence(self) -> ParallelConfig:
+        """Refuse to share a residual stream among one."""
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel needs tensor above 1; set it to false")
         return self

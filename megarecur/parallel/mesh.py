@@ -35,6 +35,10 @@ class Mesh:
     """The processes that hold the same part of the model; None: this one alone."""
     tp_group: Any = None
     """Those that share each matrix of a replica's stage; None: this one alone."""
+    pp_group: Any = None
+    """Those whose stages make one replica, at one place of tensor parallelism; None: this alone."""
+    replica_group: Any = None
+    """All processes of a replica: pipeline and tensor parallel; None: this one alone."""
     save_group: Any = None
     """All processes, over gloo: for checkpoints, which a thread of its own may be saving. None in a
     world of one process."""
@@ -48,6 +52,15 @@ class Mesh:
     def dp_rank(self) -> int:
         """Which replica this process belongs to."""
         return self.rank // (self.pp * self.tp)
+
+    @property
+    def pp_rank(self) -> int:
+        """Which stages are its own."""
+        return self.rank // self.tp % self.pp
+
+    def pipeline_peer(self, pp_rank: int) -> int:
+        """The global rank that runs another pipeline rank's stages for this one."""
+        return self.rank + (pp_rank - self.pp_rank) * self.tp
 
     @property
     def tp_rank(self) -> int:
@@ -68,6 +81,12 @@ class Mesh:
         """Sum in place over the ranks that share matrices."""
         if self.tp > 1:
             dist.all_reduce(tensor, group=self.tp_group)
+        return tensor
+
+    def sum_over_replica(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the pipeline and tensor-parallel ranks of a replica."""
+        if self.pp * self.tp > 1:
+            dist.all_reduce(tensor, group=self.replica_group)
         return tensor
 
     def sum_over_world(self, tensor: Tensor) -> Tensor:
@@ -91,6 +110,32 @@ class Mesh:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def exchange(self, tensor: Tensor, pp_rank: int) -> Tensor:
+        """What another pipeline rank has in place of a tensor, which it is given in turn."""
+        found, peer = torch.empty_like(tensor), self.pipeline_peer(pp_rank)
+        works = [
+            dist.isend(tensor, peer, group=self.pp_group),
+            dist.irecv(found, peer, group=self.pp_group),
+        ]
+        for work in works:
+            assert work is not None
+            work.wait()
+        return found
+
+    def broadcast_over_pp(self, tensor: Tensor, pp_rank: int) -> Tensor:
+        """A pipeline rank's values on all of them, in place."""
+        if self.pp > 1:
+            dist.broadcast(tensor, self.pipeline_peer(pp_rank), group=self.pp_group)
+        return tensor
+
+    def gather_over_pp(self, value: Any) -> list[Any]:
+        """The values of the pipeline ranks that work with this one, in their order."""
+        if self.pp == 1:
+            return [value]
+        values: list[Any] = [None] * self.pp
+        dist.all_gather_object(values, value, group=self.pp_group)
+        return values
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
@@ -211,7 +256,15 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
     ranks = torch.arange(world).view(-1, pp, tp)
     dp_group = pick_group(ranks.movedim(0, -1).flatten(0, -2).tolist(), rank)
     tp_group = pick_group(ranks.flatten(0, -2).tolist(), rank)
-    return Mesh(len(ranks), pp, tp, rank, device, dp_group, tp_group)
+    pp_group = pick_group(ranks.movedim(1, -1).flatten(0, -2).tolist(), rank)
+    replica_group = (
+        tp_group
+        if pp == 1
+        else pp_group
+        if tp == 1
+        else pick_group(ranks.flatten(1).tolist(), rank)
+    )
+    return Mesh(len(ranks), pp, tp, rank, device, dp_group, tp_group, pp_group, replica_group)
 
 
 def pick_group(members: list[list[int]], rank: int) -> Any:

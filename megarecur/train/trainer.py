@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from megarecur.config.schema import Config
 from megarecur.data.corpus import Corpus, open_corpus
@@ -18,12 +15,12 @@ from megarecur.data.loader import Loader, MicroBatch
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import CheckpointError, ConfigError, DataError, MegarecurError
 from megarecur.model.compile import CompiledModel, find_obstacle
-from megarecur.model.telemetry import Telemetry, named
-from megarecur.model.transformer import LossTerm, Transformer
+from megarecur.model.telemetry import named
+from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import Engine, build_engine
 from megarecur.optim.schedule import learning_rate
-from megarecur.parallel.mesh import Mesh, open_mesh, raise_first, same_error
-from megarecur.recurrence.depth import sample_depth
+from megarecur.parallel.mesh import Mesh, open_mesh, same_error
+from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.alarms import Alarms, record_event
@@ -31,11 +28,12 @@ from megarecur.train.evaluate import continue_prompts, score_corpus, score_value
 from megarecur.train.initial import load_initial
 from megarecur.train.mirror import fetch_newest
 from megarecur.train.profile import Profiler
-from megarecur.train.report import Report, StepResult
+from megarecur.train.report import Report
 from megarecur.train.saving import Saver
 from megarecur.train.signals import StopFlag, watch_signals
 from megarecur.train.speed import measure_state
 from megarecur.train.state import TrainState, check_resume, open_run, save_state, write_config
+from megarecur.train.step import build_model, forward_backward
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +58,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         run_dir = resources.enter_context(open_run(config, mesh))
         data = open_data(config, mesh)
         config, loader = data.config, resources.enter_context(closing(data)).loader
-        tp = mesh.tensor_parallel(config.parallel.sequence_parallel)
-        model = Transformer(config, mesh.device, tp=tp)
+        schedules = Schedules(config)
+        model = build_model(config, mesh, schedules)
         engine = build_engine(model, config, mesh)
         saver = resources.enter_context(Saver(run_dir, config, mesh))
         state = resume(run_dir, config, data, engine, mesh)
@@ -81,9 +79,9 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             saver.poll(stop)
             number = stop.agreed(mesh)
             if is_due(state.step, config.train.eval_every, config) and validated < state.step:
-                values, number = validate(model, data, mesh, state, stop)
+                values, number = validate(model, data, mesh, schedules, state, stop)
                 if values:
-                    report.write_texts(state, continue_prompts(model, config))
+                    report.write_texts(state, continue_prompts(model, config, mesh, schedules))
                     report.write(state, values, stop)
                 saver.scored()
                 validated = state.step
@@ -100,7 +98,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             waited = time.perf_counter() - started
             due = is_due(state.step + 1, config.train.log_every, config)
             result = forward_backward(
-                model, engine, config, batches, state.step, mesh, due, unread=unread
+                model, engine, config, batches, state.step, mesh, due, unread, schedules
             )
             result.lr = learning_rate(config.optimizer, state.step, config.train.steps)
             with named("optimizer"):
@@ -257,77 +255,16 @@ def choose_compiler(config: Config, mesh: Mesh) -> tuple[bool, str]:
     return bool(wish), ""
 
 
-# ------------------------------------------------------------------------------- one optimizer step
-
-
-def forward_backward(
-    model: Transformer,
-    engine: Engine,
-    config: Config,
-    batches: Sequence[MicroBatch],
-    step: int,
-    mesh: Mesh,
-    telemetry: bool = False,
-    unread: MegarecurError | None = None,
-) -> StepResult:
-    """Gradients of the objective over the global batch, left in the engine.
-
-    The objective divides sums by counts over the global batch, known before the forward pass, so
-    that it depends on neither dp, micro batch size nor padding.
-
-    Raises:
-        MegarecurError: on every rank, why one could not read its batches (`unread`).
-    """
-    depth = sample_depth(config.recurrence, config.seed, step)
-    steps = layer_map(config.recurrence, depth)
-    denominators = count_denominators(batches, mesh, unread)
-    result = StepResult(depth)
-    for batch in batches:
-        seen = Telemetry() if telemetry else None
-        ctx = model.context(batch, step, training=True, telemetry=seen)
-        with named("forward"):
-            x, auxiliary = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
-            terms = model.loss(x, batch) | auxiliary
-        with named("backward"):
-            engine.backward(objective(terms, denominators))
-        for name, term in terms.items():
-            share = term.total.detach() / denominators[term.denominator]
-            result.losses[name] = result.losses.get(name, 0.0) + share
-        result.add_sources(batch, terms["loss"].per_token, len(config.data.train))
-        for key, sums in (seen.sums if seen else {}).items():
-            before = result.telemetry.get(key)
-            result.telemetry[key] = sums if before is None else before + sums
-    return result
-
-
-def count_denominators(
-    batches: Sequence[MicroBatch], mesh: Mesh, unread: MegarecurError | None = None
-) -> dict[str, float]:
-    """Counted tokens of the global batch, at least 1; one all-reduce, of failures to read too.
-
-    Raises:
-        MegarecurError: on every rank, why one could not read its batches.
-    """
-    own = [sum(batch.num_tokens for batch in batches), unread is not None]
-    counts = mesh.sum_over_world(torch.tensor(own, dtype=torch.float64).to(mesh.device))
-    tokens, failures = counts.tolist()
-    if failures:
-        raise_first(unread, mesh)
-    # Every rank of a replica reads, and counts, the same samples.
-    return {"tokens": max(tokens * mesh.dp / mesh.world, 1.0)}
-
-
-def objective(terms: Mapping[str, LossTerm], denominators: Mapping[str, float]) -> Tensor:
-    """The weighted sum of all loss terms."""
-    parts = [t.total * (t.weight / denominators[t.denominator]) for t in terms.values()]
-    return torch.stack(parts).sum()
-
-
 # -------------------------------------------------------------------------- evaluate, save, resume
 
 
 def validate(
-    model: Transformer, data: Data, mesh: Mesh, state: TrainState, stop: StopFlag
+    model: Transformer,
+    data: Data,
+    mesh: Mesh,
+    schedules: Schedules,
+    state: TrainState,
+    stop: StopFlag,
 ) -> tuple[dict[str, float], int]:
     """(scores of the validation corpora, stop signal); at the end of a run all of them is read.
 
@@ -342,7 +279,7 @@ def validate(
         samples = 0 if depth is None and state.step == config.train.steps else some
         scores = []
         for corpus in data.validation:
-            score = score_corpus(model, corpus, config, mesh, samples, stop, depth)
+            score = score_corpus(model, corpus, config, mesh, samples, stop, depth, schedules)
             if score is None:
                 return {}, stop.agreed(mesh)
             scores.append(score)

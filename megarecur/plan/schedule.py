@@ -1,0 +1,80 @@
+"""What runs where and when at an optimizer step: map, walk and order, chosen once per depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megarecur.config.schema import Config, Loop
+from megarecur.plan.order import Op, Order
+from megarecur.plan.placement import Placement, place
+from megarecur.plan.simulate import choose_order, stage_costs
+from megarecur.plan.walk import Walk, build_walk, cuts_for_v
+from megarecur.recurrence.depth import Depth
+from megarecur.recurrence.layer_map import LayerMap
+from megarecur.recurrence.schemes import layer_map
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """One optimizer step, or one pass."""
+
+    steps: LayerMap
+    walk: Walk
+    order: Order
+    """By pipeline rank."""
+    name: str
+    """Of the order's family."""
+
+
+class Schedules:
+    """The walks and orders of a run.
+
+    Raises:
+        PlacementError: blocks that cannot be placed on the config's pipeline ranks.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.placement: Placement = place(config)
+        self.trained: dict[tuple[Depth | None, int], Scheduled] = {}
+
+    def training(self, depth: Depth | None, num_microbatches: int) -> Scheduled:
+        """The step of a depth and a number of micro batches per replica."""
+        key = depth, num_microbatches
+        if key not in self.trained:
+            self.trained[key] = self.choose(depth, num_microbatches)
+        return self.trained[key]
+
+    def choose(self, depth: Depth | None, num_microbatches: int) -> Scheduled:
+        """The best order, by simulation."""
+        parallel = self.config.parallel
+        steps = layer_map(self.config.recurrence, depth)
+        walk = self.walk(steps, tip=parallel.order in ("auto", "zbv"))
+        choice = choose_order(
+            walk,
+            num_microbatches,
+            stage_costs(self.config, walk),
+            split=parallel.split_backward,
+            wanted=parallel.order,
+        )
+        return Scheduled(steps, walk, choice.order, choice.name)
+
+    def walk(self, steps: LayerMap, tip: bool = False) -> Walk:
+        """The stages of a map; tip: a V's tip is cut in two."""
+        recurrence = self.config.recurrence
+        fresh = isinstance(recurrence, Loop) and recurrence.initial_state != "prelude"
+        cuts = cuts_for_v(steps, self.placement) if tip else ()
+        return build_walk(steps, self.placement, cuts, fresh)
+
+    def forward(self, depth: Depth | int | None = None) -> Scheduled:
+        """One micro batch, forward only: rank after rank."""
+        steps = layer_map(self.config.recurrence, depth)
+        walk = self.walk(steps)
+        ranks: list[list[Op]] = [[] for _ in range(self.placement.ranks)]
+        for stage in walk:
+            if not stage.first:
+                ranks[stage.rank].append(Op("RECV_F", stage.index, 0))
+            ranks[stage.rank].append(Op("F", stage.index, 0))
+            if not stage.last:
+                ranks[stage.rank].append(Op("SEND_F", stage.index, 0))
+        return Scheduled(steps, walk, tuple(map(tuple, ranks)), "forward")
