@@ -1,11 +1,31 @@
-"""What an order takes: time, bubbles and memory, from the costs of the stages."""
+"""What an order takes: time, bubbles and memory, from the costs of the stages; and the best one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
-from megarecur.plan.order import Op
+from megarecur.errors import ConfigError, PlacementError
+from megarecur.plan.generate import (
+    greedy,
+    interleaved,
+    interleaved_zero_bubble,
+    one_f_one_b,
+    zbv,
+)
+from megarecur.plan.order import (
+    Computes,
+    Kind,
+    Op,
+    Order,
+    add_messages,
+    count_ranks,
+    find_receive,
+    validate_order,
+)
+from megarecur.plan.walk import Walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +44,12 @@ class StageCost:
     deferred: int = 0
     """Kept from I until W has run."""
 
+    def duration(self, kind: Kind) -> float:
+        """Of F, B, I or W; messages take none of their rank's time."""
+        if kind == "B":
+            return self.inputs + self.weights
+        return {"F": self.forward, "I": self.inputs, "W": self.weights}.get(kind, 0.0)
+
 
 class Timed(NamedTuple):
     """An operation and when it ran."""
@@ -38,6 +64,8 @@ class Timeline:
     """A simulated step, by pipeline rank."""
 
     ranks: tuple[tuple[Timed, ...], ...]
+    """All operations. A send takes no time; a receive lasts from when its rank comes to it until
+    the message is there, while the rank goes on to what does not need it."""
     makespan: float
     busy: tuple[float, ...]
     """Time spent in F, B, I and W."""
@@ -49,4 +77,248 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Idle share of all ranks' time."""
+        if not self.makespan:
+            return 0.0
         return 1.0 - sum(self.busy) / (len(self.busy) * self.makespan)
+
+
+def simulate(order: Order, walk: Walk, costs: Sequence[StageCost]) -> Timeline:
+    """Run a valid order by the clock.
+
+    Ranks work through their lists. A send is free for its sender; what needs a receive waits until
+    the message is there, its boundary's hop after it was sent.
+
+    Raises:
+        ValueError: an order that waits for ever.
+    """
+    arrived: dict[Op, float] = {}  # by receive: when its message is there
+    waiting: dict[Op, int] = {}  # by receive: the rank that stands before it
+    clocks, lists = [0.0] * len(order), [list[Timed]() for _ in order]
+    pending = list(range(len(order)))
+    while pending:
+        rank = pending.pop()
+        for op in order[rank][len(lists[rank]) :]:
+            start = end = clocks[rank]
+            if op.kind in ("SEND_F", "SEND_B"):
+                receive = find_receive(op)
+                arrived[receive] = start + costs[min(op.stage, receive.stage)].hop
+                if receive in waiting:
+                    pending.append(waiting.pop(receive))
+            elif op.kind in ("RECV_F", "RECV_B"):
+                if op not in arrived:
+                    waiting[op] = rank
+                    break
+                end = max(start, arrived[op])
+            else:
+                if op.kind != "W":
+                    needed = op._replace(kind="RECV_F" if op.kind == "F" else "RECV_B")
+                    start = max(start, arrived.get(needed, 0.0))
+                clocks[rank] = end = start + costs[op.stage].duration(op.kind)
+            lists[rank].append(Timed(op, start, end))
+    if waiting:
+        stuck = ", ".join(f"rank {rank} at {op}" for op, rank in sorted(waiting.items()))
+        raise ValueError(f"an order that waits for ever: {stuck}")
+    peaks = [_find_peaks(ops, walk, costs) for ops in order]
+    return Timeline(
+        ranks=tuple(map(tuple, lists)),
+        makespan=max(clocks),
+        busy=tuple(sum(costs[op.stage].duration(op.kind) for op in ops) for ops in order),
+        peak_bytes=tuple(size for size, _ in peaks),
+        peak_live=tuple(pairs for _, pairs in peaks),
+    )
+
+
+def _find_peaks(ops: Sequence[Op], walk: Walk, costs: Sequence[StageCost]) -> tuple[int, int]:
+    """Most bytes and most (stage, micro batch) pairs that a rank keeps at once."""
+    size = live = most_size = most_live = 0
+    for kind, stage, _ in ops:
+        cost = costs[stage]
+        if kind == "F" and walk[stage].backward:
+            size, live = size + cost.activation, live + 1
+        elif kind == "B":
+            size, live = size - cost.activation, live - 1
+        elif kind == "I":
+            size += cost.deferred - cost.activation
+        elif kind == "W":
+            size, live = size - cost.deferred, live - 1
+        most_size, most_live = max(most_size, size), max(most_live, live)
+    return most_size, most_live
+
+
+def lower_bound(
+    walk: Walk, costs: Sequence[StageCost], num_microbatches: int, split: bool = True
+) -> float:
+    """No order of the walk is faster (pipeline.md, section 5).
+
+    Every rank waits for the first micro batch to reach it, then has its work to do; without I and
+    W apart the last backward pass that it runs must still travel to the first stage. And one micro
+    batch takes its time.
+    """
+    ranks = count_ranks(walk)
+    head: dict[int, float] = {}  # by rank: when the first micro batch is there
+    tail: dict[int, float] = {}  # by rank: from its last backward pass to the end
+    work = [0.0] * ranks
+    reached, returned = 0.0, [0.0] * len(walk)
+    for index, (stage, cost) in enumerate(zip(walk, costs, strict=True)):
+        hop = costs[index - 1].hop if index and walk[index - 1].rank != stage.rank else 0.0
+        reached += hop
+        head.setdefault(stage.rank, reached)
+        reached += cost.forward
+        work[stage.rank] += cost.forward
+        if not stage.backward:
+            continue
+        work[stage.rank] += cost.duration("B")
+        returned[index] = cost.weights if split else 0.0
+        if stage.sends_back:
+            before = costs[index - 1].duration("I" if split else "B")
+            returned[index] = max(returned[index], hop + before + returned[index - 1])
+        tail.setdefault(stage.rank, 0.0 if split else returned[index])
+    alone = reached + costs[-1].duration("I" if split else "B") + returned[-1]
+    return max(alone, *(head[r] + num_microbatches * work[r] + tail.get(r, 0.0) for r in head))
+
+
+# --------------------------------------------------------------------------------------- choice
+
+Family = Literal["1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "greedy"]
+
+
+class ClosedForm(NamedTuple):
+    """A maker of orders for walks of one shape."""
+
+    make: Callable[[Walk, int], Computes | None]
+    split: bool
+    """It runs I and W in place of B."""
+    shape: str
+
+
+CLOSED_FORMS: dict[Family, ClosedForm] = {
+    "1f1b": ClosedForm(one_f_one_b, False, "0..p-1 once"),
+    "interleaved": ClosedForm(interleaved, False, "0..p-1 twice or more"),
+    "interleaved_zero_bubble": ClosedForm(interleaved_zero_bubble, True, "0..p-1 once or more"),
+    "zbv": ClosedForm(zbv, True, "0..p-1 p-1..0, the tip cut in two (walk.cuts_for_v)"),
+}
+
+IN_FLIGHT = (1.0, 1.25, 1.5, 2.0, None)
+"""Times p: micro batches whose activations a rank of a greedy order may keep at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An order and what it takes."""
+
+    name: Family
+    order: Order
+    timeline: Timeline
+
+
+@lru_cache(maxsize=256)
+def choose_order(
+    walk: Walk,
+    num_microbatches: int,
+    costs: tuple[StageCost, ...],
+    *,
+    memory_cap: int | tuple[int, ...] | None = None,
+    split: bool = True,
+    wanted: Family | Literal["auto"] = "auto",
+) -> Choice:
+    """The fastest order, by simulation, of all that are known for a walk; the same everywhere.
+
+    Where several take the same time, the one that keeps least. The walk is taken as it is: for
+    `zbv`, build it with `walk.cuts_for_v`.
+
+    Args:
+        walk: with one cost per stage.
+        num_microbatches: of one optimizer step and replica.
+        costs: by stage.
+        memory_cap: bytes for the activations of each rank: one number, or one by rank.
+        split: whether I and W may run apart; without, there is only B.
+        wanted: one family of orders alone.
+
+    Raises:
+        ConfigError: the family wanted does not suit the walk, or needs I and W apart.
+        PlacementError: no order keeps within the memory.
+    """
+    form = None if wanted == "auto" else CLOSED_FORMS.get(wanted)
+    if form is not None and form.split and not split:
+        raise ConfigError(
+            f"parallel.order={wanted} runs the backward passes of inputs and weights apart; set "
+            "parallel.split_backward to true, or parallel.order to auto"
+        )
+    if form is not None and form.make(walk, 1) is None:
+        ranks = " ".join(str(stage.rank) for stage in walk)
+        raise ConfigError(
+            f"parallel.order={wanted} is for walks over the ranks {form.shape}; this one visits "
+            f"{ranks}; set parallel.order to greedy or auto"
+        )
+    caps = _list_caps(walk, memory_cap)
+    bound = lower_bound(walk, costs, num_microbatches, split)
+    best: Choice | None = None
+    best_rank: tuple[float, ...] = ()
+    for name, computes in _list_candidates(walk, num_microbatches, costs, caps, split, wanted):
+        order = add_messages(computes, walk, costs)
+        timeline = simulate(order, walk, costs)
+        if caps and any(peak > cap for peak, cap in zip(timeline.peak_bytes, caps, strict=True)):
+            continue
+        time = round(timeline.makespan / (bound or 1.0), 9)
+        rank = time, max(timeline.peak_bytes), max(timeline.peak_live)
+        if best is None or rank < best_rank:
+            best, best_rank = Choice(name, order, timeline), rank
+        if time <= 1.0:
+            break
+    if best is None:
+        assert caps is not None
+        raise PlacementError(_explain_memory(walk, costs, caps, wanted))
+    problems = validate_order(best.order, walk, num_microbatches)
+    assert not problems, problems
+    return best
+
+
+def _list_caps(walk: Walk, memory_cap: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if memory_cap is None or isinstance(memory_cap, tuple):
+        return memory_cap
+    return (memory_cap,) * count_ranks(walk)
+
+
+def _list_candidates(
+    walk: Walk,
+    num_microbatches: int,
+    costs: Sequence[StageCost],
+    caps: Sequence[int] | None,
+    split: bool,
+    wanted: str,
+) -> Iterator[tuple[Family, Computes]]:
+    """Closed forms first, then greedy orders, those that keep little first."""
+    for name, form in CLOSED_FORMS.items():
+        if wanted in ("auto", name) and split >= form.split:
+            computes = form.make(walk, num_microbatches)
+            if computes is not None:
+                yield name, computes
+    if wanted not in ("auto", "greedy"):
+        return
+    # Where memory is short, B may fit where what I leaves for W does not.
+    for apart in (True, False) if split and caps else (split,):
+        for times in IN_FLIGHT:
+            in_flight = None if times is None else times * count_ranks(walk)
+            computes = greedy(
+                walk, num_microbatches, costs, split=apart, in_flight=in_flight, room=caps
+            )
+            if computes is not None:
+                yield "greedy", computes
+
+
+def _explain_memory(
+    walk: Walk, costs: Sequence[StageCost], caps: Sequence[int], wanted: str
+) -> str:
+    """Which rank is short of memory for a single micro batch; all others have room for one."""
+    alone = [0] * len(caps)
+    for stage, cost in zip(walk, costs, strict=True):
+        alone[stage.rank] += cost.activation if stage.backward else 0
+    rank = max(range(len(caps)), key=lambda r: alone[r] - caps[r])
+    short = alone[rank] > caps[rank]
+    remedy = "" if short or wanted in ("auto", "greedy") else "set parallel.order to auto, or "
+    return (
+        f"no order{'' if wanted == 'auto' else f' of parallel.order={wanted}'} fits: pipeline rank "
+        f"{rank} keeps {alone[rank]:,} bytes of activations of each micro batch and has room for "
+        f"{caps[rank]:,}; {remedy}set train.recompute to true, lower train.micro_batch_size, or "
+        "raise parallel.tensor"
+    )

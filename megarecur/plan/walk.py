@@ -77,6 +77,23 @@ def build_walk(
     return tuple(_flow_back(_carry(stages), fresh_core))
 
 
+def cuts_for_v(steps: LayerMap, placement: Placement) -> tuple[int, ...]:
+    """Where to cut a walk that goes down the ranks and up again, for the order `zbv`.
+
+    That order takes two stages of every rank, so the run at the tip of the V, all on the last rank,
+    is cut in its middle: `build_walk(steps, placement, cuts_for_v(steps, placement))` is the walk
+    for it. Other orders run both the cut walk and the uncut one. () where the walk is no V, or has
+    a tip of one step.
+    """
+    walk = build_walk(steps, placement)
+    last = placement.ranks - 1
+    ranks = [stage.rank for stage in walk]
+    if ranks != [*range(last), *range(last, -1, -1)] or len(walk[last].steps) < 2 or last == 0:
+        return ()
+    before = sum(len(stage.steps) for stage in walk[:last])
+    return (before + len(walk[last].steps) // 2,)
+
+
 def _carry(stages: list[Stage]) -> list[Stage]:
     """Fill in what travels for later reads: from the last stage whose rank has the value."""
     arriving: list[list[str]] = [[] for _ in stages]
