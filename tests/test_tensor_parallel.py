@@ -31,12 +31,15 @@ from megarecur.train import checkpoint
 from megarecur.train.checkpoint_index import read_index
 from megarecur.train.load import load_model
 from megarecur.train.metrics import read_rows
+from megarecur.train.report import StepResult
 from megarecur.train.speed import measure_state
 from megarecur.train.step import build_model, forward_backward, objective, sum_losses
 from megarecur.train.trainer import FINISHED, open_data, train
 
 MESHES: dict[tuple[int, int], Mesh] = {}
 """Of this process, by (tensor, pipeline): a world's groups are made once."""
+
+SCHEDULES: dict[str, Schedules] = {}
 
 
 def mesh_of(config: Config) -> Mesh:
@@ -55,16 +58,23 @@ def build(config: Config) -> tuple[Config, Transformer, Engine, Mesh, Any]:
     return data.config, model, build_engine(model, data.config, mesh), mesh, data.loader
 
 
+def step_of(model, engine, config, loader, step, mesh) -> StepResult:
+    schedules = SCHEDULES.setdefault(config.model_dump_json(), Schedules(config))
+    return forward_backward(
+        model, engine, config, loader.batch(step), step, mesh, schedules=schedules
+    )
+
+
 def gather_whole(model: Transformer, mesh: Mesh, tensors: dict[str, torch.Tensor]) -> dict:
-    """Each tensor put together from the parts of the ranks."""
-    found = {}
-    for name, tensor in tensors.items():
-        shard = model.shard(name, tensor)
-        whole = torch.full(shard.global_shape, float("nan"), dtype=tensor.dtype)
-        for offset, sizes, values in mesh.gather_objects(shard.chunks[0]):
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))] = values
-        found[name] = whole
-    return found
+    """Each tensor put together from the parts of the ranks, in the inventory's order."""
+    shards = {name: model.shard(name, tensor) for name, tensor in tensors.items()}
+    own = {name: (shard.global_shape, shard.chunks[0]) for name, shard in shards.items()}
+    whole: dict[str, torch.Tensor] = {}
+    for parts in mesh.gather_objects(own):
+        for name, (shape, (offset, sizes, values)) in parts.items():
+            tensor = whole.setdefault(name, torch.full(shape, float("nan"), dtype=values.dtype))
+            tensor[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))] = values
+    return {name: whole[name] for name in model.inventory if name in whole}
 
 
 def trace(config: Config, num_steps: int, fault: str = "") -> Trace:
@@ -72,7 +82,7 @@ def trace(config: Config, num_steps: int, fault: str = "") -> Trace:
     config, model, engine, mesh, loader = build(config)
     found: Trace = []
     for step in range(num_steps):
-        result = forward_backward(model, engine, config, loader.batch(step), step, mesh)
+        result = step_of(model, engine, config, loader, step, mesh)
         loss = sum_losses(result, mesh)
         gradients = gather_whole(model, mesh, engine.gradients())
         norm, skipped = engine.step(config.optimizer.lr)
@@ -90,7 +100,8 @@ def config_of(corpus: Path, scheme: str, tensor: int, **sections: Any) -> Config
 
 
 def reference(config: Config, num_steps: int) -> Trace:
-    alone = {"tensor": 1, "sequence_parallel": False, "zero_stage": 0, "offload_optimizer": False}
+    alone = {"tensor": 1, "sequence_parallel": False, "zero_stage": 0, "offload_optimizer": False,
+             "pipeline": 1, "placement": None, "order": "auto"}  # fmt: skip
     parallel = config.parallel.model_copy(update=alone)
     return trace_alone(
         config.model_copy(update={"parallel": parallel}).model_dump_json(), num_steps
@@ -365,7 +376,7 @@ def go_on(config: Config, root: Path, first: int, last: int) -> tuple[Any, list,
         batches = loader.batch(step)
         own = [i for batch in batches for i in batch.sample_ids_B.tolist()]
         ids.append([i for each in mesh.gather_objects(own)[:: mesh.tp] for i in each])
-        result = forward_backward(model, engine, config, batches, step, mesh)
+        result = step_of(model, engine, config, loader, step, mesh)
         loss = sum_losses(result, mesh)
         norm, skipped = engine.step(config.optimizer.lr)
         found.append((loss, {}, norm, skipped))

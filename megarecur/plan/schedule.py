@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megarecur.config.schema import Config, Loop
+from megarecur.plan.cost import count_head_flops, count_step_flops
 from megarecur.plan.order import Op, Order
 from megarecur.plan.placement import Placement, place
-from megarecur.plan.simulate import choose_order, stage_costs
+from megarecur.plan.simulate import StageCost, choose_order
 from megarecur.plan.walk import Walk, build_walk, cuts_for_v
 from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.layer_map import LayerMap
@@ -78,3 +79,22 @@ class Schedules:
             if not stage.last:
                 ranks[stage.rank].append(Op("SEND_F", stage.index, 0))
         return Scheduled(steps, walk, tuple(map(tuple, ranks)), "forward")
+
+
+def stage_costs(config: Config, walk: Walk) -> tuple[StageCost, ...]:
+    """Costs in FLOPs per token, one micro batch each; a hop costs a tenth of a step of the map."""
+    each_flops = count_step_flops(config, tuple(step for stage in walk for step in stage.steps))
+    flops, hop = iter(each_flops), 0.1 * max(each_flops)
+    head = count_head_flops(config)
+    costs = []
+    for stage in walk:
+        forward = inputs = weights = 0
+        for step in stage.steps:
+            each = next(flops)
+            forward += each
+            inputs += each * (step.grad + (step.grad and config.train.recompute))
+            weights += each * step.grad
+        if stage.last:
+            forward, inputs, weights = forward + head, inputs + head, weights + head
+        costs.append(StageCost(forward, inputs, weights, hop, len(stage.steps)))
+    return tuple(costs)
