@@ -452,6 +452,25 @@ def run_of(corpus: Path, run_dir: Path, steps: int, tensor: int, extra: dict[str
     return config_of(corpus, "loop", tensor, run_dir=str(run_dir), **sections)
 
 
+def check_same_run(alone: Path, mesh: Path, steps: int) -> None:
+    """The same metrics of every step, and the same texts."""
+    rows, texts = {}, {}
+    for run in (alone, mesh):
+        found = [row for row in read_rows(run / "metrics.jsonl") if "train/loss" in row]
+        rows[run] = {row["step"]: row for row in found}
+        board = EventAccumulator(str(run / "tensorboard")).Reload()
+        events = board.Tensors("samples/0/text_summary")
+        texts[run] = [event.tensor_proto.string_val[0] for event in events]
+    assert set(rows[mesh]) == set(rows[alone]) == set(range(1, steps + 1))
+    for step, row in rows[alone].items():
+        for key, value in row.items():
+            if key.startswith(("train/", "recurrence/")) or key == "optim/grad_norm":
+                assert rows[mesh][step][key] == pytest.approx(value, rel=2e-4, abs=1e-7), key
+    assert texts[alone] == texts[mesh] and len(texts[mesh]) == steps // 2
+    _, run = load_model(mesh)
+    assert run.state["step"] == steps
+
+
 def test_a_run_evaluates_and_talks_on_its_mesh_and_goes_on_on_others(
     world, corpus, tmp_path
 ) -> None:
@@ -463,18 +482,4 @@ def test_a_run_evaluates_and_talks_on_its_mesh_and_goes_on_on_others(
     assert set(world(4).run(run_on_mesh, on_four)) == {FINISHED}
     assert set(world(2).run(run_on_mesh, on_two)) == {FINISHED}
     assert train(run_of(corpus, mesh, 8, 1, {})) == FINISHED
-    rows, texts = {}, {}
-    for run in (alone, mesh):
-        found = [row for row in read_rows(run / "metrics.jsonl") if "train/loss" in row]
-        rows[run] = {row["step"]: row for row in found}
-        board = EventAccumulator(str(run / "tensorboard")).Reload()
-        events = board.Tensors("samples/0/text_summary")
-        texts[run] = [event.tensor_proto.string_val[0] for event in events]
-    assert set(rows[mesh]) == set(rows[alone]) == set(range(1, 9))
-    for step, row in rows[alone].items():
-        for key, value in row.items():
-            if key.startswith(("train/", "recurrence/")) or key == "optim/grad_norm":
-                assert rows[mesh][step][key] == pytest.approx(value, rel=2e-4, abs=1e-7), key
-    assert texts[alone] == texts[mesh] and len(texts[mesh]) == 4
-    _, run = load_model(mesh)
-    assert run.state["step"] == 8
+    check_same_run(alone, mesh, 8)
