@@ -66,6 +66,8 @@ def find_backward_needs(walk: Walk) -> list[tuple[int, ...]]:
     return needs
 
 
+KINDS_BACK: tuple[Kind, ...] = ("B", "I", "W")
+
 PARTNERS: dict[Kind, tuple[Kind, int]] = {
     "SEND_F": ("RECV_F", 1),
     "RECV_F": ("SEND_F", -1),
@@ -257,8 +259,10 @@ def _check_complete(order: Order, walk: Walk, num_microbatches: int) -> list[str
         for microbatch in range(num_microbatches):
             kinds: tuple[Kind, ...] = ("F",)
             if stage.backward:
-                whole = found[stage.rank, Op("B", stage.index, microbatch)]
-                kinds = ("F", "B") if whole else ("F", "I", "W")
+                whole, *apart = (
+                    found[stage.rank, Op(kind, stage.index, microbatch)] for kind in KINDS_BACK
+                )
+                kinds = ("F", "I", "W") if any(apart) and not whole else ("F", "B")
             for kind in kinds:
                 op = Op(kind, stage.index, microbatch)
                 messages = find_messages(op, walk) or ()
