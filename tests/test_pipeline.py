@@ -1,13 +1,22 @@
 """Pipeline parallelism with one owner per block: the same losses and gradients as one process."""
 
+import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 from harness import compare
-from test_tensor_parallel import SEQUENCE, check_same_run, config_of, reference, trace
+from test_tensor_parallel import SEQUENCE, build, check_same_run, config_of, reference, trace
 
 from megarecur.config.schema import Config
+from megarecur.parallel.pipeline import Pipeline
+from megarecur.plan.schedule import Schedules, stage_costs
+from megarecur.plan.simulate import simulate
+from megarecur.recurrence.inventory import build_inventory
+from megarecur.train.step import forward_backward
 from megarecur.train.trainer import FINISHED, train
 
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
@@ -85,3 +94,74 @@ def test_a_pipelined_run_evaluates_talks_and_goes_on_on_other_meshes(
     assert set(world(3).run(train, on_three)) == {FINISHED}
     assert train(run_of(corpus, mesh, 8, 1)) == FINISHED
     check_same_run(alone, mesh, 8)
+
+
+# ------------------------------------------------------------------- one owner, and what travels
+
+
+def take_a_step(config: Config) -> dict[str, Any]:
+    """One optimizer step of this rank: what it holds, runs, keeps and sends."""
+    config, model, engine, mesh, loader = build(config)
+    scheduled = Schedules(config).training(None, len(loader.batch(0)))
+    seen: dict[str, Any] = {"ops": [], "reduced": []}
+    whole, runs, reduce = Pipeline.run, Pipeline.run_one, dist.all_reduce
+
+    def run(pipeline: Pipeline, ops: Any) -> None:
+        whole(pipeline, ops)
+        seen["live"], seen["sent"] = pipeline.most_live, pipeline.bytes_sent
+
+    def run_one(pipeline: Pipeline, op: Any) -> None:
+        seen["ops"].append(op)
+        runs(pipeline, op)
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        across = group in (mesh.pp_group, mesh.replica_group, None, dist.group.WORLD)
+        seen["reduced"] += [tensor.numel()] if across else []
+        return reduce(tensor, *args, group=group, **kwargs)
+
+    with (
+        mock.patch.object(Pipeline, "run", run),
+        mock.patch.object(Pipeline, "run_one", run_one),
+        mock.patch.object(dist, "all_reduce", all_reduce),
+    ):
+        forward_backward(model, engine, config, loader.batch(0), 0, mesh)
+        seen["norm"], _ = engine.step(0.1)
+    seen["names"] = {name: p.numel() for name, p in model.parameters_by_name.items()}
+    seen["order"], seen["walk"] = scheduled.order[mesh.pp_rank], scheduled.walk
+    seen["expected"] = simulate(
+        scheduled.order, scheduled.walk, stage_costs(config, scheduled.walk)
+    ).peak_live[mesh.pp_rank]
+    seen["shape"] = model.hidden_shape(loader.batch(0)[0].tokens_BS)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("scheme", "pipeline", "order", "micro"),
+    [("cycle", 2, "auto", 1), ("cycle", 2, "greedy", 1), ("cycle_reverse", 2, "zbv", 1),
+     ("reuse_map", 2, "1f1b", 1), ("reuse_map", 3, "interleaved_zero_bubble", 1),
+     ("loop", 3, "greedy", 2), ("custom", 3, "auto", 1), ("sequence", 2, "1f1b", 2)],
+)  # fmt: skip
+def test_blocks_have_one_owner_and_orders_are_kept(
+    world, corpus, scheme, pipeline, order, micro
+) -> None:
+    train = {"micro_batch_size": micro, "global_batch_size": 8}
+    parallel = {"order": order}
+    config = piped(corpus, scheme, pipeline, train=train, parallel=parallel)
+    ranks = world(pipeline).run(take_a_step, config)
+    names = [name for rank in ranks for name in rank["names"]]
+    walk = ranks[0]["walk"]
+    tied_apart = walk[0].rank != walk[-1].rank
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice == ({"embedding.weight"} if tied_apart else set())
+    whole = build_inventory(build(config_of(corpus, scheme, 1, train=train))[0])
+    assert set(names) == set(whole)
+    for number, rank in enumerate(ranks):
+        blocks = {step.block for stage in walk if stage.rank == number for step in stage.steps}
+        held = {int(name.split(".")[1]) for name in rank["names"] if name.startswith("blocks.")}
+        assert held == blocks
+        # What all-reduces cross stages are single numbers: counts of tokens, and the norm.
+        assert all(size <= 2 for size in rank["reduced"])
+        assert rank["ops"] == list(rank["order"]) and rank["live"] == rank["expected"]
+        assert rank["norm"] == ranks[0]["norm"]
+        hops = sum(op.kind.startswith("SEND") for op in rank["order"])
+        assert rank["sent"] == hops * 4 * math.prod(rank["shape"])

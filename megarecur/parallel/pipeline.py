@@ -128,7 +128,7 @@ class Pipeline:
             "RECV_F": partial(self.receive, "F"),
             "RECV_B": partial(self.receive, "B"),
         }
-        self.most_kept = 0
+        self.most_live = 0
         """Most (stage, micro batch) pairs at once between F and the end of their backward."""
         self.bytes_sent = 0
 
@@ -139,17 +139,21 @@ class Pipeline:
             PipelineError: naming rank, stage, operation and micro batch.
         """
         for op in ops:
-            try:
-                self.runs[op.kind](self.walk[op.stage], op.microbatch)
-            except PipelineError:
-                raise
-            except Exception as error:
-                raise PipelineError(f"{self.describe(op)}: {error}") from error
+            self.run_one(op)
         for op, works, _ in self.sends:
             self.wait(works, op)
         assert not (self.inbox or self.outbox or self.kept or self.left), (
             "an order left work undone"
         )
+
+    def run_one(self, op: Op) -> None:
+        """Run one operation."""
+        try:
+            self.runs[op.kind](self.walk[op.stage], op.microbatch)
+        except PipelineError:
+            raise
+        except Exception as error:
+            raise PipelineError(f"{self.describe(op)}: {error}") from error
 
     def describe(self, op: Op) -> str:
         """An operation and where it was."""
@@ -185,7 +189,7 @@ class Pipeline:
             self.give("F", stage.index + 1, j, message, self.walk[stage.index + 1].rank)
         if graph:
             self.kept[stage.index, j] = kept
-            self.most_kept = max(self.most_kept, len(self.kept))
+            self.most_live = max(self.most_live, len(self.kept) + len(self.left))
         if all(other.index <= stage.index for other in self.walk if other.rank == stage.rank):
             del self.held[j]
 

@@ -66,6 +66,25 @@ def find_backward_needs(walk: Walk) -> list[tuple[int, ...]]:
     return needs
 
 
+KINDS_BACK: tuple[Kind, ...] = ("B", "I", "W")
+
+PARTNERS: dict[Kind, tuple[Kind, int]] = {
+    "SEND_F": ("RECV_F", 1),
+    "RECV_F": ("SEND_F", -1),
+    "SEND_B": ("RECV_B", -1),
+    "RECV_B": ("SEND_B", 1),
+}
+"""The other end of a message: its kind, and its stage counted from here."""
+
+
+def find_partner(op: Op) -> Op | None:
+    """The receive of a send, the send of a receive; None for F, B, I and W."""
+    if op.kind not in PARTNERS:
+        return None
+    kind, away = PARTNERS[op.kind]
+    return Op(kind, op.stage + away, op.microbatch)
+
+
 def find_messages(op: Op, walk: Walk) -> tuple[Op, Op] | None:
     """The send and the receive that follow an operation; None where nothing leaves its rank."""
     stage, (kind, index, microbatch) = walk[op.stage], op
@@ -240,8 +259,10 @@ def _check_complete(order: Order, walk: Walk, num_microbatches: int) -> list[str
         for microbatch in range(num_microbatches):
             kinds: tuple[Kind, ...] = ("F",)
             if stage.backward:
-                whole = found[stage.rank, Op("B", stage.index, microbatch)]
-                kinds = ("F", "B") if whole else ("F", "I", "W")
+                whole, *apart = (
+                    found[stage.rank, Op(kind, stage.index, microbatch)] for kind in KINDS_BACK
+                )
+                kinds = ("F", "I", "W") if any(apart) and not whole else ("F", "B")
             for kind in kinds:
                 op = Op(kind, stage.index, microbatch)
                 messages = find_messages(op, walk) or ()
@@ -287,29 +308,20 @@ def _list_needs(op: Op, walk: Walk, needs: Sequence[Sequence[int]]) -> list[Op]:
     return [op._replace(kind=before[kind])] if kind in before else []
 
 
-def find_receive(send: Op) -> Op:
-    """What receives a message that is sent."""
-    if send.kind == "SEND_F":
-        return Op("RECV_F", send.stage + 1, send.microbatch)
-    return Op("RECV_B", send.stage - 1, send.microbatch)
-
-
-def _find_source(receive: Op, walk: Walk) -> int:
-    """The rank that a message comes from."""
-    return walk[receive.stage + (-1 if receive.kind == "RECV_F" else 1)].rank
-
-
 def _check_pairs(order: Order, walk: Walk) -> list[str]:
     """Per pair of ranks, messages are received in the order in which they are sent."""
     sent: dict[tuple[int, int], list[Op]] = defaultdict(list)
     received: dict[tuple[int, int], list[Op]] = defaultdict(list)
     for rank, ops in enumerate(order):
         for op in ops:
+            partner = find_partner(op)
+            if partner is None:
+                continue
+            other = walk[partner.stage].rank
             if op.kind in ("SEND_F", "SEND_B"):
-                receive = find_receive(op)
-                sent[rank, walk[receive.stage].rank].append(receive)
-            elif op.kind in ("RECV_F", "RECV_B"):
-                received[_find_source(op, walk), rank].append(op)
+                sent[rank, other].append(partner)
+            else:
+                received[other, rank].append(op)
     problems = []
     for pair, messages in sorted(sent.items()):
         for number, (a, b) in enumerate(zip(messages, received[pair], strict=True)):
@@ -326,16 +338,13 @@ def _check_rendezvous(order: Order, walk: Walk) -> list[str]:
     while pending:
         rank = pending.pop()
         while position[rank] < len(order[rank]):
-            op = order[rank][position[rank]]
-            if op.kind in ("SEND_F", "SEND_B"):
-                other, partner = walk[find_receive(op).stage].rank, find_receive(op)
-            elif op.kind in ("RECV_F", "RECV_B"):
-                other, partner = _find_source(op, walk), _find_send(op)
-            else:
+            partner = find_partner(order[rank][position[rank]])
+            if partner is None:
                 position[rank] += 1
                 continue
+            other = walk[partner.stage].rank
             if order[other][position[other] : position[other] + 1] != (partner,):
-                break  # The other side comes back here when it has reached this message.
+                break  # The other rank comes back here when it has reached this message.
             position[rank] += 1
             position[other] += 1
             pending.append(other)
@@ -345,10 +354,3 @@ def _check_rendezvous(order: Order, walk: Walk) -> list[str]:
         if position[rank] < len(ops)
     ]
     return [f"all wait for each other: {', '.join(stuck)}"] if stuck else []
-
-
-def _find_send(receive: Op) -> Op:
-    """What sends a message that is received."""
-    if receive.kind == "RECV_F":
-        return Op("SEND_F", receive.stage - 1, receive.microbatch)
-    return Op("SEND_B", receive.stage + 1, receive.microbatch)

@@ -22,7 +22,7 @@ from megarecur.plan.order import (
     Order,
     add_messages,
     count_ranks,
-    find_receive,
+    find_partner,
     validate_order,
 )
 from megarecur.plan.walk import Walk
@@ -99,12 +99,12 @@ def simulate(order: Order, walk: Walk, costs: Sequence[StageCost]) -> Timeline:
         rank = pending.pop()
         for op in order[rank][len(lists[rank]) :]:
             start = end = clocks[rank]
-            if op.kind in ("SEND_F", "SEND_B"):
-                receive = find_receive(op)
-                arrived[receive] = start + costs[min(op.stage, receive.stage)].hop
-                if receive in waiting:
-                    pending.append(waiting.pop(receive))
-            elif op.kind in ("RECV_F", "RECV_B"):
+            partner = find_partner(op)
+            if partner is not None and op.kind in ("SEND_F", "SEND_B"):
+                arrived[partner] = start + costs[min(op.stage, partner.stage)].hop
+                if partner in waiting:
+                    pending.append(waiting.pop(partner))
+            elif partner is not None:
                 if op not in arrived:
                     waiting[op] = rank
                     break
