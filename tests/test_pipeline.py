@@ -1,6 +1,12 @@
 """Pipeline parallelism with one owner per block: the same losses and gradients as one process."""
 
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,15 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import compare
-from test_tensor_parallel import SEQUENCE, build, check_same_run, config_of, reference, trace
+from test_tensor_parallel import SEQUENCE, build, check_same_run, config_of, later, reference, trace
 
 from megarecur.config.schema import Config
-from megarecur.parallel.pipeline import Pipeline
+from megarecur.parallel.pipeline import Pipeline, PipelineError
 from megarecur.plan.schedule import Schedules, stage_costs
 from megarecur.plan.simulate import simulate
 from megarecur.recurrence.inventory import build_inventory
+from megarecur.train.metrics import read_rows
 from megarecur.train.step import forward_backward
-from megarecur.train.trainer import FINISHED, train
+from megarecur.train.trainer import FINISHED, train, with_vocab_size
 
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
 
@@ -165,3 +172,99 @@ def test_blocks_have_one_owner_and_orders_are_kept(
         assert rank["norm"] == ranks[0]["norm"]
         hops = sum(op.kind.startswith("SEND") for op in rank["order"])
         assert rank["sent"] == hops * 4 * math.prod(rank["shape"])
+
+
+# --------------------------------------------------------------------------------------- failures
+
+
+def train_until(config: Config, rank: int, kind: str, after: int, fault: str) -> int:
+    """Train; on one rank, something happens in the operation of a kind that comes `after` others of
+    its kind."""
+    seen, runs = [0], Pipeline.run_one
+
+    def run_one(pipeline: Pipeline, op: Any) -> None:
+        training = pipeline.backward is not None
+        if dist.get_rank() == rank and op.kind == kind and training:
+            seen[0] += 1
+            if seen[0] > after and fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if seen[0] > after:
+                raise PipelineError("planted")
+        runs(pipeline, op)
+
+    with mock.patch.object(Pipeline, "run_one", run_one):
+        return train(config)
+
+
+KINDS = ["F", "SEND_F", "RECV_F", "B", "I", "W", "SEND_B", "RECV_B"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [("F", 1), ("RECV_B", 0), *[later(kind, rank) for kind in KINDS for rank in (0, 1)]],
+)
+def test_a_rank_that_is_killed_ends_the_job_which_resumes(
+    world, corpus, tmp_path, kind, rank
+) -> None:
+    """Operations of the fourth step, after the checkpoint of the second."""
+    split = kind in ("I", "W")
+    parallel = {"pipeline": 2, "split_backward": split,
+                "order": "greedy" if split else "1f1b"}  # fmt: skip
+    sections = {
+        "parallel": parallel,
+        "train": {"steps": 6, "micro_batch_size": 1, "global_batch_size": 4},
+        "checkpoint": {"every": 2},
+    }
+    config = config_of(corpus, "sequence", 1, run_dir=str(tmp_path / "run"), **sections)
+    straight = config.model_copy(update={"run_dir": str(tmp_path / "straight")})
+    order = Schedules(with_vocab_size(config, 257)).training(None, 4).order[rank]
+    each = sum(op.kind == kind for op in order)
+    if not each:  # The ends of the line have nothing to send or receive on one side.
+        kind, each = "F", sum(op.kind == "F" for op in order)
+    job = world(2)
+    job.submit(train_until, config, rank, kind, 3 * each + 1, "killed")
+    began = time.monotonic()
+    outcomes = job.collect(timeout=60, grace=60)
+    assert time.monotonic() - began < 60
+    errors = [error for error, _ in outcomes]
+    assert "still running" not in "".join(errors) and all(errors)
+    named = f"rank {1 - rank} (pipeline rank {1 - rank}), stage "
+    if kind != "W":  # None may wait for the last of them but the optimizer's norm.
+        assert named in errors[1 - rank] and " of micro batch " in errors[1 - rank]
+    assert set(world(2).run(train, config)) == {FINISHED}
+    assert set(world(2).run(train, straight)) == {FINISHED}
+    losses = [
+        {row["step"]: row["train/loss"] for row in read_rows(Path(c.run_dir) / "metrics.jsonl")
+         if "train/loss" in row}
+        for c in (config, straight)
+    ]  # fmt: skip
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_a_rank_that_raises_ends_the_job(corpus, tmp_path) -> None:
+    """Processes of their own, as a launcher starts them: none outlives another's error."""
+    parallel = {"pipeline": 2, "split_backward": False}
+    sections = {"parallel": parallel, "train": {"steps": 6}}
+    config = config_of(corpus, "cycle", 1, run_dir=str(tmp_path / "run"), **sections)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    call = "train_until(make(open('config.json').read()), 0, 'B', 3, 'raises')"
+    code = f"from test_pipeline import *; make = Config.model_validate_json; {call}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    began, jobs = time.monotonic(), []
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port}
+        environment = {
+            **os.environ,
+            **place,
+            "MASTER_ADDR": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        }
+        jobs.append(subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment,
+                                     stderr=subprocess.PIPE, text=True))  # fmt: skip
+    errors = [job.communicate(timeout=90)[1] for job in jobs]
+    assert all(job.returncode not in (0, FINISHED) for job in jobs)
+    assert "PipelineError: planted" in errors[0]
+    assert "rank 1 (pipeline rank 1), stage " in errors[1] and time.monotonic() - began < 75
