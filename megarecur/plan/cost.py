@@ -228,6 +228,23 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     )
 
 
+def count_state_bytes(config: Config, specs: Iterable[ParameterSpec]) -> int:
+    """Bytes of parameters with their gradients, moments and copies, without ZeRO.
+
+    On the last tensor-parallel rank, whose shards are the largest.
+    """
+    wide, element, tp = _parameter_bytes(config), _element_bytes(config), config.parallel.tensor
+    size = 0
+    for spec in specs:
+        per_element = wide
+        if not is_frozen(config.optimizer, spec.name):
+            per_element += 3 * wide - 2 * wide * config.parallel.offload_optimizer
+        if element < wide and len(spec.shape) == 2 and spec.name != "embedding.positions":
+            per_element += element
+        size += per_element * math.prod(spec.part(tp - 1, tp)[1])
+    return size
+
+
 def count_mask_heads(config: Config) -> int:
     """Heads that attention's mask differs for: none without one, as plain causality needs none."""
     if config.model.positions == "alibi":
