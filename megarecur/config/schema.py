@@ -606,6 +606,11 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def check_available(self) -> ParallelConfig:
         """Refuse what this version does not run yet."""
+        if self.order in ("interleaved_zero_bubble", "zbv") and not self.split_backward:
+            raise ValueError(
+                f"order={self.order} computes gradients of weights apart from those of inputs; set "
+                "split_backward to true, or order to auto"
+            )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel needs tensor above 1; set it to false")
         return self
