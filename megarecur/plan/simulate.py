@@ -71,7 +71,7 @@ class Timeline:
     busy: tuple[float, ...]
     """Time spent in F, B, I and W."""
     peak_bytes: tuple[int, ...]
-    """Most that is kept at once."""
+    """Most that is kept at once; messages that have come early are not counted."""
     peak_live: tuple[int, ...]
     """Most (stage, micro batch) pairs between their F and the end of their backward at once."""
 
@@ -255,15 +255,15 @@ def choose_order(
     caps = _list_caps(walk, memory_cap)
     bound = lower_bound(walk, costs, num_microbatches, split)
     best: Choice | None = None
-    best_rank: tuple[float, ...] = ()
+    best_score: tuple[float, ...] = ()
     for name, order in _list_candidates(walk, num_microbatches, costs, caps, split, wanted):
         timeline = simulate(order, walk, costs)
         if caps and any(peak > cap for peak, cap in zip(timeline.peak_bytes, caps, strict=True)):
             continue
         time = round(timeline.makespan / (bound or 1.0), 3)
-        rank = time, max(timeline.peak_bytes), max(timeline.peak_live)
-        if best is None or rank < best_rank:
-            best, best_rank = Choice(name, order, timeline), rank
+        score = time, max(timeline.peak_bytes), max(timeline.peak_live)
+        if best is None or score < best_score:
+            best, best_score = Choice(name, order, timeline), score
         if time <= 1.0:
             break
     if best is None:
