@@ -98,6 +98,7 @@ def test_paths_are_those_of_the_file_without_the_tag_of_a_union(
         ("parallel={placement: [0, 0, 0, 0, 0]}", "[0, 0, 0, 0, 0]: blocks [4] do not exist"),
         ("parallel={pipeline: 2, placement: [0, 1, 2, 3]}", "ranks [2, 3] do not exist; use every"),
         ("parallel={pipeline: 3, placement: [0, 0, 2, 2]}", "ranks [1] have no block; use every "),
+        ("parallel={order: zbv, split_backward: false}", "set split_backward to true, or order to"),
         ("parallel.order=gpipe", "parallel.order: Input should be 'auto', '1f1b', 'interleaved'"),
         ("parallel.tensor=3", "parallel.tensor=3 does not divide model.num_heads=4"),
         ("parallel.sequence_parallel=true", "sequence_parallel needs tensor above 1"),

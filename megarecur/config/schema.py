@@ -604,8 +604,13 @@ class ParallelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def check_sequence(self) -> ParallelConfig:
-        """Refuse to share a residual stream among one."""
+    def check_together(self) -> ParallelConfig:
+        """Refuse settings that contradict each other."""
+        if self.order in ("interleaved_zero_bubble", "zbv") and not self.split_backward:
+            raise ValueError(
+                f"order={self.order} computes gradients of weights apart from those of inputs; set "
+                "split_backward to true, or order to auto"
+            )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel needs tensor above 1; set it to false")
         return self

@@ -1,8 +1,8 @@
 """Makers of orders: the closed forms of the literature, and a greedy one for any walk.
 
-Each gives the operations of every rank without their messages (`order.add_messages` adds them), or
-None where the walk does not suit it. Any number of micro batches will do. Stages without a backward
-pass keep their place and run forward only.
+Closed forms give the operations of every rank without their messages (`order.add_messages` adds
+them), or None where the walk does not suit them; the greedy one gives the whole order. Any number
+of micro batches will do. Stages without a backward pass keep their place and run forward only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megarecur.plan.order import Computes, Kind, Op, count_ranks, play
+from megarecur.plan.order import Computes, Kind, Op, Order, count_ranks, play
 from megarecur.plan.walk import Walk
 
 if TYPE_CHECKING:
@@ -155,10 +155,11 @@ def greedy(
     costs: Sequence[StageCost],
     *,
     split: bool = True,
+    alternate: bool = False,
     in_flight: float | None = None,
     room: Sequence[float] | None = None,
-) -> Computes | None:
-    """An order for any walk, by simulated time: an idle rank takes the best that it can begin.
+) -> Order | None:
+    """An order for any walk, messages included: an idle rank takes the best that it can begin.
 
     Backward passes come first, then forward passes, then W; of forward passes those of the oldest
     round of p micro batches, and of these the deepest.
@@ -168,15 +169,16 @@ def greedy(
         num_microbatches: at least 1.
         costs: by stage.
         split: run I and W in place of B.
+        alternate: forward passes come first right after a backward pass, as in 1F1B. That is better
+            where hops take time, and where there is only B.
         in_flight: activations that a rank may keep at once, in those that one micro batch leaves
             there. Left out: all.
         room: the same in bytes, by rank. None is returned where one micro batch does not fit.
     """
-    agenda = GreedyAgenda(walk, costs, split, in_flight, room)
+    agenda = GreedyAgenda(walk, costs, split, alternate, in_flight, room)
     if any(agenda.room[rank] + agenda.slack < whole for rank, whole in enumerate(agenda.whole)):
         return None
-    order = play(walk, range(num_microbatches), agenda, costs)
-    return [[op for op in ops if op.kind in ("F", "B", "I", "W")] for ops in order]
+    return play(walk, range(num_microbatches), agenda, costs)
 
 
 class GreedyAgenda:
@@ -191,10 +193,12 @@ class GreedyAgenda:
         walk: Walk,
         costs: Sequence[StageCost],
         split: bool,
+        alternate: bool,
         in_flight: float | None,
         room: Sequence[float] | None,
     ) -> None:
-        self.ranks = count_ranks(walk)
+        self.ranks, self.alternate = count_ranks(walk), alternate
+        self.last: list[Kind] = ["F"] * self.ranks
         self.back: Kind = "I" if split else "B"
         self.queues: list[dict[tuple[Kind, int], list[int]]] = [
             defaultdict(list) for _ in range(self.ranks)
@@ -232,9 +236,10 @@ class GreedyAgenda:
 
     def take(self, rank: int) -> Op | None:
         """The best that fits."""
+        urgent: Kind = "F" if self.alternate and self.last[rank] == "B" else "B"
         best = min(
             (
-                (PRIORITY[kind], queue[0] // self.ranks if kind == "F" else 0, -stage, kind)
+                (URGENCY[urgent][kind], queue[0] // self.ranks if kind == "F" else 0, -stage, kind)
                 for (kind, stage), queue in self.queues[rank].items()
                 if queue and (kind != "F" or self._fits(rank, stage))
             ),
@@ -243,6 +248,7 @@ class GreedyAgenda:
         if best is None:
             return None
         _, _, deep, kind = best
+        self.last[rank] = kind
         op = Op(kind, -deep, heapq.heappop(self.queues[rank][kind, -deep]))
         if kind == "F":
             self.room[rank] -= self.kept[op.stage]
@@ -265,4 +271,8 @@ class GreedyAgenda:
             self.room[self.rank_of[stage]] += self.deferred[stage]
 
 
-PRIORITY: dict[Kind, int] = {"B": 0, "F": 1, "W": 2}
+URGENCY: dict[Kind, dict[Kind, int]] = {
+    "B": {"B": 0, "F": 1, "W": 2},
+    "F": {"F": 0, "B": 1, "W": 2},
+}
+"""What comes before what, by what comes first."""

@@ -142,7 +142,7 @@ class FixedAgenda:
 
 
 def add_messages(computes: Computes, walk: Walk, costs: Sequence[StageCost] | None = None) -> Order:
-    """The order that runs these operations, sends and receives included.
+    """The order that runs these operations, sends and receives included (any there are made anew).
 
     Operations are replayed by the clock (left out: each takes one unit of time, B two). When one
     ends, its send goes to the end of what its rank has begun so far, and the receive to the end of
@@ -152,6 +152,7 @@ def add_messages(computes: Computes, walk: Walk, costs: Sequence[StageCost] | No
     Raises:
         ValueError: operations that wait for each other in a circle, or for one that is missing.
     """
+    computes = [[op for op in ops if op.kind not in PARTNERS] for ops in computes]
     agenda = FixedAgenda(computes)
     microbatches = sorted({op.microbatch for ops in computes for op in ops})
     order = play(walk, microbatches, agenda, costs)

@@ -36,7 +36,7 @@ class Schedules:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.placement: Placement = place(config)
+        self.placement: Placement = place(config, layer_map(config.recurrence))
         self.trained: dict[tuple[Depth | None, int], Scheduled] = {}
 
     def training(self, depth: Depth | None, num_microbatches: int) -> Scheduled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Literal, NamedTuple
 
 from megarecur.errors import ConfigError, PlacementError
@@ -70,7 +71,7 @@ class Timeline:
     busy: tuple[float, ...]
     """Time spent in F, B, I and W."""
     peak_bytes: tuple[int, ...]
-    """Most that is kept at once."""
+    """Most that is kept at once; messages that have come early are not counted."""
     peak_live: tuple[int, ...]
     """Most (stage, micro batch) pairs between their F and the end of their backward at once."""
 
@@ -198,7 +199,7 @@ CLOSED_FORMS: dict[Family, ClosedForm] = {
     "zbv": ClosedForm(zbv, True, "0..p-1 p-1..0, the tip cut in two (walk.cuts_for_v)"),
 }
 
-IN_FLIGHT = (1.0, 1.25, 1.5, 2.0, None)
+IN_FLIGHT = (1.0, 1.5, 2.0, 3.0)
 """Times p: micro batches whose activations a rank of a greedy order may keep at once."""
 
 
@@ -223,14 +224,15 @@ def choose_order(
 ) -> Choice:
     """The fastest order, by simulation, of all that are known for a walk; the same everywhere.
 
-    Where several take the same time, the one that keeps least. The walk is taken as it is: for
-    `zbv`, build it with `walk.cuts_for_v`.
+    Where several take the same time to a thousandth, the one that keeps least. The walk is taken as
+    it is: for `zbv`, build it with `walk.cuts_for_v`.
 
     Args:
         walk: with one cost per stage.
         num_microbatches: of one optimizer step and replica.
         costs: by stage.
-        memory_cap: bytes for the activations of each rank: one number, or one by rank.
+        memory_cap: bytes for the activations of each rank: one number, or one by rank. Left out:
+            no bound but that of greedy orders, three times p micro batches.
         split: whether I and W may run apart; without, there is only B.
         wanted: one family of orders alone.
 
@@ -253,16 +255,15 @@ def choose_order(
     caps = _list_caps(walk, memory_cap)
     bound = lower_bound(walk, costs, num_microbatches, split)
     best: Choice | None = None
-    best_rank: tuple[float, ...] = ()
-    for name, computes in _list_candidates(walk, num_microbatches, costs, caps, split, wanted):
-        order = add_messages(computes, walk, costs)
+    best_score: tuple[float, ...] = ()
+    for name, order in _list_candidates(walk, num_microbatches, costs, caps, split, wanted):
         timeline = simulate(order, walk, costs)
         if caps and any(peak > cap for peak, cap in zip(timeline.peak_bytes, caps, strict=True)):
             continue
-        time = round(timeline.makespan / (bound or 1.0), 9)
-        rank = time, max(timeline.peak_bytes), max(timeline.peak_live)
-        if best is None or rank < best_rank:
-            best, best_rank = Choice(name, order, timeline), rank
+        time = round(timeline.makespan / (bound or 1.0), 3)
+        score = time, max(timeline.peak_bytes), max(timeline.peak_live)
+        if best is None or score < best_score:
+            best, best_score = Choice(name, order, timeline), score
         if time <= 1.0:
             break
     if best is None:
@@ -286,24 +287,29 @@ def _list_candidates(
     caps: Sequence[int] | None,
     split: bool,
     wanted: str,
-) -> Iterator[tuple[Family, Computes]]:
+) -> Iterator[tuple[Family, Order]]:
     """Closed forms first, then greedy orders, those that keep little first."""
     for name, form in CLOSED_FORMS.items():
         if wanted in ("auto", name) and split >= form.split:
             computes = form.make(walk, num_microbatches)
             if computes is not None:
-                yield name, computes
+                yield name, add_messages(computes, walk, costs)
     if wanted not in ("auto", "greedy"):
         return
     # Where memory is short, B may fit where what I leaves for W does not.
-    for apart in (True, False) if split and caps else (split,):
-        for times in IN_FLIGHT:
-            in_flight = None if times is None else times * count_ranks(walk)
-            computes = greedy(
-                walk, num_microbatches, costs, split=apart, in_flight=in_flight, room=caps
-            )
-            if computes is not None:
-                yield "greedy", computes
+    splits = (True, False) if split and caps else (split,)
+    for apart, times, alternate in product(splits, IN_FLIGHT, (True, False)):
+        order = greedy(
+            walk,
+            num_microbatches,
+            costs,
+            split=apart,
+            alternate=alternate,
+            in_flight=times * count_ranks(walk),
+            room=caps,
+        )
+        if order is not None:
+            yield "greedy", order
 
 
 def _explain_memory(
