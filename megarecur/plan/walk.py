@@ -127,11 +127,15 @@ def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
 
     # Forward: does the hidden state that enters a stage, does each value, depend on parameters?
     enters: list[bool] = []
+    arrives: list[dict[str, bool]] = []
+    written: dict[tuple[int, int], bool] = {}  # by (block, loop) of the step that it enters
     depends: dict[str, bool] = {}
     x = True
     for stage in stages:
         enters.append(x)
+        arrives.append(dict(depends))
         for step in stage.steps:
+            written[step.block, step.loop_index] = x
             depends |= dict.fromkeys(step.writes, x)
             x = step.grad
     # Backward: is the gradient asked for, of the hidden state and, on each rank, of each value?
@@ -152,13 +156,14 @@ def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
                 asked_x = False
             for name in step.writes:
                 due = asked.pop((stage.rank, name), False)
+                due = due and written[step.block, step.loop_index]
                 backward = backward or due
                 asked_x = asked_x or due
         # A value stays on its rank: its gradient leaves with the stage that it arrived at.
         returns = tuple(
             name
             for name in stage.receives
-            if asked.pop((stage.rank, name), False) and depends[name]
+            if asked.pop((stage.rank, name), False) and arrives[stage.index][name]
         )
         asked_x = asked_x and enters[stage.index] and not stage.first
         found.append(
