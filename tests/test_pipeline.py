@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -53,6 +54,72 @@ def test_ranks_equal_one_process(world, corpus, scheme, pipeline, processes, ext
     train = {"micro_batch_size": 1, "global_batch_size": 4}
     config = piped(corpus, scheme, pipeline, train=train, **extra)
     compare(world(processes).run(trace, config, 5)[0], reference(config, 5))
+
+
+MAPS: dict[str, dict[str, Any]] = {
+    "dense": {"kind": "dense", "num_layers": 4},
+    "sequence": {"kind": "sequence", "num_blocks": 3, "depth": 6},
+    "cycle": {"kind": "cycle", "num_blocks": 3, "depth": 6},
+    "cycle_reverse": {"kind": "cycle_reverse", "num_blocks": 3, "depth": 6},
+    "custom": {"kind": "custom", "order": [0, 1, 2, 0, 1, 2, 2, 1, 0]},
+    "reuse_map": {"kind": "reuse_map", "reuse_map": [4, 2, 1, 1]},
+    "loop": {"kind": "loop", "prelude": 1, "core": 2, "coda": 1, "num_loops": 3},
+    "sampled": {"kind": "loop", "prelude": 1, "core": 2, "coda": 1, "backward_loops": 2,
+                "num_loops": {"sampler": "uniform", "min": 1, "max": 4}},
+    "truncated": {"kind": "loop", "prelude": 1, "core": 1, "coda": 2, "num_loops": 4,
+                  "backward_loops": 1, "initial_state": "random"},
+    "huginn": {"kind": "loop", "prelude": 1, "core": 2, "coda": 1, "num_loops": 3,
+               "final_norm_after_core": True, "initial_state": "random"},
+}  # fmt: skip
+
+
+def draw(number: int, corpus: Path) -> tuple[Config, int]:
+    """(a config, its number of processes); numbers walk through the maps."""
+    rng = random.Random(number)
+    name = list(MAPS)[number % len(MAPS)]
+    tensor, pipeline, dp = rng.choice(
+        [(1, 2, 1), (1, 3, 1), (1, 2, 2), (2, 2, 1), (1, 3, 1), (1, 2, 1)]
+    )
+    num_microbatches = rng.choice([1, 3, 8])
+    stage = rng.choice([0, 0, 1, 2])
+    parallel = {"tensor": tensor, "pipeline": pipeline, "zero_stage": stage,
+                "sequence_parallel": tensor > 1 and rng.random() < 0.5,
+                "order": rng.choice(["auto", "greedy"]),
+                "split_backward": rng.random() < 0.7}  # fmt: skip
+    train = {"micro_batch_size": 1, "global_batch_size": dp * num_microbatches,
+             "recompute": rng.random() < 0.3,
+             "precision": "fp64" if not stage and rng.random() < 0.4 else "fp32"}  # fmt: skip
+    model = {**DROPOUT, "tie_embeddings": rng.random() < 0.5,
+             "norm_position": rng.choice(["pre", "sandwich"]),
+             "positions": rng.choice(["rope", "learned", "alibi"])}  # fmt: skip
+    sections = {"parallel": parallel, "train": train, "model": model}
+    return config_of(
+        corpus, "dense", tensor, recurrence=MAPS[name], **sections
+    ), dp * pipeline * tensor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3 * len(MAPS)))
+def test_a_larger_sample_equals_one_process(world, corpus, number) -> None:
+    config, processes = draw(number, corpus)
+    tolerances = (1e-11, 1e-11) if config.train.precision == "fp64" else (2e-6, 2e-5)
+    compare(world(processes).run(trace, config, 5)[0], reference(config, 5), *tolerances)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stage", "sequence"),
+    [("cycle", 1, True), ("huginn", 0, False), ("cycle_reverse", 2, True)],
+)
+def test_all_axes_at_once(world, corpus, name, stage, sequence) -> None:
+    """dp 2 x pp 2 x tp 2."""
+    parallel = {"tensor": 2, "pipeline": 2, "zero_stage": stage, "sequence_parallel": sequence}
+    train = {"micro_batch_size": 1, "global_batch_size": 6}
+    sections = {"parallel": parallel, "train": train, "model": DROPOUT, "recurrence": MAPS[name]}
+    config = config_of(corpus, "dense", 2, **sections)
+    traces = world(8).run(trace, config, 5, timeout=120)
+    compare(traces[0], reference(config, 5))
+    assert len({tuple(norm for _, _, norm, _ in each) for each in traces}) == 1
 
 
 MESHES = [
