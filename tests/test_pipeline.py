@@ -9,19 +9,30 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import compare
+from harness import assert_gradients_close, compare
 from test_tensor_parallel import SEQUENCE, build, check_same_run, config_of, later, reference, trace
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    _Action,
+    _ComputationType,
+    _PipelineScheduleRuntime,
+)
 
 from megarecur.config.schema import Config
+from megarecur.model.context import build_context
+from megarecur.model.transformer import Transformer
 from megarecur.parallel.pipeline import Pipeline, PipelineError
 from megarecur.plan.schedule import Schedules, stage_costs
 from megarecur.plan.simulate import simulate
+from megarecur.plan.walk import Stage
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.train.metrics import read_rows
 from megarecur.train.step import forward_backward
@@ -335,3 +346,82 @@ def test_a_rank_that_raises_ends_the_job(corpus, tmp_path) -> None:
     assert all(job.returncode not in (0, FINISHED) for job in jobs)
     assert "PipelineError: planted" in errors[0]
     assert "rank 1 (pipeline rank 1), stage " in errors[1] and time.monotonic() - began < 75
+
+
+# ---------------------------------------------------------------------------------------- oracle
+
+
+class StageModule(nn.Module):
+    """A stage for torch.distributed.pipelining; blocks are shared between the stages of a rank."""
+
+    def __init__(self, model: Transformer, stage: Stage) -> None:
+        super().__init__()
+        self.model, self.stage = model, stage
+
+    def forward(self, x: Tensor, *, positions: Tensor, documents: Tensor) -> Tensor:
+        ctx = build_context(
+            self.model.config.model, positions, self.model.dtype, documents_BS=documents
+        )
+        if self.stage.first:
+            x = self.model.embed(x, ctx)
+        return self.model.run(self.stage.steps, x, ctx, {})[0].clone()
+
+
+def gradients_by_torch(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """This rank's gradients of one step, by torch's runtime and by ours, from the same order."""
+    config, model, engine, mesh, loader = build(config)
+    batches = loader.batch(0)
+    scheduled = Schedules(config).training(None, len(batches))
+    forward_backward(model, engine, config, batches, 0, mesh)
+    ours = engine.gradients()
+    engine.step(0.0)
+    tokens = sum(batch.num_tokens for batch in batches)
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        return model.loss(x, SimpleNamespace(labels_BS=labels))["loss"].total / tokens
+
+    shape, walk = batches[0].tokens_BS.shape, scheduled.walk
+    hidden = torch.empty(*shape, config.model.hidden_size, device="meta", requires_grad=True)
+    stages = [
+        PipelineStage(
+            StageModule(model, stage), stage.index, len(walk), mesh.device,
+            input_args=(batches[0].tokens_BS.to("meta") if stage.first else hidden,),
+            output_args=(hidden,),
+        )
+        for stage in walk if stage.rank == mesh.pp_rank
+    ]  # fmt: skip
+    runtime = _PipelineScheduleRuntime(stages, len(batches), loss, scale_grads=False)
+    kinds = {"F": _ComputationType.FORWARD, "B": _ComputationType.FULL_BACKWARD}
+    runtime.pipeline_order = {
+        rank: [_Action(op.stage, kinds[op.kind], op.microbatch) for op in ops if op.kind in kinds]
+        for rank, ops in enumerate(scheduled.order)
+    }
+    runtime._prepare_schedule_with_comms(runtime.pipeline_order)
+
+    def every(name: str) -> Tensor:
+        return torch.cat([getattr(batch, name) for batch in batches])
+
+    runtime.step(
+        *((every("tokens_BS"),) if walk[0].rank == mesh.pp_rank else ()),
+        target=every("labels_BS") if walk[-1].rank == mesh.pp_rank else None,
+        losses=[],
+        positions=every("positions_BS"),
+        documents=every("documents_BS"),
+    )
+    return engine.gradients(), ours
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline", "order"),
+    [("cycle", 3, "interleaved"), ("custom", 3, "greedy"), ("cycle_reverse", 3, "greedy"),
+     later("cycle", 2, "greedy"), later("reuse_map", 2, "1f1b"), later("dense", 4, "1f1b")],
+)  # fmt: skip
+def test_torch_runs_the_same_orders_to_the_same_gradients(
+    world, corpus, name, pipeline, order
+) -> None:
+    parallel = {"pipeline": pipeline, "order": order, "split_backward": False}
+    train = {"micro_batch_size": 1, "global_batch_size": 6}
+    sections = {"parallel": parallel, "train": train, "recurrence": MAPS[name]}
+    config = config_of(corpus, "dense", 1, **sections)
+    for theirs, ours in world(pipeline).run(gradients_by_torch, config):
+        assert_gradients_close(ours, theirs, 2e-6)
