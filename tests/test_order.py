@@ -112,6 +112,23 @@ def test_one_f_one_b_by_hand() -> None:
     ]
 
 
+def test_a_backward_pass_waits_for_those_of_its_rank_that_hand_gradients_over() -> None:
+    """Stage 0's gradient comes from stage 2 alone: a value read there. None comes back from 1."""
+    walk = (
+        Stage(0, 0, (), first=True, backward=True),
+        Stage(1, 1, ()),
+        Stage(2, 0, (), last=True, backward=True),
+    )
+    costs = equal_costs(walk)
+    order = greedy(walk, 2, costs, split=False)
+    assert order is not None and validate_order(order, walk, 2) == []
+    for microbatch in (0, 1):
+        early, late = (order[0].index(Op("B", stage, microbatch)) for stage in (2, 0))
+        assert early < late
+        problems = validate_order(swap(order, 0, early, late), walk, 2)
+        assert f"rank 0: B0.{microbatch} comes before B2.{microbatch}" in problems
+
+
 def test_a_stage_on_the_same_rank_and_one_without_gradient_need_no_message() -> None:
     walk = (
         Stage(0, 0, (), first=True),

@@ -164,6 +164,22 @@ def test_a_loop_by_hand() -> None:
     assert [stage.returns for stage in walk] == [(), (), (), (), ("prelude",), ()]
 
 
+def test_a_value_waits_on_a_rank_that_it_has_passed() -> None:
+    """Written on rank 0, read on the way up on rank 1: one hop, not once around the V."""
+    steps = mark(from_order([0, 1, 2, 1, 0]), 0, writes=("a",))
+    walk = build_walk(mark(steps, 3, reads=("a",)), Placement(3, (0, 1, 2), 0, 0))
+    assert [stage.receives for stage in walk] == [(), ("a",), (), (), ()]
+    assert [stage.returns for stage in walk] == [(), ("a",), (), (), ()]
+
+
+def test_a_value_that_no_parameter_made_asks_for_no_gradient() -> None:
+    """Kept behind a step without gradient, on the rank that reads it in its next stage."""
+    steps = mark(mark(from_order([0, 1, 2]), 0, grad=False), 1, grad=False, writes=("a",))
+    one = Placement(1, (0, 0, 0), 0, 0)
+    walk = build_walk(mark(steps, 2, reads=("a",)), one, cuts=(2,))
+    assert [stage.backward for stage in walk] == [False, True]
+
+
 def test_cuts_of_a_v() -> None:
     down_and_up = from_order([0, 1, 2, 2, 1, 0])
     placement = Placement(3, (0, 1, 2), 0, 0)

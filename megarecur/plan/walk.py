@@ -95,28 +95,39 @@ def cuts_for_v(steps: LayerMap, placement: Placement) -> tuple[int, ...]:
 
 
 def _carry(stages: list[Stage]) -> list[Stage]:
-    """Fill in what travels for later reads: from the last stage whose rank has the value."""
+    """Fill in what travels for later reads: over the fewest hops, none to a rank that has it."""
     arriving: list[list[str]] = [[] for _ in stages]
     for name in sorted({name for stage in stages for step in stage.steps for name in step.reads}):
-        holds: dict[int, int] = {}  # rank: its latest stage from which the value may leave
+        source = 0  # the stage that wrote it last
         for stage in stages:
             for step in stage.steps:
                 if name in step.writes:
-                    holds = {stage.rank: stage.index}
-                    continue
-                if name not in step.reads or stage.rank in holds:
-                    continue
-                source = max(holds.values())
-                for hop in range(source + 1, stage.index + 1):
-                    arriving[hop].append(name)
-                    holds[stages[hop].rank] = hop
-            if stage.rank in holds:
-                holds[stage.rank] = stage.index
+                    source = stage.index
+                elif name in step.reads:
+                    for hop in _find_hops(stages, arriving, name, source, stage.index):
+                        arriving[hop].append(name)
     sends = [*arriving[1:], []]
     return [
         replace(stage, receives=tuple(arriving[i]), sends=tuple(sends[i]))
         for i, stage in enumerate(stages)
     ]
+
+
+def _find_hops(
+    stages: list[Stage], arriving: list[list[str]], name: str, source: int, reader: int
+) -> tuple[int, ...]:
+    """The fewest further stages that a value must arrive at to get from one stage to another.
+
+    It leaves from any rank that has it by then. Of ways as short as each other, the latest.
+    """
+    ways: dict[int, tuple[int, ...]] = {stages[source].rank: ()}  # by rank, so far
+    for stage in stages[source + 1 : reader + 1]:
+        way = ways[stages[stage.index - 1].rank]
+        if name not in arriving[stage.index]:
+            way = (*way, stage.index)
+        if stage.rank not in ways or len(way) <= len(ways[stage.rank]):
+            ways[stage.rank] = way
+    return ways[stages[reader].rank]
 
 
 def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
@@ -128,15 +139,16 @@ def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
     # Forward: does the hidden state that enters a stage, does each value, depend on parameters?
     enters: list[bool] = []
     arrives: list[dict[str, bool]] = []
-    written: dict[tuple[int, int], bool] = {}  # by (block, loop) of the step that it enters
-    depends: dict[str, bool] = {}
+    writes: list[list[bool]] = []  # the hidden state that enters each step, and is kept there
+    values: dict[str, bool] = {}
     x = True
     for stage in stages:
         enters.append(x)
-        arrives.append(dict(depends))
+        arrives.append(dict(values))
+        writes.append([])
         for step in stage.steps:
-            written[step.block, step.loop_index] = x
-            depends |= dict.fromkeys(step.writes, x)
+            writes[-1].append(x)
+            values |= dict.fromkeys(step.writes, x)
             x = step.grad
     # Backward: is the gradient asked for, of the hidden state and, on each rank, of each value?
     asked_x, asked = True, dict[tuple[int, str], bool]()
@@ -146,7 +158,7 @@ def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
         for name in stage.sends:  # What the next stage returns.
             if name in found[-1].returns:
                 asked[stage.rank, name] = backward = True
-        for step in reversed(stage.steps):
+        for step, depends in zip(stage.steps[::-1], writes[stage.index][::-1], strict=True):
             asked_x = asked_x and step.grad
             backward = backward or asked_x
             for name in step.reads:
@@ -155,8 +167,7 @@ def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
             if starts_fresh(step.writes):
                 asked_x = False
             for name in step.writes:
-                due = asked.pop((stage.rank, name), False)
-                due = due and written[step.block, step.loop_index]
+                due = asked.pop((stage.rank, name), False) and depends
                 backward = backward or due
                 asked_x = asked_x or due
         # A value stays on its rank: its gradient leaves with the stage that it arrived at.
