@@ -30,6 +30,9 @@ Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
 """(outputs, gradients of them; None: a scalar of the objective)."""
 
 
+AHEAD = 8
+"""Operations ahead of its turn that gloo is told of a receive: only then does its sender send."""
+
 Way = Literal["F", "B"]
 """Of a message: activations forward, gradients backward."""
 
@@ -138,7 +141,11 @@ class Pipeline:
         Raises:
             PipelineError: naming rank, stage, operation and micro batch.
         """
-        for op in ops:
+        for i, op in enumerate(ops):
+            if self.mesh.device.type == "cpu":
+                for later in ops[i : i + AHEAD]:
+                    if later.kind in ("RECV_F", "RECV_B"):
+                        self.run_one(later)
             self.run_one(op)
         for op, works, _ in self.sends:
             self.wait(works, op)
@@ -264,7 +271,9 @@ class Pipeline:
         self.sends.append((Op(SENDS[way], stage.index, j), works, tensors))
 
     def receive(self, way: Way, stage: Stage, j: int) -> None:
-        """Begin to receive what a stage takes from a neighbour."""
+        """Begin to receive what a stage takes from a neighbour, unless that has begun."""
+        if (way, stage.index, j) in self.inbox:
+            return
         source = stage.index - 1 if way == "F" else stage.index + 1
         sender = self.walk[source]
         if way == "F":
