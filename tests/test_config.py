@@ -232,6 +232,7 @@ FREE = {
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.placement",
+    "parallel.cluster",
     "parallel.order",
     "parallel.split_backward",
     "parallel.zero_stage",

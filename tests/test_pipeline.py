@@ -30,8 +30,8 @@ from megarecur.config.schema import Config
 from megarecur.model.context import build_context
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.pipeline import Pipeline, PipelineError
-from megarecur.plan.schedule import Schedules, stage_costs
-from megarecur.plan.simulate import simulate
+from megarecur.plan.schedule import Schedules
+from megarecur.plan.simulate import StageCost, simulate
 from megarecur.plan.walk import Stage
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.train.metrics import read_rows
@@ -213,9 +213,9 @@ def take_a_step(config: Config) -> dict[str, Any]:
         seen["norm"], _ = engine.step(0.1)
     seen["names"] = {name: p.numel() for name, p in model.parameters_by_name.items()}
     seen["order"], seen["walk"] = scheduled.order[mesh.pp_rank], scheduled.walk
-    seen["expected"] = simulate(
-        scheduled.order, scheduled.walk, stage_costs(config, scheduled.walk)
-    ).peak_live[mesh.pp_rank]
+    unit = (StageCost(1.0, 1.0, 1.0),) * len(scheduled.walk)
+    timeline = simulate(scheduled.order, scheduled.walk, unit)
+    seen["expected"] = timeline.peak_live[mesh.pp_rank]
     seen["shape"] = model.hidden_shape(loader.batch(0)[0].tokens_BS)
     return seen
 

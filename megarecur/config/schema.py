@@ -578,6 +578,9 @@ class ParallelConfig(Section):
     split_backward: bool = free(True)
     """Let orders compute the gradients of weights apart from those of inputs, later, to fill
     waiting time."""
+    cluster: str = free("h100")
+    """Whose speeds decide between orders: the name of a described cluster, or a YAML file that
+    describes one (`megarecur plan`)."""
     zero_stage: Literal[0, 1, 2, 3] = free(0)
     """What the replicas share out instead of keeping it whole (Rajbhandari et al. 2020): 1, the
     optimizer's moments; 2, gradients too; 3, parameters too, gathered for each forward and backward

@@ -143,15 +143,19 @@ class Pipeline:
         """
         for i, op in enumerate(ops):
             if self.mesh.device.type == "cpu":
-                for later in ops[i : i + AHEAD]:
-                    if later.kind in ("RECV_F", "RECV_B"):
-                        self.run_one(later)
+                self.begin_receives(ops[i : i + AHEAD])
             self.run_one(op)
         for op, works, _ in self.sends:
             self.wait(works, op)
         assert not (self.inbox or self.outbox or self.kept or self.left), (
             "an order left work undone"
         )
+
+    def begin_receives(self, ops: Sequence[Op]) -> None:
+        """Tell gloo what comes."""
+        for op in ops:
+            if op.kind in ("RECV_F", "RECV_B"):
+                self.runs[op.kind](self.walk[op.stage], op.microbatch)
 
     def run_one(self, op: Op) -> None:
         """Run one operation."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from megarecur.config.schema import Config, Loop
-from megarecur.plan.cost import count_head_flops, count_step_flops
+from megarecur.config.schema import Config
+from megarecur.plan.cluster import load_cluster
 from megarecur.plan.order import Op, Order
 from megarecur.plan.placement import Placement, place
-from megarecur.plan.simulate import StageCost, choose_order
-from megarecur.plan.walk import Walk, build_walk, cuts_for_v
+from megarecur.plan.predict import Layout, cost_stages, walk_over
+from megarecur.plan.simulate import choose_order
+from megarecur.plan.walk import Walk
 from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import layer_map
@@ -30,71 +32,58 @@ class Scheduled:
 class Schedules:
     """The walks and orders of a run.
 
+    Every rank chooses for itself, from formulas alone, and so the same.
+
     Raises:
         PlacementError: blocks that cannot be placed on the config's pipeline ranks.
+        ConfigError: a cluster that is not described, an order that does not suit the walk.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.placement: Placement = place(config, layer_map(config.recurrence))
-        self.trained: dict[tuple[Depth | None, int], Scheduled] = {}
+        self.layout = Layout(config.parallel.tensor, config.parallel.pipeline, 1)
+        self.cluster = load_cluster(config.parallel.cluster)
+        self.trained: dict[tuple[Depth | None, int], Future[Scheduled]] = {}
+        self.thread = ThreadPoolExecutor(1, "orders")
 
     def training(self, depth: Depth | None, num_microbatches: int) -> Scheduled:
         """The step of a depth and a number of micro batches per replica."""
+        return self.prepare(depth, num_microbatches).result()
+
+    def prepare(self, depth: Depth | None, num_microbatches: int) -> Future[Scheduled]:
+        """Begin to choose the order of a step to come."""
         key = depth, num_microbatches
         if key not in self.trained:
-            self.trained[key] = self.choose(depth, num_microbatches)
+            self.trained[key] = self.thread.submit(self.choose, *key)
         return self.trained[key]
+
+    def close(self) -> None:
+        """Choose nothing more."""
+        self.thread.shutdown(cancel_futures=True)
 
     def choose(self, depth: Depth | None, num_microbatches: int) -> Scheduled:
         """The best order, by simulation."""
         parallel = self.config.parallel
         steps = layer_map(self.config.recurrence, depth)
-        walk = self.walk(steps, tip=parallel.order in ("auto", "zbv"))
+        walk = walk_over(self.config, steps, self.placement)
         choice = choose_order(
             walk,
             num_microbatches,
-            stage_costs(self.config, walk),
+            cost_stages(self.config, walk, self.layout, self.cluster),
             split=parallel.split_backward,
             wanted=parallel.order,
         )
         return Scheduled(steps, walk, choice.order, choice.name)
 
-    def walk(self, steps: LayerMap, tip: bool = False) -> Walk:
-        """The stages of a map; tip: a V's tip is cut in two."""
-        recurrence = self.config.recurrence
-        fresh = isinstance(recurrence, Loop) and recurrence.initial_state != "prelude"
-        cuts = cuts_for_v(steps, self.placement) if tip else ()
-        return build_walk(steps, self.placement, cuts, fresh)
-
     def forward(self, depth: Depth | int | None = None) -> Scheduled:
         """One micro batch, forward only: rank after rank."""
         steps = layer_map(self.config.recurrence, depth)
-        walk = self.walk(steps)
+        walk = walk_over(self.config, steps, self.placement)
         ranks: list[list[Op]] = [[] for _ in range(self.placement.ranks)]
-        for stage in walk:
-            if not stage.first:
+        for before, stage in zip((None, *walk), walk, strict=False):
+            if before is not None and before.rank != stage.rank:
+                ranks[before.rank].append(Op("SEND_F", before.index, 0))
                 ranks[stage.rank].append(Op("RECV_F", stage.index, 0))
             ranks[stage.rank].append(Op("F", stage.index, 0))
-            if not stage.last:
-                ranks[stage.rank].append(Op("SEND_F", stage.index, 0))
         return Scheduled(steps, walk, tuple(map(tuple, ranks)), "forward")
-
-
-def stage_costs(config: Config, walk: Walk) -> tuple[StageCost, ...]:
-    """Costs in FLOPs per token, one micro batch each; a hop costs a tenth of a step of the map."""
-    each_flops = count_step_flops(config, tuple(step for stage in walk for step in stage.steps))
-    flops, hop = iter(each_flops), 0.1 * max(each_flops)
-    head = count_head_flops(config)
-    costs = []
-    for stage in walk:
-        forward = inputs = weights = 0
-        for step in stage.steps:
-            each = next(flops)
-            forward += each
-            inputs += each * (step.grad + (step.grad and config.train.recompute))
-            weights += each * step.grad
-        if stage.last:
-            forward, inputs, weights = forward + head, inputs + head, weights + head
-        costs.append(StageCost(forward, inputs, weights, hop, len(stage.steps)))
-    return tuple(costs)

@@ -13,14 +13,16 @@ from megarecur.config.schema import Config
 from megarecur.data.corpus import Corpus, open_corpus
 from megarecur.data.loader import Loader, MicroBatch
 from megarecur.data.tokenizer import load_tokenizer
-from megarecur.errors import CheckpointError, ConfigError, DataError, MegarecurError
+from megarecur.errors import CheckpointError, ConfigError, DataError, MegarecurError, MeshError
 from megarecur.model.compile import CompiledModel, find_obstacle
 from megarecur.model.telemetry import named
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import Engine, build_engine
 from megarecur.optim.schedule import learning_rate
 from megarecur.parallel.mesh import Mesh, open_mesh, same_error
+from megarecur.plan.order import order_hash
 from megarecur.plan.schedule import Schedules
+from megarecur.recurrence.depth import sample_depth
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.alarms import Alarms, record_event
@@ -58,7 +60,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         run_dir = resources.enter_context(open_run(config, mesh))
         data = open_data(config, mesh)
         config, loader = data.config, resources.enter_context(closing(data)).loader
-        schedules = Schedules(config)
+        schedules = resources.enter_context(closing(open_schedules(config, mesh)))
         model = build_model(config, mesh, schedules)
         engine = build_engine(model, config, mesh)
         saver = resources.enter_context(Saver(run_dir, config, mesh))
@@ -95,6 +97,9 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             started = time.perf_counter()
             with named("data"):
                 batches, unread = read_batches(loader, state.step, mesh)
+            schedules.prepare(
+                sample_depth(config.recurrence, config.seed, state.step + 1), len(batches)
+            )
             waited = time.perf_counter() - started
             due = is_due(state.step + 1, config.train.log_every, config)
             result = forward_backward(
@@ -204,6 +209,27 @@ def open_data(config: Config, mesh: Mesh) -> Data:
             mask_documents=config.data.mask_documents,
         )
     return Data(config, loader, validation, tokenizer.fingerprint)
+
+
+def open_schedules(config: Config, mesh: Mesh) -> Schedules:
+    """Where blocks live and in which order stages run; collective.
+
+    Raises:
+        MegarecurError: a placement or an order that cannot be.
+        MeshError: ranks that choose different orders, and would wait for each other for ever.
+    """
+    train = config.train
+    with same_error(mesh):
+        schedules = Schedules(config)
+        num_microbatches = train.global_batch_size // (mesh.dp * train.micro_batch_size)
+        depth = sample_depth(config.recurrence, config.seed, 0)
+        chosen = schedules.training(depth, num_microbatches)
+    if len(set(mesh.gather_objects(order_hash(chosen.order)))) > 1:
+        raise MeshError(
+            "the ranks chose different orders of the pipeline; run the same version of megarecur "
+            "with the same config on all of them"
+        )
+    return schedules
 
 
 def read_batches(
