@@ -3,8 +3,8 @@ the executor against the simulator's; its overhead.
 
     python benchmarks/pipeline.py [owner] [clock] [overhead] [--rounds 5]
 
-owner: a cycle of 2 blocks run twice (hidden 768, feed-forward 3,072, sequence 256, 8 micro batches
-of 2, vocabulary 4,096, untied, fp32) on 2 processes of one thread each. Three sides take turns in
+owner: a cycle of 2 blocks run twice (hidden 384, feed-forward 1,536, sequence 256, 8 micro batches
+of 2, vocabulary 1,024, untied, fp32) on 2 processes of one thread each. Three sides take turns in
 the same processes: our placement (walk 0 1 0 1, each block on one rank); our executor with both
 blocks on both ranks, whose gradients are reduced between them; DeepSpeed's PipelineModule with
 TiedLayerSpec. The same blocks compute in all three.
@@ -48,7 +48,7 @@ from megarecur.recurrence.layer_map import Step, from_order
 from megarecur.train.report import StepResult
 from megarecur.train.step import Training, build_model
 
-LENGTH, MICRO, NUM_MICRO, VOCABULARY = 256, 2, 8, 4096
+LENGTH, MICRO, NUM_MICRO, VOCABULARY = 256, 2, 8, 1024
 WORK, MESSAGE = 0.005, (1, 256, 1024)
 PARTS = ("owner", "clock", "overhead")
 
@@ -69,7 +69,7 @@ def make_config(recurrence: dict[str, Any], placement: tuple[int, ...]) -> Confi
     """The model, its blocks on these pipeline ranks."""
     return Config.model_validate({
         "run_dir": "run",
-        "model": {"hidden_size": 768, "num_heads": 12, "ffn_hidden_size": 3072,
+        "model": {"hidden_size": 384, "num_heads": 6, "ffn_hidden_size": 1536,
                   "vocab_size": VOCABULARY, "tie_embeddings": False},
         "recurrence": recurrence,
         "data": {"train": [{"path": "none"}], "tokenizer": "bytes", "seq_length": LENGTH},
@@ -168,6 +168,7 @@ class DeepSpeed:
         from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
         deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
         config = make_config({"kind": "cycle", "num_blocks": 2, "depth": 4}, (0, 1))
         hidden = config.model.hidden_size
         names = [n for n, _ in BlockLayer(config, 0).named_parameters()]

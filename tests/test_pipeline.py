@@ -30,6 +30,7 @@ from megarecur.config.schema import Config
 from megarecur.model.context import build_context
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.pipeline import Pipeline, PipelineError
+from megarecur.plan.predict import cost_stages
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.simulate import StageCost, simulate
 from megarecur.plan.walk import Stage
@@ -425,3 +426,58 @@ def test_torch_runs_the_same_orders_to_the_same_gradients(
     config = config_of(corpus, "dense", 1, **sections)
     for theirs, ours in world(pipeline).run(gradients_by_torch, config):
         assert_gradients_close(ours, theirs, 2e-6)
+
+
+def measure_activations(config: Config) -> tuple[int, int]:
+    """(most bytes that autograd holds on this rank in a step, the plan's figure)."""
+    config, model, engine, mesh, loader = build(config)
+    batches = loader.batch(0)
+    schedules = Schedules(config)
+    scheduled = schedules.training(None, len(batches))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    live: dict[tuple[int, int], dict[int, int]] = {}
+    peak, whole = [0], Pipeline.run_one
+
+    def run_one(pipeline: Pipeline, op: Any) -> None:
+        if op.kind != "F":
+            whole(pipeline, op)
+            live.pop((op.stage, op.microbatch), None) if op.kind == "B" else None
+            return
+        held = live.setdefault((op.stage, op.microbatch), {})
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            whole(pipeline, op)
+        union: dict[int, int] = {}
+        for each in live.values():
+            union |= each
+        peak[0] = max(peak[0], sum(union.values()))
+
+    with mock.patch.object(Pipeline, "run_one", run_one):
+        forward_backward(model, engine, config, batches, 0, mesh, schedules=schedules)
+    costs = cost_stages(config, scheduled.walk, schedules.layout, schedules.cluster)
+    return peak[0], simulate(scheduled.order, scheduled.walk, costs).peak_bytes[mesh.pp_rank]
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline", "order"),
+    [("cycle", 3, "greedy"), ("reuse_map", 2, "1f1b"), ("loop", 2, "greedy")],
+)
+def test_the_plan_foretells_what_autograd_holds(world, corpus, name, pipeline, order) -> None:
+    parallel = {"pipeline": pipeline, "order": order, "split_backward": False}
+    sections = {
+        "parallel": parallel,
+        "train": {"micro_batch_size": 2, "global_batch_size": 12},
+        "recurrence": MAPS[name],
+        "model": {"hidden_size": 64, "ffn_hidden_size": 192},
+        "data": {"seq_length": 64, "mask_documents": False},
+    }
+    for held, planned in world(pipeline).run(
+        measure_activations, config_of(corpus, "dense", 1, **sections)
+    ):
+        assert planned == pytest.approx(held, rel=0.1)

@@ -226,14 +226,16 @@ class Report:
         peak = peak_memory(self.mesh.device)
         if not self.told:
             self.told = True
-            estimate = estimate_memory(self.config, steps, self.mesh.dp)
             parts = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in held.items())
             what = "on the GPU" if self.mesh.device.type == "cuda" else "of the process"
-            self.note(
-                f"memory: {parts}; peak {what} {format_bytes(peak)}; estimated "
-                f"{format_bytes(estimate.total)}, of it activations "
-                f"{format_bytes(estimate.activations)}, logits {format_bytes(estimate.logits)}"
-            )
+            line = f"memory: {parts}; peak {what} {format_bytes(peak)}"
+            if self.mesh.pp == 1:  # Of pipeline ranks, `megarecur plan` tells.
+                estimate = estimate_memory(self.config, steps, self.mesh.dp)
+                line += (
+                    f"; estimated {format_bytes(estimate.total)}, of it activations "
+                    f"{format_bytes(estimate.activations)}, logits {format_bytes(estimate.logits)}"
+                )
+            self.note(line)
         return {"memory/peak_bytes": peak, **{f"memory/{kind}": n for kind, n in held.items()}}
 
     def write(self, state: TrainState, values: dict[str, float], stop: StopFlag) -> None:
