@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import assert_gradients_close, compare
-from test_tensor_parallel import SEQUENCE, build, check_same_run, config_of, later, reference, trace
+from test_tensor_parallel import (
+    SEQUENCE,
+    build,
+    check_same_run,
+    config_of,
+    gather_whole,
+    later,
+    reference,
+    trace,
+)
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -28,7 +38,7 @@ from torch.distributed.pipelining.schedules import (
 
 from megarecur.config.schema import Config
 from megarecur.model.context import build_context
-from megarecur.model.transformer import Transformer
+from megarecur.model.transformer import LossTerm, Transformer
 from megarecur.parallel.pipeline import Pipeline, PipelineError
 from megarecur.plan.predict import cost_stages
 from megarecur.plan.schedule import Schedules
@@ -36,7 +46,7 @@ from megarecur.plan.simulate import StageCost, simulate
 from megarecur.plan.walk import Stage
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.train.metrics import read_rows
-from megarecur.train.step import forward_backward
+from megarecur.train.step import forward_backward, sum_losses
 from megarecur.train.trainer import FINISHED, train, with_vocab_size
 
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
@@ -481,3 +491,64 @@ def test_the_plan_foretells_what_autograd_holds(world, corpus, name, pipeline, o
         measure_activations, config_of(corpus, "dense", 1, **sections)
     ):
         assert planned == pytest.approx(held, rel=0.1)
+
+
+# ------------------------------------------------------- ragged micro batches, losses on the way
+
+
+def auxiliary_run(model: Transformer, steps: Any, x: Tensor, ctx: Any, reads: Any) -> Any:
+    """Every step of the map adds to a loss of its own."""
+    total = torch.zeros((), dtype=x.dtype)
+    for step in steps:
+        x = model.stack((step,), x, ctx, reads, model.final_norm)
+        total = total + 1e-2 * x.square().sum()
+    return x, {"size": LossTerm(total, "tokens")}
+
+
+def trace_ragged(config: Config) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Losses and gradients of one step whose micro batches have lengths of their own."""
+    config, model, engine, mesh, loader = build(config)
+    names = ("tokens_BS", "labels_BS", "positions_BS", "documents_BS")
+    batches = [
+        replace(batch, **{name: getattr(batch, name)[:, : 16 - 4 * (i % 3)] for name in names})
+        for i, batch in enumerate(loader.batch(0))
+    ]
+    with mock.patch.object(Transformer, "run", auxiliary_run):
+        result = forward_backward(model, engine, config, batches, 0, mesh)
+    losses = {name: sum_losses(result, mesh, name) for name in ("loss", "size")}
+    return losses, gather_whole(model, mesh, engine.gradients())
+
+
+def test_lengths_may_differ_and_every_stage_may_add_to_the_loss(world, corpus) -> None:
+    train = {"micro_batch_size": 1, "global_batch_size": 5}
+    sections = {"train": train, "recurrence": MAPS["huginn"]}
+    config = config_of(corpus, "dense", 1, parallel={"pipeline": 2}, **sections)
+    losses, gradients = world(2).run(trace_ragged, config)[0]
+    expected, of_one = trace_ragged(config_of(corpus, "dense", 1, **sections))
+    assert losses == pytest.approx(expected, rel=2e-6) and losses["size"] > 0.0
+    assert_gradients_close(gradients, of_one, 2e-6)
+
+
+def skip_a_step(config: Config) -> list[tuple[float, bool, float]]:
+    """(norm, skipped, sum of the parameters) of steps; at the second a gradient is not finite."""
+    config, model, engine, mesh, loader = build(config)
+    found = []
+    for step in range(3):
+        forward_backward(model, engine, config, loader.batch(step), step, mesh)
+        if step == 1 and mesh.rank == dist.get_world_size() - 1:
+            name = next(n for n in model.parameters_by_name if n.endswith("query.weight"))
+            model.parameters_by_name[name].grad[0, 0] = float("inf")
+        norm, skipped = engine.step(0.1)
+        whole = sum(p.double().sum().item() for p in model.parameters_by_name.values())
+        found.append((norm, skipped, whole))
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_what_is_not_finite_anywhere_is_skipped_everywhere(world, corpus, stage) -> None:
+    parallel = {"pipeline": 2, "zero_stage": stage}
+    train = {"micro_batch_size": 1, "global_batch_size": 4}
+    config = config_of(corpus, "cycle", 1, parallel=parallel, train=train)
+    for rank in world(4).run(skip_a_step, config):
+        assert [skipped for _, skipped, _ in rank] == [False, True, False]
+        assert rank[0][2] == rank[1][2] != rank[2][2]
