@@ -187,6 +187,8 @@ def test_a_pipelined_run_evaluates_talks_and_goes_on_on_other_meshes(
     on_four = run_of(corpus, mesh, 4, 2, tensor=2, sequence_parallel=True)
     on_three = run_of(corpus, mesh, 6, 3)
     assert set(world(4).run(train, on_four)) == {FINISHED}
+    few = Schedules(with_vocab_size(on_four, 257)).describe(None, 1)
+    assert "fewer micro batches than ranks" in few and "1 micro batches" in few
     assert set(world(3).run(train, on_three)) == {FINISHED}
     assert train(run_of(corpus, mesh, 8, 1)) == FINISHED
     check_same_run(alone, mesh, 8)

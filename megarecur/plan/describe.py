@@ -327,6 +327,8 @@ def _memory(config: Config, steps: LayerMap) -> RenderableType:
     deepest = ", deepest step of the run" if is_sampled(config.recurrence) else ""
     tensor = config.parallel.tensor
     shared = f" of the {tensor} that share each matrix" if tensor > 1 else ""
+    if config.parallel.pipeline > 1:
+        shared += f", all {config.parallel.pipeline} pipeline ranks together (each: megarecur plan)"
     table = make_table(f"memory of one process{shared}{deepest}", "")
     rows = [
         ("parameters", memory.parameters),

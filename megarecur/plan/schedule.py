@@ -27,6 +27,8 @@ class Scheduled:
     """By pipeline rank."""
     name: str
     """Of the order's family."""
+    bubble: float = 0.0
+    """Idle share of the ranks' time, by simulation."""
 
 
 class Schedules:
@@ -74,7 +76,21 @@ class Schedules:
             split=parallel.split_backward,
             wanted=parallel.order,
         )
-        return Scheduled(steps, walk, choice.order, choice.name)
+        return Scheduled(steps, walk, choice.order, choice.name, choice.timeline.bubble)
+
+    def describe(self, depth: Depth | None, num_microbatches: int) -> str:
+        """A line on the pipeline of a step, with what would help where ranks wait for long."""
+        ranks, scheduled = self.placement.ranks, self.training(depth, num_microbatches)
+        line = (
+            f"pipeline: {ranks} ranks, {num_microbatches} micro batches, order "
+            f"{scheduled.name}, {scheduled.bubble:.0%} of the ranks' time idle by simulation"
+        )
+        if num_microbatches < ranks:
+            line += (
+                f"; that is fewer micro batches than ranks: raise train.global_batch_size or lower "
+                f"train.micro_batch_size={self.config.train.micro_batch_size}"
+            )
+        return line
 
     def forward(self, depth: Depth | int | None = None) -> Scheduled:
         """One micro batch, forward only: rank after rank."""

@@ -22,7 +22,7 @@ from megarecur.optim.schedule import learning_rate
 from megarecur.parallel.mesh import Mesh, open_mesh, same_error
 from megarecur.plan.order import order_hash
 from megarecur.plan.schedule import Schedules
-from megarecur.recurrence.depth import sample_depth
+from megarecur.recurrence.depth import Depth, sample_depth
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.alarms import Alarms, record_event
@@ -71,6 +71,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             report = Report(run_dir, config, state, mesh)
         alarms = Alarms(config.alarms, report.rows(), state.rolled_back_at)
         report.note(reason) if reason else None
+        if mesh.pp > 1:
+            report.note(schedules.describe(*first_step(config, mesh)))
         compiled = CompiledModel(model) if compiling else None
         profiler = Profiler(config.train.profile, run_dir, mesh)
         resources.callback(profiler.close)
@@ -218,18 +220,22 @@ def open_schedules(config: Config, mesh: Mesh) -> Schedules:
         MegarecurError: a placement or an order that cannot be.
         MeshError: ranks that choose different orders, and would wait for each other for ever.
     """
-    train = config.train
     with same_error(mesh):
         schedules = Schedules(config)
-        num_microbatches = train.global_batch_size // (mesh.dp * train.micro_batch_size)
-        depth = sample_depth(config.recurrence, config.seed, 0)
-        chosen = schedules.training(depth, num_microbatches)
+        chosen = schedules.training(*first_step(config, mesh))
     if len(set(mesh.gather_objects(order_hash(chosen.order)))) > 1:
         raise MeshError(
             "the ranks chose different orders of the pipeline; run the same version of megarecur "
             "with the same config on all of them"
         )
     return schedules
+
+
+def first_step(config: Config, mesh: Mesh) -> tuple[Depth | None, int]:
+    """Depth and micro batches per replica of the run's first optimizer step."""
+    train = config.train
+    depth = sample_depth(config.recurrence, config.seed, 0)
+    return depth, train.global_batch_size // (mesh.dp * train.micro_batch_size)
 
 
 def read_batches(
