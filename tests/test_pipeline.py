@@ -1,5 +1,6 @@
 """Pipeline parallelism with one owner per block: the same losses and gradients as one process."""
 
+import contextlib
 import math
 import os
 import random
@@ -37,6 +38,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from megarecur.config.schema import Config
+from megarecur.errors import ConfigError
 from megarecur.model.context import build_context
 from megarecur.model.transformer import LossTerm, Transformer
 from megarecur.parallel.pipeline import Pipeline, PipelineError
@@ -95,6 +97,9 @@ MAPS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+ORDERS = ["auto", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "greedy"]
+
+
 def draw(number: int, corpus: Path) -> tuple[Config, int]:
     """(a config, its number of processes); numbers walk through the maps."""
     rng = random.Random(number)
@@ -106,7 +111,6 @@ def draw(number: int, corpus: Path) -> tuple[Config, int]:
     stage = rng.choice([0, 0, 1, 2])
     parallel = {"tensor": tensor, "pipeline": pipeline, "zero_stage": stage,
                 "sequence_parallel": tensor > 1 and rng.random() < 0.5,
-                "order": rng.choice(["auto", "greedy"]),
                 "split_backward": rng.random() < 0.7}  # fmt: skip
     train = {"micro_batch_size": 1, "global_batch_size": dp * num_microbatches,
              "recompute": rng.random() < 0.3,
@@ -114,10 +118,13 @@ def draw(number: int, corpus: Path) -> tuple[Config, int]:
     model = {**DROPOUT, "tie_embeddings": rng.random() < 0.5,
              "norm_position": rng.choice(["pre", "sandwich"]),
              "positions": rng.choice(["rope", "learned", "alibi"])}  # fmt: skip
-    sections = {"parallel": parallel, "train": train, "model": model}
-    return config_of(
-        corpus, "dense", tensor, recurrence=MAPS[name], **sections
-    ), dp * pipeline * tensor
+    for order in rng.sample(ORDERS, len(ORDERS)):
+        sections = {"parallel": {**parallel, "order": order}, "train": train, "model": model}
+        with contextlib.suppress(ConfigError):  # Until one suits the walk.
+            config = config_of(corpus, "dense", tensor, recurrence=MAPS[name], **sections)
+            Schedules(with_vocab_size(config, 257))
+            return config, dp * pipeline * tensor
+    raise AssertionError("greedy suits every walk")
 
 
 @pytest.mark.slow
@@ -554,3 +561,16 @@ def test_what_is_not_finite_anywhere_is_skipped_everywhere(world, corpus, stage)
     for rank in world(4).run(skip_a_step, config):
         assert [skipped for _, skipped, _ in rank] == [False, True, False]
         assert rank[0][2] == rank[1][2] != rank[2][2]
+
+
+def test_an_order_that_suits_only_some_depths_is_refused_at_once() -> None:
+    config = with_vocab_size(
+        config_of(
+            Path("x"), "dense", 1, parallel={"pipeline": 2, "order": "1f1b"},
+            recurrence={**MAPS["sampled"], "prelude": 2, "coda": 2},
+        ), 257,
+    )  # fmt: skip
+    placed = {"placement": (0, 0, 0, 1, 1, 1)}
+    parallel = config.parallel.model_copy(update=placed)
+    with pytest.raises(ConfigError, match="this one visits 0 1 0 1"):
+        Schedules(config.model_copy(update={"parallel": parallel}))

@@ -10,9 +10,9 @@ from megarecur.plan.cluster import load_cluster
 from megarecur.plan.order import Op, Order
 from megarecur.plan.placement import Placement, place
 from megarecur.plan.predict import Layout, cost_stages, walk_over
-from megarecur.plan.simulate import choose_order
+from megarecur.plan.simulate import check_family, choose_order
 from megarecur.plan.walk import Walk
-from megarecur.recurrence.depth import Depth
+from megarecur.recurrence.depth import Depth, count_depths, is_sampled
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import layer_map
 
@@ -46,6 +46,13 @@ class Schedules:
         self.placement: Placement = place(config, layer_map(config.recurrence))
         self.layout = Layout(config.parallel.tensor, config.parallel.pipeline, 1)
         self.cluster = load_cluster(config.parallel.cluster)
+        parallel = config.parallel
+        depths: list[Depth | None] = [None]
+        if is_sampled(config.recurrence):
+            depths += list(count_depths(config.recurrence, config.seed, config.train.steps))
+        for depth in depths if parallel.pipeline > 1 else ():  # Not at the step that draws it.
+            walk = walk_over(config, layer_map(config.recurrence, depth), self.placement)
+            check_family(walk, parallel.order, parallel.split_backward)
         self.trained: dict[tuple[Depth | None, int], Future[Scheduled]] = {}
         self.thread = ThreadPoolExecutor(1, "orders")
 

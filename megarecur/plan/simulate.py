@@ -240,18 +240,7 @@ def choose_order(
         ConfigError: the family wanted does not suit the walk, or needs I and W apart.
         PlacementError: no order keeps within the memory.
     """
-    form = None if wanted == "auto" else CLOSED_FORMS.get(wanted)
-    if form is not None and form.split and not split:
-        raise ConfigError(
-            f"parallel.order={wanted} runs the backward passes of inputs and weights apart; set "
-            "parallel.split_backward to true, or parallel.order to auto"
-        )
-    if form is not None and form.make(walk, 1) is None:
-        ranks = " ".join(str(stage.rank) for stage in walk)
-        raise ConfigError(
-            f"parallel.order={wanted} is for walks over the ranks {form.shape}; this one visits "
-            f"{ranks}; set parallel.order to greedy or auto"
-        )
+    check_family(walk, wanted, split)
     caps = _list_caps(walk, memory_cap)
     bound = lower_bound(walk, costs, num_microbatches, split)
     best: Choice | None = None
@@ -272,6 +261,26 @@ def choose_order(
     problems = validate_order(best.order, walk, num_microbatches)
     assert not problems, problems
     return best
+
+
+def check_family(walk: Walk, wanted: Family | Literal["auto"], split: bool = True) -> None:
+    """Refuse a family of orders that does not suit a walk, or needs I and W apart.
+
+    Raises:
+        ConfigError: naming the walk.
+    """
+    form = None if wanted == "auto" else CLOSED_FORMS.get(wanted)
+    if form is not None and form.split and not split:
+        raise ConfigError(
+            f"parallel.order={wanted} runs the backward passes of inputs and weights apart; set "
+            "parallel.split_backward to true, or parallel.order to auto"
+        )
+    if form is not None and form.make(walk, 1) is None:
+        ranks = " ".join(str(stage.rank) for stage in walk)
+        raise ConfigError(
+            f"parallel.order={wanted} is for walks over the ranks {form.shape}; this one visits "
+            f"{ranks}; set parallel.order to greedy or auto"
+        )
 
 
 def _list_caps(walk: Walk, memory_cap: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
