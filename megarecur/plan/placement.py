@@ -68,7 +68,9 @@ def place(config: Config, steps: LayerMap, *, memory_cap: int | None = None) -> 
     """
     ranks, units = config.parallel.pipeline, join_blocks(steps)
     owners = config.parallel.placement
-    if owners is not None:
+    if ranks == 1:
+        owners = (0,) * config.recurrence.num_blocks
+    elif owners is not None:
         apart = [unit for unit in units if len({owners[block] for block in unit}) > 1]
         if apart:
             raise PlacementError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megarecur.config.schema import Config
 from megarecur.plan.cluster import load_cluster
-from megarecur.plan.order import Op, Order
+from megarecur.plan.order import Kind, Op, Order
 from megarecur.plan.placement import Placement, place
 from megarecur.plan.predict import Layout, cost_stages, walk_over
 from megarecur.plan.simulate import check_family, choose_order
@@ -15,6 +15,9 @@ from megarecur.plan.walk import Walk
 from megarecur.recurrence.depth import Depth, count_depths, is_sampled
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import layer_map
+
+ALONE: tuple[Kind, ...] = ("F", "B")
+"""What one rank does with a micro batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,9 @@ class Schedules:
         parallel = self.config.parallel
         steps = layer_map(self.config.recurrence, depth)
         walk = walk_over(self.config, steps, self.placement)
+        if len(walk) == 1:
+            ops = (Op(kind, 0, j) for j in range(num_microbatches) for kind in ALONE)
+            return Scheduled(steps, walk, (tuple(ops),), "1f1b")
         choice = choose_order(
             walk,
             num_microbatches,
