@@ -430,7 +430,8 @@ def test_packing_does_not_matter(scheme: str, positions: str) -> None:
 def test_initial_values_depend_on_seed_and_name_alone() -> None:
     config = make_config(SCHEMES["custom"], "fp32", tie_embeddings=False)
     whole = Transformer(config).parameters_by_name
-    part = Transformer(config, blocks={2, 1}, has_embedding=False).parameters_by_name
+    placement = Placement(2, (0, 1, 1), embedding=0, head=1)
+    part = Transformer(config, placement=placement, pp_rank=1).parameters_by_name
     assert {name.split(".")[1] for name in part if name.startswith("blocks")} == {"1", "2"}
     assert "head.weight" in part and "embedding.weight" not in part
     for name, parameter in part.items():

@@ -124,7 +124,12 @@ def forward_backward(
     scheduled = (schedules or Schedules(config)).training(depth, len(batches))
     result = StepResult(depth, num_sources=len(config.data.train))
     program = Training(model, batches, step, denominators, result, telemetry)
-    pipeline = Pipeline(mesh, scheduled.walk, program, model.dtype, engine.backward, model.deferred)
+
+    def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        with named("backward"):
+            engine.backward(outputs, gradients)
+
+    pipeline = Pipeline(mesh, scheduled.walk, program, model.dtype, backward, model.deferred)
     pipeline.run(scheduled.order[mesh.pp_rank])
     program.finish()
     return result
