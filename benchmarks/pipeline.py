@@ -305,6 +305,9 @@ class Sleeping:
         self.work, self.deferred = work, DeferredProducts()
         self.first = torch.zeros(MESSAGE, requires_grad=True)
 
+    def forget(self, microbatch: int) -> None:
+        """Nothing is kept."""
+
     def shape(self, microbatch: int) -> tuple[int, ...]:
         """Of a message."""
         return MESSAGE

@@ -27,6 +27,7 @@ from test_tensor_parallel import (
     gather_whole,
     later,
     reference,
+    step_of,
     trace,
 )
 from torch import Tensor, nn
@@ -39,14 +40,18 @@ from torch.distributed.pipelining.schedules import (
 
 from megarecur.config.schema import Config
 from megarecur.errors import ConfigError
+from megarecur.inference.generate import generate
 from megarecur.model.context import build_context
 from megarecur.model.transformer import LossTerm, Transformer
 from megarecur.parallel.pipeline import Pipeline, PipelineError
+from megarecur.parallel.shards import whole
 from megarecur.plan.predict import cost_stages
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.simulate import StageCost, simulate
 from megarecur.plan.walk import Stage
 from megarecur.recurrence.inventory import build_inventory
+from megarecur.train import checkpoint
+from megarecur.train.load import load_model
 from megarecur.train.metrics import read_rows
 from megarecur.train.step import forward_backward, sum_losses
 from megarecur.train.trainer import FINISHED, train, with_vocab_size
@@ -574,3 +579,40 @@ def test_an_order_that_suits_only_some_depths_is_refused_at_once() -> None:
     parallel = config.parallel.model_copy(update=placed)
     with pytest.raises(ConfigError, match="this one visits 0 1 0 1"):
         Schedules(config.model_copy(update={"parallel": parallel}))
+
+
+# ------------------------------------------------------------------- a table with two ends
+
+
+def train_tied(config: Config) -> tuple[int, Tensor | None]:
+    """Train on this mesh; gives the table of embedding and head, where this rank has it."""
+    config, model, engine, mesh, loader = build(config)
+    for step in range(4):
+        step_of(model, engine, config, loader, step, mesh)
+        engine.step(0.01)
+    shards = engine.shards()
+    checkpoint.save(Path(config.run_dir), 4, shards, {"step": 4}, group=dist.group.WORLD).result()
+    table = model.parameters_by_name.get("embedding.weight")
+    return mesh.pp_rank, None if table is None else table.detach()
+
+
+@pytest.mark.parametrize(("stage", "processes"), [(0, 6), (1, 4)])
+def test_both_ends_of_a_tied_table_stay_the_same(world, corpus, tmp_path, stage, processes) -> None:
+    """And are saved as one, though ZeRO cuts them at different places."""
+    parallel = {"pipeline": 2, "zero_stage": stage, "placement": (0, 0, 0, 1)}
+    train = {"micro_batch_size": 1, "global_batch_size": 12}
+    sections = {"parallel": parallel, "train": train, "recurrence": MAPS["dense"]}
+    config = config_of(corpus, "dense", 1, run_dir=str(tmp_path), **sections)
+    tables = [table for _, table in world(processes).run(train_tied, config) if table is not None]
+    assert len(tables) == processes and all(torch.equal(table, tables[0]) for table in tables)
+    saved = torch.empty_like(tables[0])
+    checkpoint.load(tmp_path / "step-00000004", {"embedding.weight": whole(saved)}, partial=True)
+    assert torch.equal(saved, tables[0])
+
+
+def test_a_run_of_a_pipeline_is_read_by_one_process(world, corpus, tmp_path) -> None:
+    config = run_of(corpus, tmp_path / "run", 2, 2)
+    assert set(world(2).run(train, config)) == {FINISHED}
+    model, run = load_model(tmp_path / "run")
+    assert run.config.parallel.pipeline == 1
+    assert len(list(generate(model, [1, 2, 3], max_new_tokens=4))) == 4

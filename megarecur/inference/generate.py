@@ -79,15 +79,18 @@ def generate(
         new_1S = tokens_1S
         for position in range(len(tokens), len(tokens) + max_new_tokens):
             logits_1V = next_logits(model, mesh, scheduled, new_1S, cache, seed, sample_1)
-            chosen_1 = choose(
-                logits_1V,
-                sample_1,
-                torch.full_like(sample_1, position),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-            )
+            chosen_1 = torch.zeros_like(sample_1)
+            if logits_1V is not None:
+                chosen_1 = choose(
+                    logits_1V,
+                    sample_1,
+                    torch.full_like(sample_1, position),
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    seed=seed,
+                )
+            chosen_1 = mesh.broadcast_over_pp(chosen_1, scheduled.walk[-1].rank)
             chosen = int(chosen_1.item())
             if chosen in eos_ids:
                 return
@@ -108,8 +111,9 @@ def next_logits(
     cache: Cache | None = None,
     seed: int = 0,
     samples_B: Tensor | None = None,
-) -> Tensor:
-    """Logits [B, V] of the token that follows, given tokens that follow the cached ones."""
+) -> Tensor | None:
+    """Logits [B, V] of the token that follows, given tokens that follow the cached ones; on the
+    pipeline rank of the head, None on others."""
     batch, length = tokens_BS.shape
     past = cache.length if cache is not None else 0
     positions_BS = torch.arange(past, past + length, device=tokens_BS.device).expand(batch, -1)
@@ -126,12 +130,7 @@ def next_logits(
         x = run_forward(model, mesh, scheduled, tokens_BS, ctx)
         if cache is not None:
             cache.advance(length)
-        if x is None:
-            rows = model.inventory["embedding.weight"].shape[0]
-            logits_BV = torch.empty(batch, rows, dtype=model.dtype, device=mesh.device)
-        else:
-            logits_BV = model.all_logits(x[:, -1:])[:, 0].contiguous()
-    return mesh.broadcast_over_pp(logits_BV, scheduled.walk[-1].rank)
+        return None if x is None else model.all_logits(x[:, -1:])[:, 0]
 
 
 class Forward:
@@ -141,6 +140,9 @@ class Forward:
         self.model, self.tokens_BS, self.ctx = model, tokens_BS, ctx
         self.x: Tensor | None = None
         """What leaves the last stage, if that is here."""
+
+    def forget(self, microbatch: int) -> None:
+        """Nothing is kept but for the caller."""
 
     def shape(self, microbatch: int) -> tuple[int, ...]:
         """Of the hidden state."""

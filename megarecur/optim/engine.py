@@ -187,8 +187,8 @@ class PlainEngine:
         """Sum gradients over what holds the same parameters, once per step."""
         if not self.reduced:
             self.reduce_over_tp()
-            self.join_tied()
             self.mesh.sum_over_dp(self.flat)
+            self.join_tied()  # Last, so that both ends have the same to the last digit.
             self.reduced = True
 
     def reduce_over_tp(self) -> None:

@@ -84,6 +84,12 @@ class ZeroEngine:
             if parameter.requires_grad:
                 self.trained[name] = parameter
                 self.share(name, parameter)
+        with same_error(mesh):
+            if not self.trained:
+                raise ConfigError(
+                    f"parallel.zero_stage={self.stage}: every parameter of pipeline rank "
+                    f"{mesh.pp_rank} is frozen; set zero_stage to 0, or place other blocks there"
+                )
         (client,) = build_optimizers(config.optimizer, model.parameters_by_name)
         deepspeed = import_deepspeed(mesh)
         if self.stage == 3:
@@ -262,8 +268,18 @@ class ZeroEngine:
         skipped = bool(self.optimizer.overflow)
         if not skipped:
             self.updates += 1
+            self.align_tied()
             self.model.refresh()
         return float(self.engine.get_global_grad_norm()), skipped
+
+    def align_tied(self) -> None:
+        """Give the head the embedding's table, where both have one: their gradients were summed
+        over replicas in different places of a buffer, and so to different last digits."""
+        table = self.trained.get(self.model.tied)
+        if table is not None:
+            other = self.mesh.exchange(table.detach(), self.model.tied_peer)
+            if self.model.tied_peer < self.mesh.pp_rank:
+                table.data.copy_(other)
 
     def pieces(self) -> Iterator[tuple[str, Piece]]:
         """What this rank owns of every trained parameter."""
@@ -322,6 +338,8 @@ class ZeroEngine:
             first += size
         # Ranks that hold the same have flat buffers of other lengths, cut at other places.
         first_holder = self.mesh.tp_rank % spec.holders(self.mesh.tp) == 0
+        if piece.name == self.model.tied:
+            first_holder = first_holder and self.mesh.pp_rank < self.model.tied_peer
         return Shard(spec.shape, chunks, written=first_holder)
 
     def load(self, shards: dict[str, Shard]) -> None:

@@ -114,13 +114,13 @@ class Mesh:
     def exchange(self, tensor: Tensor, pp_rank: int) -> Tensor:
         """What another pipeline rank has in place of a tensor, which it is given in turn."""
         found, peer = torch.empty_like(tensor), self.pipeline_peer(pp_rank)
-        works = [
-            dist.isend(tensor, peer, group=self.pp_group),
-            dist.irecv(found, peer, group=self.pp_group),
-        ]
-        for work in works:
-            assert work is not None
-            work.wait()
+        tensor = tensor.contiguous()
+        if self.pp_rank < pp_rank:  # nccl runs one after the other: not both may send first.
+            dist.send(tensor, peer, group=self.pp_group)
+            dist.recv(found, peer, group=self.pp_group)
+        else:
+            dist.recv(found, peer, group=self.pp_group)
+            dist.send(tensor, peer, group=self.pp_group)
         return found
 
     def broadcast_over_pp(self, tensor: Tensor, pp_rank: int) -> Tensor:

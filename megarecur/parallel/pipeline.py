@@ -30,6 +30,8 @@ Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
 """(outputs, gradients of them; None: a scalar of the objective)."""
 
 
+MOST_SENDS = 4
+"""Messages under way from a rank. gloo keeps them until they are waited for."""
 AHEAD = 8
 """Operations ahead of its turn that gloo is told of a receive: only then does its sender send."""
 
@@ -57,6 +59,9 @@ class Program(Protocol):
 
         `reads` holds what the stage's steps may read; what they write is put there.
         """
+
+    def forget(self, microbatch: int) -> None:
+        """No forward pass of a micro batch is left on this rank."""
 
 
 @dataclass
@@ -161,10 +166,9 @@ class Pipeline:
         """Run one operation."""
         try:
             self.runs[op.kind](self.walk[op.stage], op.microbatch)
-        except PipelineError:
-            raise
         except Exception as error:
-            raise PipelineError(f"{self.describe(op)}: {error}") from error
+            error.add_note(self.describe(op))
+            raise
 
     def describe(self, op: Op) -> str:
         """An operation and where it was."""
@@ -203,6 +207,7 @@ class Pipeline:
             self.most_live = max(self.most_live, len(self.kept) + len(self.left))
         if all(other.index <= stage.index for other in self.walk if other.rank == stage.rank):
             del self.held[j]
+            self.program.forget(j)
 
     def run_backward(self, stage: Stage, j: int) -> None:
         """B, or I while products are deferred."""
@@ -271,7 +276,9 @@ class Pipeline:
         peer = self.mesh.pipeline_peer(self.walk[to].rank)
         works = [dist.isend(tensor, peer, group=self.mesh.pp_group) for tensor in tensors]
         self.bytes_sent += sum(tensor.nbytes for tensor in tensors)
-        self.sends = [sent for sent in self.sends if not all(w.is_completed() for w in sent[1])]
+        if len(self.sends) == MOST_SENDS:  # Orders are such that every send could be waited for.
+            begun, waited, _ = self.sends.pop(0)
+            self.wait(waited, begun)
         self.sends.append((Op(SENDS[way], stage.index, j), works, tensors))
 
     def receive(self, way: Way, stage: Stage, j: int) -> None:
@@ -300,6 +307,7 @@ class Pipeline:
         """
         for work in works:
             try:
-                work.wait(TIMEOUT)
+                # With a time-out nccl blocks the host; its group has one of its own.
+                work.wait(TIMEOUT) if self.mesh.device.type == "cpu" else work.wait()
             except RuntimeError as error:
                 raise PipelineError(f"{self.describe(op)} never came through: {error}") from error

@@ -80,6 +80,12 @@ class Training:
             self.result.add_sources(batch, terms["loss"].per_token)
         return x, objective(terms, self.denominators) if terms else None
 
+    def forget(self, microbatch: int) -> None:
+        """Let go of masks, and of what telemetry compares visits with."""
+        ctx = self.contexts.pop(microbatch)
+        if ctx.telemetry is not None:
+            ctx.telemetry.visits.clear()
+
     def finish(self) -> None:
         """Add up the telemetry; gradients are in it once the backward passes are done."""
         for seen in self.seen:

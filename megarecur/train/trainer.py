@@ -72,7 +72,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         alarms = Alarms(config.alarms, report.rows(), state.rolled_back_at)
         report.note(reason) if reason else None
         if mesh.pp > 1:
-            report.note(schedules.describe(*first_step(config, mesh)))
+            report.note(schedules.describe(*step_to_take(config, mesh, state.step)))
         compiled = CompiledModel(model) if compiling else None
         profiler = Profiler(config.train.profile, run_dir, mesh)
         resources.callback(profiler.close)
@@ -99,9 +99,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             started = time.perf_counter()
             with named("data"):
                 batches, unread = read_batches(loader, state.step, mesh)
-            schedules.prepare(
-                sample_depth(config.recurrence, config.seed, state.step + 1), len(batches)
-            )
+            schedules.prepare(*step_to_take(config, mesh, state.step))
+            schedules.prepare(*step_to_take(config, mesh, state.step + 1))
             waited = time.perf_counter() - started
             due = is_due(state.step + 1, config.train.log_every, config)
             result = forward_backward(
@@ -222,7 +221,7 @@ def open_schedules(config: Config, mesh: Mesh) -> Schedules:
     """
     with same_error(mesh):
         schedules = Schedules(config)
-        chosen = schedules.training(*first_step(config, mesh))
+        chosen = schedules.training(*step_to_take(config, mesh, 0))
     if len(set(mesh.gather_objects(order_hash(chosen.order)))) > 1:
         raise MeshError(
             "the ranks chose different orders of the pipeline; run the same version of megarecur "
@@ -231,10 +230,10 @@ def open_schedules(config: Config, mesh: Mesh) -> Schedules:
     return schedules
 
 
-def first_step(config: Config, mesh: Mesh) -> tuple[Depth | None, int]:
-    """Depth and micro batches per replica of the run's first optimizer step."""
+def step_to_take(config: Config, mesh: Mesh, step: int) -> tuple[Depth | None, int]:
+    """Depth and micro batches per replica of an optimizer step."""
     train = config.train
-    depth = sample_depth(config.recurrence, config.seed, 0)
+    depth = sample_depth(config.recurrence, config.seed, step)
     return depth, train.global_batch_size // (mesh.dp * train.micro_batch_size)
 
 
