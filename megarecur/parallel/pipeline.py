@@ -160,10 +160,14 @@ class Pipeline:
         """Tell gloo what comes."""
         for op in ops:
             if op.kind in ("RECV_F", "RECV_B"):
-                self.runs[op.kind](self.walk[op.stage], op.microbatch)
+                self.perform(op)
 
     def run_one(self, op: Op) -> None:
-        """Run one operation."""
+        """Run one operation in its turn."""
+        self.perform(op)
+
+    def perform(self, op: Op) -> None:
+        """Do what an operation says; an error is told where it happened."""
         try:
             self.runs[op.kind](self.walk[op.stage], op.microbatch)
         except Exception as error:
