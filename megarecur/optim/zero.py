@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from megarecur.config.schema import Config
 from megarecur.errors import ConfigError
 from megarecur.model.transformer import Stack, Transformer
-from megarecur.optim.engine import ADAMW_MOMENTS, UPDATES, build_optimizers, sum_over_holders
+from megarecur.optim.engine import (
+    ADAMW_MOMENTS,
+    UPDATES,
+    build_optimizers,
+    is_partial,
+    sum_over_holders,
+)
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.parallel.shards import Shard, boxes, whole
@@ -121,9 +127,11 @@ class ZeroEngine:
         holders = spec.holders(tp.size)
         # What is not marked counts on the first rank alone, so of several holders one is marked.
         parameter.model_parallel = spec.cut is not None and tp.rank % holders == 0
-        if tp.size > 1 and holders > 1 and (spec.cut is not None or tp.sequence):
+        if is_partial(spec, tp):
             self.summed.add(parameter)
-            parameter.register_hook(lambda gradient: sum_over_holders(gradient, spec, tp))
+            parameter.register_hook(
+                lambda gradient: sum_over_holders([(gradient, spec)], tp)[0].contiguous()
+            )
 
     def describe(self, config: Config) -> dict[str, Any]:
         """DeepSpeed's configuration, from ours."""
