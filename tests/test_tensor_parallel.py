@@ -14,6 +14,7 @@ import xxhash
 from harness import Trace, WorldError, compare
 from pydantic import TypeAdapter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_zero import load_step
 
 from configs import SCHEMES, make_config
 from megarecur.config.schema import Config, RecurrenceConfig
@@ -364,12 +365,7 @@ def go_on(config: Config, root: Path, first: int, last: int) -> tuple[Any, list,
     """
     config, model, engine, mesh, loader = build(config)
     group = dist.group.WORLD if dist.is_initialized() else None
-    if first:
-        shards = engine.shards()
-        checkpoint.load(root / f"step-{first:08d}", shards, group=group)
-        engine.load(shards)
-    shards = engine.shards()
-    loaded = {name: [(o, s, t.clone()) for o, s, t in shards[name].chunks] for name in shards}
+    loaded = load_step(engine, root, first, group)
     found: Trace = []
     ids = []
     for step in range(first, last):

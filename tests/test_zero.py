@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -337,16 +338,21 @@ def fails_to_gather(config: Config) -> str:
 Chunks = dict[str, list[tuple[tuple[int, ...], tuple[int, ...], Tensor]]]
 
 
+def load_step(engine: Engine, root: Path, step: int, group: Any) -> Chunks:
+    """Load a step's checkpoint unless it is 0; gives what the engine holds then."""
+    if step:
+        shards = engine.shards()
+        checkpoint.load(root / f"step-{step:08d}", shards, group=group)
+        engine.load(shards)
+    shards = engine.shards()
+    return {name: [(o, s, t.clone()) for o, s, t in shards[name].chunks] for name in shards}
+
+
 def go_on(config: Config, root: Path, first: int, last: int) -> tuple[Chunks, Trace]:
     """Load step `first` unless it is 0, take steps up to `last`, save. Gives what was loaded."""
     group = dist.group.WORLD if dist.is_initialized() else None
     config, model, engine = build(config)
-    if first:
-        shards = engine.shards()
-        checkpoint.load(root / f"step-{first:08d}", shards, group=group)
-        engine.load(shards)
-    shards = engine.shards()
-    loaded = {name: [(o, s, t.clone()) for o, s, t in shards[name].chunks] for name in shards}
+    loaded = load_step(engine, root, first, group)
     found = run_steps(config, model, engine, range(first, last))
     checkpoint.save(root, last, engine.shards(), {}, group=group).result()
     return loaded, found

@@ -55,6 +55,7 @@ class Block(nn.Module):
             self.feed_forward_output_norm = build_norm(
                 model.norm, f"{prefix}.feed_forward_output_norm", make, eps
             )
+        self.weights = [module for module in self.modules() if isinstance(module, Weight)]
 
     def forward(self, x: Tensor, ctx: Context, step: Step, injected: Tensor | None) -> Tensor:
         """One step of the map; `injected` is added, or mixed in by the adapter, first."""
@@ -63,9 +64,8 @@ class Block(nn.Module):
         keys = ctx.keys(step, self.rates)
         if self.compiled is None or not ctx.training:
             return self.body(x, ctx, step, keys)
-        for weight in self.modules():
-            if isinstance(weight, Weight):
-                weight.value()  # A gathered one has no copy yet; a graph takes what is there.
+        for weight in self.weights:
+            weight.value()  # A gathered one has no copy yet; a graph takes what is there.
         return self.compiled(self, x, ctx, step, keys)
 
     def body(self, x: Tensor, ctx: Context, step: Step, keys: Keys) -> Tensor:

@@ -216,9 +216,8 @@ class Transformer(nn.Module):
         self.master_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
 
         def make(name: str) -> nn.Parameter:
-            offset, sizes = self.inventory[name].part(tp.rank, tp.size)
-            values = initial_values(self.inventory[name], config.seed, self.master_dtype)
-            own = values[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))]
+            spec = self.inventory[name]
+            own = initial_values(spec, config.seed, self.master_dtype)[spec.place(tp.rank, tp.size)]
             parameter = nn.Parameter(own.to(device, copy=tp.size > 1).contiguous())
             self.parameters_by_name[name] = parameter
             return parameter

@@ -6,7 +6,6 @@ is the reference: AdamW, one reduction over dp.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -83,14 +82,44 @@ def global_norm(flat: Tensor) -> Tensor:
     return norms.square().sum().sqrt()
 
 
-def sum_over_holders(gradient: Tensor, spec: ParameterSpec, tp: TensorParallel) -> Tensor:
-    """The sum of a gradient over the tensor-parallel ranks that hold the same part of a parameter:
-    each puts its own in its place of the whole."""
-    offset, sizes = spec.part(tp.rank, tp.size)
-    place = tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
-    whole_gradient = gradient.new_zeros(spec.shape)
-    whole_gradient[place] = gradient
-    return tp.sum(whole_gradient)[place].contiguous()
+def is_partial(spec: ParameterSpec, tp: TensorParallel) -> bool:
+    """Whether several tensor-parallel ranks hold the same part of a parameter and each knows a part
+    of its gradient: under sequence parallelism all that is not cut, always key heads held by
+    several."""
+    shared = tp.size > 1 and spec.holders(tp.size) > 1
+    return shared and (spec.cut is not None or tp.sequence)
+
+
+def sum_over_holders(
+    gradients: Sequence[tuple[Tensor, ParameterSpec]], tp: TensorParallel
+) -> list[Tensor]:
+    """Gradients summed over the tensor-parallel ranks that hold the same part of a parameter.
+
+    One call: each rank puts its own in their places of a buffer of the whole tensors.
+    """
+    buffer = gradients[0][0].new_zeros(sum(spec.size for _, spec in gradients))
+    pieces = buffer.split([spec.size for _, spec in gradients])
+    parts = [
+        piece.view(spec.shape)[spec.place(tp.rank, tp.size)]
+        for piece, (_, spec) in zip(pieces, gradients, strict=True)
+    ]
+    for part, (gradient, _) in zip(parts, gradients, strict=True):
+        part.copy_(gradient)
+    tp.sum(buffer)
+    return parts
+
+
+def sum_partial(trained: Mapping[str, nn.Parameter], model: Transformer) -> None:
+    """Sum the gradients of which each tensor-parallel rank knows a part, in place, in one call."""
+    partial = []
+    for name, parameter in trained.items():
+        spec = model.inventory[name]
+        if is_partial(spec, model.tp):
+            assert parameter.grad is not None
+            partial.append((parameter.grad, spec))
+    totals = sum_over_holders(partial, model.tp) if partial else []
+    for (gradient, _), total in zip(partial, totals, strict=True):
+        gradient.copy_(total)
 
 
 def build_optimizers(
@@ -192,29 +221,8 @@ class PlainEngine:
             self.reduced = True
 
     def reduce_over_tp(self) -> None:
-        """Sum the gradients of what several tensor-parallel ranks hold and each knows a part of:
-        under sequence parallelism everything that is not cut, always key heads held by several.
-
-        One call: each rank puts what it holds in its place of a buffer of the whole tensors.
-        """
-        tp, parts = self.model.tp, []
-        for name, holders in self.holders.items():
-            spec = self.model.inventory[name]
-            if tp.size > 1 and holders > 1 and (spec.cut is not None or tp.sequence):
-                offset, sizes = spec.part(tp.rank, tp.size)
-                place = tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
-                grad = self.trained[name].grad
-                assert grad is not None
-                parts.append((spec.shape, place, grad))
-        if not parts:
-            return
-        buffers = self.flat.new_zeros(sum(math.prod(shape) for shape, *_ in parts))
-        pieces = buffers.split([math.prod(shape) for shape, *_ in parts])
-        for piece, (shape, place, grad) in zip(pieces, parts, strict=True):
-            piece.view(shape)[place] = grad
-        self.mesh.sum_over_tp(buffers)
-        for piece, (shape, place, grad) in zip(pieces, parts, strict=True):
-            grad.copy_(piece.view(shape)[place])
+        """Sum the gradients of which each tensor-parallel rank knows a part."""
+        sum_partial(self.trained, self.model)
 
     def join_tied(self) -> None:
         """Sum the two gradients of a table whose ends, embedding and head, lie on two pipeline

@@ -30,7 +30,9 @@ from megarecur.optim.engine import (
     Gradients,
     Outputs,
     build_optimizers,
+    is_partial,
     sum_over_holders,
+    sum_partial,
 )
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh, same_error
@@ -142,10 +144,12 @@ class ZeroEngine:
         holders = spec.holders(tp.size)
         # What is not marked counts on the first rank alone, so of several holders one is marked.
         parameter.model_parallel = spec.cut is not None and tp.rank % holders == 0
-        if tp.size > 1 and holders > 1 and (spec.cut is not None or tp.sequence):
+        if is_partial(spec, tp):
             self.summed.add(parameter)
             if self.mesh.pp == 1:
-                parameter.register_hook(lambda gradient: sum_over_holders(gradient, spec, tp))
+                parameter.register_hook(
+                    lambda gradient: sum_over_holders([(gradient, spec)], tp)[0].contiguous()
+                )
         if name == self.model.tied and self.model.tied_peer < self.mesh.pp_rank:
             parameter.ds_pipe_replicated = True  # Counted where the other one is.
 
@@ -227,12 +231,10 @@ class ZeroEngine:
         if self.mesh.pp == 1 or self.reduced:
             return
         self.open_reduction()  # Where no stage of this rank had a backward pass.
-        for name, parameter in self.trained.items():
-            if parameter in self.summed:
-                spec = self.model.inventory[name]
-                parameter.grad.copy_(sum_over_holders(parameter.grad, spec, self.model.tp))
-            if name == self.model.tied:
-                parameter.grad += self.mesh.exchange(parameter.grad, self.model.tied_peer)
+        sum_partial(self.trained, self.model)
+        if self.model.tied in self.trained:
+            gradient = self.trained[self.model.tied].grad
+            gradient += self.mesh.exchange(gradient, self.model.tied_peer)
         self.reduction.close()
         self.reduced = True
 

@@ -58,6 +58,11 @@ class ParameterSpec:
             offset[self.cut], sizes[self.cut] = first * self.unit, (last - first) * self.unit
         return tuple(offset), tuple(sizes)
 
+    def place(self, rank: int, size: int) -> tuple[slice, ...]:
+        """Where in the whole tensor that part is."""
+        offset, sizes = self.part(rank, size)
+        return tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
+
     def holders(self, size: int) -> int:
         """How many of `size` tensor-parallel ranks hold each element."""
         if self.cut is None:
