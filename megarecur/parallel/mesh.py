@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,11 @@ class Mesh:
     def world(self) -> int:
         """Number of processes."""
         return self.dp * self.pp * self.tp
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Its sizes by name."""
+        return {"dp": self.dp, "pp": self.pp, "tp": self.tp}
 
     @property
     def dp_rank(self) -> int:
@@ -169,6 +175,45 @@ def raise_first(error: Exception | None, mesh: Mesh) -> None:
         raise errors[0]
 
 
+def join_slurm_step() -> None:
+    """Set torchrun's variables from Slurm's, where `srun` started this process and its peers.
+
+    A step of one task is left alone: that process is by itself, or a launcher of others. The port
+    follows from job and step, so that those sharing a node keep apart; MASTER_ADDR and MASTER_PORT
+    that are set already are used.
+
+    Raises:
+        MeshError: Slurm cannot say which node comes first.
+    """
+    environ = os.environ
+    if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    environ["RANK"] = environ["SLURM_PROCID"]
+    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
+    job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
+    environ.setdefault("MASTER_PORT", str(20_000 + (job * 31 + step) % 12_000))
+    if "MASTER_ADDR" not in environ:
+        environ["MASTER_ADDR"] = first_node(environ["SLURM_STEP_NODELIST"])
+
+
+def first_node(nodes: str) -> str:
+    """The first of a list as Slurm writes it, such as `n[3-5,9]`.
+
+    Raises:
+        MeshError: scontrol is missing or refuses the list.
+    """
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        return found.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        raise MeshError(
+            f"{' '.join(command)} did not name the first node ({said}); set MASTER_ADDR to it"
+        ) from None
+
+
 def world_size() -> int:
     """Number of processes, by the process group or torchrun's variables."""
     if dist.is_initialized():
@@ -225,9 +270,12 @@ def pick_device(name: str) -> torch.device:
 def open_mesh(config: Config) -> Iterator[Mesh]:
     """This process's mesh; the process group ends with the context, unless it was there before.
 
+    The world is that of the process group, torchrun or the Slurm step, in this order.
+
     Raises:
         MeshError: a world that does not fit the config.
     """
+    join_slurm_step()
     world = world_size()
     check_world(config, world)
     device = pick_device(config.train.device)
