@@ -43,8 +43,10 @@ from megarecur.errors import ConfigError
 from megarecur.inference.generate import generate
 from megarecur.model.context import build_context
 from megarecur.model.transformer import LossTerm, Transformer
+from megarecur.parallel.mesh import Mesh
 from megarecur.parallel.pipeline import Pipeline, PipelineError
 from megarecur.parallel.shards import whole
+from megarecur.plan.order import order_hash
 from megarecur.plan.predict import cost_stages
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.simulate import StageCost, simulate
@@ -53,6 +55,7 @@ from megarecur.recurrence.inventory import build_inventory
 from megarecur.train import checkpoint
 from megarecur.train.load import load_model
 from megarecur.train.metrics import read_rows
+from megarecur.train.state import is_reordered
 from megarecur.train.step import forward_backward, sum_losses
 from megarecur.train.trainer import FINISHED, train, with_vocab_size
 
@@ -616,3 +619,20 @@ def test_a_run_of_a_pipeline_is_read_by_one_process(world, corpus, tmp_path) -> 
     model, run = load_model(tmp_path / "run")
     assert run.config.parallel.pipeline == 1
     assert len(list(generate(model, [1, 2, 3], max_new_tokens=4))) == 4
+
+
+def test_the_order_is_named_in_checkpoints(world, corpus, tmp_path) -> None:
+    config = run_of(corpus, tmp_path / "run", 2, 2)
+    world(2).run(train, config)
+    saved = checkpoint.read_state(tmp_path / "run" / "checkpoints" / "step-00000002")
+    num_microbatches = config.train.global_batch_size // config.train.micro_batch_size
+    mesh, (kept, other) = (
+        Mesh(dp=1, pp=2),
+        (
+            order_hash(Schedules(with_vocab_size(c, 257)).training(None, num_microbatches).order)
+            for c in (config, run_of(corpus, tmp_path / "run", 2, 2, order="1f1b"))
+        ),
+    )
+    assert saved["order_hash"] == kept and not is_reordered(saved, config, mesh, kept)
+    assert is_reordered(saved, config, mesh, other) and kept != other
+    assert not is_reordered(saved, config, Mesh(), other)

@@ -34,7 +34,14 @@ from megarecur.train.report import Report
 from megarecur.train.saving import Saver
 from megarecur.train.signals import StopFlag, watch_signals
 from megarecur.train.speed import measure_state
-from megarecur.train.state import TrainState, check_resume, open_run, save_state, write_config
+from megarecur.train.state import (
+    TrainState,
+    check_resume,
+    is_reordered,
+    open_run,
+    save_state,
+    write_config,
+)
 from megarecur.train.step import build_model, forward_backward
 
 log = logging.getLogger(__name__)
@@ -64,7 +71,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         model = build_model(config, mesh, schedules)
         engine = build_engine(model, config, mesh)
         saver = resources.enter_context(Saver(run_dir, config, mesh))
-        state = resume(run_dir, config, data, engine, mesh)
+        state = resume(run_dir, config, data, engine, schedules, mesh)
         saver.prepare(engine.shards())
         with same_error(mesh):
             write_config(run_dir, config) if mesh.rank == 0 else None
@@ -128,17 +135,17 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                     load_checkpoint(source, engine, mesh)
                     state = state.rolled_back()
                     alarms.healthy_step = saved = state.step
-                    save(saver, config, data, engine, mesh, state, report, last=False)
+                    save(saver, config, data, engine, schedules, state, report, last=False)
                     saver.wait()  # A run that dies now must not read those samples again.
             if saved < state.step and is_due(state.step, config.checkpoint.every, config):
                 last = state.step == config.train.steps
                 with named("save"):
-                    save(saver, config, data, engine, mesh, state, report, last)
+                    save(saver, config, data, engine, schedules, state, report, last)
                 saved = state.step
             if written := profiler.end(state.step - 1):
                 report.note(written)
         if saved < state.step:
-            save(saver, config, data, engine, mesh, state, report, last=True)
+            save(saver, config, data, engine, schedules, state, report, last=True)
         saver.finish()
         report.finish(
             f"saved at step {state.step} and stopped by signal {number}; "
@@ -325,7 +332,7 @@ def save(
     config: Config,
     data: Data,
     engine: Engine,
-    mesh: Mesh,
+    schedules: Schedules,
     state: TrainState,
     report: Report,
     last: bool,
@@ -335,12 +342,16 @@ def save(
     Raises:
         CheckpointError: one could not be written; the earlier ones are untouched.
     """
-    state = replace(state, interval=report.interval.carry(mesh))
-    content = save_state(state, config, mesh, data.loader.state(state.step), data.tokenizer)
+    state = replace(state, interval=report.interval.carry(saver.mesh))
+    order = schedules.training(*step_to_take(config, saver.mesh, state.step)).order
+    cursor = data.loader.state(state.step)
+    content = save_state(state, config, saver.mesh, cursor, data.tokenizer, order_hash(order))
     saver.save(state.step, engine.shards(), content, last)
 
 
-def resume(run_dir: Path, config: Config, data: Data, engine: Engine, mesh: Mesh) -> TrainState:
+def resume(
+    run_dir: Path, config: Config, data: Data, engine: Engine, schedules: Schedules, mesh: Mesh
+) -> TrainState:
     """Load the newest good checkpoint, if there is one, or the parameters to start from.
 
     Raises:
@@ -371,6 +382,10 @@ def resume(run_dir: Path, config: Config, data: Data, engine: Engine, mesh: Mesh
     state = check_resume(saved, config, data.tokenizer, path)
     data.loader.check_state(saved["data"])
     load_checkpoint(path, engine, mesh)
+    order = schedules.training(*step_to_take(config, mesh, state.step)).order
+    if mesh.rank == 0 and is_reordered(saved, config, mesh, order_hash(order)):
+        log.warning("the pipeline's order of operations is not the one %s was saved with, though "
+                    "the mesh is: sums will differ in their last bits", path)  # fmt: skip
     return state
 
 
