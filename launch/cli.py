@@ -87,6 +87,45 @@ def check(
         print(f"\nlayer map drawn to {draw}")
 
 
+@app.command()
+def plan(
+    config: ConfigPath,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks in all.")],
+    overrides: Overrides = None,
+    tensor: Annotated[
+        int | None, typer.Option(min=1, help="Tensor-parallel ranks; searched if left out.")
+    ] = None,
+    pipeline: Annotated[
+        int | None, typer.Option(min=1, help="Pipeline ranks; searched if left out.")
+    ] = None,
+    zero: Annotated[
+        int | None,
+        typer.Option(min=0, max=3, help="ZeRO stage; the config's, or what fits, if left out."),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="cpu, a100, h100, h200 or a YAML file."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the order: .png or .svg.")
+    ] = None,
+) -> None:
+    """Where a run would live on many ranks, and what a step would take: time, memory, bytes."""
+    from megarecur.config.load import load_config
+
+    check_picture(out, "--out")
+    resolved = with_vocab_size(load_config(config, overrides or ()))
+    from launch.plan import plan_config
+
+    found = plan_config(resolved, world_size, tensor, pipeline, zero, cluster)
+    if out is not None:
+        from megarecur.plot.layer_map import save
+        from megarecur.plot.timeline import draw_plan
+
+        save(draw_plan(found), out)
+        print(f"\norder drawn to {out}")
+
+
 # ------------------------------------------------------------------------------------- training
 
 
@@ -325,10 +364,10 @@ def export(
 # --------------------------------------------------------------------------------------- shared
 
 
-def check_picture(path: Path | None) -> None:
+def check_picture(path: Path | None, option: str = "--draw") -> None:
     """Refuse names of pictures that say no format, before any work is done."""
     if path is not None and path.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--draw {path}: the name must end in .png or .svg")
+        raise ConfigError(f"{option} {path}: the name must end in .png or .svg")
 
 
 def parse_depths(text: str | None, config: Config) -> list[int | None]:

@@ -30,7 +30,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 def make_config(
     corpus: Path | str = "corpus", scheme: str = "reuse_map", **sections: dict[str, Any]
 ) -> Config:
-    """A tiny run on a byte corpus; keyword arguments update whole sections."""
+    """A tiny run on a byte corpus; keyword arguments update whole sections, or, with a `kind`,
+    replace them."""
     values: dict[str, Any] = {
         "run_dir": "run",
         "seed": 3,
@@ -47,7 +48,7 @@ def make_config(
         "checkpoint": {},
     }
     for section, update in sections.items():
-        if isinstance(update, dict):
+        if isinstance(update, dict) and "kind" not in update:
             values[section] = {**values.get(section, {}), **update}
         else:
             values[section] = update

@@ -75,8 +75,9 @@ class World:
         for _, connection in self._ranks:
             connection.send_bytes(message)
 
-    def collect(self, timeout: float) -> list[tuple[str, Any]]:
-        """Wait for the case: (error, "" if none; result) by rank. Restarts the world on errors."""
+    def collect(self, timeout: float, grace: float = GRACE_SECONDS) -> list[tuple[str, Any]]:
+        """Wait for the case: (error, "" if none; result) by rank. Restarts the world on errors,
+        which leave the other ranks `grace` seconds."""
         outcomes: dict[int, tuple[str, Any]] = {}
         deadline = time.monotonic() + timeout
         while len(outcomes) < self.size and time.monotonic() < deadline:
@@ -93,7 +94,7 @@ class World:
                 if connection in ready or process.sentinel in ready:
                     outcomes[rank] = (f"died with exit code {process.exitcode}", None)
             if any(error for error, _ in outcomes.values()):
-                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                deadline = min(deadline, time.monotonic() + grace)
         if len(outcomes) < self.size:
             outcomes |= self._stacks_of_pending(outcomes)
         if any(error for error, _ in outcomes.values()):

@@ -93,7 +93,13 @@ def test_paths_are_those_of_the_file_without_the_tag_of_a_union(
         ("train.micro_batch_size=3", "micro_batch_size=3 must divide train.global_batch_size=16"),
         ("optimizer.schedule.warmup_steps=500", "do not fit in train.steps=400"),
         ("model={hidden_size: 8, num_heads: 1, positions: learned, max_positions: 9}", "max_posi"),
-        ("parallel.pipeline=2", "pipeline=2 is not available in this version"),
+        ("parallel.pipeline=5", "parallel.pipeline=5 is more than the 4 block(s) of recurrence.k"),
+        ("parallel={placement: [0, 0]}", "blocks [2, 3] are missing; name one rank for each of th"),
+        ("parallel={placement: [0, 0, 0, 0, 0]}", "[0, 0, 0, 0, 0]: blocks [4] do not exist"),
+        ("parallel={pipeline: 2, placement: [0, 1, 2, 3]}", "ranks [2, 3] do not exist; use every"),
+        ("parallel={pipeline: 3, placement: [0, 0, 2, 2]}", "ranks [1] have no block; use every "),
+        ("parallel={order: zbv, split_backward: false}", "set split_backward to true, or order to"),
+        ("parallel.order=gpipe", "parallel.order: Input should be 'auto', '1f1b', 'interleaved'"),
         ("parallel.tensor=3", "parallel.tensor=3 does not divide model.num_heads=4"),
         ("parallel.sequence_parallel=true", "sequence_parallel needs tensor above 1"),
         ("data.train=[]", "data.train: Tuple should have at least 1 item"),
@@ -120,6 +126,21 @@ def test_what_tensor_parallelism_cannot_cut_is_named_at_once(base: Path) -> None
         in message
     )
     assert "num_kv_heads=3 (nor divides it), data.seq_length=126 (sequence_parallel)" in message
+
+
+def test_what_a_pipeline_does_not_run_is_named(base: Path) -> None:
+    two = "parallel.pipeline=2"
+    assert "train.compile=True with parallel.pipeline=2" in refusal(base, two, "train.compile=true")
+    assert "optimizer.muon with parallel.pipeline=2" in refusal(base, two, "optimizer.muon={}")
+    assert "zero_stage=3 with pipeline=2" in refusal(base, two, "parallel.zero_stage=3")
+    loop = "{kind: loop, prelude: 1, core: 1, coda: 2, num_loops: 2, final_norm_after_core: true}"
+    message = refusal(base, "parallel.pipeline=4", f"recurrence={loop}")
+    assert "the last 2 stay together for final_norm_after_core" in message
+    assert "set it to at most 3" in message
+    apart = "parallel={pipeline: 3, placement: [0, 1, 1, 2]}"
+    assert "the last 2 blocks stay together" in refusal(base, apart, f"recurrence={loop}")
+    fine = "parallel={pipeline: 3, placement: [0, 1, 2, 2], order: greedy, split_backward: false}"
+    assert load_config(base, [fine, f"recurrence={loop}"]).parallel.placement == (0, 1, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +231,10 @@ FREE = {
     "data.verify",
     "parallel.tensor",
     "parallel.pipeline",
+    "parallel.placement",
+    "parallel.cluster",
+    "parallel.order",
+    "parallel.split_backward",
     "parallel.zero_stage",
     "parallel.offload_optimizer",
     "parallel.sequence_parallel",

@@ -28,7 +28,9 @@ from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.errors import CheckpointError, ConfigError, DataError
 from megarecur.inference.generate import generate, next_logits
 from megarecur.model.transformer import Transformer
+from megarecur.parallel.mesh import Mesh
 from megarecur.parallel.shards import whole
+from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.load import load_model, open_run_folder, open_tokenizer, special_ids
@@ -106,9 +108,9 @@ def run_logits(run_dir: Path) -> Tensor:
 
 @torch.no_grad()
 def all_logits(model: Transformer, tokens_BS: Tensor) -> Tensor:
-    steps = layer_map(model.config.recurrence)
-    each = [next_logits(model, steps, tokens_BS[:, : i + 1]) for i in range(tokens_BS.shape[1])]
-    return torch.stack(each, dim=1)
+    scheduled = Schedules(model.config).forward()
+    starts = [tokens_BS[:, : i + 1] for i in range(tokens_BS.shape[1])]
+    return torch.stack([next_logits(model, Mesh(), scheduled, s) for s in starts], dim=1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

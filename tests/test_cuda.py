@@ -10,7 +10,8 @@ from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.train.metrics import read_rows
-from megarecur.train.trainer import FINISHED, forward_backward, open_data, train
+from megarecur.train.step import forward_backward
+from megarecur.train.trainer import FINISHED, open_data, train
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device; torch finds none here"

@@ -12,7 +12,8 @@ from megarecur.config.schema import Config
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.mesh import Mesh, build_mesh
-from megarecur.train.trainer import forward_backward, open_data
+from megarecur.train.step import forward_backward
+from megarecur.train.trainer import open_data
 
 SHARED = "blocks.0.attention.query.weight"
 

@@ -17,7 +17,8 @@ from megarecur.errors import ConfigError
 from megarecur.inference.cache import SMALLEST_CAPACITY, Cache
 from megarecur.inference.generate import choose, encode_prompt, generate, next_logits, stream_text
 from megarecur.model.transformer import Transformer
-from megarecur.recurrence.schemes import layer_map
+from megarecur.parallel.mesh import Mesh
+from megarecur.plan.schedule import Schedules
 
 VOCAB = 53
 
@@ -62,18 +63,18 @@ CASES = [
 
 def compare_with_recomputation(model: Transformer, cache: Cache) -> None:
     """Prefill, then decode token by token, two samples at once; fails where logits differ."""
-    steps = layer_map(model.config.recurrence)
+    scheduled = Schedules(model.config).forward()
     prompt = torch.arange(10).view(2, 5) * 7 % VOCAB
     tokens, new = prompt, prompt
     for _ in range(3):
-        cached = next_logits(model, steps, new, cache, seed=3)
-        full = next_logits(model, steps, tokens, None, seed=3)
+        cached = next_logits(model, Mesh(), scheduled, new, cache, seed=3)
+        full = next_logits(model, Mesh(), scheduled, tokens, None, seed=3)
         torch.testing.assert_close(cached, full, rtol=0.0, atol=1e-5)
         assert cached.argmax(-1).tolist() == full.argmax(-1).tolist()
         new = full.argmax(-1, keepdim=True)
         tokens = torch.cat([tokens, new], dim=1)
     assert cache.length == tokens.shape[1] - 1
-    assert sorted(cache.entries) == sorted((s.block, s.loop_index) for s in steps)
+    assert sorted(cache.entries) == sorted((s.block, s.loop_index) for s in scheduled.steps)
 
 
 @pytest.mark.parametrize(("scheme", "positions", "kv_heads"), CASES)

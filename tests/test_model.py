@@ -21,6 +21,7 @@ from megarecur.model.telemetry import Telemetry, name_measures
 from megarecur.model.transformer import Transformer
 from megarecur.parallel import linear
 from megarecur.parallel.linear import Linear
+from megarecur.plan.placement import Placement
 from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.layer_map import LayerMap, Step
 from megarecur.recurrence.schemes import layer_map
@@ -429,7 +430,8 @@ def test_packing_does_not_matter(scheme: str, positions: str) -> None:
 def test_initial_values_depend_on_seed_and_name_alone() -> None:
     config = make_config(SCHEMES["custom"], "fp32", tie_embeddings=False)
     whole = Transformer(config).parameters_by_name
-    part = Transformer(config, blocks={2, 1}, has_embedding=False).parameters_by_name
+    placement = Placement(2, (0, 1, 1), embedding=0, head=1)
+    part = Transformer(config, placement=placement, pp_rank=1).parameters_by_name
     assert {name.split(".")[1] for name in part if name.startswith("blocks")} == {"1", "2"}
     assert "head.weight" in part and "embedding.weight" not in part
     for name, parameter in part.items():
@@ -464,10 +466,8 @@ def test_parts_run_as_the_whole() -> None:
     config = make_config(SCHEMES["cycle"], "fp32")
     batch, steps = make_batch(), layer_map(config.recurrence)
     loss = run(config, batch)[0]
-    parts = {
-        b: build(config, blocks={b}, has_embedding=b == 0, has_head=b == steps[-1].block)
-        for b in (0, 1)
-    }
+    placement = Placement(2, (0, 1), embedding=0, head=steps[-1].block)
+    parts = {b: build(config, placement=placement, pp_rank=b) for b in (0, 1)}
     ctx = parts[0].context(batch, step=3, training=False)
     x = parts[0].embed(batch.tokens_BS, ctx)
     for step in steps:

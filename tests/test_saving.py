@@ -43,7 +43,8 @@ from megarecur.train.metrics import read_rows
 from megarecur.train.mirror import Mirror, Place, fetch_newest
 from megarecur.train.retention import best_steps, remove_old, steps_to_keep
 from megarecur.train.saving import Saver
-from megarecur.train.trainer import FINISHED, STOPPED, forward_backward, open_data, train
+from megarecur.train.step import forward_backward
+from megarecur.train.trainer import FINISHED, STOPPED, open_data, train
 
 WRITE_ALL = checkpoint_storage.write_all
 
@@ -300,7 +301,7 @@ def test_the_best_of_a_run_stays(corpus, tmp_path, monkeypatch) -> None:
     """Scores come after the checkpoint they belong to, the last one after the last save."""
     given = {2: 3.0, 4: 1.0, 6: 2.0, 8: None, 10: 0.5}
 
-    def validate(model: Any, data: Any, mesh: Any, state: Any, stop: Any) -> Any:
+    def validate(model: Any, data: Any, mesh: Any, plan: Any, state: Any, stop: Any) -> Any:
         score = given[state.step]
         loss = float("nan") if score is None else score
         return {"val/loss": loss, "val/bits_per_byte": loss}, 0
@@ -530,7 +531,7 @@ def test_a_run_starts_from_the_parameters_of_another(corpus, source, tmp_path, a
 
 def test_names_are_global_over_layer_maps(corpus, source, tmp_path) -> None:
     """From 0 1 0 1 to 0 0 0 1 1 1."""
-    recurrence = {"kind": "sequence", "depth": 6}
+    recurrence = {"kind": "sequence", "num_blocks": 2, "depth": 6}
     config = run_config(
         corpus, tmp_path / "run", recurrence=recurrence, init_from=str(source), train={"steps": 1}
     )

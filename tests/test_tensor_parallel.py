@@ -24,6 +24,7 @@ from megarecur.parallel import regions
 from megarecur.parallel.mesh import Mesh, build_mesh
 from megarecur.parallel.shards import Shard
 from megarecur.plan.cost import estimate_memory
+from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.depth import sample_depth
 from megarecur.recurrence.inventory import ParameterSpec
 from megarecur.recurrence.schemes import layer_map
@@ -31,11 +32,15 @@ from megarecur.train import checkpoint
 from megarecur.train.checkpoint_index import read_index
 from megarecur.train.load import load_model
 from megarecur.train.metrics import read_rows
+from megarecur.train.report import StepResult
 from megarecur.train.speed import measure_state
-from megarecur.train.trainer import FINISHED, forward_backward, objective, open_data, train
+from megarecur.train.step import build_model, forward_backward, objective, sum_losses
+from megarecur.train.trainer import FINISHED, open_data, train
 
 MESHES: dict[tuple[int, int], Mesh] = {}
 """Of this process, by (tensor, pipeline): a world's groups are made once."""
+
+SCHEDULES: dict[str, Schedules] = {}
 
 
 def mesh_of(config: Config) -> Mesh:
@@ -50,21 +55,27 @@ def mesh_of(config: Config) -> Mesh:
 def build(config: Config) -> tuple[Config, Transformer, Engine, Mesh, Any]:
     mesh = mesh_of(config)
     data = open_data(config, mesh)
-    tp = mesh.tensor_parallel(config.parallel.sequence_parallel)
-    model = Transformer(data.config, tp=tp)
+    model = build_model(data.config, mesh, Schedules(data.config))
     return data.config, model, build_engine(model, data.config, mesh), mesh, data.loader
 
 
+def step_of(model, engine, config, loader, step, mesh) -> StepResult:
+    schedules = SCHEDULES.setdefault(config.model_dump_json(), Schedules(config))
+    return forward_backward(
+        model, engine, config, loader.batch(step), step, mesh, schedules=schedules
+    )
+
+
 def gather_whole(model: Transformer, mesh: Mesh, tensors: dict[str, torch.Tensor]) -> dict:
-    """Each tensor put together from the parts of the ranks."""
-    found = {}
-    for name, tensor in tensors.items():
-        shard = model.shard(name, tensor)
-        whole = torch.full(shard.global_shape, float("nan"), dtype=tensor.dtype)
-        for offset, sizes, values in mesh.gather_objects(shard.chunks[0]):
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))] = values
-        found[name] = whole
-    return found
+    """Each tensor put together from the parts of the ranks, in the inventory's order."""
+    shards = {name: model.shard(name, tensor) for name, tensor in tensors.items()}
+    own = {name: (shard.global_shape, shard.chunks[0]) for name, shard in shards.items()}
+    whole: dict[str, torch.Tensor] = {}
+    for parts in mesh.gather_objects(own):
+        for name, (shape, (offset, sizes, values)) in parts.items():
+            tensor = whole.setdefault(name, torch.full(shape, float("nan"), dtype=values.dtype))
+            tensor[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))] = values
+    return {name: whole[name] for name in model.inventory if name in whole}
 
 
 def trace(config: Config, num_steps: int, fault: str = "") -> Trace:
@@ -72,8 +83,8 @@ def trace(config: Config, num_steps: int, fault: str = "") -> Trace:
     config, model, engine, mesh, loader = build(config)
     found: Trace = []
     for step in range(num_steps):
-        result = forward_backward(model, engine, config, loader.batch(step), step, mesh)
-        loss = float(mesh.sum_over_dp(result.losses["loss"].clone()))
+        result = step_of(model, engine, config, loader, step, mesh)
+        loss = sum_losses(result, mesh)
         gradients = gather_whole(model, mesh, engine.gradients())
         norm, skipped = engine.step(config.optimizer.lr)
         found.append((loss, gradients, norm, skipped))
@@ -90,7 +101,8 @@ def config_of(corpus: Path, scheme: str, tensor: int, **sections: Any) -> Config
 
 
 def reference(config: Config, num_steps: int) -> Trace:
-    alone = {"tensor": 1, "sequence_parallel": False, "zero_stage": 0, "offload_optimizer": False}
+    alone = {"tensor": 1, "sequence_parallel": False, "zero_stage": 0, "offload_optimizer": False,
+             "pipeline": 1, "placement": None, "order": "auto"}  # fmt: skip
     parallel = config.parallel.model_copy(update=alone)
     return trace_alone(
         config.model_copy(update={"parallel": parallel}).model_dump_json(), num_steps
@@ -360,8 +372,8 @@ def go_on(config: Config, root: Path, first: int, last: int) -> tuple[Any, list,
         batches = loader.batch(step)
         own = [i for batch in batches for i in batch.sample_ids_B.tolist()]
         ids.append([i for each in mesh.gather_objects(own)[:: mesh.tp] for i in each])
-        result = forward_backward(model, engine, config, batches, step, mesh)
-        loss = float(mesh.sum_over_dp(result.losses["loss"].clone()))
+        result = step_of(model, engine, config, loader, step, mesh)
+        loss = sum_losses(result, mesh)
         norm, skipped = engine.step(config.optimizer.lr)
         found.append((loss, {}, norm, skipped))
     checkpoint.save(root, last, engine.shards(), {"step": last}, group=group).result()
@@ -436,6 +448,25 @@ def run_of(corpus: Path, run_dir: Path, steps: int, tensor: int, extra: dict[str
     return config_of(corpus, "loop", tensor, run_dir=str(run_dir), **sections)
 
 
+def check_same_run(alone: Path, mesh: Path, steps: int) -> None:
+    """The same metrics of every step, and the same texts."""
+    rows, texts = {}, {}
+    for run in (alone, mesh):
+        found = [row for row in read_rows(run / "metrics.jsonl") if "train/loss" in row]
+        rows[run] = {row["step"]: row for row in found}
+        board = EventAccumulator(str(run / "tensorboard")).Reload()
+        events = board.Tensors("samples/0/text_summary")
+        texts[run] = [event.tensor_proto.string_val[0] for event in events]
+    assert set(rows[mesh]) == set(rows[alone]) == set(range(1, steps + 1))
+    for step, row in rows[alone].items():
+        for key, value in row.items():
+            if key.startswith(("train/", "recurrence/")) or key == "optim/grad_norm":
+                assert rows[mesh][step][key] == pytest.approx(value, rel=2e-4, abs=1e-7), key
+    assert texts[alone] == texts[mesh] and len(texts[mesh]) == steps // 2
+    _, run = load_model(mesh)
+    assert run.state["step"] == steps
+
+
 def test_a_run_evaluates_and_talks_on_its_mesh_and_goes_on_on_others(
     world, corpus, tmp_path
 ) -> None:
@@ -447,18 +478,4 @@ def test_a_run_evaluates_and_talks_on_its_mesh_and_goes_on_on_others(
     assert set(world(4).run(run_on_mesh, on_four)) == {FINISHED}
     assert set(world(2).run(run_on_mesh, on_two)) == {FINISHED}
     assert train(run_of(corpus, mesh, 8, 1, {})) == FINISHED
-    rows, texts = {}, {}
-    for run in (alone, mesh):
-        found = [row for row in read_rows(run / "metrics.jsonl") if "train/loss" in row]
-        rows[run] = {row["step"]: row for row in found}
-        board = EventAccumulator(str(run / "tensorboard")).Reload()
-        events = board.Tensors("samples/0/text_summary")
-        texts[run] = [event.tensor_proto.string_val[0] for event in events]
-    assert set(rows[mesh]) == set(rows[alone]) == set(range(1, 9))
-    for step, row in rows[alone].items():
-        for key, value in row.items():
-            if key.startswith(("train/", "recurrence/")) or key == "optim/grad_norm":
-                assert rows[mesh][step][key] == pytest.approx(value, rel=2e-4, abs=1e-7), key
-    assert texts[alone] == texts[mesh] and len(texts[mesh]) == 4
-    _, run = load_model(mesh)
-    assert run.state["step"] == 8
+    check_same_run(alone, mesh, 8)

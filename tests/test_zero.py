@@ -33,7 +33,8 @@ from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.metrics import read_rows
-from megarecur.train.trainer import count_denominators, objective, open_data, train
+from megarecur.train.step import count_denominators, objective
+from megarecur.train.trainer import open_data, train
 
 FIRST, LATER = 2e-6, 2e-5
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megarecur.config.schema import CONFIG_VERSION, Config
+from megarecur.config.schema import CONFIG_VERSION, Config, Section
 from megarecur.errors import ConfigError
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -37,7 +39,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: naming every mistake of the file and of the overrides.
     """
-    path = Path(path)
+    values = read_sections(Path(path))
+    problems = [p for override in overrides if (p := apply_override(values, override))]
+    return validate(values, str(path), problems)
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """The values of a YAML file, not validated.
+
+    Raises:
+        ConfigError: no such file, not YAML, or no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -45,8 +57,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}, not sections such as `model:`")
-    problems = [p for override in overrides if (p := apply_override(values, override))]
-    return validate(values, str(path), problems)
+    return values
 
 
 def parse_yaml(text: str, origin: str) -> Any:
@@ -103,35 +114,46 @@ def validate(values: dict[str, Any], origin: str, problems: Sequence[str] = ()) 
     Raises:
         ConfigError: one line per mistake, each with its path, its value and the nearest valid name.
     """
-    problems = list(problems)
     version = values.get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
         raise ConfigError(
             f"{origin}: version {version!r} of the config is unknown here "
             f"(this megarecur reads version {CONFIG_VERSION}); use the release that wrote it"
         )
+    return validate_section(Config, values, origin, problems)
+
+
+def validate_section(
+    schema: type[SectionT], values: dict[str, Any], origin: str, problems: Sequence[str] = ()
+) -> SectionT:
+    """Plain values to what a schema describes.
+
+    Raises:
+        ConfigError: as `validate`.
+    """
+    problems = list(problems)
     try:
-        config = Config.model_validate(values)
+        section = schema.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
         # A list whose only item is wrong is not also too short.
         inner = {e["loc"][:i] for e in errors for i in range(len(e["loc"]))}
         errors = [e for e in errors if not (e["type"] == "too_short" and e["loc"] in inner)]
-        problems += [_describe(e, values) for e in errors]
+        problems += [_describe(schema, e, values) for e in errors]
     if problems:
         plural = "s" if len(problems) > 1 else ""
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise ConfigError(f"{origin}: {len(problems)} problem{plural}{lines}")
-    return config
+    return section
 
 
-def _describe(error: Any, values: dict[str, Any]) -> str:
+def _describe(schema: type[Section], error: Any, values: dict[str, Any]) -> str:
     """One line: path, what is wrong, the value found."""
-    path = _without_tags(error["loc"], values)
+    path = _without_tags(schema, error["loc"], values)
     name = ".".join(path) or "config"
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
-        known = _fields_at(path[:-1], values)
+        known = _fields_at(schema, path[:-1], values)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
         return f"{name}: unknown key; {hint}"
@@ -152,7 +174,7 @@ def _describe(error: Any, values: dict[str, Any]) -> str:
     return f"{name}: {error['msg']} (got {given!r})"
 
 
-def _without_tags(location: Iterable[Any], values: Any) -> list[str]:
+def _without_tags(schema: type[Section], location: Iterable[Any], values: Any) -> list[str]:
     """The path as written in the file: pydantic also lists the union tag, which is no key."""
     path: list[str] = []
     tag_follows = False
@@ -160,22 +182,22 @@ def _without_tags(location: Iterable[Any], values: Any) -> list[str]:
         if tag_follows:
             tag_follows = False
             continue
-        model = _model_at(path, values)
+        model = _model_at(schema, path, values)
         field = model.model_fields.get(str(part)) if model else None
         tag_follows = field is not None and field.discriminator is not None
         path.append(str(part))
     return path
 
 
-def _fields_at(path: Sequence[str], values: Any) -> list[str]:
+def _fields_at(schema: type[Section], path: Sequence[str], values: Any) -> list[str]:
     """Field names the schema knows at a path of the file."""
-    model = _model_at(path, values)
+    model = _model_at(schema, path, values)
     return sorted(model.model_fields) if model else []
 
 
-def _model_at(path: Sequence[str], values: Any) -> type[BaseModel] | None:
+def _model_at(schema: type[Section], path: Sequence[str], values: Any) -> type[BaseModel] | None:
     """The section class the schema has at a path of the file, None for a value."""
-    model: Any = Config
+    model: Any = schema
     section = values
     for part in path:
         inside_list = isinstance(section, list)

@@ -125,6 +125,11 @@ class Dense(Section):
     kind: Literal["dense"]
     num_layers: PositiveInt
 
+    @property
+    def num_blocks(self) -> int:
+        """Every layer is a block."""
+        return self.num_layers
+
 
 class Shared(Section):
     """Blocks shared by more layers, in an order that kind names (Takase & Kiyono 2021)."""
@@ -167,6 +172,11 @@ class ReuseMap(Section):
 
     kind: Literal["reuse_map"]
     reuse_map: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+    @property
+    def num_blocks(self) -> int:
+        """One per entry."""
+        return len(self.reuse_map)
 
 
 class Uniform(Section):
@@ -340,6 +350,11 @@ class Loop(Looped):
     final_norm_after_core: bool = False
     """Apply the final norm also to the state that leaves the core (Huginn). Needs a coda."""
 
+    @property
+    def num_blocks(self) -> int:
+        """Of prelude, core and coda."""
+        return self.prelude + self.core + self.coda
+
     @model_validator(mode="before")
     @classmethod
     def fill_in(cls, values: Any) -> Any:
@@ -373,6 +388,11 @@ class Custom(Section):
 
     kind: Literal["custom"]
     order: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+
+    @property
+    def num_blocks(self) -> int:
+        """As many as the order names."""
+        return max(self.order) + 1
 
     @model_validator(mode="after")
     def check_order(self) -> Custom:
@@ -546,6 +566,21 @@ class ParallelConfig(Section):
     """Ranks that share each matrix (Shoeybi et al. 2019): heads, feed-forward and vocabulary are
     cut among them."""
     pipeline: PositiveInt = free(1)
+    """Ranks that share out the blocks. Each block, its gradient and its moments live on one of
+    them, however often it runs; activations travel."""
+    placement: tuple[NonNegativeInt, ...] | None = free(None)
+    """The pipeline rank of each block. Left out: neighbours together, such that the rank with the
+    most to compute has as little as can be."""
+    order: Literal["auto", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "greedy"] = (
+        free("auto")
+    )
+    """What the pipeline ranks do when; auto: the fastest by simulation."""
+    split_backward: bool = free(True)
+    """Let orders compute the gradients of weights apart from those of inputs, later, to fill
+    waiting time."""
+    cluster: str = free("h100")
+    """Whose speeds decide between orders: the name of a described cluster, or a YAML file that
+    describes one (`megarecur plan`)."""
     zero_stage: Literal[0, 1, 2, 3] = free(0)
     """What the replicas share out instead of keeping it whole (Rajbhandari et al. 2020): 1, the
     optimizer's moments; 2, gradients too; 3, parameters too, gathered for each forward and backward
@@ -572,12 +607,12 @@ class ParallelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def check_available(self) -> ParallelConfig:
-        """Refuse what this version does not run yet."""
-        if self.pipeline != 1:
+    def check_together(self) -> ParallelConfig:
+        """Refuse settings that contradict each other."""
+        if self.order in ("interleaved_zero_bubble", "zbv") and not self.split_backward:
             raise ValueError(
-                f"pipeline={self.pipeline} is not available in this version; set pipeline: 1 and "
-                "use tensor or data parallelism"
+                f"order={self.order} computes gradients of weights apart from those of inputs; set "
+                "split_backward to true, or order to auto"
             )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel needs tensor above 1; set it to false")
@@ -761,6 +796,62 @@ class Config(Section):
             raise ValueError(
                 f"train.compile={self.train.compile} with parallel.tensor={size} is not available "
                 "in this version; set train.compile to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_pipeline(self) -> Config:
+        """Refuse more ranks than there are blocks, and placements that do not fit."""
+        size, placement, blocks = (
+            self.parallel.pipeline,
+            self.parallel.placement,
+            self.recurrence.num_blocks,
+        )
+        together = 1
+        if isinstance(self.recurrence, Loop) and self.recurrence.final_norm_after_core:
+            together = self.recurrence.coda
+        most = blocks - together + 1
+        stay = f", of which the last {together} stay together for final_norm_after_core"
+        if size > most:
+            raise ValueError(
+                f"parallel.pipeline={size} is more than the {blocks} block(s) of recurrence.kind="
+                f"{self.recurrence.kind}{stay if together > 1 else ''} have places for; set it to "
+                f"at most {most}"
+            )
+        if size > 1 and self.train.compile:
+            raise ValueError(
+                f"train.compile={self.train.compile} with parallel.pipeline={size} is not "
+                "available in this version; set train.compile to false"
+            )
+        if size > 1 and self.optimizer.muon is not None:
+            raise ValueError(
+                f"optimizer.muon with parallel.pipeline={size} is not available in this version; "
+                "set pipeline to 1, or leave muon out"
+            )
+        if placement is None:
+            return self
+        if len(placement) != blocks:
+            wrong = (
+                f"blocks {list(range(len(placement), blocks))} are missing"
+                if len(placement) < blocks
+                else f"blocks {list(range(blocks, len(placement)))} do not exist"
+            )
+            raise ValueError(
+                f"parallel.placement={list(placement)}: {wrong}; name one rank for each of the "
+                f"{blocks} block(s)"
+            )
+        beyond = sorted({rank for rank in placement if rank >= size})
+        idle = sorted(set(range(size)) - set(placement))
+        if beyond or idle:
+            wrong = f"ranks {beyond} do not exist" if beyond else f"ranks {idle} have no block"
+            raise ValueError(
+                f"parallel.placement={list(placement)}: {wrong}; use every rank from 0 to "
+                f"{size - 1} (parallel.pipeline={size})"
+            )
+        if len(set(placement[-together:])) > 1:
+            raise ValueError(
+                f"parallel.placement={list(placement)}: the last {together} blocks stay together "
+                "for recurrence.final_norm_after_core; give them one rank"
             )
         return self
 

@@ -19,12 +19,14 @@ from megarecur.config.schema import Config
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.errors import ConfigError
 from megarecur.inference.cache import Cache
-from megarecur.model.context import build_context
+from megarecur.model.context import Context, build_context
 from megarecur.model.transformer import Transformer
+from megarecur.parallel.mesh import Mesh
+from megarecur.parallel.pipeline import Pipeline
 from megarecur.parallel.random import key, random_bits
+from megarecur.plan.schedule import Scheduled, Schedules
+from megarecur.plan.walk import Stage
 from megarecur.recurrence.depth import refuse_depth
-from megarecur.recurrence.layer_map import LayerMap
-from megarecur.recurrence.schemes import layer_map
 
 REPLACEMENT = "\ufffd"
 
@@ -42,11 +44,13 @@ def generate(
     eos_ids: Collection[int] = (),
     num_loops: int | None = None,
     use_cache: bool = True,
+    mesh: Mesh | None = None,
+    schedules: Schedules | None = None,
 ) -> Iterator[int]:
     """Yield the ids that continue a prompt, one by one.
 
     Args:
-        model: with embedding, all blocks and head.
+        model: this rank's part; all ranks of a replica yield the same.
         tokens: ids of the prompt, at least one.
         max_new_tokens: ids to yield at most.
         temperature: divides the logits; 0 takes the likeliest token.
@@ -57,32 +61,36 @@ def generate(
         eos_ids: any of them ends the text and is not yielded.
         num_loops: loops to run instead of those trained with, where the scheme repeats a group.
         use_cache: keep keys and values; False recomputes all of them for every token.
+        mesh: the processes; None: this one alone.
+        schedules: the walks of the run; None: made anew.
 
     Raises:
         ConfigError: at once, for options out of range, ids that the model does not know, and more
             tokens than learned positions.
     """
     check_options(model.config, tokens, max_new_tokens, temperature, top_k, top_p, num_loops)
-    steps = layer_map(model.config.recurrence, num_loops)
+    mesh = mesh or Mesh(device=next(model.parameters()).device)
+    scheduled = (schedules or Schedules(model.config)).forward(num_loops)
 
     def continue_prompt() -> Iterator[int]:
-        assert model.embedding is not None
-        device = model.embedding.parameter.device
-        tokens_1S = torch.tensor([list(tokens)], device=device)
-        sample_1 = torch.tensor([sample], device=device)
+        tokens_1S = torch.tensor([list(tokens)], device=mesh.device)
+        sample_1 = torch.tensor([sample], device=mesh.device)
         cache = Cache(len(tokens) + max_new_tokens) if use_cache else None
         new_1S = tokens_1S
         for position in range(len(tokens), len(tokens) + max_new_tokens):
-            logits_1V = next_logits(model, steps, new_1S, cache, seed, sample_1)
-            chosen_1 = choose(
-                logits_1V,
-                sample_1,
-                torch.full_like(sample_1, position),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-            )
+            logits_1V = next_logits(model, mesh, scheduled, new_1S, cache, seed, sample_1)
+            chosen_1 = torch.zeros_like(sample_1)
+            if logits_1V is not None:
+                chosen_1 = choose(
+                    logits_1V,
+                    sample_1,
+                    torch.full_like(sample_1, position),
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    seed=seed,
+                )
+            chosen_1 = mesh.broadcast_over_pp(chosen_1, scheduled.walk[-1].rank)
             chosen = int(chosen_1.item())
             if chosen in eos_ids:
                 return
@@ -97,13 +105,15 @@ def generate(
 @torch.no_grad()
 def next_logits(
     model: Transformer,
-    steps: LayerMap,
+    mesh: Mesh,
+    scheduled: Scheduled,
     tokens_BS: Tensor,
     cache: Cache | None = None,
     seed: int = 0,
     samples_B: Tensor | None = None,
-) -> Tensor:
-    """Logits [B, V] of the token that follows, given tokens that follow the cached ones."""
+) -> Tensor | None:
+    """Logits [B, V] of the token that follows, given tokens that follow the cached ones; on the
+    pipeline rank of the head, None on others."""
     batch, length = tokens_BS.shape
     past = cache.length if cache is not None else 0
     positions_BS = torch.arange(past, past + length, device=tokens_BS.device).expand(batch, -1)
@@ -117,10 +127,47 @@ def next_logits(
         tp=model.tp,
     )
     with model.tp.whole_sequences():
-        x, _ = model.run(steps, model.embed(tokens_BS, ctx), ctx, {})
+        x = run_forward(model, mesh, scheduled, tokens_BS, ctx)
         if cache is not None:
             cache.advance(length)
-        return model.all_logits(x[:, -1:])[:, 0]
+        return None if x is None else model.all_logits(x[:, -1:])[:, 0]
+
+
+class Forward:
+    """What the stages compute where nothing is trained (`parallel.pipeline.Program`)."""
+
+    def __init__(self, model: Transformer, tokens_BS: Tensor, ctx: Context) -> None:
+        self.model, self.tokens_BS, self.ctx = model, tokens_BS, ctx
+        self.x: Tensor | None = None
+        """What leaves the last stage, if that is here."""
+
+    def forget(self, microbatch: int) -> None:
+        """Nothing is kept but for the caller."""
+
+    def shape(self, microbatch: int) -> tuple[int, ...]:
+        """Of the hidden state."""
+        return self.model.hidden_shape(self.tokens_BS)
+
+    def forward(
+        self, stage: Stage, microbatch: int, x: Tensor | None, reads: dict[str, Tensor]
+    ) -> tuple[Tensor, None]:
+        """(hidden state that leaves, no objective)."""
+        if stage.first:
+            x = self.model.embed(self.tokens_BS, self.ctx)
+        assert x is not None
+        x, _ = self.model.run(stage.steps, x, self.ctx, reads)
+        if stage.last:
+            self.x = x
+        return x, None
+
+
+def run_forward(
+    model: Transformer, mesh: Mesh, scheduled: Scheduled, tokens_BS: Tensor, ctx: Context
+) -> Tensor | None:
+    """The hidden state [B, S, D] that leaves the map, on the pipeline rank where it does."""
+    program = Forward(model, tokens_BS, ctx)
+    Pipeline(mesh, scheduled.walk, program, model.dtype).run(scheduled.order[mesh.pp_rank])
+    return program.x
 
 
 def choose(

@@ -3,7 +3,7 @@ V vocabulary, N = B S tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -18,11 +18,12 @@ from megarecur.model.context import Context, build_context
 from megarecur.model.norm import build_norm
 from megarecur.model.positions import sinusoidal
 from megarecur.model.telemetry import Telemetry, named
-from megarecur.parallel.linear import MakeParameter, Weight, product
+from megarecur.parallel.linear import DeferredProducts, MakeParameter, Weight, product
 from megarecur.parallel.loss import EAGER, cross_entropy
 from megarecur.parallel.random import dropout, initial_values, truncated_normal
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.parallel.shards import Shard
+from megarecur.plan.placement import Placement
 from megarecur.recurrence.inventory import Inventory, adapter_block, build_inventory
 from megarecur.recurrence.layer_map import Step
 
@@ -192,9 +193,8 @@ class Transformer(nn.Module):
     Args:
         config: with model.vocab_size resolved.
         device: where parameters live.
-        blocks: the blocks to build; None: all.
-        has_embedding: whether this part embeds.
-        has_head: whether this part ends in the loss.
+        placement: which pipeline rank has which blocks; None: all is here.
+        pp_rank: this one.
         tp: the ranks that share its matrices, and this one's place among them.
     """
 
@@ -203,9 +203,8 @@ class Transformer(nn.Module):
         config: Config,
         device: torch.device | str = "cpu",
         *,
-        blocks: Collection[int] | None = None,
-        has_embedding: bool = True,
-        has_head: bool = True,
+        placement: Placement | None = None,
+        pp_rank: int = 0,
         tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
@@ -214,24 +213,32 @@ class Transformer(nn.Module):
         self.dtype = COMPUTE_DTYPE[config.train.precision]
         self.parameters_by_name: dict[str, nn.Parameter] = {}
         model = config.model
-        master = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.master_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
 
         def make(name: str) -> nn.Parameter:
             spec = self.inventory[name]
-            own = initial_values(spec, config.seed, master)[spec.place(tp.rank, tp.size)]
+            own = initial_values(spec, config.seed, self.master_dtype)[spec.place(tp.rank, tp.size)]
             parameter = nn.Parameter(own.to(device, copy=tp.size > 1).contiguous())
             self.parameters_by_name[name] = parameter
             return parameter
 
-        if blocks is None:
-            blocks = {s.block for s in self.inventory.values() if s.block is not None}
+        blocks = sorted({s.block for s in self.inventory.values() if s.block is not None})
+        if placement is None:
+            placement = Placement(1, (0,) * len(blocks), 0, 0)
+        has_embedding, has_head = placement.embedding == pp_rank, placement.head == pp_rank
         tied = model.tie_embeddings and has_head
+        self.tied = ""
+        """The table of embedding and head, where they lie on two pipeline ranks."""
+        self.tied_peer = placement.embedding if has_head else placement.head
+        """Which other rank has it too."""
+        if model.tie_embeddings and placement.embedding != placement.head:
+            self.tied = "embedding.weight" if has_embedding or has_head else ""
         self.embedding = (
             Weight(make("embedding.weight"), self.dtype) if has_embedding or tied else None
         )
         learned = has_embedding and model.positions == "learned"
         positions = make("embedding.positions") if learned else None
-        self.stack = Stack(config, make, self.dtype, sorted(blocks), tp)
+        self.stack = Stack(config, make, self.dtype, placement.blocks(pp_rank), tp)
         self.final_norm: nn.Module | None = None
         self.head: Weight | None = None
         if has_head and model.norm_position != "post":
@@ -243,6 +250,9 @@ class Transformer(nn.Module):
             scale = model.hidden_size**0.5 if model.scale_embeddings else 1.0
             self.look_up = Embedding(self.embedding, positions, scale, tp, self.first_id(tp.rank))
         self.project = None if self.head is None else Head(self.head, tp)
+        self.deferred = DeferredProducts()
+        for weight in self.weights():
+            weight.deferred = self.deferred
         self.loss_kernels = EAGER
         """In training (`model.compile`)."""
         self.always_mask = False
@@ -256,6 +266,11 @@ class Transformer(nn.Module):
         """What this rank has of a parameter, or of a moment of it, as its part of the whole."""
         spec = self.inventory[name]
         return Shard(spec.shape, [(*spec.part(self.tp.rank, self.tp.size), tensor)])
+
+    def hidden_shape(self, tokens_BS: Tensor) -> tuple[int, int, int]:
+        """Of the hidden state on this rank: [B, S, D], or its positions of it."""
+        batch, length = tokens_BS.shape
+        return batch, self.tp.span(length)[1], self.config.model.hidden_size
 
     def weights(self) -> list[Weight]:
         """Every unique matrix with a compute copy."""

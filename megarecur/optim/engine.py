@@ -26,11 +26,20 @@ UPDATES = "optimizer.updates"
 """Entry that counts the optimizer steps applied, skipped ones left out."""
 
 
+Outputs = Tensor | Sequence[Tensor]
+Gradients = Sequence[Tensor | None] | None
+
+
 class Engine(Protocol):
     """What a trainer needs."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro batch's share of the objective."""
+    def backward(self, outputs: Outputs, gradients: Gradients = None) -> None:
+        """Add the gradient of a micro batch's share of the objective.
+
+        Args:
+            outputs: the share, or, where it ends on another pipeline rank, what leads to it.
+            gradients: with respect to the outputs; None: of a share.
+        """
 
     def gradients(self) -> dict[str, Tensor]:
         """Raw gradients of the step so far by global name, summed over replicas, unclipped."""
@@ -100,6 +109,19 @@ def sum_over_holders(
     return parts
 
 
+def sum_partial(trained: Mapping[str, nn.Parameter], model: Transformer) -> None:
+    """Sum the gradients of which each tensor-parallel rank knows a part, in place, in one call."""
+    partial = []
+    for name, parameter in trained.items():
+        spec = model.inventory[name]
+        if is_partial(spec, model.tp):
+            assert parameter.grad is not None
+            partial.append((parameter.grad, spec))
+    totals = sum_over_holders(partial, model.tp) if partial else []
+    for (gradient, _), total in zip(partial, totals, strict=True):
+        gradient.copy_(total)
+
+
 def build_optimizers(
     config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
 ) -> list[torch.optim.Optimizer]:
@@ -132,7 +154,7 @@ class PlainEngine:
 
     def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
         optimizer = config.optimizer
-        check_patterns(optimizer, model.parameters_by_name)
+        check_patterns(optimizer, model.inventory)
         self.model, self.mesh, self.clip_norm = model, mesh, optimizer.clip_norm
         self.trained = {}
         for name, parameter in model.parameters_by_name.items():
@@ -141,6 +163,8 @@ class PlainEngine:
                 self.trained[name] = parameter
         self.holders = {n: model.inventory[n].holders(mesh.tp) for n in self.trained}
         """How many tensor-parallel ranks hold each element."""
+        self.copies = {n: held * (1 + (n == model.tied)) for n, held in self.holders.items()}
+        """How many ranks of a replica hold each element."""
         self.flat = self.allocate_gradients()
         for weight in model.weights():
             weight.sum_in_place = weight.parameter.requires_grad
@@ -171,53 +195,52 @@ class PlainEngine:
     def allocate_gradients(self) -> Tensor:
         """One zeroed buffer with every `.grad` a view of it: unused parameters have gradient 0.
 
-        Those of as many holders lie side by side.
+        Those of as many copies lie side by side.
         """
         parameters = [
-            self.trained[name] for name in sorted(self.trained, key=self.holders.__getitem__)
+            self.trained[name] for name in sorted(self.trained, key=self.copies.__getitem__)
         ]
         size = sum(p.numel() for p in parameters)
-        flat = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
+        flat = torch.zeros(size, dtype=self.model.master_dtype, device=self.mesh.device)
         pieces = flat.split([p.numel() for p in parameters])
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
         return flat
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, outputs: Outputs, gradients: Gradients = None) -> None:
         """Add the gradient of a micro batch's share of the objective."""
         assert not self.reduced, "gradients() ends a step's backward passes"
-        loss.backward()
+        torch.autograd.backward(outputs, gradients)
 
     def reduce(self) -> None:
         """Sum gradients over what holds the same parameters, once per step."""
         if not self.reduced:
             self.reduce_over_tp()
             self.mesh.sum_over_dp(self.flat)
+            self.join_tied()  # Last, so that both ends have the same to the last digit.
             self.reduced = True
 
     def reduce_over_tp(self) -> None:
         """Sum the gradients of which each tensor-parallel rank knows a part."""
-        tp, partial = self.model.tp, []
-        for name, parameter in self.trained.items():
-            spec = self.model.inventory[name]
-            if is_partial(spec, tp):
-                assert parameter.grad is not None
-                partial.append((parameter.grad, spec))
-        for (gradient, _), total in zip(
-            partial, sum_over_holders(partial, tp) if partial else (), strict=True
-        ):
-            gradient.copy_(total)
+        sum_partial(self.trained, self.model)
+
+    def join_tied(self) -> None:
+        """Sum the two gradients of a table whose ends, embedding and head, lie on two pipeline
+        ranks: the only weights that two of them hold."""
+        if self.model.tied in self.trained:
+            gradient = self.trained[self.model.tied].grad
+            assert gradient is not None
+            gradient += self.mesh.exchange(gradient, self.model.tied_peer)
 
     def norm(self) -> float:
         """Of all gradients, each element counted once."""
-        counts = dict.fromkeys(sorted(self.holders.values()), 0)
-        for name, holders in self.holders.items():
-            counts[holders] += self.trained[name].numel()
-        squares = [
-            global_norm(part).square() / holders
-            for part, holders in zip(self.flat.split(list(counts.values())), counts, strict=True)
-        ]
-        return float(self.mesh.sum_over_tp(torch.stack(squares).sum()).sqrt())
+        counts = dict.fromkeys(sorted(self.copies.values()), 0)
+        for name, copies in self.copies.items():
+            counts[copies] += self.trained[name].numel()
+        squares = self.flat.new_zeros(())
+        for part, copies in zip(self.flat.split(list(counts.values())), counts, strict=True):
+            squares += global_norm(part).square() / copies
+        return float(self.mesh.sum_over_replica(squares).sqrt())
 
     def gradients(self) -> dict[str, Tensor]:
         """Raw gradients by global name, summed over replicas; copies."""

@@ -11,7 +11,9 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -25,9 +27,12 @@ from megarecur.model.transformer import Stack, Transformer
 from megarecur.optim.engine import (
     ADAMW_MOMENTS,
     UPDATES,
+    Gradients,
+    Outputs,
     build_optimizers,
     is_partial,
     sum_over_holders,
+    sum_partial,
 )
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh, same_error
@@ -59,13 +64,18 @@ class ZeroEngine:
     def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
         with same_error(mesh):
             check_deepspeed(config)
-        check_patterns(config.optimizer, model.parameters_by_name)
+        check_patterns(config.optimizer, model.inventory)
         self.model, self.mesh, self.stage = model, mesh, config.parallel.zero_stage
         self.offload = config.parallel.offload_optimizer
         train = config.train
         self.num_microbatches = train.global_batch_size // (mesh.dp * train.micro_batch_size)
-        self.loss_scale = float(self.num_microbatches * mesh.dp)
+        self.accumulated = 1 if mesh.pp > 1 else self.num_microbatches
+        """Backward passes that DeepSpeed counts: over pipeline ranks their number differs, so it is
+        kept out of them and reduces once."""
+        self.loss_scale = float(self.accumulated * mesh.dp)
         """DeepSpeed divides by both; our objective is a sum over micro batches and replicas."""
+        self.reduction = ExitStack()
+        """Pipelined: open from a step's first backward pass to its reduction."""
         self.shapes = {n: tuple(p.shape) for n, p in model.parameters_by_name.items()}
         self.trained: dict[str, Any] = {}
         """By name; `Any`, as DeepSpeed hangs its own attributes on parameters."""
@@ -76,6 +86,12 @@ class ZeroEngine:
             if parameter.requires_grad:
                 self.trained[name] = parameter
                 self.share(name, parameter)
+        with same_error(mesh):
+            if not self.trained:
+                raise ConfigError(
+                    f"parallel.zero_stage={self.stage}: every parameter of pipeline rank "
+                    f"{mesh.pp_rank} is frozen; set zero_stage to 0, or place other blocks there"
+                )
         (client,) = build_optimizers(config.optimizer, model.parameters_by_name)
         deepspeed = import_deepspeed(mesh)
         if self.stage == 3:
@@ -107,17 +123,18 @@ class ZeroEngine:
                 weight.transient = True
                 free_copy_with(weight)
         self.buffer: Tensor | None = None
-        """Stage 1: every `.grad` is a view of it until the gradients are reduced, so that uses add
-        in place. DeepSpeed's other stages need autograd's hooks for that."""
-        if self.stage == 1:
+        """Stage 1, or pipelined: every `.grad` is a view of it until the gradients are reduced, so
+        that uses add in place. Else DeepSpeed needs autograd's hooks for that."""
+        if self.stage == 1 or mesh.pp > 1:
             size = sum(p.numel() for p in self.trained.values())
             self.buffer = torch.zeros(size, device=mesh.device)
             for weight in model.weights():
-                summed = weight.parameter in self.summed
-                weight.sum_in_place = weight.parameter.requires_grad and not summed
+                hooked = weight.parameter in self.summed and mesh.pp == 1
+                weight.sum_in_place = weight.parameter.requires_grad and not hooked
         self.updates = torch.zeros(1, dtype=torch.float32)
         self.done = 0
-        """Backward passes of this step."""
+        """Backward passes of this step; pipelined, all of them from the first one on."""
+        self.reduced = False
         model.refresh()
 
     def share(self, name: str, parameter: Any) -> None:
@@ -129,9 +146,12 @@ class ZeroEngine:
         parameter.model_parallel = spec.cut is not None and tp.rank % holders == 0
         if is_partial(spec, tp):
             self.summed.add(parameter)
-            parameter.register_hook(
-                lambda gradient: sum_over_holders([(gradient, spec)], tp)[0].contiguous()
-            )
+            if self.mesh.pp == 1:
+                parameter.register_hook(
+                    lambda gradient: sum_over_holders([(gradient, spec)], tp)[0].contiguous()
+                )
+        if name == self.model.tied and self.model.tied_peer < self.mesh.pp_rank:
+            parameter.ds_pipe_replicated = True  # Counted where the other one is.
 
     def describe(self, config: Config) -> dict[str, Any]:
         """DeepSpeed's configuration, from ours."""
@@ -157,7 +177,7 @@ class ZeroEngine:
             }
         return {
             "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-            "gradient_accumulation_steps": self.num_microbatches,
+            "gradient_accumulation_steps": self.accumulated,
             "gradient_clipping": config.optimizer.clip_norm or 0.0,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": zero,
@@ -176,8 +196,18 @@ class ZeroEngine:
         """Stage 3: DeepSpeed learns the order of gathers from one pass for the next."""
         self.optimizer.parameter_offload.get_param_coordinator().reset_step()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, outputs: Outputs, gradients: Gradients = None) -> None:
         """Add the gradient of a micro batch's share of the objective."""
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        gradients = gradients or [None] * len(outputs)
+        scaled = [
+            output * self.loss_scale if gradient is None else output
+            for output, gradient in zip(outputs, gradients, strict=True)
+        ]
+        if self.mesh.pp > 1:
+            self.open_reduction()
+            torch.autograd.backward(scaled, gradients)
+            return
         assert self.done < self.num_microbatches, "gradients() ends a step's backward passes"
         if self.done == 0:
             self.forget_gradients()
@@ -186,7 +216,27 @@ class ZeroEngine:
         self.optimizer.clear_backward_seen_flag()
         if self.stage == 1:
             self.optimizer.setup_buckets()  # Else left to a hook, of which none may run.
-        self.engine.backward(loss * self.loss_scale)
+        (loss,) = scaled
+        self.engine.backward(loss)
+
+    def open_reduction(self) -> None:
+        """Pipelined: keep DeepSpeed from reducing until the step's last backward pass is done."""
+        if self.done == 0:
+            self.forget_gradients()
+            self.reduction.enter_context(self.engine.coalesce_grad_reduction())
+            self.done = self.num_microbatches
+
+    def reduce(self) -> None:
+        """Pipelined: sum gradients over what holds the same parameters, once per step."""
+        if self.mesh.pp == 1 or self.reduced:
+            return
+        self.open_reduction()  # Where no stage of this rank had a backward pass.
+        sum_partial(self.trained, self.model)
+        if self.model.tied in self.trained:
+            gradient = self.trained[self.model.tied].grad
+            gradient += self.mesh.exchange(gradient, self.model.tied_peer)
+        self.reduction.close()
+        self.reduced = True
 
     def forget_gradients(self) -> None:
         """Zero what is left of the last step's: this one may leave parameters unused."""
@@ -205,21 +255,33 @@ class ZeroEngine:
         """Raw gradients by global name, summed over replicas; copies. Collective."""
         from deepspeed.utils import safe_get_full_grad
 
+        self.reduce()
         assert self.done == self.num_microbatches, "gradients are reduced with the last micro batch"
         return {name: safe_get_full_grad(p).clone() for name, p in self.trained.items()}
 
     def step(self, lr: float) -> tuple[float, bool]:
         """Clip, update, share out. Returns (global norm before clipping, skipped: not finite)."""
+        self.reduce()
         assert self.done == self.num_microbatches, "a step ends with its last micro batch"
         for group in self.groups:
             group["lr"] = lr * group["lr_multiplier"]
         self.engine.step()
-        self.done = 0
+        self.done, self.reduced = 0, False
         skipped = bool(self.optimizer.overflow)
         if not skipped:
             self.updates += 1
+            self.align_tied()
             self.model.refresh()
         return float(self.engine.get_global_grad_norm()), skipped
+
+    def align_tied(self) -> None:
+        """Give the head the embedding's table, where both have one: their gradients were summed
+        over replicas in different places of a buffer, and so to different last digits."""
+        table = self.trained.get(self.model.tied)
+        if table is not None:
+            other = self.mesh.exchange(table.detach(), self.model.tied_peer)
+            if self.model.tied_peer < self.mesh.pp_rank:
+                table.data.copy_(other)
 
     def pieces(self) -> Iterator[tuple[str, Piece]]:
         """What this rank owns of every trained parameter."""
@@ -278,6 +340,8 @@ class ZeroEngine:
             first += size
         # Ranks that hold the same have flat buffers of other lengths, cut at other places.
         first_holder = self.mesh.tp_rank % spec.holders(self.mesh.tp) == 0
+        if piece.name == self.model.tied:
+            first_holder = first_holder and self.mesh.pp_rank < self.model.tied_peer
         return Shard(spec.shape, chunks, written=first_holder)
 
     def load(self, shards: dict[str, Shard]) -> None:
@@ -293,17 +357,24 @@ class ZeroEngine:
         self.model.refresh()
 
 
+@cache
+def group_of_one(world: Any, rank: int) -> Any:
+    """This process's own group, one per world: torch names such groups by their ranks and number,
+    which comes up again once other groups have ended."""
+    return dist.new_group([rank], use_local_synchronization=True)
+
+
 class Groups:
     """The mesh, in DeepSpeed's words (its `mpu`)."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         alone = None
-        if mesh.dp_group is None or mesh.tp_group is None:
-            rank = dist.get_rank()
-            alone = dist.new_group([rank], use_local_synchronization=True)
+        if mesh.dp_group is None or mesh.tp_group is None or mesh.replica_group is None:
+            alone = group_of_one(dist.group.WORLD, dist.get_rank())
         self.dp_group = mesh.dp_group if mesh.dp_group is not None else alone
         self.tp_group = mesh.tp_group if mesh.tp_group is not None else alone
+        self.replica_group = mesh.replica_group if mesh.replica_group is not None else alone
 
     def get_data_parallel_group(self) -> Any:
         """Who shares out the optimizer's state."""
@@ -319,19 +390,27 @@ class Groups:
 
     def get_model_parallel_group(self) -> Any:
         """All processes of a replica."""
-        return self.tp_group
+        return self.replica_group
 
     def get_model_parallel_world_size(self) -> int:
         """How many they are."""
-        return self.mesh.tp
+        return self.mesh.pp * self.mesh.tp
 
     def get_model_parallel_rank(self) -> int:
         """This process among them."""
-        return self.mesh.tp_rank
+        return self.mesh.pp_rank * self.mesh.tp + self.mesh.tp_rank
 
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_rank = get_model_parallel_rank
+    def get_tensor_model_parallel_group(self) -> Any:
+        """Who shares each matrix."""
+        return self.tp_group
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """How many they are."""
+        return self.mesh.tp
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """This process among them."""
+        return self.mesh.tp_rank
 
     def get_pipeline_model_parallel_world_size(self) -> int:
         """Stages of a replica."""

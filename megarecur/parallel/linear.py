@@ -9,7 +9,9 @@ graph, and its gradient is summed in the parameter's own dtype.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,6 +31,23 @@ def has_bf16_products(device: torch.device) -> bool:
     if platform.machine() not in ("x86_64", "AMD64"):
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class DeferredProducts:
+    """Products of weight gradients that a backward pass leaves for later: they wait for nobody and
+    nobody waits for them, so that a pipeline fills its waiting time with them."""
+
+    def __init__(self) -> None:
+        self.open: list[Callable[[], None]] | None = None
+
+    @contextmanager
+    def collect(self) -> Iterator[list[Callable[[], None]]]:
+        """Backward passes inside leave their products here."""
+        self.open = []
+        try:
+            yield self.open
+        finally:
+            self.open = None
 
 
 class Weight(nn.Module):
@@ -52,6 +71,8 @@ class Weight(nn.Module):
         self.sum_in_place = False
         """Backward adds to `parameter.grad` itself, sparing a temporary per use. For engines that
         keep their gradient buffers; others need autograd's hooks."""
+        self.deferred: DeferredProducts | None = None
+        """Where products may be left, if they are added in place."""
         self.transient = False
         """The parameter is whole only for a while, between being gathered and let go of (ZeRO 3).
         Then the copy is made by its first use, and whoever lets go of the parameter calls
@@ -83,15 +104,24 @@ class Weight(nn.Module):
         return self.parameter if self.copy is None else self.copy
 
     def gradient(self, dy: Tensor, x: Tensor) -> Tensor | None:
-        """dW = dy^T x of one use, in the parameter's dtype; None when it was added in place."""
-        grad = self.parameter.grad
-        if not (self.sum_in_place and grad is not None):
+        """dW = dy^T x of one use, in the parameter's dtype; None when it is added in place, now or
+        later."""
+        if not (self.sum_in_place and self.parameter.grad is not None):
             return (dy.t() @ x).to(self.parameter.dtype)
+        if self.deferred is not None and self.deferred.open is not None:
+            self.deferred.open.append(partial(self.add, dy, x))
+        else:
+            self.add(dy, x)
+        return None
+
+    def add(self, dy: Tensor, x: Tensor) -> None:
+        """Add dy^T x to the gradient."""
+        grad = self.parameter.grad
+        assert grad is not None
         if dy.dtype == grad.dtype:
             grad.addmm_(dy.t(), x)
         else:
             grad.add_(dy.t() @ x)
-        return None
 
 
 class _Products(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,10 @@ class Mesh:
     """The processes that hold the same part of the model; None: this one alone."""
     tp_group: Any = None
     """Those that share each matrix of a replica's stage; None: this one alone."""
+    pp_group: Any = None
+    """Those whose stages make one replica, at one place of tensor parallelism; None: this alone."""
+    replica_group: Any = None
+    """All processes of a replica: pipeline and tensor parallel; None: this one alone."""
     save_group: Any = None
     """All processes, over gloo: for checkpoints, which a thread of its own may be saving. None in a
     world of one process."""
@@ -45,9 +50,23 @@ class Mesh:
         return self.dp * self.pp * self.tp
 
     @property
+    def shape(self) -> dict[str, int]:
+        """Its sizes by name."""
+        return {"dp": self.dp, "pp": self.pp, "tp": self.tp}
+
+    @property
     def dp_rank(self) -> int:
         """Which replica this process belongs to."""
         return self.rank // (self.pp * self.tp)
+
+    @property
+    def pp_rank(self) -> int:
+        """Which stages are its own."""
+        return self.rank // self.tp % self.pp
+
+    def pipeline_peer(self, pp_rank: int) -> int:
+        """The global rank that runs another pipeline rank's stages for this one."""
+        return self.rank + (pp_rank - self.pp_rank) * self.tp
 
     @property
     def tp_rank(self) -> int:
@@ -68,6 +87,12 @@ class Mesh:
         """Sum in place over the ranks that share matrices."""
         if self.tp > 1:
             dist.all_reduce(tensor, group=self.tp_group)
+        return tensor
+
+    def sum_over_replica(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the pipeline and tensor-parallel ranks of a replica."""
+        if self.pp * self.tp > 1:
+            dist.all_reduce(tensor, group=self.replica_group)
         return tensor
 
     def sum_over_world(self, tensor: Tensor) -> Tensor:
@@ -91,6 +116,32 @@ class Mesh:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def exchange(self, tensor: Tensor, pp_rank: int) -> Tensor:
+        """What another pipeline rank has in place of a tensor, which it is given in turn."""
+        found, peer = torch.empty_like(tensor), self.pipeline_peer(pp_rank)
+        tensor = tensor.contiguous()
+        if self.pp_rank < pp_rank:  # nccl runs one after the other: not both may send first.
+            dist.send(tensor, peer, group=self.pp_group)
+            dist.recv(found, peer, group=self.pp_group)
+        else:
+            dist.recv(found, peer, group=self.pp_group)
+            dist.send(tensor, peer, group=self.pp_group)
+        return found
+
+    def broadcast_over_pp(self, tensor: Tensor, pp_rank: int) -> Tensor:
+        """A pipeline rank's values on all of them, in place."""
+        if self.pp > 1:
+            dist.broadcast(tensor, self.pipeline_peer(pp_rank), group=self.pp_group)
+        return tensor
+
+    def gather_over_pp(self, value: Any) -> list[Any]:
+        """The values of the pipeline ranks that work with this one, in their order."""
+        if self.pp == 1:
+            return [value]
+        values: list[Any] = [None] * self.pp
+        dist.all_gather_object(values, value, group=self.pp_group)
+        return values
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
@@ -117,11 +168,60 @@ def same_error(mesh: Mesh) -> Iterator[None]:
     raise_first(error, mesh)
 
 
+@contextmanager
+def told_where(mesh: Mesh, what: str) -> Iterator[None]:
+    """Have errors tell on which rank, and in what, they happened."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"rank {mesh.rank} (pipeline rank {mesh.pp_rank}), {what}")
+        raise
+
+
 def raise_first(error: Exception | None, mesh: Mesh) -> None:
     """Raise the first rank's error on every rank, if any has one; collective."""
     errors = [e for e in mesh.gather_objects(error) if e is not None]
     if errors:
         raise errors[0]
+
+
+def join_slurm_step() -> None:
+    """Set torchrun's variables from Slurm's, where `srun` started this process and its peers.
+
+    A step of one task is left alone: that process is by itself, or a launcher of others. The port
+    follows from job and step, so that those sharing a node keep apart; MASTER_ADDR and MASTER_PORT
+    that are set already are used.
+
+    Raises:
+        MeshError: Slurm cannot say which node comes first.
+    """
+    environ = os.environ
+    if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    environ["RANK"] = environ["SLURM_PROCID"]
+    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
+    job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
+    environ.setdefault("MASTER_PORT", str(20_000 + (job * 31 + step) % 12_000))
+    if "MASTER_ADDR" not in environ:
+        environ["MASTER_ADDR"] = first_node(environ["SLURM_STEP_NODELIST"])
+
+
+def first_node(nodes: str) -> str:
+    """The first of a list as Slurm writes it, such as `n[3-5,9]`.
+
+    Raises:
+        MeshError: scontrol is missing or refuses the list.
+    """
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        return found.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        raise MeshError(
+            f"{' '.join(command)} did not name the first node ({said}); set MASTER_ADDR to it"
+        ) from None
 
 
 def world_size() -> int:
@@ -180,9 +280,12 @@ def pick_device(name: str) -> torch.device:
 def open_mesh(config: Config) -> Iterator[Mesh]:
     """This process's mesh; the process group ends with the context, unless it was there before.
 
+    The world is that of the process group, torchrun or the Slurm step, in this order.
+
     Raises:
         MeshError: a world that does not fit the config.
     """
+    join_slurm_step()
     world = world_size()
     check_world(config, world)
     device = pick_device(config.train.device)
@@ -211,7 +314,15 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
     ranks = torch.arange(world).view(-1, pp, tp)
     dp_group = pick_group(ranks.movedim(0, -1).flatten(0, -2).tolist(), rank)
     tp_group = pick_group(ranks.flatten(0, -2).tolist(), rank)
-    return Mesh(len(ranks), pp, tp, rank, device, dp_group, tp_group)
+    pp_group = pick_group(ranks.movedim(1, -1).flatten(0, -2).tolist(), rank)
+    replica_group = (
+        tp_group
+        if pp == 1
+        else pp_group
+        if tp == 1
+        else pick_group(ranks.flatten(1).tolist(), rank)
+    )
+    return Mesh(len(ranks), pp, tp, rank, device, dp_group, tp_group, pp_group, replica_group)
 
 
 def pick_group(members: list[list[int]], rank: int) -> Any:

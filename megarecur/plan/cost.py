@@ -15,6 +15,7 @@ from megarecur.config.schema import Config, ModelConfig, ParallelConfig
 from megarecur.recurrence.depth import count_depths
 from megarecur.recurrence.inventory import (
     ParameterSpec,
+    adapter_block,
     build_inventory,
     is_embedding,
     is_frozen,
@@ -125,8 +126,7 @@ def count_step_flops(config: Config, steps: LayerMap) -> list[int]:
     2 per matrix parameter, 4 S heads head_dim for scores and their sum over values; an injection
     adapter counts where the step reads what it injects.
     """
-    model = config.model
-    scores = 4 * config.data.seq_length * model.num_heads * model.head_dim
+    scores = count_score_flops(config)
     block_flops, adapter_flops = {}, {}
     for block, specs in _by_block(config).items():
         matrices = [spec for spec in specs if len(spec.shape) == 2]
@@ -136,6 +136,11 @@ def count_step_flops(config: Config, steps: LayerMap) -> list[int]:
     return [
         block_flops[step.block] + (adapter_flops[step.block] if step.reads else 0) for step in steps
     ]
+
+
+def count_score_flops(config: Config) -> int:
+    """Forward FLOPs per token of one step's attention scores and the sum over their values."""
+    return 4 * config.data.seq_length * config.model.num_heads * config.model.head_dim
 
 
 def count_head_flops(config: Config) -> int:
@@ -199,7 +204,7 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     tp = config.parallel.tensor
     parts = [dp if stage >= first else 1 for first in range(4)]
     specs = list(build_inventory(config).values())
-    element, wide = _element_bytes(config), _parameter_bytes(config)
+    element, wide = element_bytes(config), parameter_bytes(config)
 
     def held(some: Iterable[ParameterSpec]) -> int:
         """Elements on the last tensor-parallel rank, whose shards are the largest."""
@@ -228,6 +233,23 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     )
 
 
+def count_state_bytes(config: Config, specs: Iterable[ParameterSpec]) -> int:
+    """Bytes of parameters with their gradients, moments and copies, without ZeRO.
+
+    On the last tensor-parallel rank, whose shards are the largest.
+    """
+    wide, element, tp = parameter_bytes(config), element_bytes(config), config.parallel.tensor
+    size = 0
+    for spec in specs:
+        per_element = wide
+        if not is_frozen(config.optimizer, spec.name):
+            per_element += 3 * wide - 2 * wide * config.parallel.offload_optimizer
+        if element < wide and len(spec.shape) == 2 and spec.name != "embedding.positions":
+            per_element += element
+        size += per_element * math.prod(spec.part(tp - 1, tp)[1])
+    return size
+
+
 def count_mask_heads(config: Config) -> int:
     """Heads that attention's mask differs for: none without one, as plain causality needs none."""
     if config.model.positions == "alibi":
@@ -241,18 +263,56 @@ def estimate_activations(config: Config, steps: LayerMap) -> tuple[int, int]:
     Recompute keeps the input of every step and, at the peak, everything of one step. Values that
     later steps read are kept in both. With tensor parallelism: those of one of its ranks.
     """
-    model, element, parallel = config.model, _element_bytes(config), config.parallel
-    stream = model.hidden_size * element // (parallel.tensor if parallel.sequence_parallel else 1)
-    step_bytes = count_kept_elements(model, config.data.seq_length, parallel) * element
-    step_bytes += 4 * model.num_heads // parallel.tensor  # logsumexp of the scores, fp32
+    ends = 2 * count_stream_bytes(config)  # input and output of the final norm
+    kept = count_kept_bytes(config, steps, recompute=False) + ends
+    if not any(step.grad for step in steps):
+        return kept, kept
+    recomputed = count_kept_bytes(config, steps, recompute=True) + ends
+    return kept, recomputed + count_step_bytes(config)
+
+
+def count_stream_bytes(config: Config) -> int:
+    """Bytes per token of the residual stream on one tensor-parallel rank."""
+    parallel = config.parallel
+    shares = parallel.tensor if parallel.sequence_parallel else 1
+    return config.model.hidden_size * element_bytes(config) // shares
+
+
+def count_kept_bytes(config: Config, steps: LayerMap, recompute: bool) -> int:
+    """Bytes per token that these steps keep from their forward until their backward pass: all that
+    it needs, or with recompute the inputs of the steps. Final norm and head are left out."""
+    stream = count_stream_bytes(config)
     graded = [step for step in steps if step.grad]
     written = stream * sum(len(step.writes) for step in steps)
+    if recompute:
+        return stream * len(graded) + written
     adapter = 2 * stream if has_adapter(config) else 0
     joined = adapter * sum(bool(step.reads) for step in graded)
-    ends = 2 * stream  # input and output of the final norm
-    kept = step_bytes * len(graded) + joined + written + ends
-    recomputed = stream * len(graded) + step_bytes + adapter + written + ends
-    return kept, (recomputed if graded else kept)
+    return (count_step_bytes(config) - adapter) * len(graded) + joined + written
+
+
+def count_step_bytes(config: Config) -> int:
+    """Bytes per token that one step keeps at most, an injection adapter included."""
+    model, parallel = config.model, config.parallel
+    kept = count_kept_elements(model, config.data.seq_length, parallel) * element_bytes(config)
+    scores = 4 * model.num_heads // parallel.tensor  # logsumexp of the scores, fp32
+    return kept + scores + (2 * count_stream_bytes(config) if has_adapter(config) else 0)
+
+
+def count_deferred_bytes(config: Config, steps: LayerMap) -> int:
+    """Bytes per token between the backward pass of these steps' inputs and that of their weights:
+    what went into every product, and the gradient of what came out. The head is left out."""
+    model, tp = config.model, config.parallel.tensor
+    queries = model.num_heads // tp * model.head_dim
+    keys = max(model.num_kv_heads // tp, 1) * model.head_dim
+    ffn = model.ffn_hidden_size // tp
+    entered = 2 * model.hidden_size + queries + ffn
+    left = queries + 2 * keys + 2 * model.hidden_size
+    left += (2 if model.feed_forward == "swiglu" else 1) * ffn
+    graded = [step for step in steps if step.grad]
+    adapters = sum(bool(step.reads) for step in graded) if has_adapter(config) else 0
+    elements = (entered + left) * len(graded) + 3 * model.hidden_size * adapters
+    return elements * element_bytes(config)
 
 
 def count_kept_elements(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> int:
@@ -274,7 +334,7 @@ def count_kept_elements(model: ModelConfig, seq_length: int, parallel: ParallelC
 
 def has_adapter(config: Config) -> bool:
     """Whether the map's reads go through a learned adapter."""
-    return any(".injection." in name for name in build_inventory(config))
+    return adapter_block(config.recurrence) is not None
 
 
 # --------------------------------------------------------------------------------------- tokens
@@ -295,9 +355,11 @@ def _vocab_size(config: Config) -> int:
     return config.model.vocab_size
 
 
-def _parameter_bytes(config: Config) -> int:
+def parameter_bytes(config: Config) -> int:
+    """Bytes of an element of parameters, gradients and moments."""
     return 8 if config.train.precision == "fp64" else 4
 
 
-def _element_bytes(config: Config) -> int:
+def element_bytes(config: Config) -> int:
+    """Bytes of an element of activations."""
     return {"fp64": 8, "fp32": 4, "bf16": 2}[config.train.precision]

@@ -60,10 +60,14 @@ def describe(config: Config, width: int = 100) -> RenderableType:
 
 def print_description(config: Config) -> None:
     """Write `describe(config)` to the terminal, or plainly to a file or pipe."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=100)
+    console = make_console()
     console.print(describe(config, max(console.width, 60)))
+
+
+def make_console() -> Console:
+    """The terminal; elsewhere a page of 100 columns."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=100)
 
 
 def resolve_vocab_size(config: Config, count: Callable[[str], int]) -> Config:
@@ -273,7 +277,7 @@ def _legend(steps: LayerMap, columns: list[_Column], named: bool) -> str:
 # ----------------------------------------------------------------------------------- the tables
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str, width: int = 14) -> Table:
     """A table with a title, named columns of numbers, and names of rows in front."""
     table = Table(
         title=title,
@@ -285,12 +289,12 @@ def _table(title: str, *columns: str) -> Table:
     )
     table.add_column(min_width=24)
     for column in columns:
-        table.add_column(column, justify="right", min_width=14, header_style="dim")
+        table.add_column(column, justify="right", min_width=width, header_style="dim")
     return table
 
 
 def _parameters(config: Config, steps: LayerMap) -> RenderableType:
-    table = _table("parameters", "all", "without embedding")
+    table = make_table("parameters", "all", "without embedding")
 
     def row(name: str, count: ParameterCount) -> None:
         table.add_row(name, f"{count.total:,}", f"{count.non_embedding:,}")
@@ -303,7 +307,7 @@ def _parameters(config: Config, steps: LayerMap) -> RenderableType:
 def _compute(config: Config, steps: LayerMap) -> RenderableType:
     flops, dense = expect_flops(config), count_flops(config, dense_twin(steps))
     mean = ", mean over the run's steps" if is_sampled(config.recurrence) else ""
-    table = _table(
+    table = make_table(
         f"executed FLOPs{mean} (dense: every block once)", "per token", "per step", "against dense"
     )
     tokens = count_tokens_per_step(config)
@@ -323,7 +327,9 @@ def _memory(config: Config, steps: LayerMap) -> RenderableType:
     deepest = ", deepest step of the run" if is_sampled(config.recurrence) else ""
     tensor = config.parallel.tensor
     shared = f" of the {tensor} that share each matrix" if tensor > 1 else ""
-    table = _table(f"memory of one process{shared}{deepest}", "")
+    if config.parallel.pipeline > 1:
+        shared += f", all {config.parallel.pipeline} pipeline ranks together (each: megarecur plan)"
+    table = make_table(f"memory of one process{shared}{deepest}", "")
     rows = [
         ("parameters", memory.parameters),
         ("gradients", memory.gradients),
@@ -346,7 +352,7 @@ def _memory(config: Config, steps: LayerMap) -> RenderableType:
 
 def _tokens(config: Config) -> RenderableType:
     train, seq_length = config.train, config.data.seq_length
-    table = _table("tokens", "")
+    table = make_table("tokens", "")
     table.add_column()
     micro = train.micro_batch_size
     passes = train.global_batch_size // micro
@@ -378,7 +384,7 @@ def _resolved(config: Config) -> RenderableType:
         values["recurrence.initial_state"] = recurrence.initial_state
         if recurrence.initial_state == "random":
             values["recurrence.initial_state_std"] = f"{recurrence.initial_state_std:.4g}"
-    table = _table("resolved values", "")
+    table = make_table("resolved values", "")
     for name, value in values.items():
         table.add_row(name, str(value))
     return table
@@ -387,6 +393,25 @@ def _resolved(config: Config) -> RenderableType:
 def count_noun(count: int, noun: str) -> str:
     """1 block, 2 blocks."""
     return f"{count:,} {noun}" + ("s" if count != 1 else "")
+
+
+def list_blocks(blocks: tuple[int, ...]) -> str:
+    """Like "block 3", "blocks 0-2 7" or "no block"."""
+    if not blocks:
+        return "no block"
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    text = " ".join(format_span(run[0], run[-1]) for run in runs)
+    return f"block{'s' * (len(blocks) > 1)} {text}"
+
+
+def format_span(first: int, last: int) -> str:
+    """2, or 2-5."""
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def format_count(number: float) -> str:

@@ -14,11 +14,11 @@ from megarecur.data.corpus import Corpus
 from megarecur.data.loader import validation_batches
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import MegarecurError
-from megarecur.inference.generate import encode_prompt, generate, stream_text
+from megarecur.inference.generate import encode_prompt, generate, run_forward, stream_text
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh, raise_first
-from megarecur.recurrence.schemes import layer_map
+from megarecur.plan.schedule import Schedules
 from megarecur.train.signals import StopFlag
 
 
@@ -68,6 +68,7 @@ def score_corpus(
     max_samples: int,
     stop: StopFlag | None = None,
     num_loops: int | None = None,
+    schedules: Schedules | None = None,
 ) -> Score | None:
     """One pass over (the start of) a corpus, every token predicted once; None when stopped.
 
@@ -76,7 +77,7 @@ def score_corpus(
     Raises:
         MegarecurError: on every rank, why one could not read the corpus.
     """
-    steps = layer_map(config.recurrence, num_loops)
+    scheduled = (schedules or Schedules(config)).forward(num_loops)
     # Losses and counted tokens of positions of equal bit length; and failures to read.
     buckets = config.data.seq_length.bit_length() + 1
     sums = torch.zeros(3, buckets, dtype=torch.float64, device=mesh.device)
@@ -99,7 +100,9 @@ def score_corpus(
                 return None
         batch = batch.to(mesh.device)
         ctx = model.context(batch, step=0, training=False)
-        x, _ = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
+        x = run_forward(model, mesh, scheduled, batch.tokens_BS, ctx)
+        if x is None:  # It ends on another pipeline rank.
+            continue
         losses_N = model.loss(x, batch)["loss"].per_token
         assert losses_N is not None
         # frexp's exponent is the bit length: 0 for 0, 1 for 1, 2 for 2 and 3, ...
@@ -108,7 +111,7 @@ def score_corpus(
         sums[0].index_add_(0, bucket_N, losses_N.to(torch.float64))
         sums[1].index_add_(0, bucket_N, counted_N.to(torch.float64))
     sums[2] += len(failures)
-    losses, counts, failed = (mesh.sum_over_world(sums) * (mesh.dp / mesh.world)).tolist()
+    losses, counts, failed = (mesh.sum_over_world(sums) / mesh.tp).tolist()
     if any(failed):
         raise_first(failures[0] if failures else None, mesh)
     total, tokens = sum(losses), sum(counts)
@@ -117,7 +120,9 @@ def score_corpus(
     return Score(total / max(tokens, 1.0), int(tokens), num_bytes, parts)
 
 
-def continue_prompts(model: Transformer, config: Config) -> dict[str, str]:
+def continue_prompts(
+    model: Transformer, config: Config, mesh: Mesh, schedules: Schedules
+) -> dict[str, str]:
     """What the model makes of train.sample_prompts, each with its prompt in front.
 
     Every rank does the same, since stages of ZeRO gather weights for it.
@@ -135,7 +140,16 @@ def continue_prompts(model: Transformer, config: Config) -> dict[str, str]:
             count = min(count, room)
         if count < 1:
             continue
-        new = generate(model, ids, max_new_tokens=count, seed=config.seed, sample=i, eos_ids=eos)
+        new = generate(
+            model,
+            ids,
+            max_new_tokens=count,
+            seed=config.seed,
+            sample=i,
+            eos_ids=eos,
+            mesh=mesh,
+            schedules=schedules,
+        )
         texts[f"samples/{i}"] = prompt + "".join(stream_text(tokenizer, ids, new))
     return texts
 

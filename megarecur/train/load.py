@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megarecur.config.load import load_config
-from megarecur.config.schema import Config
+from megarecur.config.schema import Config, ParallelConfig
 from megarecur.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from megarecur.errors import CheckpointError, ConfigError
 from megarecur.model.transformer import Transformer
@@ -48,6 +48,8 @@ def open_run_folder(run_dir: str | Path, step: int | None = None) -> Run:
             "run, or of `megarecur convert`"
         )
     config = load_config(run_dir / "config.yaml")
+    # One process reads all of it, whatever mesh wrote it.
+    config = config.model_copy(update={"parallel": ParallelConfig()})
     path = find_step(run_dir, step)
     return Run(config, path, checkpoint.read_state(path), find_tokenizer(run_dir, config))
 

@@ -14,7 +14,7 @@ from megarecur.config.schema import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.errors import ConfigError
 from megarecur.model.compile import CompiledModel
-from megarecur.model.telemetry import MEASURES, name_measures
+from megarecur.model.telemetry import name_measures
 from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import FlopEstimate, count_flops, estimate_memory
@@ -43,6 +43,7 @@ class StepResult:
     telemetry: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     sources: Tensor | None = None
     """[2, sources]: loss and counted tokens of each corpus, where there are several."""
+    num_sources: int = 1
     lr: float = 0.0
     grad_norm: float = 0.0
     skipped: bool = False
@@ -50,8 +51,9 @@ class StepResult:
     """Waiting for the loader."""
     seconds: float = 0.0
 
-    def add_sources(self, batch: MicroBatch, losses_N: Tensor | None, count: int) -> None:
+    def add_sources(self, batch: MicroBatch, losses_N: Tensor | None) -> None:
         """Add a micro batch's losses to those of the corpora that its samples are of."""
+        count = self.num_sources
         if count < 2 or losses_N is None:
             return
         counted_BS = batch.labels_BS != IGNORED
@@ -88,20 +90,38 @@ class Interval:
 
     def carry(self, mesh: Mesh) -> dict[str, Any]:
         """What a checkpoint inside an interval keeps, for its mean loss to survive; collective."""
-        losses = {n: float(mesh.sum_over_dp(v.clone())) for n, v in self.losses.items()}
-        carried = {"losses": losses, "num_losses": self.num_losses}
+        own = {n: mesh.sum_over_dp(v.clone()) for n, v in self.losses.items()}
         if self.sources is not None:
-            carried["sources"] = mesh.sum_over_dp(self.sources.clone()).tolist()
-        return carried
+            own["sources"] = mesh.sum_over_dp(self.sources.clone())
+        carried = add_up(mesh.gather_over_pp({name: sums.tolist() for name, sums in own.items()}))
+        sources = carried.pop("sources", None)
+        return {"losses": carried, "num_losses": self.num_losses} | (
+            {} if sources is None else {"sources": sources}
+        )
 
     def restore(self, carried: dict[str, Any], mesh: Mesh) -> None:
-        """Go on inside an interval. The sums are given to one replica, as they are over all."""
+        """Go on inside an interval. The sums are given to one replica's first pipeline rank, as
+        they are over all."""
         self.num_losses = carried.get("num_losses", 0)
+        if mesh.pp_rank:
+            return
         if "sources" in carried:
             sums = torch.tensor(carried["sources"], dtype=torch.float64, device=mesh.device)
             self.sources = sums if mesh.dp_rank == 0 else torch.zeros_like(sums)
         for name, value in carried.get("losses", {}).items():
             self.losses[name] = torch.tensor(value if mesh.dp_rank == 0 else 0.0).to(mesh.device)
+
+
+def add_up(parts: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
+    """Numbers, and lists of them, summed by key."""
+    total: dict[Any, Any] = {}
+    for key, value in (item for part in parts for item in part.items()):
+        if key in total:
+            wide = torch.float64
+            both = torch.tensor(total[key], dtype=wide) + torch.tensor(value, dtype=wide)
+            value = both.tolist()
+        total[key] = value
+    return total
 
 
 class Report:
@@ -128,18 +148,19 @@ class Report:
     def close_interval(self, state: TrainState, last: StepResult) -> dict[str, float]:
         """The interval as metrics, reduced over replicas; collective, one reduction."""
         interval, self.interval = self.interval, Interval()
-        names = list(interval.losses)
-        sums = [interval.losses[name] / interval.num_losses for name in names]
-        for measures in last.telemetry.values():
+        own: dict[Any, Tensor] = {n: v / interval.num_losses for n, v in interval.losses.items()}
+        if interval.sources is not None:
+            own["sources"] = interval.sources
+        for key, measures in last.telemetry.items():
             if self.config.parallel.sequence_parallel:  # Each rank measured its own positions.
                 self.mesh.sum_over_tp(measures)
-            sums += measures.unbind()
-        if interval.sources is not None:
-            sums += interval.sources.flatten().unbind()
-        reduced = self.mesh.sum_over_dp(torch.stack([s.to(torch.float64) for s in sums])).tolist()
+            own[key] = measures
+        reduced = self.reduce(own)
+        sources = reduced.pop("sources", [])
+        telemetry = {key: reduced.pop(key) for key in list(reduced) if isinstance(key, tuple)}
         tokens = self.config.train.global_batch_size * self.config.data.seq_length
         rate = tokens * interval.num_steps / interval.seconds
-        values = {f"train/{name}": reduced[i] for i, name in enumerate(names)}
+        values = {f"train/{name}": loss for name, loss in reduced.items()}
         values |= {
             "optim/lr": last.lr,
             "optim/grad_norm": last.grad_norm,
@@ -149,16 +170,29 @@ class Report:
             "speed/data_wait": interval.data_seconds / interval.seconds,
             "speed/step_seconds": interval.seconds / interval.num_steps,
         }
-        rest, width = reduced[len(names) :], len(MEASURES)
-        rows = [rest[i * width :][:width] for i in range(len(last.telemetry))]
-        values |= name_measures(list(last.telemetry), rows, tokens)
-        of_source, count = rest[len(rows) * width :], len(self.sources)
-        for name, loss, counted in zip(
-            self.sources, of_source[:count], of_source[count:], strict=False
-        ):
+        order = [
+            (step.block, step.loop_index) for step in layer_map(self.config.recurrence, last.depth)
+        ]
+        keys = [key for key in order if key in telemetry]
+        values |= name_measures(keys, [telemetry[key] for key in keys], tokens)
+        for name, loss, counted in zip(self.sources, *sources, strict=True) if sources else ():
             if counted:
                 values[f"train/loss_of/{name}"] = loss / counted
         return values
+
+    def reduce(self, own: Mapping[Any, Tensor]) -> dict[Any, Any]:
+        """Sums over replicas and pipeline ranks, as lists; collective, one reduction of each kind.
+
+        Pipeline ranks may know of different things, replicas do not.
+        """
+        sums = [tensor.to(torch.float64).flatten() for tensor in own.values()]
+        flat = self.mesh.sum_over_dp(torch.cat(sums)) if sums else torch.empty(0)
+        pieces = flat.split([tensor.numel() for tensor in own.values()])
+        lists = {
+            key: piece.view(tensor.shape).tolist()
+            for (key, tensor), piece in zip(own.items(), pieces, strict=True)
+        }
+        return add_up(self.mesh.gather_over_pp(lists))
 
     def count_work(self, depths: Sequence[Depth | None], rate: float) -> dict[str, float]:
         """Shares of the hardware's peak by the FLOPs that steps of these depths executed, apart for
@@ -192,14 +226,16 @@ class Report:
         peak = peak_memory(self.mesh.device)
         if not self.told:
             self.told = True
-            estimate = estimate_memory(self.config, steps, self.mesh.dp)
             parts = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in held.items())
             what = "on the GPU" if self.mesh.device.type == "cuda" else "of the process"
-            self.note(
-                f"memory: {parts}; peak {what} {format_bytes(peak)}; estimated "
-                f"{format_bytes(estimate.total)}, of it activations "
-                f"{format_bytes(estimate.activations)}, logits {format_bytes(estimate.logits)}"
-            )
+            line = f"memory: {parts}; peak {what} {format_bytes(peak)}"
+            if self.mesh.pp == 1:  # Of pipeline ranks, `megarecur plan` tells.
+                estimate = estimate_memory(self.config, steps, self.mesh.dp)
+                line += (
+                    f"; estimated {format_bytes(estimate.total)}, of it activations "
+                    f"{format_bytes(estimate.activations)}, logits {format_bytes(estimate.logits)}"
+                )
+            self.note(line)
         return {"memory/peak_bytes": peak, **{f"memory/{kind}": n for kind, n in held.items()}}
 
     def write(self, state: TrainState, values: dict[str, float], stop: StopFlag) -> None:

@@ -57,17 +57,17 @@ class TrainState:
 
 
 def save_state(
-    state: TrainState, config: Config, mesh: Mesh, data: dict[str, Any], tokenizer: str
+    state: TrainState, config: Config, mesh: Mesh, data: dict[str, Any], tokenizer: str, order: str
 ) -> dict[str, Any]:
-    """What a checkpoint keeps beside tensors, as JSON."""
+    """What a checkpoint keeps beside tensors, as JSON; `order` names that of the next step."""
     return {
         **asdict(state),
         "data": data,
         "config": config.model_dump(mode="json"),
         # For readers of index.json; resuming compares `config`.
         "layer_map": [step.block for step in layer_map(config.recurrence)],
-        "mesh": {"dp": mesh.dp, "pp": mesh.pp, "tp": mesh.tp},
-        "order_hash": None,
+        "mesh": mesh.shape,
+        "order_hash": order,
         "tokenizer": tokenizer,
         "versions": {"megarecur": version("megarecur"), "torch": torch.__version__},
     }
@@ -94,6 +94,14 @@ def check_resume(saved: dict[str, Any], config: Config, tokenizer: str, path: Pa
             f"data.tokenizer={config.data.tokenizer} has {tokenizer}; use the run's own"
         )
     return TrainState(**{f.name: saved[f.name] for f in fields(TrainState) if f.name in saved})
+
+
+def is_reordered(saved: dict[str, Any], config: Config, mesh: Mesh, order: str) -> bool:
+    """Whether the next step sums in another order than it would have when it was saved, though the
+    mesh is the same: another version chose it, or a cluster's description changed."""
+    micro = saved["config"]["train"]["micro_batch_size"]
+    same = saved["mesh"] == mesh.shape and micro == config.train.micro_batch_size
+    return same and saved["order_hash"] not in (None, order)
 
 
 def write_config(run_dir: Path, config: Config) -> None:

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from megarecur.config.schema import Config
 from megarecur.data.corpus import Corpus, open_corpus
 from megarecur.data.loader import Loader, MicroBatch
 from megarecur.data.tokenizer import load_tokenizer
-from megarecur.errors import CheckpointError, ConfigError, DataError, MegarecurError
+from megarecur.errors import CheckpointError, ConfigError, DataError, MegarecurError, MeshError
 from megarecur.model.compile import CompiledModel, find_obstacle
-from megarecur.model.telemetry import Telemetry, named
-from megarecur.model.transformer import LossTerm, Transformer
+from megarecur.model.telemetry import named
+from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import Engine, build_engine
 from megarecur.optim.schedule import learning_rate
-from megarecur.parallel.mesh import Mesh, open_mesh, raise_first, same_error
-from megarecur.recurrence.depth import sample_depth
+from megarecur.parallel.mesh import Mesh, open_mesh, same_error, told_where
+from megarecur.plan.order import order_hash
+from megarecur.plan.schedule import Schedules
+from megarecur.recurrence.depth import Depth, sample_depth
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.alarms import Alarms, record_event
@@ -31,11 +30,19 @@ from megarecur.train.evaluate import continue_prompts, score_corpus, score_value
 from megarecur.train.initial import load_initial
 from megarecur.train.mirror import fetch_newest
 from megarecur.train.profile import Profiler
-from megarecur.train.report import Report, StepResult
+from megarecur.train.report import Report
 from megarecur.train.saving import Saver
 from megarecur.train.signals import StopFlag, watch_signals
 from megarecur.train.speed import measure_state
-from megarecur.train.state import TrainState, check_resume, open_run, save_state, write_config
+from megarecur.train.state import (
+    TrainState,
+    check_resume,
+    is_reordered,
+    open_run,
+    save_state,
+    write_config,
+)
+from megarecur.train.step import build_model, forward_backward
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +67,19 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         run_dir = resources.enter_context(open_run(config, mesh))
         data = open_data(config, mesh)
         config, loader = data.config, resources.enter_context(closing(data)).loader
-        tp = mesh.tensor_parallel(config.parallel.sequence_parallel)
-        model = Transformer(config, mesh.device, tp=tp)
+        schedules = resources.enter_context(closing(open_schedules(config, mesh)))
+        model = build_model(config, mesh, schedules)
         engine = build_engine(model, config, mesh)
         saver = resources.enter_context(Saver(run_dir, config, mesh))
-        state = resume(run_dir, config, data, engine, mesh)
+        state = resume(run_dir, config, data, engine, schedules, mesh)
         saver.prepare(engine.shards())
         with same_error(mesh):
             write_config(run_dir, config) if mesh.rank == 0 else None
             report = Report(run_dir, config, state, mesh)
         alarms = Alarms(config.alarms, report.rows(), state.rolled_back_at)
         report.note(reason) if reason else None
+        if mesh.pp > 1:
+            report.note(schedules.describe(*step_to_take(config, mesh, state.step)))
         compiled = CompiledModel(model) if compiling else None
         profiler = Profiler(config.train.profile, run_dir, mesh)
         resources.callback(profiler.close)
@@ -81,9 +90,9 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             saver.poll(stop)
             number = stop.agreed(mesh)
             if is_due(state.step, config.train.eval_every, config) and validated < state.step:
-                values, number = validate(model, data, mesh, state, stop)
+                values, number = validate(model, data, mesh, schedules, state, stop)
                 if values:
-                    report.write_texts(state, continue_prompts(model, config))
+                    report.write_texts(state, continue_prompts(model, config, mesh, schedules))
                     report.write(state, values, stop)
                 saver.scored()
                 validated = state.step
@@ -97,13 +106,16 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             started = time.perf_counter()
             with named("data"):
                 batches, unread = read_batches(loader, state.step, mesh)
+            schedules.prepare(*step_to_take(config, mesh, state.step))
+            schedules.prepare(*step_to_take(config, mesh, state.step + 1))
             waited = time.perf_counter() - started
             due = is_due(state.step + 1, config.train.log_every, config)
             result = forward_backward(
-                model, engine, config, batches, state.step, mesh, due, unread=unread
+                model, engine, config, batches, state.step, mesh, due, unread, schedules
             )
             result.lr = learning_rate(config.optimizer, state.step, config.train.steps)
-            with named("optimizer"):
+            what = f"reduction and update of step {state.step + 1}"
+            with named("optimizer"), told_where(mesh, what):
                 result.grad_norm, result.skipped = engine.step(result.lr)
             result.data_seconds, result.seconds = waited, time.perf_counter() - started
             state = state.advance(config, result.skipped)
@@ -124,17 +136,17 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                     load_checkpoint(source, engine, mesh)
                     state = state.rolled_back()
                     alarms.healthy_step = saved = state.step
-                    save(saver, config, data, engine, mesh, state, report, last=False)
+                    save(saver, config, data, engine, schedules, state, report, last=False)
                     saver.wait()  # A run that dies now must not read those samples again.
             if saved < state.step and is_due(state.step, config.checkpoint.every, config):
                 last = state.step == config.train.steps
                 with named("save"):
-                    save(saver, config, data, engine, mesh, state, report, last)
+                    save(saver, config, data, engine, schedules, state, report, last)
                 saved = state.step
             if written := profiler.end(state.step - 1):
                 report.note(written)
         if saved < state.step:
-            save(saver, config, data, engine, mesh, state, report, last=True)
+            save(saver, config, data, engine, schedules, state, report, last=True)
         saver.finish()
         report.finish(
             f"saved at step {state.step} and stopped by signal {number}; "
@@ -208,6 +220,31 @@ def open_data(config: Config, mesh: Mesh) -> Data:
     return Data(config, loader, validation, tokenizer.fingerprint)
 
 
+def open_schedules(config: Config, mesh: Mesh) -> Schedules:
+    """Where blocks live and in which order stages run; collective.
+
+    Raises:
+        MegarecurError: a placement or an order that cannot be.
+        MeshError: ranks that choose different orders, and would wait for each other for ever.
+    """
+    with same_error(mesh):
+        schedules = Schedules(config)
+        chosen = schedules.training(*step_to_take(config, mesh, 0))
+    if len(set(mesh.gather_objects(order_hash(chosen.order)))) > 1:
+        raise MeshError(
+            "the ranks chose different orders of the pipeline; run the same version of megarecur "
+            "with the same config on all of them"
+        )
+    return schedules
+
+
+def step_to_take(config: Config, mesh: Mesh, step: int) -> tuple[Depth | None, int]:
+    """Depth and micro batches per replica of an optimizer step."""
+    train = config.train
+    depth = sample_depth(config.recurrence, config.seed, step)
+    return depth, train.global_batch_size // (mesh.dp * train.micro_batch_size)
+
+
 def read_batches(
     loader: Loader, step: int, mesh: Mesh
 ) -> tuple[list[MicroBatch], MegarecurError | None]:
@@ -257,77 +294,16 @@ def choose_compiler(config: Config, mesh: Mesh) -> tuple[bool, str]:
     return bool(wish), ""
 
 
-# ------------------------------------------------------------------------------- one optimizer step
-
-
-def forward_backward(
-    model: Transformer,
-    engine: Engine,
-    config: Config,
-    batches: Sequence[MicroBatch],
-    step: int,
-    mesh: Mesh,
-    telemetry: bool = False,
-    unread: MegarecurError | None = None,
-) -> StepResult:
-    """Gradients of the objective over the global batch, left in the engine.
-
-    The objective divides sums by counts over the global batch, known before the forward pass, so
-    that it depends on neither dp, micro batch size nor padding.
-
-    Raises:
-        MegarecurError: on every rank, why one could not read its batches (`unread`).
-    """
-    depth = sample_depth(config.recurrence, config.seed, step)
-    steps = layer_map(config.recurrence, depth)
-    denominators = count_denominators(batches, mesh, unread)
-    result = StepResult(depth)
-    for batch in batches:
-        seen = Telemetry() if telemetry else None
-        ctx = model.context(batch, step, training=True, telemetry=seen)
-        with named("forward"):
-            x, auxiliary = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
-            terms = model.loss(x, batch) | auxiliary
-        with named("backward"):
-            engine.backward(objective(terms, denominators))
-        for name, term in terms.items():
-            share = term.total.detach() / denominators[term.denominator]
-            result.losses[name] = result.losses.get(name, 0.0) + share
-        result.add_sources(batch, terms["loss"].per_token, len(config.data.train))
-        for key, sums in (seen.sums if seen else {}).items():
-            before = result.telemetry.get(key)
-            result.telemetry[key] = sums if before is None else before + sums
-    return result
-
-
-def count_denominators(
-    batches: Sequence[MicroBatch], mesh: Mesh, unread: MegarecurError | None = None
-) -> dict[str, float]:
-    """Counted tokens of the global batch, at least 1; one all-reduce, of failures to read too.
-
-    Raises:
-        MegarecurError: on every rank, why one could not read its batches.
-    """
-    own = [sum(batch.num_tokens for batch in batches), unread is not None]
-    counts = mesh.sum_over_world(torch.tensor(own, dtype=torch.float64).to(mesh.device))
-    tokens, failures = counts.tolist()
-    if failures:
-        raise_first(unread, mesh)
-    # Every rank of a replica reads, and counts, the same samples.
-    return {"tokens": max(tokens * mesh.dp / mesh.world, 1.0)}
-
-
-def objective(terms: Mapping[str, LossTerm], denominators: Mapping[str, float]) -> Tensor:
-    """The weighted sum of all loss terms."""
-    parts = [t.total * (t.weight / denominators[t.denominator]) for t in terms.values()]
-    return torch.stack(parts).sum()
-
-
 # -------------------------------------------------------------------------- evaluate, save, resume
 
 
 def validate(
-    model: Transformer, data: Data, mesh: Mesh, state: TrainState, stop: StopFlag
+    model: Transformer,
+    data: Data,
+    mesh: Mesh,
+    schedules: Schedules,
+    state: TrainState,
+    stop: StopFlag,
 ) -> tuple[dict[str, float], int]:
     """(scores of the validation corpora, stop signal); at the end of a run all of them is read.
 
@@ -342,7 +318,7 @@ def validate(
         samples = 0 if depth is None and state.step == config.train.steps else some
         scores = []
         for corpus in data.validation:
-            score = score_corpus(model, corpus, config, mesh, samples, stop, depth)
+            score = score_corpus(model, corpus, config, mesh, samples, stop, depth, schedules)
             if score is None:
                 return {}, stop.agreed(mesh)
             scores.append(score)
@@ -357,7 +333,7 @@ def save(
     config: Config,
     data: Data,
     engine: Engine,
-    mesh: Mesh,
+    schedules: Schedules,
     state: TrainState,
     report: Report,
     last: bool,
@@ -367,12 +343,16 @@ def save(
     Raises:
         CheckpointError: one could not be written; the earlier ones are untouched.
     """
-    state = replace(state, interval=report.interval.carry(mesh))
-    content = save_state(state, config, mesh, data.loader.state(state.step), data.tokenizer)
+    state = replace(state, interval=report.interval.carry(saver.mesh))
+    order = schedules.training(*step_to_take(config, saver.mesh, state.step)).order
+    cursor = data.loader.state(state.step)
+    content = save_state(state, config, saver.mesh, cursor, data.tokenizer, order_hash(order))
     saver.save(state.step, engine.shards(), content, last)
 
 
-def resume(run_dir: Path, config: Config, data: Data, engine: Engine, mesh: Mesh) -> TrainState:
+def resume(
+    run_dir: Path, config: Config, data: Data, engine: Engine, schedules: Schedules, mesh: Mesh
+) -> TrainState:
     """Load the newest good checkpoint, if there is one, or the parameters to start from.
 
     Raises:
@@ -403,6 +383,10 @@ def resume(run_dir: Path, config: Config, data: Data, engine: Engine, mesh: Mesh
     state = check_resume(saved, config, data.tokenizer, path)
     data.loader.check_state(saved["data"])
     load_checkpoint(path, engine, mesh)
+    order = schedules.training(*step_to_take(config, mesh, state.step)).order
+    if mesh.rank == 0 and is_reordered(saved, config, mesh, order_hash(order)):
+        log.warning("the pipeline's order of operations is not the one %s was saved with, though "
+                    "the mesh is: sums will differ in their last bits", path)  # fmt: skip
     return state
 
 

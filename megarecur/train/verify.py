@@ -18,14 +18,15 @@ from torch import Tensor
 
 from megarecur.config.load import validate
 from megarecur.config.schema import Config
-from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import build_engine
 from megarecur.optim.schedule import learning_rate
 from megarecur.parallel.mesh import open_mesh
 from megarecur.parallel.shards import whole
+from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.train import checkpoint
-from megarecur.train.trainer import forward_backward, open_data
+from megarecur.train.step import build_model, forward_backward, sum_losses
+from megarecur.train.trainer import open_data
 
 TOLERANCES = {"fp32": (2e-6, 2e-5), "fp64": (1e-11, 1e-11)}
 """Of the first step, and of those after it."""
@@ -95,13 +96,15 @@ def record(config: Config, steps: int, folder: Path) -> None:
     with open_mesh(config) as mesh:
         data = open_data(config, mesh)
         config = data.config
-        tp = mesh.tensor_parallel(config.parallel.sequence_parallel)
-        model = Transformer(config, mesh.device, tp=tp)
+        schedules = Schedules(config)
+        model = build_model(config, mesh, schedules)
         engine = build_engine(model, config, mesh)
         for step in range(steps):
             batches = [batch.to(mesh.device) for batch in data.loader.batch(step)]
-            result = forward_backward(model, engine, config, batches, step, mesh)
-            loss = float(mesh.sum_over_dp(result.losses["loss"].to(torch.float64)))
+            result = forward_backward(
+                model, engine, config, batches, step, mesh, schedules=schedules
+            )
+            loss = sum_losses(result, mesh)
             shards = {name: model.shard(name, g) for name, g in engine.gradients().items()}
             norm, _ = engine.step(learning_rate(config.optimizer, step, config.train.steps))
             state = {"loss": loss, "norm": norm}

@@ -1,0 +1,317 @@
+"""Runs one pipeline rank's part of an order: activations travel to the weights.
+
+Buffers exist from their use to their use. Between adjacent stages of one rank values are handed
+over. A value that later steps read stays on a rank once it is there, and so does the sum of its
+gradient, until it leaves with the stage at which the value came.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarecur.parallel.linear import DeferredProducts
+from megarecur.parallel.mesh import Mesh
+from megarecur.plan.order import Kind, Op
+from megarecur.plan.walk import Stage, Walk
+
+TIMEOUT = timedelta(minutes=10)
+"""For a message; its sender may be compiling."""
+
+Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
+"""(outputs, gradients of them; None: a scalar of the objective)."""
+
+
+MOST_SENDS = 4
+"""Messages under way from a rank. gloo keeps them until they are waited for."""
+AHEAD = 8
+"""Operations ahead of its turn that gloo is told of a receive: only then does its sender send."""
+
+Way = Literal["F", "B"]
+"""Of a message: activations forward, gradients backward."""
+
+SENDS: dict[Way, Kind] = {"F": "SEND_F", "B": "SEND_B"}
+RECEIVES: dict[Way, Kind] = {"F": "RECV_F", "B": "RECV_B"}
+
+
+class PipelineError(RuntimeError):
+    """An operation failed here, or a message of another rank never came."""
+
+
+class Program(Protocol):
+    """What the stages compute."""
+
+    def shape(self, microbatch: int) -> tuple[int, ...]:
+        """Of the hidden state, on this rank."""
+
+    def forward(
+        self, stage: Stage, microbatch: int, x: Tensor | None, reads: dict[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(hidden state that leaves, this stage's share of the objective if it has one).
+
+        `reads` holds what the stage's steps may read; what they write is put there.
+        """
+
+    def forget(self, microbatch: int) -> None:
+        """No forward pass of a micro batch is left on this rank."""
+
+
+@dataclass
+class Held:
+    """A value that later steps read, on this rank."""
+
+    value: Tensor
+    gradient: Tensor | None = None
+    """Summed over the stages of this rank, and those that it was sent on to."""
+
+    def add(self, gradient: Tensor | None) -> None:
+        """A share of the gradient."""
+        if gradient is not None:
+            self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+
+@dataclass
+class Kept:
+    """What a forward pass leaves for its backward pass."""
+
+    x: Tensor | None
+    """The leaf that entered."""
+    out: Tensor | None
+    objective: Tensor | None
+    read: dict[str, tuple[Tensor, Held]] = field(default_factory=dict)
+    """Leaves that stand for held values."""
+    arrived: dict[str, Held] = field(default_factory=dict)
+    written: dict[str, tuple[Tensor, Held]] = field(default_factory=dict)
+    sent: dict[str, Held] = field(default_factory=dict)
+
+
+class Pipeline:
+    """One rank, one order, one optimizer step.
+
+    Args:
+        mesh: the processes.
+        walk: the stages of all ranks.
+        program: what they compute.
+        dtype: of the hidden state.
+        backward: how gradients are computed; None: there is no backward pass.
+        deferred: where products of weight gradients are left by I, for W.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        walk: Walk,
+        program: Program,
+        dtype: torch.dtype,
+        backward: Backward | None = None,
+        deferred: DeferredProducts | None = None,
+    ) -> None:
+        self.mesh, self.walk, self.program, self.dtype = mesh, walk, program, dtype
+        self.backward, self.deferred = backward, deferred
+        self.inbox: dict[tuple[Way, int, int], list[Tensor]] = {}
+        """What has come, or will once its receives are done; by direction, stage, micro batch."""
+        self.outbox: dict[tuple[Way, int, int], list[Tensor]] = {}
+        self.receives: dict[tuple[Way, int, int], list[Any]] = {}
+        self.sends: list[tuple[Op, list[Any], list[Tensor]]] = []
+        self.kept: dict[tuple[int, int], Kept] = {}
+        self.held: defaultdict[int, dict[str, Held]] = defaultdict(dict)
+        """By micro batch and name."""
+        self.left: dict[tuple[int, int], list[Any]] = {}
+        """Products for W."""
+        self.runs: dict[Kind, Callable[[Stage, int], None]] = {
+            "F": self.run_forward,
+            "B": self.run_backward,
+            "I": self.run_inputs,
+            "W": self.run_weights,
+            "SEND_F": partial(self.send, "F"),
+            "SEND_B": partial(self.send, "B"),
+            "RECV_F": partial(self.receive, "F"),
+            "RECV_B": partial(self.receive, "B"),
+        }
+        self.most_live = 0
+        """Most (stage, micro batch) pairs at once between F and the end of their backward."""
+        self.bytes_sent = 0
+
+    def run(self, ops: Sequence[Op]) -> None:
+        """Run this rank's operations.
+
+        Raises:
+            PipelineError: naming rank, stage, operation and micro batch.
+        """
+        for i, op in enumerate(ops):
+            if self.mesh.device.type == "cpu":
+                self.begin_receives(ops[i : i + AHEAD])
+            self.run_one(op)
+        for op, works, _ in self.sends:
+            self.wait(works, op)
+        assert not (self.inbox or self.outbox or self.kept or self.left), (
+            "an order left work undone"
+        )
+
+    def begin_receives(self, ops: Sequence[Op]) -> None:
+        """Tell gloo what comes."""
+        for op in ops:
+            if op.kind in ("RECV_F", "RECV_B"):
+                self.perform(op)
+
+    def run_one(self, op: Op) -> None:
+        """Run one operation in its turn."""
+        self.perform(op)
+
+    def perform(self, op: Op) -> None:
+        """Do what an operation says; an error is told where it happened."""
+        try:
+            self.runs[op.kind](self.walk[op.stage], op.microbatch)
+        except Exception as error:
+            error.add_note(self.describe(op))
+            raise
+
+    def describe(self, op: Op) -> str:
+        """An operation and where it was."""
+        return (
+            f"rank {self.mesh.rank} (pipeline rank {self.mesh.pp_rank}), stage {op.stage}, "
+            f"{op.kind} of micro batch {op.microbatch}"
+        )
+
+    # ------------------------------------------------------------------------------- computation
+
+    def run_forward(self, stage: Stage, j: int) -> None:
+        """F."""
+        held = self.held[j]
+        arrived = [] if stage.first else self.take("F", stage.index, j)
+        kept = Kept(arrived[0] if arrived else None, None, None)
+        graph = stage.backward and self.backward is not None
+        if kept.x is not None and graph:
+            kept.x.requires_grad_(stage.returns_x)
+        held.update({n: Held(t) for n, t in zip(stage.receives, arrived[1:], strict=True)})
+        for name in {name for step in stage.steps for name in step.reads} & held.keys():
+            kept.read[name] = (held[name].value.detach().requires_grad_(graph), held[name])
+        kept.arrived = {name: held[name] for name in stage.receives}
+        reads = {name: leaf for name, (leaf, _) in kept.read.items()}
+        with torch.set_grad_enabled(graph):
+            kept.out, kept.objective = self.program.forward(stage, j, kept.x, reads)
+        for name in {name for step in stage.steps for name in step.writes}:
+            held[name] = Held(reads[name].detach())
+            kept.written[name] = (reads[name], held[name])
+        if not stage.last:
+            assert kept.out is not None
+            kept.sent = {name: held[name] for name in stage.sends}
+            message = [kept.out.detach(), *(held[name].value for name in stage.sends)]
+            self.give("F", stage.index + 1, j, message, self.walk[stage.index + 1].rank)
+        if graph:
+            self.kept[stage.index, j] = kept
+            self.most_live = max(self.most_live, len(self.kept) + len(self.left))
+        if all(other.index <= stage.index for other in self.walk if other.rank == stage.rank):
+            del self.held[j]
+            self.program.forget(j)
+
+    def run_backward(self, stage: Stage, j: int) -> None:
+        """B, or I while products are deferred."""
+        kept = self.kept.pop((stage.index, j))
+        outputs: list[Tensor] = []
+        gradients: list[Tensor | None] = []
+        if kept.objective is not None:
+            outputs, gradients = [kept.objective], [None]
+        following = None if stage.last else self.walk[stage.index + 1]
+        if following is not None and following.sends_back:
+            arrived = self.take("B", stage.index, j)
+            if following.returns_x:
+                assert kept.out is not None
+                outputs.append(kept.out)
+                gradients.append(arrived.pop(0))
+            for name, gradient in zip(following.returns, arrived, strict=True):
+                kept.sent[name].add(gradient)
+        for tensor, value in kept.written.values():
+            if value.gradient is not None:
+                outputs.append(tensor)
+                gradients.append(value.gradient)
+        due = [i for i, tensor in enumerate(outputs) if tensor.requires_grad]
+        assert self.backward is not None
+        if due:
+            self.backward([outputs[i] for i in due], [gradients[i] for i in due])
+        for leaf, value in kept.read.values():
+            value.add(leaf.grad)
+        if stage.sends_back:
+            back = [kept.x] if stage.returns_x else []
+            message = [leaf.grad for leaf in back if leaf is not None]
+            message += [kept.arrived[name].gradient for name in stage.returns]
+            filled = [torch.zeros(self.program.shape(j), dtype=self.dtype, device=self.mesh.device)
+                      if gradient is None else gradient for gradient in message]  # fmt: skip
+            self.give("B", stage.index - 1, j, filled, self.walk[stage.index - 1].rank)
+
+    def run_inputs(self, stage: Stage, j: int) -> None:
+        """I: the gradients of inputs; products of weight gradients are left for W."""
+        assert self.deferred is not None
+        with self.deferred.collect() as products:
+            self.run_backward(stage, j)
+        self.left[stage.index, j] = products
+
+    def run_weights(self, stage: Stage, j: int) -> None:
+        """W."""
+        with torch.no_grad():
+            for product in self.left.pop((stage.index, j)):
+                product()
+
+    # ---------------------------------------------------------------------------------- messages
+
+    def give(self, way: Way, to: int, j: int, message: list[Tensor], rank: int) -> None:
+        """Hand a message over to a stage of this rank, or leave it for its SEND."""
+        box = self.inbox if rank == self.mesh.pp_rank else self.outbox
+        box[way, to, j] = message
+
+    def take(self, way: Way, stage: int, j: int) -> list[Tensor]:
+        """A message that has come, or is waited for."""
+        key = (way, stage, j)
+        self.wait(self.receives.pop(key, []), Op(RECEIVES[way], stage, j))
+        return self.inbox.pop(key)
+
+    def send(self, way: Way, stage: Stage, j: int) -> None:
+        """Begin to send what a stage gives to a neighbour."""
+        to = stage.index + (1 if way == "F" else -1)
+        tensors = [tensor.contiguous() for tensor in self.outbox.pop((way, to, j))]
+        peer = self.mesh.pipeline_peer(self.walk[to].rank)
+        works = [dist.isend(tensor, peer, group=self.mesh.pp_group) for tensor in tensors]
+        self.bytes_sent += sum(tensor.nbytes for tensor in tensors)
+        if len(self.sends) == MOST_SENDS:  # Orders are such that every send could be waited for.
+            begun, waited, _ = self.sends.pop(0)
+            self.wait(waited, begun)
+        self.sends.append((Op(SENDS[way], stage.index, j), works, tensors))
+
+    def receive(self, way: Way, stage: Stage, j: int) -> None:
+        """Begin to receive what a stage takes from a neighbour, unless that has begun."""
+        if (way, stage.index, j) in self.inbox:
+            return
+        source = stage.index - 1 if way == "F" else stage.index + 1
+        sender = self.walk[source]
+        if way == "F":
+            count = 1 + len(stage.receives)
+        else:
+            count = int(sender.returns_x) + len(sender.returns)
+        peer, shape = self.mesh.pipeline_peer(sender.rank), self.program.shape(j)
+        tensors = [torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
+                   for _ in range(count)]  # fmt: skip
+        self.receives[way, stage.index, j] = [
+            dist.irecv(tensor, peer, group=self.mesh.pp_group) for tensor in tensors
+        ]
+        self.inbox[way, stage.index, j] = tensors
+
+    def wait(self, works: Sequence[Any], op: Op) -> None:
+        """Until messages are through.
+
+        Raises:
+            PipelineError: the other side is gone, or silent for too long.
+        """
+        for work in works:
+            try:
+                # With a time-out nccl blocks the host; its group has one of its own.
+                work.wait(TIMEOUT) if self.mesh.device.type == "cpu" else work.wait()
+            except RuntimeError as error:
+                raise PipelineError(f"{self.describe(op)} never came through: {error}") from error

@@ -1,0 +1,146 @@
+"""The machines that a plan is for: what a rank computes, holds and sends.
+
+Presets are nodes as their makers sell them. Where the figures come from:
+
+    a100    NVIDIA A100 80 GB SXM data sheet: 312 TFLOP/s bf16 (dense), 19.5 fp32, 9.7 fp64; 80 GB;
+            NVLink 600 GB/s, half of it per direction. DGX A100: 200 Gb/s InfiniBand per GPU.
+    h100    NVIDIA H100 SXM data sheet: 989 TFLOP/s bf16 (dense), 67 fp32, 34 fp64; 80 GB; NVLink
+            900 GB/s, half per direction. DGX H100: 400 Gb/s InfiniBand per GPU.
+    h200    NVIDIA H200 SXM data sheet: as H100, with 141 GB.
+    cpu     A small machine of 2 cores, a process on each, gloo over loopback. ROUGH: the order of
+            magnitude of such machines, not measured on yours.
+
+Latencies and the shares that programs attain are on no data sheet. Those of the presets are rules
+of thumb; a YAML file of your own may hold better ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from megarecur.config.load import read_sections, validate_section
+from megarecur.config.schema import Section
+from megarecur.errors import ConfigError
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Peak(Section):
+    """What one rank multiplies and adds at most, in 10^12 FLOP/s, by the precision of compute."""
+
+    bf16: PositiveFloat
+    fp32: PositiveFloat
+    fp64: PositiveFloat
+
+
+class Link(Section):
+    """What carries messages of one rank."""
+
+    bandwidth_gb_s: PositiveFloat
+    """10^9 bytes per second, per direction and rank, as sold."""
+    latency_us: NonNegativeFloat
+    """Microseconds before the first byte arrives."""
+    attainable: Share = 0.8
+    """Of the bandwidth, by large messages."""
+
+    def time(self, num_bytes: float) -> float:
+        """Seconds for one message."""
+        return self.latency_us * 1e-6 + num_bytes / (self.bandwidth_gb_s * 1e9 * self.attainable)
+
+    def reduce_time(self, num_bytes: float, ranks: int) -> float:
+        """Seconds for an all-reduce: every rank sends 2 (n-1)/n of the bytes, and a tree's two ways
+        cost latency."""
+        if ranks == 1:
+            return 0.0
+        rounds = 2 * (ranks - 1).bit_length()
+        sent = 2 * (ranks - 1) / ranks * num_bytes
+        return (rounds - 1) * self.latency_us * 1e-6 + self.time(sent)
+
+
+class Cluster(Section):
+    """Equal nodes of equal ranks; a rank is a process with its GPU, or a core."""
+
+    name: str
+    ranks_per_node: PositiveInt
+    peak_tflops: Peak
+    attainable: Share = 0.5
+    """Of the peak, by whole steps of the map: their products, norms and activations together."""
+    memory_gb: PositiveFloat
+    """10^9 bytes of one rank."""
+    usable_memory: Share = 0.9
+    """Of them, what is left beside the allocator's gaps and the libraries."""
+    node: Link
+    """Between ranks of a node."""
+    network: Link
+    """Between ranks of different nodes."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes of one rank that a plan may fill."""
+        return int(self.memory_gb * 1e9 * self.usable_memory)
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s of one rank that MFU is counted against."""
+        return float(getattr(self.peak_tflops, precision)) * 1e12
+
+    def rate(self, precision: str) -> float:
+        """FLOP/s of one rank that a plan counts on."""
+        return self.peak(precision) * self.attainable
+
+    def link(self, ranks: int, stride: int, world: int) -> Link:
+        """The slowest link of groups of `ranks`, every `stride`-th of a world: those of tensor (1)
+        and of data parallelism (tensor x pipeline)."""
+        block = ranks * stride  # Consecutive ranks that groups interleave in.
+        aligned = block == world or self.ranks_per_node % block == 0
+        return self.node if block <= self.ranks_per_node and aligned else self.network
+
+    def between(self, first: int, second: int) -> Link:
+        """The link from one global rank to another."""
+        same = first // self.ranks_per_node == second // self.ranks_per_node
+        return self.node if same else self.network
+
+
+def _gpus(name: str, bf16: float, fp32: float, fp64: float, memory: float, nvlink: float,
+          infiniband: float) -> Cluster:  # fmt: skip
+    return Cluster(
+        name=name,
+        ranks_per_node=8,
+        peak_tflops=Peak(bf16=bf16, fp32=fp32, fp64=fp64),
+        memory_gb=memory,
+        node=Link(bandwidth_gb_s=nvlink, latency_us=5.0),
+        network=Link(bandwidth_gb_s=infiniband, latency_us=15.0),
+    )
+
+
+PRESETS: dict[str, Cluster] = {
+    "cpu": Cluster(
+        name="cpu",
+        ranks_per_node=2,
+        peak_tflops=Peak(bf16=0.05, fp32=0.05, fp64=0.025),
+        memory_gb=4.0,
+        node=Link(bandwidth_gb_s=3.0, latency_us=200.0),
+        network=Link(bandwidth_gb_s=1.0, latency_us=500.0),
+    ),
+    "a100": _gpus("a100", 312, 19.5, 9.7, memory=80, nvlink=300, infiniband=25),
+    "h100": _gpus("h100", 989, 67, 34, memory=80, nvlink=450, infiniband=50),
+    "h200": _gpus("h200", 989, 67, 34, memory=141, nvlink=450, infiniband=50),
+}
+
+
+def load_cluster(name: str) -> Cluster:
+    """A preset by name, or a YAML file by path.
+
+    Raises:
+        ConfigError: no preset and no file of that name; every mistake of the file.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"--cluster {name}: is none of {', '.join(PRESETS)}, nor a .yaml file; choose one"
+        )
+    return validate_section(Cluster, {"name": path.stem, **read_sections(path)}, str(path))

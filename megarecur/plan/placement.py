@@ -1,0 +1,265 @@
+"""Where parameters live: a partition of blocks over pipeline ranks. One owner per block.
+
+A block costs what it executes: its uses, not its size. Neighbours by number stay together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megarecur.config.schema import Config
+from megarecur.errors import PlacementError
+from megarecur.plan.cost import count_head_flops, count_state_bytes, count_step_flops
+from megarecur.recurrence.depth import count_depths, is_sampled
+from megarecur.recurrence.inventory import ParameterSpec, build_inventory
+from megarecur.recurrence.layer_map import LayerMap
+from megarecur.recurrence.schemes import layer_map
+
+POOR = 0.8
+"""Efficiency below which advice is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The pipeline rank of every block, of the embedding, and of the final norm with the head."""
+
+    ranks: int
+    owners: tuple[int, ...]
+    """By block."""
+    embedding: int
+    head: int
+
+    def blocks(self, rank: int) -> tuple[int, ...]:
+        """The blocks that live on a rank."""
+        return tuple(block for block, owner in enumerate(self.owners) if owner == rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """How evenly a placement shares out the work."""
+
+    loads: tuple[float, ...]
+    """FLOPs per token by rank, forward, backward and recompute, the head at its owner."""
+    efficiency: float
+    """The most that any order can keep the ranks busy, waiting at both ends left out."""
+    block: int
+    """The block that takes most on the rank that has most to do."""
+    advice: str
+    """What to do about a poor efficiency; "" where it is not."""
+
+
+def place(config: Config, steps: LayerMap, *, memory_cap: int | None = None) -> Placement:
+    """The config's own placement, or the partition whose busiest rank has least to do.
+
+    The embedding lives with the block of the first step, final norm and head with that of the last;
+    blocks from a step with `normalize` on to the end need the final norm and stay with it.
+
+    Args:
+        config: with `parallel.pipeline` ranks and its vocabulary resolved.
+        steps: the layer map; where depth is sampled, work is the mean over the run.
+        memory_cap: bytes on each rank for parameters, gradients, moments and copies; a block's are
+            there once, however often it runs. Left out: no bound.
+
+    Raises:
+        PlacementError: blocks that must stay together do not fit, or the memory does not do.
+    """
+    ranks, units = config.parallel.pipeline, join_blocks(steps)
+    owners = config.parallel.placement
+    if ranks == 1:
+        owners = (0,) * config.recurrence.num_blocks
+    elif owners is not None:
+        apart = [unit for unit in units if len({owners[block] for block in unit}) > 1]
+        if apart:
+            raise PlacementError(
+                f"parallel.placement={list(owners)} parts blocks {list(apart[0])}; the final norm "
+                "comes before one of them, so all from there on stay with it: give them one rank"
+            )
+    else:
+        if ranks > len(units):
+            raise PlacementError(
+                f"parallel.pipeline={ranks} is more than the {len(units)} part(s) that the blocks "
+                f"make, the last ones staying with the final norm; set it to at most {len(units)}"
+            )
+        owners = _partition_blocks(config, steps, units, ranks, memory_cap)
+    placement = Placement(ranks, owners, owners[steps[0].block], owners[steps[-1].block])
+    if memory_cap is not None:
+        bytes_of = weigh_blocks(config, steps)
+        for rank in range(ranks):
+            size = bytes_of(placement.blocks(rank))
+            if size > memory_cap:
+                raise PlacementError(
+                    f"pipeline rank {rank} would keep {size:,} bytes of parameters and optimizer "
+                    f"state, blocks {list(placement.blocks(rank))}, and has room for "
+                    f"{memory_cap:,}; raise parallel.pipeline or parallel.tensor, or set "
+                    "parallel.zero_stage to 1"
+                )
+    return placement
+
+
+def join_blocks(steps: LayerMap) -> list[tuple[int, ...]]:
+    """Blocks by what must share a rank: each by itself, but those after the final norm."""
+    blocks = 1 + max(step.block for step in steps)
+    normed = [i for i, step in enumerate(steps) if step.normalize]
+    tail = [step.block for step in steps[normed[0] :]] if normed else [blocks - 1]
+    start, stop = min(tail), 1 + max(tail)  # Neighbours stay together, so what lies between too.
+    alone = [(block,) for block in range(blocks)]
+    return [*alone[:start], tuple(range(start, stop)), *alone[stop:]]
+
+
+def _partition_blocks(
+    config: Config,
+    steps: LayerMap,
+    units: Sequence[tuple[int, ...]],
+    ranks: int,
+    memory_cap: int | None = None,
+) -> tuple[int, ...]:
+    """The owner of each block. Where no partition keeps within the memory, the smallest one."""
+    costs, bytes_of = count_block_costs(config, steps), weigh_blocks(config, steps)
+
+    def blocks_of(start: int, stop: int) -> list[int]:
+        return [block for unit in units[start:stop] for block in unit]
+
+    def cost_of(start: int, stop: int) -> float:
+        return sum(costs[block] for block in blocks_of(start, stop))
+
+    def size_of(start: int, stop: int) -> float:
+        return bytes_of(blocks_of(start, stop))
+
+    def fits(start: int, stop: int) -> bool:
+        return memory_cap is None or size_of(start, stop) <= memory_cap
+
+    ends = partition(cost_of, len(units), ranks, fits) or partition(size_of, len(units), ranks)
+    assert ends is not None
+    return tuple(
+        rank
+        for rank, (start, stop) in enumerate(pairwise((0, *ends)))
+        for unit in units[start:stop]
+        for _ in unit
+    )
+
+
+def partition(
+    cost: Callable[[int, int], float],
+    parts: int,
+    ranks: int,
+    fits: Callable[[int, int], bool] = lambda start, stop: True,
+) -> tuple[int, ...] | None:
+    """Cut a row of parts into one run per rank such that the costliest run costs least.
+
+    Args:
+        cost: of parts start to stop - 1.
+        parts: their number, at least `ranks`.
+        ranks: number of runs, none of them empty.
+        fits: whether such a run may be.
+
+    Returns:
+        Where each run ends, None if nothing fits. Of equal ones that with the least sum of squares,
+        then the one whose first runs are shorter.
+    """
+    runs = {
+        (start, stop): cost(start, stop)
+        for start in range(parts)
+        for stop in range(start + 1, parts + 1)
+        if fits(start, stop)
+    }
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for _ in range(ranks):
+        longer: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        for (start, stop), here in runs.items():
+            if start in best:
+                most, squares, ends = best[start]
+                found = max(most, here), squares + here * here, (*ends, stop)
+                longer[stop] = min(longer.get(stop, found), found)
+        best = longer
+    return best[parts][2] if parts in best else None
+
+
+def count_block_costs(config: Config, steps: LayerMap) -> list[float]:
+    """FLOPs per token that each block executes in training, the head counted with its owner.
+
+    A step costs its forward pass, with gradient twice as much again for the backward pass, and once
+    more where it is recomputed. Sampled depths: the mean over the run. A look-up is free.
+    """
+    maps = [(1.0, steps)]
+    if is_sampled(config.recurrence):
+        shares = count_depths(config.recurrence, config.seed, config.train.steps)
+        maps = [(share, layer_map(config.recurrence, depth)) for depth, share in shares.items()]
+    costs = [0.0] * config.recurrence.num_blocks
+    for share, some in maps:
+        for step, flops in zip(some, count_step_flops(config, some), strict=True):
+            times = 3 + config.train.recompute if step.grad else 1
+            costs[step.block] += share * times * flops
+    heads = 1 + sum(step.exit for step in steps[:-1])
+    costs[steps[-1].block] += 3 * heads * count_head_flops(config)
+    return costs
+
+
+def weigh_blocks(config: Config, steps: LayerMap) -> Callable[[Collection[int]], int]:
+    """A function from blocks to the bytes that a rank of these blocks keeps between steps.
+
+    Those of parameters, gradients, moments and copies, each block once. The embedding comes with
+    the first step's block, final norm and head with the last step's. A tied embedding whose two
+    ends are on two ranks is on both.
+    """
+    first, last, tied = steps[0].block, steps[-1].block, config.model.tie_embeddings
+    parts: dict[int | str, list[ParameterSpec]] = defaultdict(list)
+    for name, spec in build_inventory(config).items():
+        end = "embedding" if name.startswith("embedding.") else "head"
+        parts[end if spec.block is None else spec.block].append(spec)
+        if name == "embedding.weight" and tied:
+            parts["table"].append(spec)
+    sizes = {part: count_state_bytes(config, specs) for part, specs in parts.items()}
+
+    def weigh(blocks: Collection[int]) -> int:
+        size = sum(sizes[block] for block in blocks)
+        if first in blocks:
+            size += sizes["embedding"]
+        if last in blocks:
+            size += sizes.get("head", 0)
+        if last in blocks and first not in blocks:
+            size += sizes.get("table", 0)
+        return size
+
+    return weigh
+
+
+# --------------------------------------------------------------------------------------- balance
+
+
+def balance(config: Config, placement: Placement, steps: LayerMap) -> Balance:
+    """How evenly a placement shares out the work of the run."""
+    costs, units = count_block_costs(config, steps), join_blocks(steps)
+
+    def efficiency_of(owners: Sequence[int], ranks: int) -> float:
+        loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == r) for r in range(ranks)]
+        return sum(loads) / (ranks * max(loads))
+
+    loads = tuple(
+        sum(costs[block] for block in placement.blocks(r)) for r in range(placement.ranks)
+    )
+    efficiency = efficiency_of(placement.owners, placement.ranks)
+    block = max(placement.blocks(loads.index(max(loads))), key=lambda b: costs[b])
+    if efficiency >= POOR:
+        return Balance(loads, efficiency, block, "")
+    reach = {
+        ranks: efficiency_of(_partition_blocks(config, steps, units, ranks), ranks)
+        for ranks in range(min(placement.ranks, len(units)), 1, -1)
+    }
+    advice = (
+        f"parallel.pipeline={placement.ranks} keeps its ranks at most {efficiency:.0%} busy: of "
+        f"all work {max(loads) / sum(loads):.0%} is on one rank, "
+        f"{costs[block] / sum(costs):.0%} in block {block}"
+    )
+    fewer = next((ranks for ranks, reached in reach.items() if reached >= POOR), 1)
+    if reach.get(placement.ranks, 0.0) >= POOR:
+        advice += f"; leave parallel.placement out, which gives {reach[placement.ranks]:.0%}"
+    elif fewer > 1:
+        advice += f"; parallel.pipeline={fewer} would give {reach[fewer]:.0%}"
+    else:
+        advice += "; set parallel.pipeline to 1"
+    if fewer < placement.ranks:
+        advice += ", and parallel.tensor or data parallelism can use the other ranks"
+    return Balance(loads, efficiency, block, advice)

@@ -1,0 +1,118 @@
+"""What runs where and when at an optimizer step: map, walk and order, chosen once per depth."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from megarecur.config.schema import Config
+from megarecur.plan.cluster import load_cluster
+from megarecur.plan.order import Kind, Op, Order
+from megarecur.plan.placement import Placement, place
+from megarecur.plan.predict import Layout, cost_stages, walk_over
+from megarecur.plan.simulate import check_family, choose_order
+from megarecur.plan.walk import Walk
+from megarecur.recurrence.depth import Depth, count_depths, is_sampled
+from megarecur.recurrence.layer_map import LayerMap
+from megarecur.recurrence.schemes import layer_map
+
+ALONE: tuple[Kind, ...] = ("F", "B")
+"""What one rank does with a micro batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """One optimizer step, or one pass."""
+
+    steps: LayerMap
+    walk: Walk
+    order: Order
+    """By pipeline rank."""
+    name: str
+    """Of the order's family."""
+    bubble: float = 0.0
+    """Idle share of the ranks' time, by simulation."""
+
+
+class Schedules:
+    """The walks and orders of a run.
+
+    Every rank chooses for itself, from formulas alone, and so the same.
+
+    Raises:
+        PlacementError: blocks that cannot be placed on the config's pipeline ranks.
+        ConfigError: a cluster that is not described, an order that does not suit the walk.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.placement: Placement = place(config, layer_map(config.recurrence))
+        self.layout = Layout(config.parallel.tensor, config.parallel.pipeline, 1)
+        self.cluster = load_cluster(config.parallel.cluster)
+        parallel = config.parallel
+        depths: list[Depth | None] = [None]
+        if is_sampled(config.recurrence):
+            depths += list(count_depths(config.recurrence, config.seed, config.train.steps))
+        for depth in depths if parallel.pipeline > 1 else ():  # Not at the step that draws it.
+            walk = walk_over(config, layer_map(config.recurrence, depth), self.placement)
+            check_family(walk, parallel.order, parallel.split_backward)
+        self.trained: dict[tuple[Depth | None, int], Future[Scheduled]] = {}
+        self.thread = ThreadPoolExecutor(1, "orders")
+
+    def training(self, depth: Depth | None, num_microbatches: int) -> Scheduled:
+        """The step of a depth and a number of micro batches per replica."""
+        return self.prepare(depth, num_microbatches).result()
+
+    def prepare(self, depth: Depth | None, num_microbatches: int) -> Future[Scheduled]:
+        """Begin to choose the order of a step to come."""
+        key = depth, num_microbatches
+        if key not in self.trained:
+            self.trained[key] = self.thread.submit(self.choose, *key)
+        return self.trained[key]
+
+    def close(self) -> None:
+        """Choose nothing more."""
+        self.thread.shutdown(cancel_futures=True)
+
+    def choose(self, depth: Depth | None, num_microbatches: int) -> Scheduled:
+        """The best order, by simulation."""
+        parallel = self.config.parallel
+        steps = layer_map(self.config.recurrence, depth)
+        walk = walk_over(self.config, steps, self.placement)
+        if len(walk) == 1:
+            ops = (Op(kind, 0, j) for j in range(num_microbatches) for kind in ALONE)
+            return Scheduled(steps, walk, (tuple(ops),), "1f1b")
+        choice = choose_order(
+            walk,
+            num_microbatches,
+            cost_stages(self.config, walk, self.layout, self.cluster),
+            split=parallel.split_backward,
+            wanted=parallel.order,
+        )
+        return Scheduled(steps, walk, choice.order, choice.name, choice.timeline.bubble)
+
+    def describe(self, depth: Depth | None, num_microbatches: int) -> str:
+        """A line on the pipeline of a step, with what would help where ranks wait for long."""
+        ranks, scheduled = self.placement.ranks, self.training(depth, num_microbatches)
+        line = (
+            f"pipeline: {ranks} ranks, {num_microbatches} micro batches, order "
+            f"{scheduled.name}, {scheduled.bubble:.0%} of the ranks' time idle by simulation"
+        )
+        if num_microbatches < ranks:
+            line += (
+                f"; that is fewer micro batches than ranks: raise train.global_batch_size or lower "
+                f"train.micro_batch_size={self.config.train.micro_batch_size}"
+            )
+        return line
+
+    def forward(self, depth: Depth | int | None = None) -> Scheduled:
+        """One micro batch, forward only: rank after rank."""
+        steps = layer_map(self.config.recurrence, depth)
+        walk = walk_over(self.config, steps, self.placement)
+        ranks: list[list[Op]] = [[] for _ in range(self.placement.ranks)]
+        for before, stage in zip((None, *walk), walk, strict=False):
+            if before is not None and before.rank != stage.rank:
+                ranks[before.rank].append(Op("SEND_F", before.index, 0))
+                ranks[stage.rank].append(Op("RECV_F", stage.index, 0))
+            ranks[stage.rank].append(Op("F", stage.index, 0))
+        return Scheduled(steps, walk, tuple(map(tuple, ranks)), "forward")

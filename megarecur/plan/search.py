@@ -1,0 +1,279 @@
+"""The layouts of a world of ranks: which are best, and why the others are not.
+
+Every layout is drafted (placed, counted, bounded from below) in milliseconds; orders are simulated
+in the order of the bounds, until nothing that is left can be among the best.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+from megarecur.config.schema import Config
+from megarecur.errors import ConfigError, MegarecurError
+from megarecur.plan.cluster import Cluster
+from megarecur.plan.describe import format_bytes, list_blocks
+from megarecur.plan.placement import Placement
+from megarecur.plan.predict import (
+    Draft,
+    Layout,
+    Plan,
+    complete,
+    count_operations,
+    make_draft,
+    pick_family,
+)
+
+MOST_PLANS = 40
+"""Layouts whose orders are simulated at most."""
+MOST_EFFORT, LONGEST = 100_000, 20_000
+"""Operations of all orders that are tried, some 60 microseconds each, and of one of them. Layouts
+beyond are named."""
+
+
+class Loss(NamedTuple):
+    """Why a layout is not among the best; the least size is the one to tell of."""
+
+    layout: Layout
+    reason: str
+    size: float = 0.0
+
+
+Losses = dict[str, list[Loss]]
+"""By kind of reason."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Layouts that lost for one reason."""
+
+    layouts: tuple[Layout, ...]
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """Their sizes: each, or from the least to the largest."""
+        pairs = sorted({layout[:2] for layout in self.layouts})
+        if len(pairs) <= 4:
+            return ", ".join(f"{tensor} x {pipeline}" for tensor, pipeline in pairs)
+        tensor = _span({layout.tensor for layout in self.layouts})
+        pipeline = _span({layout.pipeline for layout in self.layouts})
+        return f"{tensor} x {pipeline}"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search has found."""
+
+    best: tuple[Plan, ...]
+    """By time of a step, those that fit."""
+    families: tuple[Family, ...]
+    layouts: int
+    simulated: int
+
+
+def list_layouts(
+    world: int, tensor: int | None = None, pipeline: int | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """All (tensor, pipeline, data) whose product is the world, some of them given.
+
+    Raises:
+        ConfigError: what is given does not divide the world.
+    """
+    given = (tensor or 1) * (pipeline or 1)
+    if world % given:
+        raise ConfigError(
+            f"--world-size {world} does not divide into replicas of tensor={tensor or 1} x "
+            f"pipeline={pipeline or 1} = {given}; choose a multiple of {given}"
+        )
+    for tp in [tensor] if tensor else _divisors(world):
+        for pp in [pipeline] if pipeline else _divisors(world // tp):
+            yield tp, pp, world // (tp * pp)
+
+
+def search(
+    config: Config,
+    cluster: Cluster,
+    world: int,
+    *,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    zero_stage: int | None = None,
+    keep: int = 10,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Search:
+    """The best layouts of a world by predicted time of a step.
+
+    Args:
+        config: with its vocabulary resolved.
+        cluster: what the ranks are.
+        world: number of ranks.
+        tensor: tensor-parallel ranks; left out: any.
+        pipeline: pipeline ranks; left out: any.
+        zero_stage: ZeRO; left out: the config's, or the first beyond it with which a layout fits.
+        keep: how many are the best.
+        report: is told how many layouts are done, and of how many.
+
+    Raises:
+        ConfigError: `tensor` and `pipeline` do not divide the world.
+    """
+    stages = range(config.parallel.zero_stage, 4) if zero_stage is None else [zero_stage]
+    lost: Losses = defaultdict(list)
+    sizes = list(list_layouts(world, tensor, pipeline))
+    placements: dict[int, Placement] = {}  # by pipeline ranks
+    drafts: list[tuple[Draft, Iterator[Draft]]] = []  # the first ZeRO stage, those beyond it
+    for done, size in enumerate(sizes):
+        report(done, 2 * len(sizes))
+        fitting = _draft_stages(config, cluster, size, stages, placements, lost)
+        first = next(fitting, None)
+        if first is not None:
+            drafts.append((first, fitting))
+    drafts.sort(key=lambda some: some[0].least_time)
+    best: list[Plan] = []
+    simulated = effort = 0
+    for done, (first, others) in enumerate(drafts):
+        report(len(sizes) + done, len(sizes) + len(drafts))
+        beaten = len(best) == keep and first.least_time >= best[-1].step_time
+        if beaten or simulated == MOST_PLANS:
+            _note_slow(first, best, lost)
+            continue
+        operations = count_operations(first) * (10 if pick_family(first) == "auto" else 1)
+        if effort + operations > MOST_EFFORT or count_operations(first) > LONGEST:
+            reason = (
+                "were not simulated, for want of time: their orders are long; ask for one with "
+                "--tensor and --pipeline"
+            )
+            lost["long"].append(Loss(first.layout, reason, operations))
+            continue
+        simulated, effort = simulated + 1, effort + operations
+        try:
+            plan = _first_that_fits(chain([first], others))
+        except ConfigError as error:  # parallel.order names one that does not suit the walk.
+            _note_refusal(first.layout, error, lost)
+            continue
+        if plan is None:
+            _note_memory(first, lost)
+            continue
+        best = sorted([*best, plan], key=lambda plan: plan.step_time)
+        if len(best) > keep:
+            _note_slow(best.pop().draft, best, lost)
+    return Search(tuple(best), _join_families(lost), len(sizes), simulated)
+
+
+def _draft_stages(
+    config: Config,
+    cluster: Cluster,
+    size: tuple[int, int, int],
+    stages: Sequence[int],
+    placements: dict[int, Placement],
+    lost: Losses,
+) -> Iterator[Draft]:
+    """Drafts of a layout for those ZeRO stages with which it may fit."""
+    closest: Draft | None = None
+    fits = False
+    for stage in stages:
+        layout = Layout(*size, stage)
+        if stage == 2 and layout.pipeline > 1 and stage != stages[0]:
+            continue  # Saves nothing over stage 1.
+        try:
+            candidate = make_draft(config, layout, cluster, placements.get(layout.pipeline))
+        except MegarecurError as error:
+            if stage == stages[0]:
+                _note_refusal(layout, error, lost)
+                return
+            continue  # A stage beyond the config's, which does not go with the rest.
+        placements[layout.pipeline] = candidate.placement
+        if candidate.least_memory <= cluster.memory:
+            fits = True
+            yield candidate
+        elif closest is None or candidate.least_memory < closest.least_memory:
+            closest = candidate
+        if layout.data == 1:
+            break  # There is nothing to share out.
+    if closest is not None and not fits:
+        _note_memory(closest, lost)
+
+
+def _first_that_fits(drafts: Iterator[Draft]) -> Plan | None:
+    """With the least ZeRO stage that the fastest order fits, or the last and another order."""
+    for last in drafts:
+        plan = complete(last, most_operations=0, squeeze=False)
+        if plan.fits:
+            return plan
+    plan = complete(last, most_operations=0)
+    return plan if plan.fits else None
+
+
+# --------------------------------------------------------------------------------------- reasons
+
+
+def _note_refusal(layout: Layout, error: MegarecurError, lost: Losses) -> None:
+    """By the words of the refusal, whatever its numbers."""
+    reason = str(error).splitlines()[-1].strip().removeprefix("config: ")
+    lost[re.sub(r"\d+", "0", reason)].append(Loss(layout, reason))
+
+
+def _note_memory(candidate: Draft, lost: Losses) -> None:
+    need, room = candidate.least_memory, candidate.cluster.memory
+    stage = candidate.layout.zero_stage
+    over = f"{format_bytes(need - room)} too much" if need > room else "its orders keep more"
+    reason = (
+        f"do not fit {format_bytes(room)} of a rank; the smallest takes at least "
+        f"{format_bytes(need)} ({over})" + (f" with ZeRO {stage}" if stage else "")
+    )
+    lost["memory"].append(Loss(candidate.layout, reason, need))
+
+
+def _note_slow(candidate: Draft, best: list[Plan], lost: Losses) -> None:
+    """By what takes most of the time that an ideal layout would not."""
+    fastest = best[0].step_time
+    microbatches, ranks = candidate.num_microbatches, candidate.ranks
+    spent = {
+        "collectives of tensor parallelism": microbatches * max(r.collectives for r in ranks),
+        "reduction of gradients over the replicas": candidate.reduction_time,
+    }
+    mean = microbatches * sum(rank.work for rank in ranks) / len(ranks)
+    idle = candidate.least_time - candidate.reduction_time - mean
+    uneven = microbatches * max(rank.work for rank in ranks) - mean
+    spent["fullest rank"] = uneven
+    spent["filling of the pipeline"] = idle - uneven
+    cause = max(spent, key=lambda name: spent[name])
+    times = candidate.least_time / fastest
+    share = spent[cause] / candidate.least_time
+    why = _explain(candidate, cause)
+    text = f"take at least {times:.2f} x the best time, {share:.0%} of it {why}"
+    lost["slow, " + cause].append(Loss(candidate.layout, text, times))
+
+
+def _explain(candidate: Draft, cause: str) -> str:
+    if cause != "fullest rank":
+        return f"in the {cause}"
+    fullest = max(candidate.ranks, key=lambda rank: rank.work)
+    text = f"waiting for the fullest rank, which owns {list_blocks(fullest.blocks)}"
+    text += " and the head" * (fullest.rank == candidate.placement.head)
+    text += f": at most {candidate.efficiency:.0%} of the ranks' time is used"
+    hot = len(fullest.blocks) == 1 and fullest.rank != candidate.placement.head
+    return text + "; a hot block asks for tensor or data parallelism" * hot
+
+
+def _join_families(lost: Losses) -> tuple[Family, ...]:
+    """One family for each reason, told by its best member."""
+    families = []
+    for members in lost.values():
+        told = min(members, key=lambda loss: loss.size)
+        families.append(Family(tuple(loss.layout for loss in members), told.reason))
+    return tuple(families)
+
+
+def _span(values: set[int]) -> str:
+    """2, or 2 to 64."""
+    return str(min(values)) if len(values) == 1 else f"{min(values)} to {max(values)}"
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

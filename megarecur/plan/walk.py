@@ -1,0 +1,183 @@
+"""The walk: the layer map over pipeline ranks, as stages between which activations travel.
+
+Every block has one owner, so the order of blocks is an order of ranks. A stage is a run of steps on
+one rank; between stages travel the hidden state and what later steps read. A value that a rank has
+had once stays there for its later stages of the same micro batch. Gradients travel back along the
+same hops, where any is due: steps without gradient cut their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from megarecur.plan.placement import Placement
+from megarecur.recurrence.layer_map import LayerMap
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A run of consecutive steps on one pipeline rank."""
+
+    index: int
+    rank: int
+    steps: LayerMap
+    first: bool = False
+    """It embeds the tokens first."""
+    last: bool = False
+    """It ends in the loss."""
+    receives: tuple[str, ...] = ()
+    """Values for later reads that arrive with the hidden state."""
+    sends: tuple[str, ...] = ()
+    """Those that leave with it: what the next stage receives."""
+    returns_x: bool = False
+    """The gradient of the hidden state that entered goes back to the stage before."""
+    returns: tuple[str, ...] = ()
+    """Of what arrived for later reads: where a gradient goes back too."""
+    backward: bool = False
+    """It has a backward pass."""
+
+    @property
+    def sends_back(self) -> bool:
+        """Whether any gradient goes back to the stage before."""
+        return self.returns_x or bool(self.returns)
+
+
+Walk = tuple[Stage, ...]
+
+
+def build_walk(
+    steps: LayerMap,
+    placement: Placement,
+    cuts: Collection[int] = (),
+    fresh_core: bool = False,
+) -> Walk:
+    """The stages of a map.
+
+    Args:
+        steps: the layer map.
+        placement: where each block, the embedding and the head live.
+        cuts: positions in the map before which a stage begins even on the same rank, as the tip of
+            a V is cut in two.
+        fresh_core: the hidden state does not pass into the step that writes `prelude`, as the core
+            starts from a state of its own.
+    """
+    runs: list[tuple[int, list[int]]] = [(placement.embedding, [])]
+    for position, step in enumerate(steps):
+        rank = placement.owners[step.block]
+        if rank != runs[-1][0] or (position in cuts and runs[-1][1]):
+            runs.append((rank, []))
+        runs[-1][1].append(position)
+    if runs[-1][0] != placement.head:
+        runs.append((placement.head, []))
+    stages = [
+        Stage(i, rank, tuple(steps[p] for p in positions), i == 0, i == len(runs) - 1)
+        for i, (rank, positions) in enumerate(runs)
+    ]
+    return tuple(_flow_back(_carry(stages), fresh_core))
+
+
+def cuts_for_v(steps: LayerMap, placement: Placement) -> tuple[int, ...]:
+    """Where to cut a walk that goes down the ranks and up again, for the order `zbv`.
+
+    That order takes two stages of every rank, so the run at the tip of the V, all on the last rank,
+    is cut in its middle: `build_walk(steps, placement, cuts_for_v(steps, placement))` is the walk
+    for it. Other orders run both the cut walk and the uncut one. () where the walk is no V, or has
+    a tip of one step.
+    """
+    walk = build_walk(steps, placement)
+    last = placement.ranks - 1
+    ranks = [stage.rank for stage in walk]
+    if ranks != [*range(last), *range(last, -1, -1)] or len(walk[last].steps) < 2 or last == 0:
+        return ()
+    before = sum(len(stage.steps) for stage in walk[:last])
+    return (before + len(walk[last].steps) // 2,)
+
+
+def _carry(stages: list[Stage]) -> list[Stage]:
+    """Fill in what travels for later reads: over the fewest hops, none to a rank that has it."""
+    arriving: list[list[str]] = [[] for _ in stages]
+    for name in sorted({name for stage in stages for step in stage.steps for name in step.reads}):
+        source = 0  # the stage that wrote it last
+        for stage in stages:
+            for step in stage.steps:
+                if name in step.writes:
+                    source = stage.index
+                elif name in step.reads:
+                    for hop in _find_hops(stages, arriving, name, source, stage.index):
+                        arriving[hop].append(name)
+    sends = [*arriving[1:], []]
+    return [
+        replace(stage, receives=tuple(arriving[i]), sends=tuple(sends[i]))
+        for i, stage in enumerate(stages)
+    ]
+
+
+def _find_hops(
+    stages: list[Stage], arriving: list[list[str]], name: str, source: int, reader: int
+) -> tuple[int, ...]:
+    """The fewest further stages that a value must arrive at to get from one stage to another.
+
+    It leaves from any rank that has it by then. Of ways as short as each other, the latest.
+    """
+    ways: dict[int, tuple[int, ...]] = {stages[source].rank: ()}  # by rank, so far
+    for stage in stages[source + 1 : reader + 1]:
+        way = ways[stages[stage.index - 1].rank]
+        if name not in arriving[stage.index]:
+            way = (*way, stage.index)
+        if stage.rank not in ways or len(way) <= len(ways[stage.rank]):
+            ways[stage.rank] = way
+    return ways[stages[reader].rank]
+
+
+def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
+    """Fill in which gradients travel: those that depend on a parameter and are asked for."""
+
+    def starts_fresh(writes: tuple[str, ...]) -> bool:
+        return fresh_core and "prelude" in writes
+
+    # Forward: does the hidden state that enters a stage, does each value, depend on parameters?
+    enters: list[bool] = []
+    arrives: list[dict[str, bool]] = []
+    writes: list[list[bool]] = []  # the hidden state that enters each step, and is kept there
+    values: dict[str, bool] = {}
+    x = True
+    for stage in stages:
+        enters.append(x)
+        arrives.append(dict(values))
+        writes.append([])
+        for step in stage.steps:
+            writes[-1].append(x)
+            values |= dict.fromkeys(step.writes, x)
+            x = step.grad
+    # Backward: is the gradient asked for, of the hidden state and, on each rank, of each value?
+    asked_x, asked = True, dict[tuple[int, str], bool]()
+    found: list[Stage] = []
+    for stage in reversed(stages):
+        backward = asked_x
+        for name in stage.sends:  # What the next stage returns.
+            if name in found[-1].returns:
+                asked[stage.rank, name] = backward = True
+        for step, depends in zip(stage.steps[::-1], writes[stage.index][::-1], strict=True):
+            asked_x = asked_x and step.grad
+            backward = backward or asked_x
+            for name in step.reads:
+                if asked_x:
+                    asked[stage.rank, name] = True
+            if starts_fresh(step.writes):
+                asked_x = False
+            for name in step.writes:
+                due = asked.pop((stage.rank, name), False) and depends
+                backward = backward or due
+                asked_x = asked_x or due
+        # A value stays on its rank: its gradient leaves with the stage that it arrived at.
+        returns = tuple(
+            name
+            for name in stage.receives
+            if asked.pop((stage.rank, name), False) and arrives[stage.index][name]
+        )
+        asked_x = asked_x and enters[stage.index] and not stage.first
+        found.append(
+            replace(stage, returns_x=asked_x, returns=returns, backward=backward or bool(returns))
+        )
+    return found[::-1]
