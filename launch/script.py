@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.profile import Profile
@@ -29,6 +29,8 @@ class Job:
     """Such as 0-3%2."""
     dependency: str | None = None
     exclude: tuple[str, ...] = ()
+    choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Variables that each task of an array has a value of its own for."""
     signal: bool = True
     """Whether the batch script is told before the time limit."""
 
@@ -70,6 +72,9 @@ def render(job: Job, profile: Profile, command: Sequence[str]) -> str:
     lines += profile.setup
     lines += [f"export {name}={shlex.quote(text)}" for name, text in profile.variables.items()]
     lines.append(f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    for name, values in job.choices.items():
+        lines.append(f"{name}=({' '.join(map(shlex.quote, values))})")
+        lines.append(f"{name}=${{{name}[$SLURM_ARRAY_TASK_ID]}}")
     lines.append(f"cd {shlex.quote(str(job.workdir))}")
     words = (f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in command)
     lines.append(f"exec {' '.join(words)}")

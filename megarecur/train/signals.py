@@ -5,11 +5,13 @@ Imports nothing heavy: a worker notes signals before it spends seconds on import
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -62,6 +64,18 @@ def note_signals() -> StopFlag:
         signal.signal(number, flag.note)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     return flag
+
+
+def write_stacks_on_demand() -> None:
+    """On SIGQUIT, write the Python stacks of all threads and go on: into the folder that
+    MEGARECUR_STACKS names, as stacks-RANK.txt, or to stderr."""
+    folder = os.environ.get("MEGARECUR_STACKS")
+    if folder is None:
+        faulthandler.register(signal.SIGQUIT)
+        return
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    file = open(Path(folder) / f"stacks-{rank}.txt", "w")  # noqa: SIM115 - as long as the process
+    faulthandler.register(signal.SIGQUIT, file=file)
 
 
 def ignore_signals() -> None:

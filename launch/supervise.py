@@ -1,0 +1,513 @@
+"""The batch script's part of a job: start the run, watch it, bring it back.
+
+It runs outside the training processes, on the job's first node, and imports nothing heavy. One
+attempt is one `srun`. However it ends, the reason is recorded in RUN/attempts.jsonl before anything
+is done about it:
+
+    finished, bad input, diverged, cancelled     the end
+    time limit, preempted, SIGUSR2               saved; the job is requeued
+    out of time                                  not saved before the limit; requeued
+    crash                                        once in place, then requeued
+    stalled, node failure                        requeued, without the nodes that are to blame
+
+Slurm requeues by itself when a node goes down. Failures in a row without a newer checkpoint are
+bounded by the profile's `retries`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.job import Order, read_order, submit_order
+from launch.slurm import SlurmError, ask, describe_job, expand
+from launch.watchdog import Watchdog, ask_for_stacks
+from megarecur.errors import ConfigError
+
+POLL_SECONDS = 0.2
+LAST_WORDS_SECONDS = 30.0
+"""What srun may take to end the other ranks, once one has ended badly."""
+BAD_INPUT, STOPPED = 2, 3
+
+FAILURES = ("crash", "stalled", "node failure", "out of time")
+OUTSIDE = ("preempted", "SIGUSR2")
+"""Ends that say nothing of the run: they may come as often as they like."""
+FINAL = {"finished": 0, "bad input": BAD_INPUT, "diverged": 1, "cancelled": 1}
+SIGNALS = {signal.SIGUSR1: "time limit", signal.SIGUSR2: "SIGUSR2", signal.SIGTERM: "preempted"}
+"""What a stop that this process was told of means; SIGUSR1 comes from --signal."""
+
+EXITED = re.compile(r"(?:(\S+): )?tasks? ([\d,\-\[\] ]+): (.*)")
+NODE_FAILED = re.compile(r"[Nn]ode failure on (\S+)")
+
+
+@dataclass
+class Outcome:
+    """How an attempt ended."""
+
+    reason: str
+    detail: str = ""
+    nodes: list[str] = field(default_factory=list)
+    """Those to blame."""
+
+
+@dataclass
+class Attempt:
+    """One start of the run."""
+
+    number: int
+    job: str
+    nodes: list[str]
+    logs: Path
+    began: int
+    """Step of the newest checkpoint when it began."""
+
+
+def supervise(run_dir: Path) -> int:
+    """Run the job of a run folder until it is done or handed back to Slurm. Returns the exit code.
+
+    Raises:
+        ConfigError: no job was made for this folder, or another one holds it for too long.
+    """
+    order = read_order(run_dir)
+    record = Record(run_dir)
+    told = note_signals()
+    with hold(run_dir, order.profile.start_seconds):
+        record.close_lost()
+        nodes = expand(os.environ["SLURM_JOB_NODELIST"])
+        if leave_blamed(order, record.blamed(), nodes):
+            return 0
+        while True:
+            attempt = record.begin(nodes)
+            outcome = run_attempt(order, attempt, told)
+            action = choose(outcome, record, order, attempt, told)
+            record.end(attempt, outcome, action)
+            if action == "restarted":
+                continue
+            if action == "requeued":
+                requeue(order, affordable(order, record.blamed()))
+            return FINAL.get(outcome.reason, 1)
+
+
+# ---------------------------------------------------------------------------------------- record
+
+
+class Record:
+    """RUN/attempts.jsonl: when the run was started, and how each start ended."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self.path = run_dir, run_dir / "attempts.jsonl"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All events; a line cut short by a crash is left out."""
+        rows = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            with suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """One event, durable when this returns. A line that was cut short is ended first."""
+        with self.path.open("a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def begin(self, nodes: list[str]) -> Attempt:
+        """Make the folder of a new attempt."""
+        number = 1 + sum(row["event"] == "start" for row in self.rows())
+        name = f"logs/attempt-{number:03}"
+        (self.run_dir / name).mkdir(parents=True, exist_ok=True)
+        job, step = os.environ["SLURM_JOB_ID"], newest_step(self.run_dir)
+        self.append(
+            {"event": "start", "attempt": number, "job": job, "time": time.time(), "nodes": nodes,
+             "batch_node": os.environ.get("SLURMD_NODENAME"), "step": step, "logs": name}
+        )  # fmt: skip
+        return Attempt(number, job, nodes, self.run_dir / name, step)
+
+    def end(self, attempt: Attempt, outcome: Outcome, action: str) -> None:
+        """Say how an attempt ended, and what is done about it."""
+        beat = read_beat(self.run_dir)
+        self.append(
+            {"event": "end", "attempt": attempt.number, "time": time.time(),
+             "began": attempt.began, "step": newest_step(self.run_dir),
+             "reached": beat.get("step", 0),
+             "reason": outcome.reason, "detail": outcome.detail, "nodes": outcome.nodes,
+             "action": action}
+        )  # fmt: skip
+        print(f"attempt {attempt.number}: {outcome.reason}: {outcome.detail}; {action}", flush=True)
+
+    def close_lost(self) -> None:
+        """End attempts that ended without a word: their batch node went away."""
+        rows = self.rows()
+        ended = {row["attempt"] for row in rows if row["event"] == "end"}
+        for row in [r for r in rows if r["event"] == "start" and r["attempt"] not in ended]:
+            node = row["batch_node"]
+            outcome = Outcome(
+                "node failure", f"ended without a word: {node}, its batch node, went away", [node]
+            )
+            lost = Attempt(row["attempt"], row["job"], row["nodes"], Path(), row["step"])
+            self.end(lost, outcome, "requeued")
+
+    def ends(self) -> list[dict[str, Any]]:
+        """How attempts ended, the latest first."""
+        return [row for row in reversed(self.rows()) if row["event"] == "end"]
+
+    def failures(self) -> list[dict[str, Any]]:
+        """The latest ends in a row without a newer checkpoint, but for those from outside."""
+        fruitless = itertools.takewhile(lambda row: row["step"] <= row["began"], self.ends())
+        return [row for row in fruitless if row["reason"] not in OUTSIDE]
+
+    def blamed(self) -> list[str]:
+        """Nodes that the latest failures in a row are put down to, the latest first."""
+        failed = itertools.takewhile(lambda row: row["reason"] in FAILURES, self.ends())
+        return list(dict.fromkeys(node for row in failed for node in row["nodes"]))
+
+
+def newest_step(run_dir: Path) -> int:
+    """Of the newest whole checkpoint; 0 without any."""
+    names = [path.name for path in (run_dir / "checkpoints").glob("step-????????")]
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+def read_beat(run_dir: Path) -> dict[str, Any]:
+    """What the run last said of itself: step and phase."""
+    try:
+        return dict(json.loads((run_dir / "heartbeat.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+@contextmanager
+def hold(run_dir: Path, patience: float) -> Iterator[None]:
+    """Be the only job on a run folder; waits for another one.
+
+    Raises:
+        ConfigError: it is still there after `patience` seconds.
+    """
+    with (run_dir / "supervisor.lease").open("a+", encoding="utf-8") as file:
+        until, waited = time.monotonic() + patience, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another job"
+                if time.monotonic() > until:
+                    raise ConfigError(
+                        f"run_dir={run_dir} is in use by {holder}; end that job, "
+                        "or choose another run_dir"
+                    ) from None
+                if not waited:
+                    print(f"waiting for {holder} to leave {run_dir}", flush=True)
+                waited = True
+                time.sleep(1.0)
+        file.seek(0)
+        file.truncate()
+        file.write(f"job {os.environ['SLURM_JOB_ID']} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+# --------------------------------------------------------------------------------------- attempt
+
+
+def note_signals() -> list[int]:
+    """The stop signals that come from now on, in order."""
+    told: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda received, frame: told.append(received))
+    return told
+
+
+def run_attempt(order: Order, attempt: Attempt, told: list[int]) -> Outcome:
+    """Start the run and stay until it has ended, however that may be."""
+    beat_before = read_beat(order.run_dir)
+    process = subprocess.Popen(
+        order.srun(attempt.logs, attempt.number),
+        env={**os.environ, **rendezvous(attempt)},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # The terminal's and Slurm's signals come to it from here only.
+    )
+    said = Listener(process)
+    watchdog = Watchdog(order.profile, lambda: read_beat(order.run_dir))
+    forwarded, failed_at, stall = 0, 0.0, ""
+    while process.poll() is None:
+        time.sleep(POLL_SECONDS)
+        for _ in told[forwarded:]:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGUSR1)
+        forwarded = len(told)
+        if said.failed() and not failed_at:
+            failed_at = time.monotonic()
+        if failed_at and time.monotonic() - failed_at > LAST_WORDS_SECONDS:
+            end_step(attempt, process)
+        elif not failed_at and (stall := watchdog.stalled()):
+            silent = ask_for_stacks(attempt, order.world)
+            end_step(attempt, process)
+            said.join()
+            return blame_stall(stall, silent, order, attempt)
+    said.join()
+    beat = read_beat(order.run_dir)
+    phase = beat.get("phase") if beat != beat_before else None
+    return explain(process.returncode, phase, said, told, order, attempt)
+
+
+def rendezvous(attempt: Attempt) -> dict[str, str]:
+    """Where the ranks of one attempt meet: the first node, at a port that is free here now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    return {
+        "MASTER_ADDR": attempt.nodes[0],
+        "MASTER_PORT": str(port),
+        "MEGARECUR_STACKS": str(attempt.logs),
+    }
+
+
+class Listener:
+    """What srun itself says: which task ended how, first to last."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.ends: list[tuple[str, list[int], str]] = []
+        """(node, tasks, how) of each end that was not 0."""
+        self.lost_nodes: list[str] = []
+        self.lines: list[str] = []
+        self.thread = threading.Thread(target=self.listen, args=(process,), daemon=True)
+        self.thread.start()
+
+    def listen(self, process: subprocess.Popen[str]) -> None:
+        """Read to the end."""
+        assert process.stderr is not None
+        for line in process.stderr:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            self.lines.append(line.strip())
+            text = line.removeprefix("srun: ").removeprefix("error: ").strip()
+            if found := NODE_FAILED.search(text):
+                self.lost_nodes += expand(found[1])
+            elif found := EXITED.fullmatch(text):
+                self.ends.append((found[1] or "", numbers(found[2]), found[3]))
+
+    def failed(self) -> bool:
+        """Whether any task ended badly, or any node went away."""
+        return bool(self.lost_nodes or any("exit code 3" not in how for _, _, how in self.ends))
+
+    def join(self) -> None:
+        """Wait for its last words."""
+        self.thread.join(LAST_WORDS_SECONDS)
+
+
+def numbers(text: str) -> list[int]:
+    """1, 3 to 5 of `[1,3-5]`."""
+    found: list[int] = []
+    for part in text.strip("[] ").split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def end_step(attempt: Attempt, process: subprocess.Popen[str]) -> None:
+    """Kill what is left of the ranks, stopped ones too, then srun where it waits for lost nodes."""
+    with suppress(SlurmError):
+        ask("scancel", "--signal=KILL", step_of(attempt.job))
+    try:
+        process.wait(LAST_WORDS_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def step_of(job: str) -> str:
+    """The job's newest step: the one of srun."""
+    steps = ask("squeue", "--noheader", "--steps", "--jobs", job, "--format=%i").split()
+    ids = [step for step in steps if step.rpartition(".")[2].isdigit()]
+    return max(ids, key=lambda step: int(step.rpartition(".")[2]), default=f"{job}.0")
+
+
+# --------------------------------------------------------------------------------------- reasons
+
+
+def explain(
+    code: int, phase: str | None, said: Listener, told: Sequence[int], order: Order,
+    attempt: Attempt,
+) -> Outcome:  # fmt: skip
+    """Why an attempt ended.
+
+    Args:
+        code: of srun.
+        phase: what the run said of itself, if it said anything.
+        said: what srun said.
+        told: signals that this process got.
+    """
+    state = job_state(attempt.job)
+    if phase == "done":
+        return Outcome("finished")
+    if said.lost_nodes:
+        nodes = list(dict.fromkeys(said.lost_nodes))
+        return Outcome("node failure", f"Slurm lost {', '.join(nodes)}", nodes)
+    if state == "CANCELLED":
+        return Outcome("cancelled", "by scancel")
+    if phase == "stopped":
+        reason = SIGNALS[signal.Signals(told[0])] if told else "preempted"
+        return Outcome(reason, f"saved at step {newest_step(order.run_dir)}")
+    if phase == "diverged":
+        return Outcome("diverged", "an alarm ended the run")
+    if any(f"exit code {BAD_INPUT}" in how for _, _, how in said.ends):
+        return Outcome("bad input", last_line(attempt))
+    if state == "TIMEOUT" or signal.SIGUSR1 in told:
+        return Outcome("out of time", f"save_seconds={order.profile.save_seconds} did not do")
+    if signal.SIGTERM in told or state in ("PREEMPTED", "REQUEUED", "PENDING"):
+        return Outcome("preempted", f"not saved in time; job {attempt.job} is {state}")
+    first = said.ends[0] if said.ends else ("", [], f"srun ended with exit code {code}")
+    node, tasks, how = first
+    heard = {task for _, ended, _ in said.ends for task in ended}
+    silent = silent_nodes(heard, order.tasks_per_node, attempt) if said.ends else []
+    where = f"rank {tasks[0]} on {node}: " if tasks else ""
+    if silent:
+        detail = f"{where}{how}; nothing was heard of {', '.join(silent)}"
+        return Outcome("node failure", detail, silent)
+    return Outcome("crash", f"{where}{how}", [node] if node else [])
+
+
+def job_state(job: str) -> str:
+    """Slurm's word for it; empty where it does not answer."""
+    with suppress(SlurmError):
+        return describe_job(job).get("JobState", "")
+    return ""
+
+
+def silent_nodes(heard: set[int], per_node: int, attempt: Attempt) -> list[str]:
+    """Nodes none of whose ranks, so many each, has been heard of."""
+    return [
+        node
+        for i, node in enumerate(attempt.nodes)
+        if heard.isdisjoint(range(i * per_node, (i + 1) * per_node))
+    ]
+
+
+def blame_stall(stall: str, silent: Sequence[int], order: Order, attempt: Attempt) -> Outcome:
+    """A stalled run: which ranks gave no sign of life, and the nodes that wholly did not."""
+    per_node = order.processes_per_node
+    named = [f"{rank} on {attempt.nodes[rank // per_node]}" for rank in silent]
+    nodes = silent_nodes(set(range(order.world)) - set(silent), per_node, attempt)
+    nodes = nodes if len(nodes) < len(attempt.nodes) else []
+    told = f"silent: rank {', '.join(named)}" if named else "every rank answered"
+    return Outcome("stalled", f"{stall}; {told}; stacks in {attempt.logs}", nodes)
+
+
+def last_line(attempt: Attempt) -> str:
+    """What the first rank with anything to say said last."""
+    for path in sorted(attempt.logs.glob("rank-*.log")):
+        lines = path.read_text(errors="replace").strip().splitlines()
+        if lines:
+            errors = [line for line in lines if line.startswith("error: ")]
+            return (errors or lines)[-1]
+    return ""
+
+
+# --------------------------------------------------------------------------------------- actions
+
+
+def choose(
+    outcome: Outcome, record: Record, order: Order, attempt: Attempt, told: Sequence[int]
+) -> str:
+    """What to do: `done`, `stopped`, `given up`, `restarted` (in place) or `requeued`. What else
+    there is to say is added to the outcome's detail."""
+    if outcome.reason in FINAL:
+        return "done" if outcome.reason == "finished" else "stopped"
+    if outcome.reason in OUTSIDE:
+        return "requeued"
+    fruitless = newest_step(order.run_dir) <= attempt.began
+    before = record.failures() if fruitless else []
+    if fruitless and len(before) >= order.profile.retries:
+        outcome.detail += f"; {len(before) + 1} times in a row without a newer checkpoint"
+        return "given up"
+    if outcome.reason in ("crash", "stalled"):
+        reached = read_beat(order.run_dir).get("step", 0)
+        last = next((row for row in record.ends() if row["reason"] not in OUTSIDE), {})
+        if last.get("reason") == outcome.reason and last["reached"] == reached:
+            outcome.detail += f"; step {reached + 1} has failed twice"
+            if order.profile.skip_failing_step:
+                skip_step(order.run_dir, reached)
+                outcome.detail += ", it is left out from now on"
+    in_place = outcome.reason == "crash" and not before and not told
+    return "restarted" if in_place else "requeued"
+
+
+def skip_step(run_dir: Path, step: int) -> None:
+    """Let the run leave out the samples of a step (0: the first)."""
+    path = run_dir / "skipped_steps.json"
+    steps = json.loads(path.read_text()) if path.exists() else []
+    aside = path.with_suffix(".tmp")
+    with aside.open("w") as file:
+        json.dump(sorted({*steps, step}), file)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def requeue(order: Order, exclude: Sequence[str]) -> None:
+    """Hand the job back to Slurm, or submit it anew where that is not allowed.
+
+    Slurm ends this process when it requeues; until then it can still name nodes to leave out.
+    """
+    job = os.environ["SLURM_JOB_ID"]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        if not order.profile.requeue:
+            new = submit_order(order, dependency=f"afterany:{job}", exclude=exclude)
+            print(f"submitted anew as job {new}", flush=True)
+            return
+        if job_state(job) != "PENDING":  # Else Slurm has requeued it by itself.
+            ask("scontrol", "requeue", job)
+    except SlurmError as error:
+        print(f"not requeued: {error}", flush=True)
+    for _ in range(50 if exclude else 0):
+        try:
+            ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}")
+            return
+        except SlurmError:
+            time.sleep(0.2)
+
+
+def leave_blamed(order: Order, blamed: Sequence[str], nodes: Sequence[str]) -> bool:
+    """Requeue at once where Slurm gave the job a node again that it is better off without: Slurm
+    requeues by itself when a node fails, and does not ask."""
+    exclude = affordable(order, blamed)
+    known = describe_job(os.environ["SLURM_JOB_ID"]).get("ExcNodeList", "(null)")
+    if not set(exclude) & set(nodes) or known != "(null)" or not order.profile.requeue:
+        return False
+    print(f"requeued at once, to leave out {', '.join(exclude)}", flush=True)
+    requeue(order, exclude)
+    return True
+
+
+def affordable(order: Order, blamed: Sequence[str]) -> list[str]:
+    """Those of the blamed nodes that can be left out: the newest first, while enough are left."""
+    partition = os.environ.get("SLURM_JOB_PARTITION", "")
+    listed = ask("sinfo", "--noheader", "--Node", "--partition", partition, "--format=%N")
+    there = set(listed.split()) - set(order.profile.exclude)
+    spare = len(there) - order.nodes
+    return [node for node in blamed if node in there][: max(spare, 0)]

@@ -1,0 +1,86 @@
+"""Is the run still getting on? Asked from outside: a hung process cannot say that it hangs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.profile import Profile
+from launch.slurm import SlurmError, ask
+
+if TYPE_CHECKING:
+    from launch.supervise import Attempt
+
+STACK_SECONDS = 5.0
+"""What a rank may take to write its stacks."""
+
+
+class Watchdog:
+    """Compares what the run says of itself with what it said before.
+
+    Args:
+        profile: how long what may take.
+        read: the run's last word, {"step", "phase", "time"}, {} for none.
+        clock: seconds; only differences count, so that nodes' clocks may differ.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        read: Callable[[], dict[str, Any]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.profile, self.read, self.clock = profile, read, clock
+        self.last, self.changed = read(), clock()
+        self.started = False
+        self.paces: deque[float] = deque(maxlen=50)
+        """Seconds per step."""
+
+    def stalled(self) -> str:
+        """What is wrong; empty if nothing is."""
+        now, beat = self.clock(), self.read()
+        if beat != self.last:
+            steps = beat.get("step", 0) - self.last.get("step", 0)
+            if self.started and steps > 0 and beat.get("phase") == "train":
+                self.paces.append((now - self.changed) / steps)
+            self.last, self.changed, self.started = beat, now, True
+        waited, limit = now - self.changed, self.limit()
+        if waited <= limit:
+            return ""
+        doing = self.last.get("phase", "start") if self.started else "start"
+        return f"no sign of life for {waited:.0f} s at step {self.last.get('step', 0)} ({doing})"
+
+    def limit(self) -> float:
+        """Seconds that the present phase may be silent for."""
+        if not self.started or self.last.get("phase") != "train" or len(self.paces) < 3:
+            return self.profile.start_seconds
+        median = statistics.median(self.paces)
+        return max(self.profile.stall_seconds, self.profile.stall_factor * median)
+
+
+def ask_for_stacks(attempt: Attempt, num_tasks: int) -> list[int]:
+    """Have every rank write its Python stacks into the attempt's logs; the ranks that did not."""
+    from launch.supervise import step_of
+
+    try:
+        ask("scancel", "--signal=QUIT", step_of(attempt.job))
+    except SlurmError:
+        return list(range(num_tasks))
+    until = time.monotonic() + STACK_SECONDS
+    while (silent := without_stacks(attempt.logs, num_tasks)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return silent
+
+
+def without_stacks(logs: Path, num_tasks: int) -> list[int]:
+    """Ranks that have written no stacks."""
+    written = {
+        int(path.stem.removeprefix("stacks-"))
+        for path in logs.glob("stacks-*.txt")
+        if path.stat().st_size
+    }
+    return [rank for rank in range(num_tasks) if rank not in written]
