@@ -293,6 +293,7 @@ class Listener:
         self.ends: list[tuple[str, list[int], str]] = []
         """(node, tasks, how) of each end that was not 0."""
         self.lost_nodes: list[str] = []
+        """As Slurm writes lists."""
         self.lines: list[str] = []
         self.thread = threading.Thread(target=self.listen, args=(process,), daemon=True)
         self.thread.start()
@@ -306,7 +307,7 @@ class Listener:
             self.lines.append(line.strip())
             text = line.removeprefix("srun: ").removeprefix("error: ").strip()
             if found := NODE_FAILED.search(text):
-                self.lost_nodes += expand(found[1])
+                self.lost_nodes.append(found[1])
             elif found := EXITED.fullmatch(text):
                 self.ends.append((found[1] or "", numbers(found[2]), found[3]))
 
@@ -365,7 +366,7 @@ def explain(
     if phase == "done":
         return Outcome("finished")
     if said.lost_nodes:
-        nodes = list(dict.fromkeys(said.lost_nodes))
+        nodes = list(dict.fromkeys(node for lost in said.lost_nodes for node in expand(lost)))
         return Outcome("node failure", f"Slurm lost {', '.join(nodes)}", nodes)
     if state == "CANCELLED":
         return Outcome("cancelled", "by scancel")

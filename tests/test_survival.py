@@ -1,0 +1,242 @@
+"""Runs on a real Slurm cluster of virtual nodes, ended in every way, brought back by themselves.
+
+Each is compared with an undisturbed run on as many processes: losses and final tensors bit for bit.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from configs import make_config
+from megarecur.config.load import to_yaml
+from megarecur.parallel.shards import whole
+from megarecur.train import checkpoint
+from megarecur.train.checkpoint_index import DTYPES, read_index
+from megarecur.train.metrics import read_rows
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS, EVERY = 160, 10
+PROFILE = {
+    "partition": "main",
+    "time": "00:10:00",
+    "start_seconds": 90,
+    "save_seconds": 25,
+    "stall_seconds": 12,
+    "stall_factor": 20,
+    "environment": {"OMP_NUM_THREADS": 1, "GLOO_SOCKET_IFNAME": "lo"},
+}
+COMMAND = [sys.executable, "-m", "launch.cli"]
+
+
+class Run:
+    """One run folder, and the job that trains in it."""
+
+    def __init__(self, slurm: Any, folder: Path, corpus: Path, **profile: Any) -> None:
+        self.slurm, self.folder, self.path = slurm, folder, folder / "run"
+        write_config(folder / "config.yaml", self.path, corpus)
+        (folder / "profile.yaml").write_text(yaml.safe_dump(PROFILE | profile))
+        self.job = ""
+
+    def launch(self, nodes: int = 2, *options: str) -> None:
+        """Submit it."""
+        words = ["launch", str(self.folder / "config.yaml"), f"--nodes={nodes}"]
+        words += ["--processes-per-node=2", f"--cluster={self.folder / 'profile.yaml'}", *options]
+        said = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=True)
+        self.job = re.search(r"job (\d+)", said.stdout)[1]
+
+    def beat(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError):
+            return json.loads((self.path / "heartbeat.json").read_text())
+        return {"step": 0, "phase": "start"}
+
+    def rows(self, event: str) -> list[dict[str, Any]]:
+        path = self.path / "attempts.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [row for row in rows if row["event"] == event]
+
+    def until(self, what: Callable[[], Any], seconds: float = 150.0) -> Any:
+        """Wait for something; where it does not come, all there is to know."""
+        until = time.monotonic() + seconds
+        while not (found := what()):
+            assert time.monotonic() < until, self.explain()
+            time.sleep(0.1)
+        return found
+
+    def until_step(self, step: int) -> None:
+        self.until(lambda: self.beat()["phase"] == "train" and self.beat()["step"] >= step)
+
+    def until_finished(self, seconds: float = 240.0) -> None:
+        self.until(lambda: any(r["reason"] == "finished" for r in self.rows("end")), seconds)
+
+    def explain(self) -> str:
+        texts = [f"{self.slurm.run('squeue')}", f"{self.beat()}"]
+        for path in [self.path / "attempts.jsonl", *sorted((self.path / "logs").rglob("*.*"))]:
+            texts += [f"--- {path}", *path.read_text(errors="replace").splitlines()[-12:]]
+        return "\n".join(texts)
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids by rank."""
+        return {rank: pid for pid, rank in processes(self.path) if rank is not None}
+
+    def assert_equal(self, expected: tuple[dict[int, Any], dict[str, torch.Tensor]]) -> None:
+        """Losses and tensors of the undisturbed run; nothing is left behind."""
+        losses, tensors = expected
+        found = read_rows(self.path / "metrics.jsonl")
+        steps = [row["step"] for row in found if "train/loss" in row]
+        assert steps == sorted(set(steps)) == sorted(losses), self.explain()
+        for row in found:
+            for key in ("train/loss", "optim/grad_norm", "val/loss"):
+                if key in row:
+                    assert row[key] == losses[row["step"]].get(key, row[key]), (row["step"], key)
+        for name, tensor in final_tensors(self.path).items():
+            assert torch.equal(tensor, tensors[name]), name
+        self.until(lambda: not processes(self.path), 60)
+
+
+def processes(run: Path) -> Iterator[tuple[int, int | None]]:
+    """(pid, rank) of the processes that belong to a run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if not any(str(run).encode() in word for word in command):
+                continue
+            environ = dict(
+                word.split(b"=", 1)
+                for word in (folder / "environ").read_bytes().split(b"\0")
+                if b"=" in word
+            )
+            training = b"train" in command and b"srun" not in command[0]
+            rank = int(environ[b"SLURM_PROCID"]) if training else None
+            found.append((int(folder.name), rank))
+    return found
+
+
+def write_config(path: Path, run_dir: Path, corpus: Path) -> None:
+    config = make_config(
+        run_dir=str(run_dir),
+        data={
+            "train": [{"path": str(corpus / "train")}],
+            "val": [{"path": str(corpus / "val")}],
+            "tokenizer": "bytes",
+            "seq_length": 32,
+        },
+        train={
+            "steps": STEPS,
+            "global_batch_size": 8,
+            "micro_batch_size": 1,
+            "eval_every": 80,
+            "log_every": 1,
+        },
+        checkpoint={"every": EVERY},
+    )
+    path.write_text(to_yaml(config))
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Parameters and moments of the last checkpoint, whatever its files."""
+    path = run / "checkpoints" / f"step-{STEPS:08d}"
+    found = {
+        name: torch.empty(record.shape, dtype=DTYPES[record.dtype])
+        for name, record in read_index(path).tensors.items()
+    }
+    checkpoint.load(path, {name: whole(tensor) for name, tensor in found.items()})
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory) -> tuple[dict[int, Any], dict[str, torch.Tensor]]:
+    """Losses by step, and final tensors, of four processes that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_config(folder / "config.yaml", folder / "run", corpus)
+    command = [*COMMAND, "launch", str(folder / "config.yaml"), "--nproc=4"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    subprocess.run(command, check=True, env=environ, capture_output=True)
+    rows = read_rows(folder / "run" / "metrics.jsonl")
+    losses = {row["step"]: row for row in rows if "train/loss" in row}
+    return losses, final_tensors(folder / "run")
+
+
+@pytest.fixture
+def run(slurm, corpus, tmp_path) -> Iterator[Run]:
+    each = Run(slurm, tmp_path, corpus)
+    yield each
+    slurm.cancel_all()
+    each.until(lambda: not processes(each.path), 60)
+
+
+def kill_a_rank(run: Run) -> None:
+    os.kill(run.ranks()[2], signal.SIGKILL)
+
+
+def stop_a_rank(run: Run) -> None:
+    os.kill(run.ranks()[3], signal.SIGSTOP)
+
+
+def ask_to_stop(run: Run) -> None:
+    run.slurm.run("scancel", "--signal=USR2", "--batch", run.job)
+
+
+def preempt(run: Run) -> None:
+    run.slurm.run(
+        "sbatch", "-p", "high", "-N4", "--exclusive", "-t1", "-o/dev/null", "--wrap=sleep 3"
+    )
+
+
+def crash_another_node(run: Run) -> None:
+    node = run.rows("start")[-1]["nodes"][1]
+    run.slurm.crash(node)
+    run.until(lambda: len(run.rows("end")) == 1)
+    run.slurm.start(node)
+
+
+def crash_batch_node(run: Run) -> None:
+    node = run.rows("start")[-1]["batch_node"]
+    run.slurm.crash(node)
+    run.until(lambda: run.slurm.state(run.job) == "PENDING")
+    run.slurm.start(node)
+
+
+def crash_and_return(run: Run) -> None:
+    node = run.rows("start")[-1]["nodes"][1]
+    run.slurm.crash(node)
+    run.slurm.start(node)
+
+
+DISTURBANCES = {
+    "usr2": (ask_to_stop, "SIGUSR2"),
+    "preemption": (preempt, "preempted"),
+    "sigkill": (kill_a_rank, "crash"),
+    "sigstop": (stop_a_rank, "stalled"),
+    "node": (crash_another_node, "node failure"),
+    "batch_node": (crash_batch_node, "node failure"),
+    "returned_node": (crash_and_return, "node failure"),
+}
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_a_run_comes_back(run, undisturbed, name) -> None:
+    disturb, reason = DISTURBANCES[name]
+    run.launch()
+    run.until_step(random.Random(name).randrange(15, 60))
+    disturb(run)
+    run.until_finished()
+    (first, *_), starts = run.rows("end"), run.rows("start")
+    assert first["reason"] == reason, run.explain()
+    # Nothing beyond the last checkpoint is lost.
+    assert starts[1]["step"] == first["step"] > first["reached"] - 2 * EVERY
+    run.assert_equal(undisturbed)
