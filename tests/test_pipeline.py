@@ -334,9 +334,10 @@ def test_a_rank_that_is_killed_ends_the_job_which_resumes(
     assert time.monotonic() - began < 60
     errors = [error for error, _ in outcomes]
     assert "still running" not in "".join(errors) and all(errors)
-    named = f"rank {1 - rank} (pipeline rank {1 - rank}), stage "
-    if kind != "W":  # None may wait for the last of them but the optimizer's norm.
-        assert named in errors[1 - rank] and " of micro batch " in errors[1 - rank]
+    told, named = errors[1 - rank], f"rank {1 - rank} (pipeline rank {1 - rank}), "
+    # The survivor may have done all its operations where those of the other one feed nobody.
+    waiting = split and f"{named}reduction and update of step 4" in told
+    assert waiting or (f"{named}stage " in told and " of micro batch " in told)
     assert set(world(2).run(train, config)) == {FINISHED}
     assert set(world(2).run(train, straight)) == {FINISHED}
     losses = [

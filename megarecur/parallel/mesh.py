@@ -169,6 +169,16 @@ def same_error(mesh: Mesh) -> Iterator[None]:
     raise_first(error, mesh)
 
 
+@contextmanager
+def told_where(mesh: Mesh, what: str) -> Iterator[None]:
+    """Have errors tell on which rank, and in what, they happened."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"rank {mesh.rank} (pipeline rank {mesh.pp_rank}), {what}")
+        raise
+
+
 def raise_first(error: Exception | None, mesh: Mesh) -> None:
     """Raise the first rank's error on every rank, if any has one; collective."""
     errors = [e for e in mesh.gather_objects(error) if e is not None]

@@ -19,7 +19,7 @@ from megarecur.model.telemetry import named
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import Engine, build_engine
 from megarecur.optim.schedule import learning_rate
-from megarecur.parallel.mesh import Mesh, open_mesh, same_error
+from megarecur.parallel.mesh import Mesh, open_mesh, same_error, told_where
 from megarecur.plan.order import order_hash
 from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.depth import Depth, sample_depth
@@ -122,7 +122,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                     model, engine, config, batches, state.step, mesh, due, unread, schedules
                 )
                 result.lr = learning_rate(config.optimizer, state.step, config.train.steps)
-                with named("optimizer"):
+                what = f"reduction and update of step {state.step + 1}"
+                with named("optimizer"), told_where(mesh, what):
                     result.grad_norm, result.skipped = engine.step(result.lr)
             result.data_seconds, result.seconds = waited, time.perf_counter() - started
             state = state.advance(config, result.skipped)
