@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from configs import make_config
 from megarecur.config.schema import Config, HealthConfig
 from megarecur.errors import DataError, MegarecurError, MeshError
-from megarecur.parallel.mesh import Mesh, build_mesh
+from megarecur.parallel.mesh import Mesh, agree_on_devices, build_mesh
 from megarecur.train import health
 from megarecur.train.health import Figures, check_health, find_faults, find_slow, ring_rounds
 from megarecur.train.trainer import FINISHED, train
@@ -265,6 +266,34 @@ def test_a_process_that_hangs_is_named(world, corpus, tmp_path) -> None:
     first, second = world(2).run(hang, config, 1.0)
     assert first.startswith("vn2 (rank 1): did not finish the health check in 0.5 s")
     assert "rank 0 names them" in second
+
+
+def test_processes_without_a_gpu_are_named_before_any_of_them_waits_for_the_others(
+    monkeypatch,
+) -> None:
+    def agree(*found: tuple[str, str]) -> list[str]:
+        """The error of each rank."""
+        store, errors = dist.HashStore(), [""] * len(found)
+
+        def ask(rank: int) -> None:
+            try:
+                agree_on_devices(store, rank, len(found), *found[rank])
+            except MeshError as error:
+                errors[rank] = str(error)
+
+        threads = [Thread(target=ask, args=(rank,)) for rank in range(len(found))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        return errors
+
+    monkeypatch.setenv("SLURMD_NODENAME", "vn7")
+    assert agree(("cuda", ""), ("cuda", "")) == agree(("cpu", ""), ("cpu", "")) == ["", ""]
+    errors = agree(("cuda", ""), ("cpu", ""), ("", "process 2 of this machine has no GPU"))
+    assert len(set(errors)) == 1
+    assert "vn7 (rank 1): torch finds no CUDA device, which other processes have" in errors[0]
+    assert "vn7 (rank 2): process 2 of this machine has no GPU" in errors[0]
 
 
 # ------------------------------------------------------------------- judging, in one process

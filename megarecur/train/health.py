@@ -30,7 +30,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ from megarecur.config.schema import Config, HealthConfig
 from megarecur.data.corpus import read_manifest
 from megarecur.data.foreign import is_foreign, read_index
 from megarecur.errors import DataError, MegarecurError, MeshError
-from megarecur.parallel.mesh import Mesh
+from megarecur.parallel.mesh import Mesh, node_name
 from megarecur.plan.describe import format_bytes
 from megarecur.train.state import write_aside
 
@@ -177,11 +176,6 @@ def check_health(
             log.warning("%s; training goes on with it (health.on_slow=warn)",
                         finding.describe(hosts))  # fmt: skip
     return sum_up(every, len(nodes), seconds)
-
-
-def node_name() -> str:
-    """What Slurm calls this node, or else the machine's own name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def gather(value: Any, mesh: Mesh) -> list[Any]:
