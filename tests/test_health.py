@@ -22,7 +22,7 @@ from megarecur.train import health
 from megarecur.train.health import Figures, check_health, find_faults, find_slow, ring_rounds
 from megarecur.train.trainer import FINISHED, train
 
-SLEEP = 0.05
+SLEEP = 0.08
 
 
 def break_rank(fault: str, patch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def checked(world, corpus, tmp_path) -> Callable[..., tuple[str, str, dict[str, 
         hosts: list[str], faults: dict[int, list[str]] | None = None, **settings: Any
     ) -> tuple[str, str, dict[str, Any]]:
         # On a busy machine the chance alone may make a product twice as slow.
-        settings = {"slow_factor": 6.0, "min_free_disk_gb": 0.01, **settings}
+        settings = {"slow_factor": 10.0, "min_free_disk_gb": 0.01, **settings}
         config = make_config(corpus, run_dir=str(tmp_path / "run"), health=settings)
         found = world(len(hosts)).run(check, config, hosts, faults or {})
         assert len({error for _, error in found}) == 1, found
@@ -126,11 +126,11 @@ def test_a_slow_rank_is_named_and_stops_the_run_only_if_so_wished(checked) -> No
     assert line and not error
     assert found["nodes"]["vn1"]["slow"] == found["nodes"]["vn2"]["faults"] == []
     (text,) = found["nodes"]["vn2"]["slow"]
-    assert "a matrix product took 5" in text and "the job's median is" in text
+    assert "a matrix product took" in text and "the job's median is" in text
     assert found["nodes"]["vn2"]["gemm_seconds"] >= SLEEP > found["nodes"]["vn1"]["gemm_seconds"]
 
     _, error, found = checked(QUAD, slow, on_slow="stop")
-    assert error.startswith("MeshError: ") and "\n  vn2 (rank 3): a matrix product took 5" in error
+    assert error.startswith("MeshError: ") and "\n  vn2 (rank 3): a matrix product took" in error
     assert found["nodes"]["vn2"]["faults"] and not found["nodes"]["vn1"]["faults"]
 
 
