@@ -27,6 +27,7 @@ from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.alarms import Alarms, record_event
 from megarecur.train.evaluate import continue_prompts, score_corpus, score_values
+from megarecur.train.health import check_health
 from megarecur.train.initial import load_initial
 from megarecur.train.mirror import fetch_newest
 from megarecur.train.profile import Profiler
@@ -66,6 +67,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         mesh = resources.enter_context(open_mesh(config))
         compiling, reason = choose_compiler(config, mesh)
         run_dir = resources.enter_context(open_run(config, mesh))
+        health = check_health(config, run_dir, mesh)
         data = open_data(config, mesh)
         config, loader = data.config, resources.enter_context(closing(data)).loader
         schedules = resources.enter_context(closing(open_schedules(config, mesh)))
@@ -79,7 +81,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             write_config(run_dir, config) if mesh.rank == 0 else None
             report = Report(run_dir, config, state, mesh)
         alarms = Alarms(config.alarms, report.rows(), state.rolled_back_at)
-        report.note(reason) if reason else None
+        for line in filter(None, (health, reason)):
+            report.note(line)
         if mesh.pp > 1:
             report.note(schedules.describe(*step_to_take(config, mesh, state.step)))
         compiled = CompiledModel(model) if compiling else None
