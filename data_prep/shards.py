@@ -469,7 +469,7 @@ def decide_once(plan: Plan, partial: Path, read: Sequence[ReadTask]) -> Decision
     with open(partial / "decide.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not file.exists():
-            _refuse_missing([task.target.with_suffix(".npz") for task in read], "read")
+            refuse_missing([task.target.with_suffix(".npz") for task in read], "read")
             fates, removed = _decide(read, plan)
             with publish(partial / "fates.npy") as handle:
                 np.save(handle, fates)
@@ -492,7 +492,7 @@ def read_decision(partial: Path) -> Decision:
     return Decision(**json.loads((partial / "decision.json").read_bytes()))
 
 
-def _refuse_missing(files: Sequence[Path], phase: str) -> None:
+def refuse_missing(files: Sequence[Path], phase: str) -> None:
     """Refuse to go on where a phase is not done."""
     if missing := [file for file in files if not file.exists()]:
         raise DataError(
