@@ -199,6 +199,20 @@ def test_one_machine_and_tasks_go_on_with_each_other(
     assert hashes(out) == expected
 
 
+def test_near_duplicates_are_decided_once(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasketch", reason="needs the extra dedup")
+    prepare_shards([inputs / "b.txt"], tmp_path / "one", "bytes", READING, near_duplicates=0.5)
+    request = Request((str(inputs / "b.txt"),), "bytes", READING, near_duplicates=0.5)
+    with begin(request, tmp_path / "out", 2):
+        pass
+    all_tasks(request, tmp_path / "out", 2, ["read"])
+    monkeypatch.setattr("data_prep.shards.find_near_duplicates", None)
+    all_tasks(request, tmp_path / "out", 2)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "one")
+
+
 def test_a_tokenizer_keeps_its_name(tmp_path: Path, inputs: Path) -> None:
     from data_prep.tokenizer import train_tokenizer
 
@@ -390,9 +404,10 @@ def test_what_cannot_be_submitted(
 
 
 def wait_for_queue(seconds: float = 120.0) -> None:
-    """Wait until no job is left."""
+    """Wait until no job of a preparation is left."""
     end = time.monotonic() + seconds
-    while left := subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout:
+    asked = ["squeue", "--noheader", "--format=%j %T %r"]
+    while "prep-" in (left := subprocess.run(asked, capture_output=True, text=True).stdout):
         assert time.monotonic() < end, left
         time.sleep(0.5)
 
