@@ -10,6 +10,8 @@ that was interrupted (also by SIGKILL) goes on where it was:
               corpus, hence the same for any number of workers
     assemble  one stream of tokens per split, parts in file order, written as MDS shards
 
+The same phases are done by the tasks of job arrays in `data_prep/array.py`.
+
 Peak disk use beside the result: the text, compressed by about 2.5, and the tokens once more.
 """
 

@@ -22,7 +22,8 @@ from data_prep.plan import Request
 from data_prep.readers import Reading
 from data_prep.shards import hold, partial_of, prepare_shards
 from launch.cli import main
-from launch.prep_array import write_array
+from launch.prep_array import command_of, write_array
+from launch.profile import Profile
 from megarecur.data.corpus import hash_file
 from megarecur.errors import DataError
 
@@ -337,6 +338,13 @@ def test_a_dry_run_prints_three_scripts_and_writes_nothing(
         assert "srun --ntasks=1 --container-image=books.sqsh" in script
         assert "'--text-key=$text'" in script and "'--exclude=it'\"'\"'s.txt'" in script
         assert f"'--out={tmp_path}/my out'" in script and "#SBATCH --partition=long" in script
+
+
+def test_bash_fills_in_no_word_of_the_user() -> None:
+    request = Request(("$a.txt", "hf:b"), "$t.model", Reading(template="${x}{text}"))
+    words = command_of(request, Path("$out"), "read", 2, 0, Profile())
+    assert [word for word in words if word.startswith("$")] == ["$SLURM_ARRAY_TASK_ID"]
+    assert words[-3:] == ["--", "./$a.txt", "hf:b"]
 
 
 def test_jobs_are_submitted_after_each_other(
