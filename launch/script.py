@@ -28,6 +28,7 @@ class Job:
     array: str | None = None
     """Such as 0-3%2."""
     dependency: str | None = None
+    """Such as afterok:17; a job whose dependency can never be met is ended."""
     exclude: tuple[str, ...] = ()
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Variables that each task of an array has a value of its own for."""
@@ -57,6 +58,7 @@ def render(job: Job, profile: Profile, command: Sequence[str]) -> str:
         "constraint": profile.constraint,
         "exclude": ",".join(exclude) or None,
         "dependency": job.dependency,
+        "kill-on-invalid-dep": "yes" if job.dependency else None,
         "signal": f"B:USR1@{profile.save_seconds}" if job.signal else None,
         "open-mode": "append",
         "output": job.output,
@@ -64,7 +66,11 @@ def render(job: Job, profile: Profile, command: Sequence[str]) -> str:
     flags = ["requeue" if profile.requeue else "no-requeue"]
     flags += ["exclusive"] if profile.exclusive else []
     lines = ["#!/bin/bash"]
-    lines += [f"#SBATCH --{key}={value}" for key, value in asked.items() if value is not None]
+    lines += [
+        f"#SBATCH --{key}={shlex.quote(str(value))}"
+        for key, value in asked.items()
+        if value is not None
+    ]
     lines += [f"#SBATCH --{flag}" for flag in flags]
     lines += [f"#SBATCH {option}" for option in profile.options]
     lines += ["", "set -e"]
