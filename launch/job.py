@@ -26,6 +26,8 @@ from megarecur.errors import ConfigError
 
 PACKAGES = ("megarecur", "data_prep", "launch")
 ORDER_FILE = "order.json"
+SNAPSHOT = ("-P", "-m", "launch.cli")
+"""-P: not what lies in the workdir."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,13 @@ class Order:
         return [*words, *profile.srun_options, *self.python(), *self.command(attempt)]
 
     def python(self) -> list[str]:
-        """The command line of megarecur in the snapshot; -P: not what lies in the workdir."""
-        return [self.profile.python or sys.executable, "-P", "-m", "launch.cli"]
+        """The command line of megarecur in the snapshot, for tasks."""
+        return [self.profile.python or sys.executable, *SNAPSHOT]
+
+    def supervisor(self) -> list[str]:
+        """The same for the batch script, which runs outside any container."""
+        inside = self.profile.container is not None
+        return [sys.executable, *SNAPSHOT, "supervise"] if inside else [*self.python(), "supervise"]
 
     def command(self, attempt: int) -> list[str]:
         """What each task runs."""
@@ -205,13 +212,13 @@ def write_script(orders: Sequence[Order], at_once: int | None) -> str:
         output=first.run_dir.parent / "logs" / "slurm-%A_%a.log",
         choices={"RUN": tuple(str(order.run_dir) for order in orders)},
     )
-    return render(job, first.profile, [*first.python(), "supervise", "$RUN"])
+    return render(job, first.profile, [*first.supervisor(), "$RUN"])
 
 
 def script_of(order: Order, dependency: str | None = None, exclude: Sequence[str] = ()) -> str:
     """The script of one run."""
     job = replace(job_of(order), dependency=dependency, exclude=tuple(exclude))
-    return render(job, order.profile, [*order.python(), "supervise", str(order.run_dir)])
+    return render(job, order.profile, [*order.supervisor(), str(order.run_dir)])
 
 
 def job_of(order: Order) -> Job:
