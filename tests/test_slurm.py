@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -106,17 +107,30 @@ def test_the_templates_train_go_on_and_evaluate(slurm, corpus, tmp_path) -> None
     assert "exit code 0" in slurm.log(straight)
 
     disturbed = slurm.submit(*train, f"run_dir={tmp_path}/disturbed")
-    # At once: before megarecur listens, most likely.
-    deadline = time.monotonic() + PATIENCE
-    while "turn 0" not in slurm.log(disturbed):
-        assert time.monotonic() < deadline, slurm.describe(disturbed)
-        time.sleep(0.1)
+
+    def until(said: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not said():
+            assert time.monotonic() < deadline, slurm.describe(disturbed)
+            time.sleep(0.1)
+
+    # Told as soon as the script listens, before megarecur does.
+    until(lambda: "turn 0" in slurm.log(disturbed))
     slurm.run("scancel", "--signal=USR1", "--batch", disturbed)
+    until(lambda: "turn 1" in slurm.log(disturbed))
+    # Then at some step: tasks are held there while the script is told, and passes it on.
+    begun = max(losses(tmp_path / "disturbed"), default=0)
+    until(lambda: max(losses(tmp_path / "disturbed"), default=0) > begun)
+    slurm.run("scancel", "--signal=STOP", disturbed)
+    slurm.run("scancel", "--signal=USR1", "--batch", disturbed)
+    time.sleep(5)
+    slurm.run("scancel", "--signal=CONT", disturbed)
     slurm.wait(disturbed, "COMPLETED")
     log = slurm.log(disturbed)
-    assert slurm.show(disturbed)["Restarts"] == "1" and "turn 1" in log
-    assert log.index("exit code 3") < log.index("exit code 0")
-    assert 0 < int(log.split("saved at step ")[1].split()[0]) < steps
+    assert slurm.show(disturbed)["Restarts"] == "2" and "turn 2" in log
+    assert log.count("exit code 3") == 2 and log.count("exit code 0") == 1
+    saved = [int(part.split()[0]) for part in log.split("saved at step ")[1:]]
+    assert saved[0] < saved[1] < steps
     assert_equal_runs(tmp_path / "disturbed", tmp_path / "straight", steps)
 
     run = tmp_path / "disturbed"
