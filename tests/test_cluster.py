@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from cluster import SCRIPT, Cluster, NoCluster, on_cluster
 
-
 TASK = "sleep 4242.25"
 
 

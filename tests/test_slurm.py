@@ -100,11 +100,11 @@ def test_a_step_on_two_nodes_equals_a_launch(slurm, corpus, tmp_path) -> None:
 
 @on_cluster
 def test_the_templates_train_go_on_and_evaluate(slurm, corpus, tmp_path) -> None:
-    config, steps = write_config(corpus, tmp_path, steps=150), 150
+    config, steps = write_config(corpus, tmp_path, steps=100), 100
     train = ("--chdir", tmp_path, TEMPLATES / "train.sbatch", config)
     straight = slurm.submit(*train, f"run_dir={tmp_path}/straight")
     slurm.wait(straight, "COMPLETED")
-    assert "exit code 0" in slurm.log(straight)
+    assert "answered 0" in slurm.log(straight)
 
     disturbed = slurm.submit(*train, f"run_dir={tmp_path}/disturbed")
 
@@ -128,7 +128,7 @@ def test_the_templates_train_go_on_and_evaluate(slurm, corpus, tmp_path) -> None
     slurm.wait(disturbed, "COMPLETED")
     log = slurm.log(disturbed)
     assert slurm.show(disturbed)["Restarts"] == "2" and "turn 2" in log
-    assert log.count("exit code 3") == 2 and log.count("exit code 0") == 1
+    assert log.count("answered 3") == 2 and log.count("answered 0") == 1
     saved = [int(part.split()[0]) for part in log.split("saved at step ")[1:]]
     assert saved[0] < saved[1] < steps
     assert_equal_runs(tmp_path / "disturbed", tmp_path / "straight", steps)
