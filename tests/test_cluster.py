@@ -51,7 +51,7 @@ def test_a_second_cluster_leaves_nothing(slurm, tmp_path, monkeypatch, mode) -> 
     except NoCluster as error:
         pytest.skip(f"no second cluster in mode {mode}: {error}")
     try:
-        first = slurm.submit("--wrap", "sleep 300")
+        first = slurm.submit("--wrap", "sleep 300", cwd=tmp_path)
         with monkeypatch.context() as patch:
             patch.setenv("SLURM_CONF", str(second.conf))
             assert sorted(second.run("srun", "-N2", "printenv", "SLURMD_NODENAME").split()) == [
