@@ -62,7 +62,7 @@ class Run:
     def beat(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
             return json.loads((self.path / "heartbeat.json").read_text())
-        return {"step": 0, "phase": "start"}
+        return {}
 
     def rows(self, event: str) -> list[dict[str, Any]]:
         path = self.path / "attempts.jsonl"
@@ -78,7 +78,14 @@ class Run:
         return found
 
     def until_step(self, step: int) -> None:
-        self.until(lambda: self.beat()["phase"] == "train" and self.beat()["step"] >= step)
+        """Wait until the newest attempt has got there."""
+
+        def there() -> bool:
+            beat, starts = self.beat(), self.rows("start")
+            fresh = starts and beat.get("time", 0) > starts[-1]["time"]
+            return fresh and beat["phase"] == "train" and beat["step"] >= step
+
+        self.until(there)
 
     def until_finished(self, seconds: float = 240.0) -> None:
         self.until(lambda: any(r["reason"] == "finished" for r in self.rows("end")), seconds)
