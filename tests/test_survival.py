@@ -34,9 +34,9 @@ STEPS, EVERY = 160, 10
 PROFILE = {
     "partition": "main",
     "time": "00:10:00",
-    "start_seconds": 90,
+    "start_seconds": 240,
     "save_seconds": 25,
-    "stall_seconds": 12,
+    "stall_seconds": 20,
     "stall_factor": 20,
     "environment": {"OMP_NUM_THREADS": 1, "GLOO_SOCKET_IFNAME": "lo"},
 }
@@ -69,7 +69,7 @@ class Run:
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [row for row in rows if row["event"] == event]
 
-    def until(self, what: Callable[[], Any], seconds: float = 150.0) -> Any:
+    def until(self, what: Callable[[], Any], seconds: float = 240.0) -> Any:
         """Wait for something; where it does not come, all there is to know."""
         until = time.monotonic() + seconds
         while not (found := what()):
@@ -87,7 +87,7 @@ class Run:
 
         self.until(there)
 
-    def until_finished(self, seconds: float = 240.0) -> None:
+    def until_finished(self, seconds: float = 400.0) -> None:
         self.until(lambda: any(r["reason"] == "finished" for r in self.rows("end")), seconds)
 
     def explain(self) -> str:
