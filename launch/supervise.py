@@ -74,6 +74,8 @@ class Attempt:
     logs: Path
     began: int
     """Step of the newest checkpoint when it began."""
+    started: float = field(default_factory=time.time)
+    """Unix seconds."""
 
 
 def supervise(run_dir: Path) -> int:
@@ -376,7 +378,8 @@ def explain(
     if phase == "diverged":
         return Outcome("diverged", "an alarm ended the run")
     if any(f"exit code {BAD_INPUT}" in how for _, _, how in said.ends):
-        return Outcome("bad input", last_line(attempt))
+        unfit = unfit_nodes(order.run_dir, attempt)
+        return Outcome("node failure" if unfit else "bad input", last_line(attempt), unfit)
     if state == "TIMEOUT" or signal.SIGUSR1 in told:
         return Outcome("out of time", f"save_seconds={order.profile.save_seconds} did not do")
     if signal.SIGTERM in told or state in ("PREEMPTED", "REQUEUED", "PENDING"):
@@ -406,6 +409,17 @@ def silent_nodes(heard: set[int], per_node: int, attempt: Attempt) -> list[str]:
         for i, node in enumerate(attempt.nodes)
         if heard.isdisjoint(range(i * per_node, (i + 1) * per_node))
     ]
+
+
+def unfit_nodes(run_dir: Path, attempt: Attempt) -> list[str]:
+    """Nodes of this attempt that its health check found broken, unless all of them were: then what
+    is broken is no node's."""
+    with suppress(OSError, ValueError, KeyError):
+        found = json.loads((run_dir / "health.json").read_text())
+        if found["time"] > attempt.started:
+            unfit = [node for node, figures in found["nodes"].items() if figures["faults"]]
+            return unfit if len(unfit) < len(attempt.nodes) else []
+    return []
 
 
 def blame_stall(stall: str, silent: Sequence[int], order: Order, attempt: Attempt) -> Outcome:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,6 +241,14 @@ def test_why_an_attempt_ended(tmp_path) -> None:
     (tmp_path / "rank-0000.log").write_text("step 1\nerror: no such corpus\n")
     wrong = concluded(tmp_path, "srun: error: a: tasks 0-3: Exited with exit code 2", phase=None)
     assert wrong == Outcome("bad input", "error: no such corpus")
+    for faults, reason, nodes in (({"b": ["disk"]}, "node failure", ["b"]),
+                                  ({"a": ["disk"], "b": ["disk"]}, "bad input", [])):  # fmt: skip
+        found = {node: {"faults": faults.get(node, [])} for node in ("a", "b")}
+        health = {"time": time.time() + 60, "nodes": found}
+        (tmp_path / "health.json").write_text(json.dumps(health))
+        line = "srun: error: a: tasks 0-3: Exited with exit code 2"
+        unfit = concluded(tmp_path, line, phase=None)
+        assert (unfit.reason, unfit.nodes) == (reason, nodes)
     assert concluded(tmp_path, phase="done", code=0).reason == "finished"
     assert concluded(tmp_path, phase="diverged").reason == "diverged"
     assert concluded(tmp_path, phase="stopped", told=[10], code=3).reason == "time limit"

@@ -338,6 +338,25 @@ def test_a_second_job_on_a_run_waits(run, undisturbed) -> None:
     run.assert_equal(undisturbed)
 
 
+def test_a_sweep_side_by_side_on_the_same_nodes(run) -> None:
+    run.launch(2, "--sweep", "optimizer.lr=1e-3,3e-4", "train.steps=40")
+    folders = [run.path / f"optimizer.lr={lr}" for lr in ("1e-3", "3e-4")]
+
+    def rows(folder: Path) -> list[dict[str, Any]]:
+        path = folder / "attempts.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def done() -> bool:
+        return all(rows(folder)[-1:] and "reason" in rows(folder)[-1] for folder in folders)
+
+    run.until(done, 400.0)
+    (start, end), (other, other_end) = map(rows, folders)
+    assert end["reason"] == other_end["reason"] == "finished", run.explain()
+    assert start["nodes"] == other["nodes"] and other["time"] < end["time"]
+    losses = [read_rows(folder / "metrics.jsonl")[-1]["val/loss"] for folder in folders]
+    assert losses[0] != losses[1]
+
+
 def refuse(run: Run, message: str) -> None:
     """The run is stopped by one clear message, once."""
     run.until(lambda: run.rows("end") and run.slurm.state(run.job) in ("FAILED", "COMPLETED"))

@@ -117,9 +117,11 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             schedules.prepare(*step_to_take(config, mesh, state.step))
             schedules.prepare(*step_to_take(config, mesh, state.step + 1))
             waited = time.perf_counter() - started
-            due = is_due(state.step + 1, config.train.log_every, config)
-            if state.step in left_out:
-                result = StepResult(step_to_take(config, mesh, state.step)[0], skipped=True)
+            trained = state.step not in left_out
+            due = trained and is_due(state.step + 1, config.train.log_every, config)
+            if not trained:
+                result = StepResult(depth=None, skipped=True)
+                report.note(f"step {state.step + 1} is left out, as skipped_steps.json says")
             else:
                 result = forward_backward(
                     model, engine, config, batches, state.step, mesh, due, unread, schedules
@@ -130,7 +132,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                     result.grad_norm, result.skipped = engine.step(result.lr)
             result.data_seconds, result.seconds = waited, time.perf_counter() - started
             state = state.advance(config, result.skipped)
-            report.interval.add(result)
+            if trained:
+                report.interval.add(result)
             if due:
                 values = report.close_interval(state, result) | saver.timings()
                 held = measure_state(model, engine.shards())
