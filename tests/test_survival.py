@@ -258,7 +258,7 @@ def test_a_run_comes_back(run, undisturbed, name) -> None:
 
 
 def test_a_time_limit_of_a_minute(run, undisturbed) -> None:
-    run.profile |= {"time": "1", "start_seconds": 30, "save_seconds": 20, "retries": 10}
+    run.profile |= {"time": "1", "start_seconds": 40, "save_seconds": 10, "retries": 10}
     run.launch()
     run.until_finished(600.0)
     *earlier, last = [row["reason"] for row in run.rows("end")]
