@@ -12,6 +12,8 @@ from unittest import mock
 import pytest
 
 from configs import make_config
+from launch import status
+from launch.queue import Queue
 from megarecur.train.metrics import Metrics, read_rows
 from megarecur.train.report import Report
 
@@ -92,8 +94,12 @@ def test_tensorboard_shows_one_line_over_kills(corpus, tmp_path, monkeypatch) ->
     process.start()
     while process.is_alive() and not any(row["step"] >= 7 for row in read_rows(metrics)):
         time.sleep(0.01)
+    alive = status.read_status(tmp_path, Queue())
     process.kill()
     process.join()
+    dead = status.read_status(tmp_path, Queue())
+    assert alive.state == "running" and f"process {process.pid} of this machine" in alive.why
+    assert dead.state == "ended" and dead.step >= 7 and dead.tokens_per_second > 0
     for board in boards:
         curves_of(board)  # TensorBoard has seen the rows that will be repeated.
     saved = checkpoint_steps(tmp_path)[-1]
