@@ -252,6 +252,44 @@ def record(config: ConfigPath, folder: Path, steps: int) -> None:
     record_steps(resolved, steps, folder)
 
 
+# ------------------------------------------------------------------------------------- watching
+
+
+@app.command()
+def status(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|JOB]",
+            help="The folder of a run, or the id of its Slurm job; left out: all in your queue.",
+        ),
+    ] = None,
+) -> None:
+    """How a run is doing: state, step, loss, speed, time left, restarts, newest checkpoint."""
+    from launch.status import show_status
+
+    show_status(what)
+
+
+@app.command()
+def logs(
+    run: RunPath,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with new lines until the run is done.")
+    ] = False,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Start to show; the newest if left out.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Rank to show; all of them if left out.")
+    ] = None,
+) -> None:
+    """The output of a Slurm run's ranks, each line with its rank in front."""
+    from launch.logs import show_logs
+
+    show_logs(run, follow, attempt, rank)
+
+
 # ------------------------------------------------------------------------------- after training
 
 

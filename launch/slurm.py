@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -11,14 +12,16 @@ from megarecur.errors import ConfigError
 
 PATIENCE = 60.0
 """Seconds for an answer of the controller."""
+FIELD = re.compile(r"(?:^| )([A-Z][\w/:]*)=")
+"""The name of a field as scontrol writes it; values may hold blanks."""
 
 
 class SlurmError(ConfigError):
     """Slurm is not there, or refuses."""
 
 
-def ask(*command: str) -> str:
-    """What a command of Slurm prints.
+def ask(*command: str, patience: float = PATIENCE) -> str:
+    """What a command of Slurm prints, if it does within `patience` seconds.
 
     Raises:
         SlurmError: it is not there, does not answer, or refuses, in its own words.
@@ -30,10 +33,10 @@ def ask(*command: str) -> str:
         )
     try:
         found = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE, check=False
+            command, capture_output=True, text=True, timeout=patience, check=False
         )
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]}: no answer for {PATIENCE:.0f} s; try again") from None
+        raise SlurmError(f"{command[0]}: no answer for {patience:.0f} s; try again") from None
     if found.returncode:
         said = (found.stderr or found.stdout).strip()
         raise SlurmError(f"{' '.join(command)}: {said}")
@@ -82,9 +85,26 @@ def check(script: str) -> str:
 
 
 def describe_job(job: str) -> dict[str, str]:
-    """The fields that scontrol shows of a job."""
-    text = ask("scontrol", "--oneliner", "show", "job", job)
-    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+    """The fields that scontrol shows of a job; of an array's own id, those of that one task."""
+    found = describe_jobs(job)
+    return next((fields for fields in found if fields.get("JobId") == job), found[0])
+
+
+def describe_jobs(job: str, patience: float = PATIENCE) -> list[dict[str, str]]:
+    """The fields that scontrol shows of a job, or of every task of an array.
+
+    Raises:
+        SlurmError: there is no such job.
+    """
+    text = ask("scontrol", "--oneliner", "show", "job", job, patience=patience)
+    found = []
+    for line in text.splitlines():
+        _, *words = FIELD.split(line.strip())
+        if words:
+            found.append(dict(zip(words[::2], map(str.strip, words[1::2]), strict=True)))
+    if not found:
+        raise SlurmError(f"scontrol show job {job}: shows nothing of it")
+    return found
 
 
 def expand(nodes: str) -> list[str]:
