@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ class Attempt:
     logs: Path
     began: int
     """Step of the newest checkpoint when it began."""
+    ends: float = 0.0
+    """When its job does, in Unix seconds."""
     started: float = field(default_factory=time.time)
-    """Unix seconds."""
 
 
 def supervise(run_dir: Path) -> int:
@@ -143,7 +145,7 @@ class Record:
             {"event": "start", "attempt": number, "job": job, "time": time.time(), "nodes": nodes,
              "batch_node": os.environ.get("SLURMD_NODENAME"), "step": step, "logs": name}
         )  # fmt: skip
-        return Attempt(number, job, nodes, self.run_dir / name, step)
+        return Attempt(number, job, nodes, self.run_dir / name, step, end_of(job))
 
     def end(self, attempt: Attempt, outcome: Outcome, action: str) -> None:
         """Say how an attempt ended, and what is done about it."""
@@ -257,10 +259,10 @@ def run_attempt(order: Order, attempt: Attempt, told: list[int]) -> Outcome:
     forwarded, failed_at, stall = 0, 0.0, ""
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
-        for _ in told[forwarded:]:
+        if forwarded < len(told) and is_time(told[forwarded], attempt, order):
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGUSR1)
-        forwarded = len(told)
+            forwarded += 1
         if said.failed() and not failed_at:
             failed_at = time.monotonic()
         if failed_at and time.monotonic() - failed_at > LAST_WORDS_SECONDS:
@@ -274,6 +276,21 @@ def run_attempt(order: Order, attempt: Attempt, told: list[int]) -> Outcome:
     beat = read_beat(order.run_dir)
     phase = beat.get("phase") if beat != beat_before else None
     return explain(process.returncode, phase, said, told, order, attempt)
+
+
+def is_time(number: int, attempt: Attempt, order: Order) -> bool:
+    """Whether a signal is to be passed on now. Slurm tells of the time limit up to a minute too
+    early; until then the run may go on."""
+    if number != signal.SIGUSR1:
+        return True
+    return attempt.ends - time.time() <= order.profile.save_seconds
+
+
+def end_of(job: str) -> float:
+    """When Slurm will end a job, in Unix seconds; 0 where it does not say."""
+    with suppress(SlurmError, ValueError):
+        return datetime.fromisoformat(describe_job(job).get("EndTime", "")).timestamp()
+    return 0.0
 
 
 def rendezvous(attempt: Attempt) -> dict[str, str]:
