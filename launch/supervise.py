@@ -42,7 +42,8 @@ from megarecur.errors import ConfigError
 POLL_SECONDS = 0.2
 LAST_WORDS_SECONDS = 30.0
 """What srun may take to end the other ranks, once one has ended badly."""
-BAD_INPUT, STOPPED = 2, 3
+EARLY_SECONDS = 75.0
+BAD_INPUT = 2
 
 FAILURES = ("crash", "stalled", "node failure", "out of time")
 OUTSIDE = ("preempted", "SIGUSR2")
@@ -281,9 +282,8 @@ def run_attempt(order: Order, attempt: Attempt, told: list[int]) -> Outcome:
 def is_time(number: int, attempt: Attempt, order: Order) -> bool:
     """Whether a signal is to be passed on now. Slurm tells of the time limit up to a minute too
     early; until then the run may go on."""
-    if number != signal.SIGUSR1:
-        return True
-    return attempt.ends - time.time() <= order.profile.save_seconds
+    early = attempt.ends - time.time() - order.profile.save_seconds
+    return number != signal.SIGUSR1 or not 0.0 < early < EARLY_SECONDS
 
 
 def end_of(job: str) -> float:
