@@ -34,6 +34,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from launch.folder import newest_checkpoint, read_beat
 from launch.job import Order, read_order, submit_order
 from launch.slurm import SlurmError, ask, describe_job, expand
 from launch.watchdog import Watchdog, ask_for_stacks
@@ -150,11 +151,10 @@ class Record:
 
     def end(self, attempt: Attempt, outcome: Outcome, action: str) -> None:
         """Say how an attempt ended, and what is done about it."""
-        beat = read_beat(self.run_dir)
         self.append(
             {"event": "end", "attempt": attempt.number, "time": time.time(),
              "began": attempt.began, "step": newest_step(self.run_dir),
-             "reached": beat.get("step", 0),
+             "reached": step_reached(self.run_dir),
              "reason": outcome.reason, "detail": outcome.detail, "nodes": outcome.nodes,
              "action": action}
         )  # fmt: skip
@@ -189,16 +189,14 @@ class Record:
 
 def newest_step(run_dir: Path) -> int:
     """Of the newest whole checkpoint; 0 without any."""
-    names = [path.name for path in (run_dir / "checkpoints").glob("step-????????")]
-    return max((int(name.removeprefix("step-")) for name in names), default=0)
+    newest = newest_checkpoint(run_dir)
+    return newest.step if newest else 0
 
 
-def read_beat(run_dir: Path) -> dict[str, Any]:
-    """What the run last said of itself: step and phase."""
-    try:
-        return dict(json.loads((run_dir / "heartbeat.json").read_text()))
-    except (OSError, ValueError):
-        return {}
+def step_reached(run_dir: Path) -> int:
+    """Optimizer steps done, by the run's last word."""
+    beat = read_beat(run_dir)
+    return beat.step if beat else 0
 
 
 @contextmanager
@@ -275,7 +273,7 @@ def run_attempt(order: Order, attempt: Attempt, told: list[int]) -> Outcome:
             return blame_stall(stall, silent, order, attempt)
     said.join()
     beat = read_beat(order.run_dir)
-    phase = beat.get("phase") if beat != beat_before else None
+    phase = beat.phase if beat and beat != beat_before else None
     return explain(process.returncode, phase, said, told, order, attempt)
 
 
@@ -477,7 +475,7 @@ def choose(
         outcome.detail += f"; {len(before) + 1} times in a row without a newer checkpoint"
         return "given up"
     if outcome.reason in ("crash", "stalled"):
-        reached = read_beat(order.run_dir).get("step", 0)
+        reached = step_reached(order.run_dir)
         last = next((row for row in record.ends() if row["reason"] not in OUTSIDE), {})
         if last.get("reason") == outcome.reason and last["reached"] == reached:
             outcome.detail += f"; step {reached + 1} has failed twice"

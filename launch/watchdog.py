@@ -7,8 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from launch.folder import Beat
 from launch.profile import Profile
 from launch.slurm import SlurmError, ask
 
@@ -24,14 +25,14 @@ class Watchdog:
 
     Args:
         profile: how long what may take.
-        read: the run's last word, {"step", "phase", "time"}, {} for none.
+        read: the run's last word.
         clock: seconds; only differences count, so that nodes' clocks may differ.
     """
 
     def __init__(
         self,
         profile: Profile,
-        read: Callable[[], dict[str, Any]],
+        read: Callable[[], Beat | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.profile, self.read, self.clock = profile, read, clock
@@ -43,20 +44,21 @@ class Watchdog:
     def stalled(self) -> str:
         """What is wrong; empty if nothing is."""
         now, beat = self.clock(), self.read()
-        if beat != self.last:
-            steps = beat.get("step", 0) - self.last.get("step", 0)
-            if self.started and steps > 0 and beat.get("phase") == "train":
+        if beat is not None and beat != self.last:
+            steps = beat.step - self.last.step if self.started and self.last else 0
+            if steps > 0 and beat.phase == "train":
                 self.paces.append((now - self.changed) / steps)
             self.last, self.changed, self.started = beat, now, True
-        waited, limit = now - self.changed, self.limit()
-        if waited <= limit:
+        waited = now - self.changed
+        if waited <= self.limit():
             return ""
-        doing = self.last.get("phase", "start") if self.started else "start"
-        return f"no sign of life for {waited:.0f} s at step {self.last.get('step', 0)} ({doing})"
+        where = f"at step {self.last.step} ({self.last.phase})" if self.last else "at the start"
+        return f"no sign of life for {waited:.0f} s {where if self.started else 'at the start'}"
 
     def limit(self) -> float:
         """Seconds that the present phase may be silent for."""
-        if not self.started or self.last.get("phase") != "train" or len(self.paces) < 3:
+        training = self.started and self.last is not None and self.last.phase == "train"
+        if not training or len(self.paces) < 3:
             return self.profile.start_seconds
         median = statistics.median(self.paces)
         return max(self.profile.stall_seconds, self.profile.stall_factor * median)

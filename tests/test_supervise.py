@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from configs import make_config
+from launch.folder import Beat
 from launch.job import Order, expand_sweep, read_order, script_of
 from launch.profile import Profile, load_profile, seconds_of
 from launch.script import Job, render
@@ -271,8 +273,8 @@ class History:
         step = max((int(p.name[5:]) for p in self.folder.glob("checkpoints/*")), default=0)
         attempt = Attempt(len(self.record.rows()) // 2 + 1, "17", ["a", "b"], self.folder, step)
         self.record.append({"event": "start", "attempt": attempt.number, "step": step})
-        (self.folder / f"checkpoints/step-{checkpoint:08}").mkdir(parents=True, exist_ok=True)
-        beat = {"step": reached, "phase": "train"}
+        (self.folder / f"checkpoints/step-{checkpoint:08d}").mkdir(parents=True, exist_ok=True)
+        beat = {"time": 0.0, "step": reached, "phase": "train"}
         (self.folder / "heartbeat.json").write_text(json.dumps(beat))
         self.outcome = Outcome(reason, "", list(nodes))
         action = choose(self.outcome, self.record, self.order, attempt, told)
@@ -333,13 +335,13 @@ def test_one_job_at_a_time_holds_a_run(tmp_path) -> None:
 
 
 def test_the_watchdog_knows_a_stall_from_a_slow_phase(tmp_path) -> None:
-    now, beat = [0.0], [{"step": 7, "phase": "train"}]
+    now, beat = [0.0], [Beat(0.0, 7, "train")]
     profile = Profile(stall_factor=5.0, stall_seconds=2.0, start_seconds=100.0)
     dog = Watchdog(profile, lambda: beat[0], lambda: now[0])
 
     def later(seconds: float, **said: Any) -> str:
         now[0] += seconds
-        beat[0] = beat[0] | said
+        beat[0] = replace(beat[0], **said)
         return dog.stalled()
 
     assert not later(99.0), "an old heartbeat is none"
@@ -350,7 +352,7 @@ def test_the_watchdog_knows_a_stall_from_a_slow_phase(tmp_path) -> None:
     assert not later(50.0, phase="save") and not later(60.0)
     assert not later(1.0, phase="train", step=15) and later(6.0)
     clock = itertools.count(0, 101)
-    assert Watchdog(profile, dict, lambda: next(clock)).stalled()
+    assert Watchdog(profile, lambda: None, lambda: next(clock)).stalled()
     (tmp_path / "stacks-1.txt").write_text("Thread")
     (tmp_path / "stacks-2.txt").touch()
     assert without_stacks(tmp_path, 4) == [0, 2, 3]
