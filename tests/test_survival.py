@@ -259,7 +259,8 @@ def test_a_run_comes_back(run, undisturbed, name) -> None:
 
 def test_a_time_limit_of_a_minute(run, undisturbed) -> None:
     run.profile |= {"time": "1", "start_seconds": 40, "save_seconds": 10, "retries": 10}
-    run.launch()
+    run.profile["setup"] = ["sleep 20"]  # Or a fast machine would be done in one.
+    run.launch(2, "train.eval_every=20")
     run.until_finished(600.0)
     *earlier, last = [row["reason"] for row in run.rows("end")]
     assert earlier and set(earlier) == {"time limit"} and last == "finished", run.explain()
