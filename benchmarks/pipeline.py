@@ -1,13 +1,17 @@
 """Pipelines of shared blocks: one owner against tied replicas, ours and DeepSpeed's; the clock of
 the executor against the simulator's; its overhead.
 
-    python benchmarks/pipeline.py [owner] [clock] [overhead] [--rounds 5]
+    python benchmarks/pipeline.py [owner] [crossover] [clock] [overhead] [--rounds 5]
 
 owner: a cycle of 2 blocks run twice (hidden 384, feed-forward 1,536, sequence 256, 8 micro batches
 of 2, vocabulary 1,024, untied, fp32) on 2 processes of one thread each. Three sides take turns in
 the same processes: our placement (walk 0 1 0 1, each block on one rank); our executor with both
 blocks on both ranks, whose gradients are reduced between them; DeepSpeed's PipelineModule with
 TiedLayerSpec. The same blocks compute in all three.
+
+crossover: the same two placements of ours with more and more micro batches. One owner sends more
+activations, tied replicas reduce the blocks' gradients: 2 (v - 1) T h a bytes against
+2 (v - 1) (M / p) 12 h^2 g, equal at T = 12 h (g / a) (M / p) tokens per step. Bytes are counted.
 
 clock: 4 processes whose stages sleep (5 ms forward, inputs and weights each) with messages of
 1 MiB: what an optimizer step takes against what the simulator says, once with 5 ms and hops as
@@ -43,7 +47,7 @@ from megarecur.parallel.pipeline import Pipeline
 from megarecur.plan.order import Op, Order
 from megarecur.plan.placement import Placement
 from megarecur.plan.schedule import Schedules
-from megarecur.plan.simulate import StageCost, choose_order, simulate
+from megarecur.plan.simulate import StageCost, Timeline, choose_order, lower_bound, simulate
 from megarecur.plan.walk import Stage, Walk, build_walk
 from megarecur.recurrence.layer_map import Step, from_order
 from megarecur.train.report import StepResult
@@ -51,7 +55,9 @@ from megarecur.train.step import Training, build_model
 
 LENGTH, MICRO, NUM_MICRO, VOCABULARY = 256, 2, 8, 1024
 WORK, MESSAGE = 0.005, (1, 256, 1024)
-PARTS = ("owner", "clock", "overhead")
+PARTS = ("owner", "crossover", "clock", "overhead")
+CROSSING = (2, 4, 6, 8, 10, 12, 16)
+"""Micro batches."""
 
 
 def start(rank: int, world: int, folder: str, name: str) -> None:
@@ -93,7 +99,8 @@ class Ours:
     """Our executor; `tied`: the blocks of the second loop are copies on the other rank, whose
     gradients are reduced with the originals' after the backward passes."""
 
-    def __init__(self, tied: bool) -> None:
+    def __init__(self, tied: bool, num_micro: int = NUM_MICRO) -> None:
+        self.num_micro = num_micro
         recurrence = {"kind": "cycle", "num_blocks": 2, "depth": 4}
         if tied:
             recurrence = {"kind": "dense", "num_layers": 4}
@@ -103,7 +110,7 @@ class Ours:
         schedules = Schedules(self.config)
         self.model = build_model(self.config, self.mesh, schedules)
         self.engine = PlainEngine(self.model, self.config, self.mesh)
-        self.scheduled = schedules.training(None, NUM_MICRO)
+        self.scheduled = schedules.training(None, num_micro)
         self.reduced_bytes = self.sent_bytes = 0
         if tied:
             with torch.no_grad():
@@ -114,8 +121,8 @@ class Ours:
 
     def step(self) -> float:
         """One optimizer step; gives the loss, where it is known."""
-        batches, result = [make_batch(i) for i in range(NUM_MICRO)], StepResult(None)
-        tokens = {"tokens": float(NUM_MICRO * MICRO * LENGTH)}
+        batches, result = [make_batch(i) for i in range(self.num_micro)], StepResult(None)
+        tokens = {"tokens": float(self.num_micro * MICRO * LENGTH)}
         program = Training(self.model, batches, 0, tokens, result, False)
         pipeline = Pipeline(self.mesh, self.scheduled.walk, program, self.model.dtype,
                             self.engine.backward, self.model.deferred)  # fmt: skip
@@ -267,6 +274,43 @@ def run_owner(rank: int, folder: str, rounds: int) -> None:
         )
 
 
+# -------------------------------------------------------------------------------------- crossover
+
+
+def run_crossover(rank: int, folder: str, rounds: int) -> None:
+    """One process of two placements that take turns, over more and more tokens."""
+    start(rank, 2, folder, "crossover")
+    tokens, excess, ratios, reduced = [], [], [], 0.0
+    for num_micro in CROSSING:
+        sides = [Ours(False, num_micro), Ours(True, num_micro)]
+        times: list[list[float]] = [[], []]
+        for i in range(rounds + 1):
+            for side, took in zip(sides, times, strict=True):
+                dist.barrier()
+                began = time.perf_counter()
+                side.step()
+                dist.barrier()
+                took += [time.perf_counter() - began] * bool(i)
+        sent = torch.tensor([side.sent_bytes for side in sides], dtype=torch.float64)
+        dist.all_reduce(sent)
+        # A ring over two ranks sends from each of them as much as it reduces.
+        reduced = float(sides[1].reduced_bytes)
+        tokens.append(num_micro * MICRO * LENGTH)
+        excess.append(float(sent[0] - sent[1]) / 2)
+        ratios.append(statistics.median(a / b for a, b in zip(*times, strict=True)))
+        if rank == 0:
+            print(
+                f"{tokens[-1]:6} tokens: one owner sends {excess[-1] / 2**20:6.2f} MiB more per "
+                f"rank, tied replicas reduce {reduced / 2**20:.2f} MiB; "
+                f"time {ratios[-1]:.3f} of tied"
+            )
+    if rank == 0:
+        config = make_config({"kind": "cycle", "num_blocks": 2, "depth": 4}, (0, 1))
+        formula = 12 * config.model.hidden_size
+        found = reduced / (excess[0] / tokens[0])
+        print(f"equal bytes at {found:.0f} tokens; 12 h (g / a) (M / p): {formula}")
+
+
 # -------------------------------------------------------------------------------- clock, overhead
 
 WALKS: dict[str, tuple[Sequence[int], int]] = {
@@ -322,8 +366,8 @@ class Sleeping:
         return x, x.sum() if stage.last else None
 
 
-def make_order(name: str, hop: float, work: float) -> tuple[Walk, Order, float]:
-    """(walk, order, its time by the simulator)."""
+def make_order(name: str, hop: float, work: float) -> tuple[Walk, Order, Timeline, float]:
+    """(walk, order, what the simulator says of it, the least that any order takes)."""
     blocks, num_microbatches = WALKS[name]
     placement = Placement(4, (0, 1, 2, 3), 0, blocks[-1])
     cuts = [i for i in range(1, len(blocks)) if blocks[i] == blocks[i - 1]]
@@ -333,7 +377,9 @@ def make_order(name: str, hop: float, work: float) -> tuple[Walk, Order, float]:
         for stage in walk
     )
     choice = choose_order(walk, num_microbatches, costs, wanted=name)  # type: ignore[arg-type]
-    return walk, choice.order, simulate(choice.order, walk, costs).makespan
+    split = name not in ("1f1b", "interleaved")
+    least = lower_bound(walk, costs, num_microbatches, split)
+    return walk, choice.order, simulate(choice.order, walk, costs), least
 
 
 class Watched(Pipeline):
@@ -440,7 +486,9 @@ def run_clock(rank: int, folder: str, rounds: int) -> None:
     if rank == 0:
         print(f"clock: 4 processes, {WORK * 1000:.0f} ms, hops of 1 MiB in {hop * 1e3:.2f} ms")
     for name in WALKS:
-        walk, order, expected = make_order(name, hop, WORK)
+        walk, order, simulated, least = make_order(name, hop, WORK)
+        expected = simulated.makespan
+        busy = (1 - simulated.bubble) * expected
         run_step(mesh, walk, order, WORK)
         found = statistics.median(run_step(mesh, walk, order, WORK) for _ in range(rounds))
         measured = simulate(order, walk, measure_costs(mesh, walk, order, hop)).makespan
@@ -448,7 +496,8 @@ def run_clock(rank: int, folder: str, rounds: int) -> None:
             print(
                 f"{name:24} {found * 1000:7.1f} ms; simulator, 5 ms: {expected * 1000:7.1f} ms, "
                 f"ratio {found / expected:.3f}; as measured: {measured * 1000:7.1f} ms, "
-                f"ratio {found / measured:.3f}"
+                f"ratio {found / measured:.3f}; bubble {1 - busy / found:.1%}, by the simulator "
+                f"{simulated.bubble:.1%}; least possible {least * 1000:.1f} ms"
             )
 
 
@@ -458,7 +507,7 @@ def run_overhead(rank: int, folder: str, rounds: int) -> None:
     config = make_config({"kind": "dense", "num_layers": 4}, (0, 1, 2, 3))
     mesh = build_mesh(config, torch.device("cpu"))
     for name in WALKS:
-        walk, order, _ = make_order(name, 0.0, WORK)
+        walk, order, *_ = make_order(name, 0.0, WORK)
         pairs = []
         for _ in range(4 * rounds + 1):
             pairs.append((run_step(mesh, walk, order, 0.0), run_loop(mesh, walk, order)))
@@ -475,8 +524,12 @@ def main() -> None:
     parts = [part for part in PARTS if part in sys.argv] or list(PARTS)
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
-            run, world = {"owner": (run_owner, 2), "clock": (run_clock, 4),
-                          "overhead": (run_overhead, 4)}[part]  # fmt: skip
+            run, world = {
+                "owner": (run_owner, 2),
+                "crossover": (run_crossover, 2),
+                "clock": (run_clock, 4),
+                "overhead": (run_overhead, 4),
+            }[part]
             mp.spawn(run, (folder, rounds), nprocs=world)
 
 

@@ -296,7 +296,7 @@ def test_soak(run, undisturbed) -> None:
     for done in range(wanted):
         run.until(lambda done=done: len(run.rows("start")) > done)
         # Once it trains again, somewhere before or after its next checkpoint.
-        run.until_step(run.rows("start")[-1]["step"] + draw.randrange(1, 15))
+        run.until_step(run.rows("start")[-1]["step"] + draw.randrange(5, 18))
         draw.choice(kinds)(run)
         run.until(lambda done=done: len(run.rows("end")) > done)
     run.until_finished()
