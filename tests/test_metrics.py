@@ -40,6 +40,14 @@ def curves_of(board: Any) -> dict[str, list[int]]:
     return {tag: [e.step for e in board.Tensors(tag)] for tag in board.Tags()["tensors"]}
 
 
+def scalars_of(folder: Path) -> dict[str, list[int]]:
+    """Steps by tag as the older reader of scripts has them, which forgets scalars but no texts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
 def served_curves(folder: Path) -> dict[str, list[int]]:
     """Steps by tag as the data server has them, which TensorBoard starts where it is installed."""
     from tensorboard.context import RequestContext
@@ -84,44 +92,62 @@ def assert_one_line(board: Any, run_dir: Path) -> None:
         assert curves[tag] == [row["step"] for row in rows if row.get(tag) is not None], tag
 
 
-def test_tensorboard_shows_one_line_over_kills(corpus, tmp_path, monkeypatch) -> None:
-    """Killed, resumed, resumed again from the same checkpoint, ended while a step is scored."""
-    board_dir, metrics = tmp_path / "tensorboard", tmp_path / "metrics.jsonl"
-    boards = [open_board(board_dir), open_board(board_dir, event_file_active_filter=lambda _: True)]
+def end_early(run_dir: Path, corpus: Path, at: str, step: int, **train: int) -> None:
+    """Train until a row with this key is to be written at or after a step: it is not written."""
+
+    def write(self: Report, state: Any, values: dict[str, float], stop: Any) -> None:
+        if at in values and state.step >= step:
+            raise SystemExit
+        original(self, state, values, stop)
+
+    original = Report.write
+    with mock.patch.object(Report, "write", write), pytest.raises(SystemExit):
+        train_run(corpus, run_dir, train=train)
+
+
+def kill(run_dir: Path, corpus: Path) -> None:
+    """Train in a process of its own and kill it after some steps; `megarecur status` notices."""
     process = multiprocessing.get_context("forkserver").Process(
-        target=train_run, args=(corpus, tmp_path), kwargs={"train": {}}
+        target=train_run, args=(corpus, run_dir), kwargs={"train": {}}
     )
     process.start()
-    while process.is_alive() and not any(row["step"] >= 7 for row in read_rows(metrics)):
+    while process.is_alive() and not (
+        checkpoint_steps(run_dir)
+        and any(row["step"] >= 7 for row in read_rows(run_dir / "metrics.jsonl"))
+    ):
         time.sleep(0.01)
-    alive = status.read_status(tmp_path, Queue())
+    alive = status.read_status(run_dir, Queue())
     process.kill()
     process.join()
-    dead = status.read_status(tmp_path, Queue())
+    dead = status.read_status(run_dir, Queue())
     assert alive.state == "running" and f"process {process.pid} of this machine" in alive.why
     assert dead.state == "ended" and dead.step >= 7 and dead.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_tensorboard_shows_one_line_over_restarts(corpus, tmp_path, killed: bool) -> None:
+    """Ended, resumed, resumed again from the same checkpoint, ended while a step is scored."""
+    folder = tmp_path / "tensorboard"
+    # As TensorBoard reads several files: one after the other, or all of them again and again.
+    boards = [open_board(folder), open_board(folder, event_file_active_filter=lambda _: True)]
+    if killed:
+        kill(tmp_path, corpus)
+    else:
+        end_early(tmp_path, corpus, "train/loss", 8)
     for board in boards:
         curves_of(board)  # TensorBoard has seen the rows that will be repeated.
     saved = checkpoint_steps(tmp_path)[-1]
-    assert max(row["step"] for row in read_rows(metrics)) > saved, "nothing is repeated"
     for _ in range(2):
         drop_checkpoints(tmp_path, saved)
         assert train_run(corpus, tmp_path, train={"steps": saved + 3}) == 0
         for board in boards:
             assert_one_line(board, tmp_path)
-
-    def write(self: Report, state: Any, values: dict[str, float], stop: Any) -> None:
-        if "val/loss" in values:
-            raise SystemExit  # The texts of this step are written, its scores are not.
-        original(self, state, values, stop)
-
     drop_checkpoints(tmp_path, saved)
-    original = Report.write
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Report, "write", write)
-        train_run(corpus, tmp_path, train={"steps": saved + 4, "eval_every": 4})
-    assert train_run(corpus, tmp_path, train={"steps": saved + 4, "eval_every": 4}) == 0
-    for board in [*boards, open_board(board_dir)]:
+    longer = {"steps": saved + 4, "eval_every": 4}
+    # The texts of this step are written, its scores are not.
+    end_early(tmp_path, corpus, "val/loss", saved + 4, **longer)
+    assert train_run(corpus, tmp_path, train=longer) == 0
+    for board in [*boards, open_board(folder)]:
         assert_one_line(board, tmp_path)
 
 
@@ -134,11 +160,10 @@ def drop_checkpoints(run: Path, after: int) -> None:
     for step in checkpoint_steps(run):
         if step > after:
             shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
-    (run / "checkpoints" / "latest").unlink()
+    (run / "checkpoints" / "latest").unlink(missing_ok=True)
 
 
 def test_event_files_are_read_in_order_though_a_clock_was_ahead(tmp_path) -> None:
-
     config = make_config()
     for ahead, step in ((0, 0), (3600, 4), (0, 4), (0, 4), (1800, 8), (0, 8)):
         now = time.time() + ahead
@@ -148,5 +173,6 @@ def test_event_files_are_read_in_order_though_a_clock_was_ahead(tmp_path) -> Non
                 metrics.write(each, each, {"train/loss": 1.0})
             metrics.close()
         assert_one_line(open_board(tmp_path / "tensorboard"), tmp_path)
+    assert scalars_of(tmp_path / "tensorboard") == {"train/loss": list(range(1, 16))}
     served = served_curves(tmp_path / "tensorboard")
     assert served == {"train/loss": list(range(1, 16)), "config/text_summary": [1, 5, 9]}

@@ -22,7 +22,6 @@ from test_cli import run as megarecur
 from launch import status
 from launch.slurm import describe_job
 
-NOW = time.time()
 ROW = {
     "step": 40,
     "tokens": 10240,
@@ -63,19 +62,17 @@ def squeue_line(run: Path, job: str = "17", state: str = "RUNNING", **more: str)
 
 
 def start(number: int, ago: float = 600.0, job: str = "17", **more: Any) -> dict[str, Any]:
-    row = {"event": "start", "attempt": number, "job": job, "time": NOW - ago, "step": 20}
+    row = {"event": "start", "attempt": number, "job": job, "time": -ago, "step": 20}
     return row | {"nodes": ["vn1", "vn2"], "logs": f"logs/attempt-{number:03}"} | more
 
 
 def end(number: int, reason: str, action: str, ago: float = 300.0, **more: Any) -> dict[str, Any]:
-    return {"event": "end", "attempt": number, "time": NOW - ago, "step": 40, "reason": reason,
+    return {"event": "end", "attempt": number, "time": -ago, "step": 40, "reason": reason,
             "detail": "", "action": action} | more  # fmt: skip
 
 
-def make_run(
-    run: Path, *attempts: dict[str, Any], beat: tuple[float, str] | None = None, **files: Any
-) -> Path:
-    """A run folder at step 40 of 160; `beat`: seconds ago, phase."""
+def make_run(run: Path, *attempts: dict[str, Any], beat: tuple[float, str] | None = None) -> Path:
+    """A folder at step 40 of 160. Times of attempts count from now; `beat`: seconds ago, phase."""
     (run / "checkpoints" / "step-00000040").mkdir(parents=True)
     (run / "checkpoints" / "step-00000020").mkdir()
     (run / "checkpoints" / "step-00000060.tmp").mkdir()
@@ -84,12 +81,13 @@ def make_run(
     rows = [ROW | {"step": 39}, ROW, {"step": 40, "tokens": 10240, "val/loss": 2.75}]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (run / "metrics.jsonl").write_text(text + '{"step": 41, "train/l')  # Killed while writing.
-    os.utime(run / "metrics.jsonl", (NOW - 5000, NOW - 5000))
+    now = time.time()
+    os.utime(run / "metrics.jsonl", (now - 5000, now - 5000))
     if attempts:
-        lines = [json.dumps(row) for row in attempts]
+        lines = [json.dumps(row | {"time": now + row["time"]}) for row in attempts]
         (run / "attempts.jsonl").write_text("\n".join(lines) + '\n{"event": "st')
     if beat:
-        told = {"time": NOW - beat[0], "step": 47, "phase": beat[1]}
+        told = {"time": now - beat[0], "step": 47, "phase": beat[1]}
         (run / "heartbeat.json").write_text(json.dumps(told))
     return run
 
@@ -134,7 +132,7 @@ STATES: dict[str, tuple[str | None, list[Any], tuple[float, str] | None, str, st
         "RUNNING", [start(1), end(1, "crash", "restarted"), start(2, 30)], (400, "train"),
         "running", "starting; job 17 on vn[1-2], 1h30m",
     ),
-    "silent": ("RUNNING", [start(1)], (200, "train"), "stalled?", "last sign of life 3m2"),
+    "silent": ("RUNNING", [start(1)], (200, "train"), "stalled?", "last sign of life 3m"),
     "slow to save": ("RUNNING", [start(1)], (200, "save"), "running", "saving a checkpoint"),
     "never spoke": ("RUNNING", [start(1, 1300)], None, "stalled?", "starting"),
     "between": (
