@@ -5,7 +5,7 @@ attempt is one `srun`. However it ends, the reason is recorded in RUN/attempts.j
 is done about it:
 
     finished, bad input, diverged, cancelled     the end
-    time limit, preempted, SIGUSR2               saved; the job is requeued
+    time limit, preempted, SIGUSR2, asked to stop    the job is requeued
     out of time                                  not saved before the limit; requeued
     crash                                        once in place, then requeued
     stalled, node failure                        requeued, without the nodes that are to blame
@@ -47,11 +47,11 @@ EARLY_SECONDS = 75.0
 BAD_INPUT = 2
 
 FAILURES = ("crash", "stalled", "node failure", "out of time")
-OUTSIDE = ("preempted", "SIGUSR2")
+OUTSIDE = ("preempted", "SIGUSR2", "asked to stop")
 """Ends that say nothing of the run: they may come as often as they like."""
 FINAL = {"finished": 0, "bad input": BAD_INPUT, "diverged": 1, "cancelled": 1}
-SIGNALS = {signal.SIGUSR1: "time limit", signal.SIGUSR2: "SIGUSR2", signal.SIGTERM: "preempted"}
-"""What a stop that this process was told of means; SIGUSR1 comes from --signal."""
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+"""Passed on to the run. SIGUSR1 comes from --signal, SIGTERM from Slurm as it ends the job."""
 
 EXITED = re.compile(r"(?:(\S+): )?tasks? ([\d,\-\[\] ]+): (.*)")
 NODE_FAILED = re.compile(r"[Nn]ode failure on (\S+)")
@@ -379,26 +379,23 @@ def explain(
         said: what srun said.
         told: signals that this process got.
     """
-    state = job_state(attempt.job)
     if phase == "done":
         return Outcome("finished")
     if said.lost_nodes:
         nodes = list(dict.fromkeys(node for lost in said.lost_nodes for node in expand(lost)))
         return Outcome("node failure", f"Slurm lost {', '.join(nodes)}", nodes)
-    if state == "CANCELLED":
-        return Outcome("cancelled", "by scancel")
+    by = ended_by(told, attempt)
     if phase == "stopped":
-        reason = SIGNALS[signal.Signals(told[0])] if told else "preempted"
-        return Outcome(reason, f"saved at step {newest_step(order.run_dir)}")
+        return Outcome(by or "asked to stop", f"saved at step {newest_step(order.run_dir)}")
     if phase == "diverged":
         return Outcome("diverged", "an alarm ended the run")
     if any(f"exit code {BAD_INPUT}" in how for _, _, how in said.ends):
         unfit = unfit_nodes(order.run_dir, attempt)
-        return Outcome("node failure" if unfit else "bad input", last_line(attempt), unfit)
-    if state == "TIMEOUT" or signal.SIGUSR1 in told:
+        return Outcome("node failure" if unfit else "bad input", last_error(attempt), unfit)
+    if by == "time limit":
         return Outcome("out of time", f"save_seconds={order.profile.save_seconds} did not do")
-    if signal.SIGTERM in told or state in ("PREEMPTED", "REQUEUED", "PENDING"):
-        return Outcome("preempted", f"not saved in time; job {attempt.job} is {state}")
+    if by:
+        return Outcome(by, "not saved in time")
     first = said.ends[0] if said.ends else ("", [], f"srun ended with exit code {code}")
     node, tasks, how = first
     heard = {task for _, ended, _ in said.ends for task in ended}
@@ -410,11 +407,20 @@ def explain(
     return Outcome("crash", f"{where}{how}", [node] if node else [])
 
 
-def job_state(job: str) -> str:
-    """Slurm's word for it; empty where it does not answer."""
+def ended_by(told: Sequence[int], attempt: Attempt) -> str:
+    """Who outside the run wants it to end; empty: nobody. A job that Slurm ends is COMPLETING until
+    this process is gone, whether it was cancelled or requeued."""
+    fields: dict[str, str] = {}
     with suppress(SlurmError):
-        return describe_job(job).get("JobState", "")
-    return ""
+        fields = describe_job(attempt.job)
+    state = fields.get("JobState", "")
+    if signal.SIGUSR1 in told or state == "TIMEOUT" or 0 < attempt.ends < time.time():
+        return "time limit"
+    if signal.SIGUSR2 in told:
+        return "SIGUSR2"
+    if fields.get("PreemptTime", "None") != "None" or state in ("PENDING", "PREEMPTED", "REQUEUED"):
+        return "preempted"
+    return "cancelled" if state in ("CANCELLED", "COMPLETING") else ""
 
 
 def silent_nodes(heard: set[int], per_node: int, attempt: Attempt) -> list[str]:
@@ -447,13 +453,14 @@ def blame_stall(stall: str, silent: Sequence[int], order: Order, attempt: Attemp
     return Outcome("stalled", f"{stall}; {told}; stacks in {attempt.logs}", nodes)
 
 
-def last_line(attempt: Attempt) -> str:
-    """What the first rank with anything to say said last."""
+def last_error(attempt: Attempt) -> str:
+    """The last error that a rank told its user of, or else what it said last; in one line."""
     for path in sorted(attempt.logs.glob("rank-*.log")):
         lines = path.read_text(errors="replace").strip().splitlines()
+        lines = [line.strip() for line in lines if not line.startswith("slurmstepd")]
+        errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
         if lines:
-            errors = [line for line in lines if line.startswith("error: ")]
-            return (errors or lines)[-1]
+            return " ".join(lines[errors[-1] if errors else -1 :])
     return ""
 
 
@@ -510,7 +517,7 @@ def requeue(order: Order, exclude: Sequence[str]) -> None:
             new = submit_order(order, dependency=f"afterany:{job}", exclude=exclude)
             print(f"submitted anew as job {new}", flush=True)
             return
-        if job_state(job) != "PENDING":  # Else Slurm has requeued it by itself.
+        if describe_job(job).get("JobState") != "PENDING":  # Else Slurm has done so by itself.
             ask("scontrol", "requeue", job)
     except SlurmError as error:
         print(f"not requeued: {error}", flush=True)

@@ -214,10 +214,9 @@ def listener(*lines: str) -> Listener:
 
 
 def concluded(
-    tmp_path: Path, *lines: str, phase: str | None = "train", told=(), state="RUNNING", code=1
+    tmp_path: Path, *lines: str, phase: str | None = "train", told=(), code=1, **fields: str
 ) -> Outcome:
     attempt = Attempt(1, "17", ["a", "b"], tmp_path, 0)
-    fields = {"JobState": state}
     with (
         mock.patch("launch.supervise.describe_job", lambda job: fields),
         mock.patch("launch.supervise.expand", lambda nodes: [nodes]),
@@ -253,11 +252,19 @@ def test_why_an_attempt_ended(tmp_path) -> None:
         assert (unfit.reason, unfit.nodes) == (reason, nodes)
     assert concluded(tmp_path, phase="done", code=0).reason == "finished"
     assert concluded(tmp_path, phase="diverged").reason == "diverged"
-    assert concluded(tmp_path, phase="stopped", told=[10], code=3).reason == "time limit"
-    assert concluded(tmp_path, phase="stopped", told=[12], code=3).reason == "SIGUSR2"
-    assert concluded(tmp_path, phase="stopped", code=3, state="PENDING").reason == "preempted"
-    assert concluded(tmp_path, phase="train", state="CANCELLED").reason == "cancelled"
-    assert concluded(tmp_path, phase="save", told=[10], state="TIMEOUT").reason == "out of time"
+    for told, fields, reason in (
+        ([10], {}, "time limit"),
+        ([12], {}, "SIGUSR2"),
+        ([15], {"JobState": "COMPLETING", "PreemptTime": "2026-01-02T03:04:05"}, "preempted"),
+        ([15], {"JobState": "PENDING"}, "preempted"),
+        ([15], {"JobState": "COMPLETING", "PreemptTime": "None"}, "cancelled"),
+        ([], {"JobState": "CANCELLED"}, "cancelled"),
+        ([], {"JobState": "RUNNING", "PreemptTime": "None"}, "asked to stop"),
+    ):
+        found = concluded(tmp_path, phase="stopped", told=told, code=3, **fields)
+        assert found.reason == reason, (told, fields)
+    unsaved = concluded(tmp_path, phase="save", told=[10], JobState="COMPLETING")
+    assert unsaved.reason == "out of time"
     assert numbers("[0,3-5]") == [0, 3, 4, 5]
 
 

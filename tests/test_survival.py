@@ -369,7 +369,7 @@ def refuse(run: Run, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [("size=600k", "No space left"), ("ro", "Read-only file system")]
+    ("options", "message"), [("size=600k", "no space left"), ("ro", "Read-only file system")]
 )
 def test_a_folder_that_cannot_be_written(run, options, message) -> None:
     """Of one node, which mounts it for itself."""
