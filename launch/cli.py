@@ -49,7 +49,8 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):  # A terminal without UTF-8 shows marks it lacks as `?`.
             stream.reconfigure(errors="replace")
     # An option with or without a value is more than the library offers.
-    sys.argv[1:] = ["--dry-run=print" if word == "--dry-run" else word for word in sys.argv[1:]]
+    if sys.argv[1:2] == ["launch"]:
+        sys.argv = ["--dry-run=print" if word == "--dry-run" else word for word in sys.argv]
     try:
         app()
     except MegarecurError as error:

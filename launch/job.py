@@ -191,8 +191,8 @@ def expand_sweep(sweep: Sequence[str]) -> list[list[str]]:
             values = yaml.safe_load(f"[{text}]")
         except yaml.YAMLError:
             values = []
-        if not equals or not key or not values:
-            raise ConfigError(f"--sweep {entry}: must be key.sub=value,value")
+        if not equals or not key or not values or len(set(map(str, values))) < len(values):
+            raise ConfigError(f"--sweep {entry}: must be key.sub=value,value, each value once")
         axes.append([f"{key}={v if isinstance(v, str) else json.dumps(v)}" for v in values])
     return [list(point) for point in itertools.product(*axes)]
 
@@ -260,7 +260,10 @@ def write_order(order: Order, config: str, source: Path) -> None:
             target = aside / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        aside.rename(order.code)
+        try:
+            aside.rename(order.code)
+        except FileExistsError:  # Another launch was quicker, with the same code.
+            shutil.rmtree(aside)
     write_aside(order.config, config)
     values: dict[str, Any] = asdict(order) | {"profile": order.profile.model_dump(mode="json")}
     write_aside(folder / ORDER_FILE, json.dumps(values, default=str, indent=1) + "\n")

@@ -49,6 +49,8 @@ def launch_local(config: Config, command: Sequence[str], nproc: int, nodes: int 
         nproc_per_node=nproc,
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
+        # Names of nodes need not be those of hosts, by which torch would decide it.
+        rdzv_configs={} if alone else {"is_host": environ.get("SLURM_NODEID", "0") == "0"},
         local_addr="127.0.0.1" if alone else None,
         run_id=str(os.getpid()) if alone else endpoint,
         max_restarts=0,

@@ -11,7 +11,7 @@ is done about it:
     stalled, node failure                        requeued, without the nodes that are to blame
 
 Slurm requeues by itself when a node goes down. Failures in a row without a newer checkpoint are
-bounded by the profile's `retries`.
+bounded by the profile's `retries`. A crash is a node's fault only if the rank was killed there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from launch.watchdog import Watchdog, ask_for_stacks
 from megarecur.errors import ConfigError
 
 POLL_SECONDS = 0.2
-LAST_WORDS_SECONDS = 30.0
+LAST_WORDS_SECONDS = 45.0
 """What srun may take to end the other ranks, once one has ended badly."""
 EARLY_SECONDS = 75.0
 BAD_INPUT = 2
@@ -93,18 +93,26 @@ def supervise(run_dir: Path) -> int:
     told = note_signals()
     with hold(run_dir, order.profile.start_seconds):
         record.close_lost()
+        if len(record.failures()) > order.profile.retries:
+            print(f"given up: too many ends without a newer checkpoint, see {record.path}")
+            return 1
         nodes = expand(os.environ["SLURM_JOB_NODELIST"])
-        if leave_blamed(order, record.blamed(), nodes):
+        if len(nodes) != order.nodes:
+            raise ConfigError(
+                f"{run_dir}: was launched again, for {order.nodes} nodes, after this job of "
+                f"{len(nodes)}; cancel one of the two jobs"
+            )
+        if leave_blamed(order, record, nodes):
             return 0
         while True:
             attempt = record.begin(nodes)
-            outcome = run_attempt(order, attempt, told)
+            outcome = run_attempt(order, record, attempt, told)
             action = choose(outcome, record, order, attempt, told)
             record.end(attempt, outcome, action)
             if action == "restarted":
                 continue
             if action == "requeued":
-                requeue(order, affordable(order, record.blamed()))
+                return 0 if requeue(order, attempt.ends, affordable(order, record)) else 1
             return FINAL.get(outcome.reason, 1)
 
 
@@ -123,7 +131,7 @@ class Record:
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             with suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
-        return rows
+        return [row for row in rows if isinstance(row, dict)]
 
     def append(self, row: Mapping[str, Any]) -> None:
         """One event, durable when this returns. A line that was cut short is ended first."""
@@ -142,34 +150,46 @@ class Record:
         number = 1 + sum(row["event"] == "start" for row in self.rows())
         name = f"logs/attempt-{number:03}"
         (self.run_dir / name).mkdir(parents=True, exist_ok=True)
-        job, step = os.environ["SLURM_JOB_ID"], newest_step(self.run_dir)
+        step = newest_step(self.run_dir)
         self.append(
-            {"event": "start", "attempt": number, "job": job, "time": time.time(), "nodes": nodes,
-             "batch_node": os.environ.get("SLURMD_NODENAME"), "step": step, "logs": name}
+            {"event": "start", "attempt": number, "job": os.environ["SLURM_JOB_ID"],
+             "time": time.time(), "nodes": nodes, "step": step, "logs": name,
+             "batch_node": os.environ.get("SLURMD_NODENAME")}
         )  # fmt: skip
+        job = own_job()
         return Attempt(number, job, nodes, self.run_dir / name, step, end_of(job))
+
+    def told(self, attempt: Attempt) -> None:
+        """Slurm wants the job to end; there may be no time to say more."""
+        self.append({"event": "told", "attempt": attempt.number, "time": time.time()})
 
     def end(self, attempt: Attempt, outcome: Outcome, action: str) -> None:
         """Say how an attempt ended, and what is done about it."""
         self.append(
             {"event": "end", "attempt": attempt.number, "time": time.time(),
              "began": attempt.began, "step": newest_step(self.run_dir),
-             "reached": step_reached(self.run_dir),
+             "reached": step_reached(self.run_dir, attempt.started),
              "reason": outcome.reason, "detail": outcome.detail, "nodes": outcome.nodes,
              "action": action}
         )  # fmt: skip
         print(f"attempt {attempt.number}: {outcome.reason}: {outcome.detail}; {action}", flush=True)
 
     def close_lost(self) -> None:
-        """End attempts that ended without a word: their batch node went away."""
+        """End attempts that ended without a word: their batch node went away, or Slurm killed the
+        job before this process could say more."""
         rows = self.rows()
         ended = {row["attempt"] for row in rows if row["event"] == "end"}
+        told = {row["attempt"] for row in rows if row["event"] == "told"}
         for row in [r for r in rows if r["event"] == "start" and r["attempt"] not in ended]:
             node = row["batch_node"]
             outcome = Outcome(
                 "node failure", f"ended without a word: {node}, its batch node, went away", [node]
             )
-            lost = Attempt(row["attempt"], row["job"], row["nodes"], Path(), row["step"])
+            if row["attempt"] in told:
+                outcome = Outcome("preempted", "killed by Slurm before it could say more")
+            lost = Attempt(
+                row["attempt"], row["job"], row["nodes"], Path(), row["step"], started=row["time"]
+            )
             self.end(lost, outcome, "requeued")
 
     def ends(self) -> list[dict[str, Any]]:
@@ -193,10 +213,10 @@ def newest_step(run_dir: Path) -> int:
     return newest.step if newest else 0
 
 
-def step_reached(run_dir: Path) -> int:
-    """Optimizer steps done, by the run's last word."""
+def step_reached(run_dir: Path, since: float) -> int | None:
+    """Optimizer steps done, by the run's last word; None where it has said nothing since."""
     beat = read_beat(run_dir)
-    return beat.step if beat else 0
+    return beat.step if beat and beat.time > since else None
 
 
 @contextmanager
@@ -242,7 +262,7 @@ def note_signals() -> list[int]:
     return told
 
 
-def run_attempt(order: Order, attempt: Attempt, told: list[int]) -> Outcome:
+def run_attempt(order: Order, record: Record, attempt: Attempt, told: list[int]) -> Outcome:
     """Start the run and stay until it has ended, however that may be."""
     beat_before = read_beat(order.run_dir)
     process = subprocess.Popen(
@@ -255,18 +275,26 @@ def run_attempt(order: Order, attempt: Attempt, told: list[int]) -> Outcome:
     )
     said = Listener(process)
     watchdog = Watchdog(order.profile, lambda: read_beat(order.run_dir))
-    forwarded, failed_at, stall = 0, 0.0, ""
+    forwarded, noted, failed_at = 0, False, 0.0
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
-        if forwarded < len(told) and is_time(told[forwarded], attempt, order):
+        if any(is_time(number, attempt, order) for number in told[forwarded:]):
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGUSR1)
-            forwarded += 1
+            forwarded = len(told)
+        if signal.SIGTERM in told and not noted:
+            record.told(attempt)
+            noted = True
         if said.failed() and not failed_at:
             failed_at = time.monotonic()
         if failed_at and time.monotonic() - failed_at > LAST_WORDS_SECONDS:
             end_step(attempt, process)
+        elif 0 < attempt.ends - order.profile.save_seconds / 4 < time.time():
+            end_step(attempt, process)  # Before Slurm ends this process too.
         elif not failed_at and (stall := watchdog.stalled()):
+            if watchdog.over:
+                end_step(attempt, process)
+                continue
             silent = ask_for_stacks(attempt, order.world)
             end_step(attempt, process)
             said.join()
@@ -282,6 +310,12 @@ def is_time(number: int, attempt: Attempt, order: Order) -> bool:
     early; until then the run may go on."""
     early = attempt.ends - time.time() - order.profile.save_seconds
     return number != signal.SIGUSR1 or not 0.0 < early < EARLY_SECONDS
+
+
+def own_job() -> str:
+    """This job, as commands take it: one task of an array must not mean the whole array."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
 
 
 def end_of(job: str) -> float:
@@ -311,7 +345,6 @@ class Listener:
         """(node, tasks, how) of each end that was not 0."""
         self.lost_nodes: list[str] = []
         """As Slurm writes lists."""
-        self.lines: list[str] = []
         self.thread = threading.Thread(target=self.listen, args=(process,), daemon=True)
         self.thread.start()
 
@@ -321,7 +354,6 @@ class Listener:
         for line in process.stderr:
             sys.stderr.write(line)
             sys.stderr.flush()
-            self.lines.append(line.strip())
             text = line.removeprefix("srun: ").removeprefix("error: ").strip()
             if found := NODE_FAILED.search(text):
                 self.lost_nodes.append(found[1])
@@ -360,7 +392,7 @@ def end_step(attempt: Attempt, process: subprocess.Popen[str]) -> None:
 def step_of(job: str) -> str:
     """The job's newest step: the one of srun."""
     steps = ask("squeue", "--noheader", "--steps", "--jobs", job, "--format=%i").split()
-    ids = [step for step in steps if step.rpartition(".")[2].isdigit()]
+    ids = [s for s in steps if s.startswith(f"{job}.") and s.rpartition(".")[2].isdigit()]
     return max(ids, key=lambda step: int(step.rpartition(".")[2]), default=f"{job}.0")
 
 
@@ -382,16 +414,17 @@ def explain(
     if phase == "done":
         return Outcome("finished")
     if said.lost_nodes:
-        nodes = list(dict.fromkeys(node for lost in said.lost_nodes for node in expand(lost)))
+        nodes = [node for node in attempt.nodes if node in named(said.lost_nodes)]
         return Outcome("node failure", f"Slurm lost {', '.join(nodes)}", nodes)
     by = ended_by(told, attempt)
     if phase == "stopped":
         return Outcome(by or "asked to stop", f"saved at step {newest_step(order.run_dir)}")
     if phase == "diverged":
         return Outcome("diverged", "an alarm ended the run")
-    if any(f"exit code {BAD_INPUT}" in how for _, _, how in said.ends):
+    error = last_error(attempt)
+    if error and any(f"exit code {BAD_INPUT}" in how for _, _, how in said.ends):
         unfit = unfit_nodes(order.run_dir, attempt)
-        return Outcome("node failure" if unfit else "bad input", last_error(attempt), unfit)
+        return Outcome("node failure" if unfit else "bad input", error, unfit)
     if by == "time limit":
         return Outcome("out of time", f"save_seconds={order.profile.save_seconds} did not do")
     if by:
@@ -404,7 +437,8 @@ def explain(
     if silent:
         detail = f"{where}{how}; nothing was heard of {', '.join(silent)}"
         return Outcome("node failure", detail, silent)
-    return Outcome("crash", f"{where}{how}", [node] if node else [])
+    # Killed from outside, it may be the node's fault; a program that fails does so anywhere.
+    return Outcome("crash", f"{where}{how}", [node] if node and "exit code" not in how else [])
 
 
 def ended_by(told: Sequence[int], attempt: Attempt) -> str:
@@ -448,20 +482,29 @@ def blame_stall(stall: str, silent: Sequence[int], order: Order, attempt: Attemp
     per_node = order.processes_per_node
     named = [f"{rank} on {attempt.nodes[rank // per_node]}" for rank in silent]
     nodes = silent_nodes(set(range(order.world)) - set(silent), per_node, attempt)
-    nodes = nodes if len(nodes) < len(attempt.nodes) else []
+    if 2 * len(nodes) > len(attempt.nodes):  # So many do not break at once.
+        nodes = []
     told = f"silent: rank {', '.join(named)}" if named else "every rank answered"
     return Outcome("stalled", f"{stall}; {told}; stacks in {attempt.logs}", nodes)
 
 
 def last_error(attempt: Attempt) -> str:
-    """The last error that a rank told its user of, or else what it said last; in one line."""
+    """The last error that a rank told its user of, in one line; empty if there is none."""
     for path in sorted(attempt.logs.glob("rank-*.log")):
         lines = path.read_text(errors="replace").strip().splitlines()
         lines = [line.strip() for line in lines if not line.startswith("slurmstepd")]
         errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
-        if lines:
-            return " ".join(lines[errors[-1] if errors else -1 :])
+        if errors:
+            return " ".join(lines[errors[-1] :])
     return ""
+
+
+def named(lists: Sequence[str]) -> set[str]:
+    """The nodes in lists as Slurm writes them; those lists themselves if it does not answer."""
+    try:
+        return {node for nodes in lists for node in expand(nodes)}
+    except SlurmError:
+        return {node for nodes in lists for node in nodes.split(",")}
 
 
 # --------------------------------------------------------------------------------------- actions
@@ -482,9 +525,9 @@ def choose(
         outcome.detail += f"; {len(before) + 1} times in a row without a newer checkpoint"
         return "given up"
     if outcome.reason in ("crash", "stalled"):
-        reached = step_reached(order.run_dir)
+        reached = step_reached(order.run_dir, attempt.started)
         last = next((row for row in record.ends() if row["reason"] not in OUTSIDE), {})
-        if last.get("reason") == outcome.reason and last["reached"] == reached:
+        if reached is not None and last.get("reached") == reached:
             outcome.detail += f"; step {reached + 1} has failed twice"
             if order.profile.skip_failing_step:
                 skip_step(order.run_dir, reached)
@@ -505,46 +548,76 @@ def skip_step(run_dir: Path, step: int) -> None:
     aside.rename(path)
 
 
-def requeue(order: Order, exclude: Sequence[str]) -> None:
-    """Hand the job back to Slurm, or submit it anew where that is not allowed.
+def requeue(order: Order, ends: float, exclude: Sequence[str]) -> bool:
+    """Hand the job back to Slurm, or submit it anew where that is not allowed; False: it could not
+    be, until shortly before the job's end.
 
     Slurm ends this process when it requeues; until then it can still name nodes to leave out.
     """
-    job = os.environ["SLURM_JOB_ID"]
+    job, until = own_job(), max(ends, time.time() + 60.0) - 2.0
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        if not order.profile.requeue:
-            new = submit_order(order, dependency=f"afterany:{job}", exclude=exclude)
-            print(f"submitted anew as job {new}", flush=True)
-            return
-        if describe_job(job).get("JobState") != "PENDING":  # Else Slurm has done so by itself.
-            ask("scontrol", "requeue", job)
-    except SlurmError as error:
-        print(f"not requeued: {error}", flush=True)
+    while True:
+        try:
+            if not order.profile.requeue:
+                forget_job()
+                new = submit_order(order, dependency=f"afterany:{job}", exclude=exclude)
+                print(f"submitted anew as job {new}", flush=True)
+                return True
+            state = describe_job(job).get("JobState")
+            if state == "CANCELLED":
+                return False
+            if state != "PENDING":  # Else Slurm has done so by itself.
+                ask("scontrol", "requeue", job)
+            break
+        except SlurmError as error:
+            print(f"not requeued yet: {error}", flush=True)
+            if time.time() > until:
+                return False
+            time.sleep(5.0)
+    everyone = [*named(order.profile.exclude), *exclude]
     for _ in range(50 if exclude else 0):
         try:
-            ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}")
-            return
+            ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(everyone)}")
+            break
         except SlurmError:
             time.sleep(0.2)
-
-
-def leave_blamed(order: Order, blamed: Sequence[str], nodes: Sequence[str]) -> bool:
-    """Requeue at once where Slurm gave the job a node again that it is better off without: Slurm
-    requeues by itself when a node fails, and does not ask."""
-    exclude = affordable(order, blamed)
-    known = describe_job(os.environ["SLURM_JOB_ID"]).get("ExcNodeList", "(null)")
-    if not set(exclude) & set(nodes) or known != "(null)" or not order.profile.requeue:
-        return False
-    print(f"requeued at once, to leave out {', '.join(exclude)}", flush=True)
-    requeue(order, exclude)
     return True
 
 
-def affordable(order: Order, blamed: Sequence[str]) -> list[str]:
+def forget_job() -> None:
+    """Leave nothing of this job's in the environment, which sbatch hands to the next."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_"))]:
+        if name != "SLURM_CONF":
+            del os.environ[name]
+
+
+def leave_blamed(order: Order, record: Record, nodes: Sequence[str]) -> bool:
+    """Requeue at once where Slurm gave the job a node again that it is better off without: Slurm
+    requeues by itself when a node fails, and does not ask. Once: what has no effect is not tried
+    again."""
+    exclude = affordable(order, record)
+    rows = record.rows()
+    if not set(exclude) & set(nodes) or not order.profile.requeue or rows[-1]["event"] == "moved":
+        return False
+    record.append({"event": "moved", "time": time.time(), "exclude": exclude})
+    print(f"requeued at once, to leave out {', '.join(exclude)}", flush=True)
+    return requeue(order, 0.0, exclude)
+
+
+def affordable(order: Order, record: Record) -> list[str]:
     """Those of the blamed nodes that can be left out: the newest first, while enough are left."""
+    blamed = record.blamed()
+    if not blamed:
+        return []
     partition = os.environ.get("SLURM_JOB_PARTITION", "")
-    listed = ask("sinfo", "--noheader", "--Node", "--partition", partition, "--format=%N")
-    there = set(listed.split()) - set(order.profile.exclude)
+    states = "--states=idle,mixed,allocated,completing"
+    try:
+        listed = ask("sinfo", "-h", "--Node", f"--partition={partition}", states, "--format=%N")
+    except SlurmError:
+        return []
+    profile = order.profile
+    there = set(listed.split()) - named(profile.exclude)
     spare = len(there) - order.nodes
-    return [node for node in blamed if node in there][: max(spare, 0)]
+    if profile.constraint or profile.gpu_type or profile.options:  # Not all of them will do.
+        spare = min(spare, max(1, order.nodes // 4))
+    return blamed[: max(spare, 0)]

@@ -9,15 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.folder import Beat
+from launch.folder import OVER, Beat
 from launch.profile import Profile
 from launch.slurm import SlurmError, ask
 
 if TYPE_CHECKING:
     from launch.supervise import Attempt
 
-STACK_SECONDS = 5.0
-"""What a rank may take to write its stacks."""
+STACK_SECONDS = 15.0
+"""What a rank may take to write its stacks, and a network's file system to show them."""
+LEAVING_SECONDS = 60.0
+"""What processes may take to end, once the run is over."""
 
 
 class Watchdog:
@@ -55,8 +57,15 @@ class Watchdog:
         where = f"at step {self.last.step} ({self.last.phase})" if self.last else "at the start"
         return f"no sign of life for {waited:.0f} s {where if self.started else 'at the start'}"
 
+    @property
+    def over(self) -> bool:
+        """Whether the run has said its last word."""
+        return self.started and self.last is not None and self.last.phase in OVER
+
     def limit(self) -> float:
         """Seconds that the present phase may be silent for."""
+        if self.over:
+            return LEAVING_SECONDS
         training = self.started and self.last is not None and self.last.phase == "train"
         if not training or len(self.paces) < 3:
             return self.profile.start_seconds
@@ -80,9 +89,9 @@ def ask_for_stacks(attempt: Attempt, num_tasks: int) -> list[int]:
 
 def without_stacks(logs: Path, num_tasks: int) -> list[int]:
     """Ranks that have written no stacks."""
-    written = {
+    written = {  # Read, not asked for their sizes: those may be old on a network's file system.
         int(path.stem.removeprefix("stacks-"))
         for path in logs.glob("stacks-*.txt")
-        if path.stat().st_size
+        if path.read_bytes()
     }
     return [rank for rank in range(num_tasks) if rank not in written]

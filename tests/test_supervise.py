@@ -20,7 +20,22 @@ from launch.folder import Beat
 from launch.job import Order, expand_sweep, read_order, script_of
 from launch.profile import Profile, load_profile, seconds_of
 from launch.script import Job, render
-from launch.supervise import Attempt, Listener, Outcome, Record, choose, explain, hold, numbers
+from launch.slurm import SlurmError
+from launch.supervise import (
+    Attempt,
+    Listener,
+    Outcome,
+    Record,
+    affordable,
+    choose,
+    explain,
+    hold,
+    leave_blamed,
+    numbers,
+    own_job,
+    requeue,
+    step_of,
+)
 from launch.watchdog import Watchdog, without_stacks
 from megarecur.config.load import to_yaml
 from megarecur.errors import ConfigError, MegarecurError
@@ -57,6 +72,7 @@ def test_a_script_is_a_pure_function_of_job_and_profile() -> None:
         "#SBATCH --account=lab",
         "#SBATCH --exclude=bad1,bad2",
         "#SBATCH --dependency=afterany:1",
+        "#SBATCH --kill-on-invalid-dep=yes",
         "#SBATCH --signal=B:USR1@180",
         "#SBATCH --open-mode=append",
         "#SBATCH --output=/runs/tiny/logs/slurm-%j.log",
@@ -281,7 +297,7 @@ class History:
         attempt = Attempt(len(self.record.rows()) // 2 + 1, "17", ["a", "b"], self.folder, step)
         self.record.append({"event": "start", "attempt": attempt.number, "step": step})
         (self.folder / f"checkpoints/step-{checkpoint:08d}").mkdir(parents=True, exist_ok=True)
-        beat = {"time": 0.0, "step": reached, "phase": "train"}
+        beat = {"time": time.time() + 60.0, "step": reached, "phase": "train"}
         (self.folder / "heartbeat.json").write_text(json.dumps(beat))
         self.outcome = Outcome(reason, "", list(nodes))
         action = choose(self.outcome, self.record, self.order, attempt, told)
@@ -323,12 +339,85 @@ def test_a_step_that_fails_twice_is_told_and_left_out(tmp_path) -> None:
 def test_an_attempt_that_ended_without_a_word_is_put_down_to_its_batch_node(tmp_path) -> None:
     record = Record(tmp_path)
     start = {"event": "start", "attempt": 1, "job": "17", "nodes": ["a"], "batch_node": "a"}
-    record.append(start | {"step": 0})
+    record.append(start | {"step": 0, "time": 1.0})
     with record.path.open("a") as file:
         file.write('{"event": "en')  # A power cut.
     record.close_lost()
     (end,) = record.ends()
     assert (end["attempt"], end["reason"], end["nodes"]) == (1, "node failure", ["a"])
+
+
+def test_an_attempt_that_slurm_killed_is_not_put_down_to_a_node(tmp_path) -> None:
+    record = Record(tmp_path)
+    start = {"event": "start", "attempt": 1, "job": "17", "nodes": ["a"], "batch_node": "a"}
+    record.append(start | {"step": 0, "time": 1.0})
+    record.told(Attempt(1, "17", ["a"], tmp_path, 0))
+    record.close_lost()
+    assert [(row["reason"], row["nodes"]) for row in record.ends()] == [("preempted", [])]
+    assert not record.failures() and not record.blamed()
+
+
+def slurm_says(answers: dict[str, str]) -> Any:
+    """In place of `ask`: answers by the first word, and what was asked."""
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*command: str, **_: Any) -> str:
+        asked.append(command)
+        if command[0] == "sinfo" and "sinfo" not in answers:
+            raise SlurmError("sinfo: no answer")
+        return answers.get(" ".join(command[:2]), answers.get(command[0], ""))
+
+    return mock.patch.multiple("launch.supervise", ask=ask), asked
+
+
+ARRAY = {"SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "18", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+def test_a_run_of_a_sweep_leaves_its_sisters_alone(tmp_path) -> None:
+    """One task of an array has the array's own number."""
+    patch, asked = slurm_says({"squeue": "18_1.4\n18_3.0\n18_3.1\n18_3.batch\n"})
+    fields = {"JobState": "RUNNING"}
+    with (
+        patch,
+        mock.patch.dict(os.environ, ARRAY),
+        mock.patch("launch.supervise.describe_job", lambda job: fields),
+        mock.patch("launch.supervise.expand", lambda nodes: [nodes]),
+        mock.patch("signal.signal"),
+    ):
+        assert step_of(own_job()) == "18_3.1"
+        assert requeue(make_order(tmp_path, exclude=("c",)), 0.0, ["b"])
+    assert ("scontrol", "requeue", "18_3") in asked
+    assert asked[-1] == ("scontrol", "update", "JobId=18_3", "ExcNodeList=c,b")
+    fields["JobState"] = "CANCELLED"
+    with (
+        patch,
+        mock.patch.dict(os.environ, ARRAY),
+        mock.patch("launch.supervise.describe_job", lambda job: fields),
+        mock.patch("signal.signal"),
+    ):
+        assert not requeue(make_order(tmp_path), 0.0, [])
+
+
+def test_nodes_are_left_out_while_enough_are_left(tmp_path) -> None:
+    record, order = Record(tmp_path), make_order(tmp_path)
+    assert affordable(order, record) == [], "nobody is asked where nobody is blamed"
+    for number, node in enumerate("cba"):
+        lost = Attempt(number, "17", ["a", "b"], tmp_path, 0)
+        record.end(lost, Outcome("node failure", "", [node]), "requeued")
+    for listed, left_out in (
+        ("a b c d", ["a", "b"]),
+        ("a b", []),
+        ("a b c d e f", ["a", "b", "c"]),
+    ):
+        patch, _ = slurm_says({"sinfo": listed})
+        with patch, mock.patch("launch.supervise.expand", str.split):
+            assert affordable(order, record) == left_out
+    with slurm_says({})[0]:
+        assert affordable(order, record) == [], "a controller that does not answer"
+    with slurm_says({"sinfo": "a b c d"})[0], mock.patch("launch.supervise.requeue") as again:
+        assert leave_blamed(order, record, ["a", "d"])
+        assert not leave_blamed(order, record, ["a", "d"]), "once"
+    assert again.call_count == 1
 
 
 def test_one_job_at_a_time_holds_a_run(tmp_path) -> None:

@@ -74,7 +74,9 @@ def write_stacks_on_demand() -> None:
         faulthandler.register(signal.SIGQUIT)
         return
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
-    file = open(Path(folder) / f"stacks-{rank}.txt", "w")  # noqa: SIM115 - as long as the process
+    path = Path(folder) / f"stacks-{rank}.txt"
+    # Seen by other machines at once, also on a network's file system.
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_SYNC)
     faulthandler.register(signal.SIGQUIT, file=file)
 
 

@@ -166,6 +166,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             save(saver, config, data, engine, schedules, state, report, last=True)
         saver.finish()
         report.beat(state.step, "stopped")
+        mesh.max_over_world(0)  # Its word is there before the first process leaves.
         report.finish(
             f"saved at step {state.step} and stopped by signal {number}; "
             "the same command goes on from there"
