@@ -442,8 +442,7 @@ def explain(
 
 
 def ended_by(told: Sequence[int], attempt: Attempt) -> str:
-    """Who outside the run wants it to end; empty: nobody. A job that Slurm ends is COMPLETING until
-    this process is gone, whether it was cancelled or requeued."""
+    """Who outside the run wants it to end; empty: nobody."""
     fields: dict[str, str] = {}
     with suppress(SlurmError):
         fields = describe_job(attempt.job)
@@ -452,9 +451,17 @@ def ended_by(told: Sequence[int], attempt: Attempt) -> str:
         return "time limit"
     if signal.SIGUSR2 in told:
         return "SIGUSR2"
-    if fields.get("PreemptTime", "None") != "None" or state in ("PENDING", "PREEMPTED", "REQUEUED"):
+    preempted = fields.get("PreemptTime", "None") != "None" or state == "PREEMPTED"
+    if preempted or is_requeued(fields):
         return "preempted"
     return "cancelled" if state in ("CANCELLED", "COMPLETING") else ""
+
+
+def is_requeued(fields: Mapping[str, str]) -> bool:
+    """Whether Slurm has put this job back into the queue. Until this process is gone it is called
+    COMPLETING, as a cancelled one is, but its restarts are counted."""
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return int(fields.get("Restarts", "0")) > restarts or fields.get("JobState") == "PENDING"
 
 
 def silent_nodes(heard: set[int], per_node: int, attempt: Attempt) -> list[str]:
@@ -563,10 +570,10 @@ def requeue(order: Order, ends: float, exclude: Sequence[str]) -> bool:
                 new = submit_order(order, dependency=f"afterany:{job}", exclude=exclude)
                 print(f"submitted anew as job {new}", flush=True)
                 return True
-            state = describe_job(job).get("JobState")
-            if state == "CANCELLED":
+            fields = describe_job(job)
+            if fields.get("JobState") == "CANCELLED":
                 return False
-            if state != "PENDING":  # Else Slurm has done so by itself.
+            if not is_requeued(fields):  # As Slurm does by itself when a node fails.
                 ask("scontrol", "requeue", job)
             break
         except SlurmError as error:

@@ -273,7 +273,8 @@ def test_why_an_attempt_ended(tmp_path) -> None:
         ([12], {}, "SIGUSR2"),
         ([15], {"JobState": "COMPLETING", "PreemptTime": "2026-01-02T03:04:05"}, "preempted"),
         ([15], {"JobState": "PENDING"}, "preempted"),
-        ([15], {"JobState": "COMPLETING", "PreemptTime": "None"}, "cancelled"),
+        ([15], {"JobState": "COMPLETING", "Restarts": "1"}, "preempted"),
+        ([15], {"JobState": "COMPLETING", "Restarts": "0", "PreemptTime": "None"}, "cancelled"),
         ([], {"JobState": "CANCELLED"}, "cancelled"),
         ([], {"JobState": "RUNNING", "PreemptTime": "None"}, "asked to stop"),
     ):
