@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megarecur.parallel.mesh import Mesh
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STDERR = 2
 FAILED = 1 << 16
 """Above every signal: this rank cannot go on, and nothing is worth saving."""
 
@@ -71,7 +72,7 @@ def write_stacks_on_demand() -> None:
     MEGARECUR_STACKS names, as stacks-RANK.txt, or to stderr."""
     folder = os.environ.get("MEGARECUR_STACKS")
     if folder is None:
-        faulthandler.register(signal.SIGQUIT)
+        faulthandler.register(signal.SIGQUIT, file=STDERR)
         return
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
     path = Path(folder) / f"stacks-{rank}.txt"
