@@ -364,8 +364,9 @@ def refuse(run: Run, message: str) -> None:
     last = run.rows("end")[-1]
     assert (last["reason"], last["action"]) == ("bad input", "stopped"), run.explain()
     assert message in last["detail"], run.explain()
-    logs = [path.read_text() for path in (run.path / "logs").rglob("rank-*.log")]
-    assert not any("Traceback" in text for text in logs)
+    logs = run.path / run.rows("start")[-1]["logs"]
+    texts = [path.read_text() for path in logs.glob("rank-*.log")]
+    assert texts and not any("Traceback" in text for text in texts)
 
 
 @pytest.mark.parametrize(
