@@ -52,12 +52,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Slurm cluster for tests marked by `on_cluster`; commands and jobs find it, and `megarecur`.
 
-    Where it cannot be made, tests skip; with CI set they fail.
+    Where it cannot be made, tests skip and say what is missing.
     """
     try:
         cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     except NoCluster as error:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Slurm cluster: {error}")
+        pytest.skip(f"no Slurm cluster: {error}")
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
             patch.delenv(name)  # Of a job that these tests run in.
