@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from platform import node
 from typing import Any
 
 from megarecur.errors import DataError
@@ -15,7 +16,7 @@ from megarecur.errors import DataError
 @contextmanager
 def publish(path: Path) -> Iterator[Any]:
     """Write a file aside; give it its name when it is complete and on disk."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f"{path.name}.{node()}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:
             yield file

@@ -46,6 +46,8 @@ class HubShard:
     """Bytes as it lies there, or a guess."""
     digest: str
     """Identity of its content."""
+    file: str | None = None
+    """The local file that it is made of, where that is one."""
 
     @property
     def name(self) -> str:
@@ -99,10 +101,22 @@ def find_shards(entry: str) -> list[HubShard]:
         HubShard(
             path, config, chosen, revision, i, num_shards,
             size=os.path.getsize(files[i]) if local else guess,
-            digest=xxhash.xxh64_hexdigest(json.dumps([config, identity]).encode()),
+            digest=_digest(config, identity),
+            file=files[i] if local else None,
         )
         for i, identity in enumerate(identities)
     ]  # fmt: skip
+
+
+def digest_again(shard: HubShard) -> str:
+    """The identity of what a shard is made of now.
+
+    It is compared for local files that are a shard each. A remote one is read at the commit that
+    was found; for others the identity is the one that was found.
+    """
+    if shard.file is None:
+        return shard.digest
+    return _digest(shard.config, _identify(shard.file, ()))
 
 
 def read_shard(shard: HubShard, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -141,6 +155,10 @@ def _parse(entry: str) -> tuple[str, str | None, str | None]:
     if not path or (rest.endswith(("@", ":")) and not os.path.exists(rest)):
         raise DataError(f"{entry}: names no dataset; give {SYNTAX}")
     return os.path.abspath(path) if os.path.exists(path) else path, config or None, split or None
+
+
+def _digest(config: str | None, identity: Any) -> str:
+    return xxhash.xxh64_hexdigest(json.dumps([config, identity]).encode())
 
 
 def _identify(file: str, origin: Sequence[Any]) -> Any:

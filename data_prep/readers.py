@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from data_prep.hub import PREFIX, HubShard, find_shards, read_shard
+from data_prep.hub import PREFIX, HubShard, digest_again, find_shards, read_shard
 from data_prep.tables import (
     BINARY_SUFFIXES,
     CSV_DELIMITERS,
@@ -151,6 +151,11 @@ def size_of(source: Source) -> int:
 def hash_of(source: Source) -> str:
     """The identity of a source's content: for a file, its xxh64."""
     return source.digest if isinstance(source, HubShard) else hash_file(source)
+
+
+def hash_again(source: Source) -> str:
+    """The same, from the bytes as they are now: a shard of a dataset knows what it was found as."""
+    return digest_again(source) if isinstance(source, HubShard) else hash_file(source)
 
 
 def _plain_suffix(path: Path) -> str:

@@ -10,6 +10,8 @@ that was interrupted (also by SIGKILL) goes on where it was:
               corpus, hence the same for any number of workers
     assemble  one stream of tokens per split, parts in file order, written as MDS shards
 
+The same phases are done by the tasks of job arrays in `data_prep/array.py`.
+
 Peak disk use beside the result: the text, compressed by about 2.5, and the tokens once more.
 """
 
@@ -19,30 +21,23 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
 
-from data_prep.duplicates import NUM_HASHES, check_library, find_near_duplicates, signature
+from data_prep.duplicates import NUM_HASHES, find_near_duplicates, signature
 from data_prep.files import explain_os_errors, publish, sync
-from data_prep.hub import HubShard
+from data_prep.plan import Plan, Request, make_plan
 from data_prep.progress import ProgressReport, report_phase
-from data_prep.readers import (
-    WHOLE_FILES,
-    Reading,
-    Source,
-    find_sources,
-    hash_of,
-    read_documents,
-    size_of,
-)
+from data_prep.readers import WHOLE_FILES, Reading, Source, hash_again, read_documents
 from data_prep.workers import Workers
 from megarecur.data.corpus import (
     CHUNK_TOKENS,
@@ -55,51 +50,8 @@ from megarecur.data.corpus import (
 from megarecur.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from megarecur.errors import DataError
 
-SMALLEST_PART, LARGEST_PART = 1 << 18, 1 << 22
 SHARD_BYTES = 1 << 26
-SPLITS = ("train", "val")
 DROPPED, TRAIN, VAL = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is made of what."""
-
-    sources: Sequence[Source]
-    names: Sequence[str]
-    """Of the sources, whatever folder they lie in."""
-    sizes: Sequence[int]
-    hashes: Sequence[str]
-    """xxh64 of each source as it lies on disk, or what stands for it."""
-    reading: Reading
-    tokenizer: Tokenizer
-    val_fraction: float
-    deduplicate: bool
-    near_duplicates: float
-    part_bytes: int
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The corpora to make."""
-        return SPLITS if self.val_fraction else SPLITS[:1]
-
-    @property
-    def preparation(self) -> str:
-        """The identity of the result: a hash of all that it depends on."""
-        recipe = {
-            "version": MANIFEST_VERSION,
-            "sources": list(zip(self.names, self.hashes, strict=True)),
-            "tokenizer": self.tokenizer.fingerprint,
-            "val_fraction": self.val_fraction,
-            "deduplicate": self.deduplicate,
-            **asdict(replace(self.reading, exclude=())),
-        }
-        # Later options count where they are used: without them, what is there stays as it was.
-        if not recipe["template"]:
-            del recipe["template"]
-        if self.near_duplicates:
-            recipe["near_duplicates"] = self.near_duplicates
-        return xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -113,6 +65,8 @@ class ReadTask:
     part_bytes: int
     signatures: bool
     """Also keep what near-duplicates are found by."""
+    hashes: tuple[str, ...] = ()
+    """That the files must have when they have been read; none: they were hashed just now."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +83,18 @@ class PartTask:
     """uint8 per document: DROPPED, TRAIN or VAL."""
     target: Path
     tokenizer: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of the documents; the fate of each is in `fates.npy`."""
+
+    removed: dict[str, int]
+    """Documents, by reason."""
+    documents: list[int]
+    """Of each task of the first phase."""
+    parts: list[list[int]]
+    """Bytes of text of each part of each task of the first phase."""
 
 
 def prepare_shards(
@@ -166,93 +132,99 @@ def prepare_shards(
         DataError: an input cannot be read, nothing is left to write, the output cannot be written
             (or the disk is full), or OUT already holds something else.
     """
-    if not 0 <= val_fraction < 1:
-        raise DataError(f"val_fraction={val_fraction} must be at least 0 and below 1")
-    if not 0 <= near_duplicates < 1:
-        raise DataError(f"near_duplicates={near_duplicates} must be at least 0 and below 1")
-    if near_duplicates:
-        check_library()
+    inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
+    request = Request(
+        tuple(map(str, inputs)), str(tokenizer), reading, val_fraction, deduplicate,
+        near_duplicates, part_bytes,
+    )  # fmt: skip
     if workers < 0:
         raise DataError(f"workers={workers} must be at least 1, or 0 for one per core")
     out = Path(out)
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     with explain_os_errors(partial, "what is finished is kept"):
         model = load_tokenizer(tokenizer)
-        plan = _plan(inputs, reading, model, val_fraction, deduplicate, near_duplicates, part_bytes)
-        if out.exists() and not out.is_dir():
-            raise DataError(f"{out}: is a file; choose another output folder")
-        if all(_is_prepared(out / split, plan) for split in plan.splits):
+        plan = make_plan(request, model)
+        if is_prepared(out, plan):
             shutil.rmtree(partial, ignore_errors=True)
         else:
             number = workers or len(os.sched_getaffinity(0))
-            with _only_one(partial), Workers(number, progress) as pool:
-                _resume_or_restart(partial, plan)
-                _prepare(plan, out, partial, _copy_tokenizer(tokenizer, model, partial), pool)
+            with hold(partial), Workers(number, progress) as pool:
+                resume_or_restart(partial, plan)
+                _prepare(plan, out, partial, copy_tokenizer(tokenizer, model, partial), pool)
     return {split: read_manifest(out / split) for split in plan.splits}
-
-
-def _plan(
-    inputs: Sequence[str | Path],
-    reading: Reading,
-    tokenizer: Tokenizer,
-    val_fraction: float,
-    deduplicate: bool,
-    near_duplicates: float,
-    part_bytes: int,
-) -> Plan:
-    """Look at the inputs.
-
-    They are read once more than needed, to be sure that finished work is of these very bytes:
-    names, sizes and times can all be those of other bytes. It costs a hundredth of tokenising them.
-    """
-    sources = find_sources(inputs, reading.exclude)
-    with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(hash_of, sources))
-    sizes = [size_of(source) for source in sources]
-    part_bytes = part_bytes or min(max(sum(sizes) // 64, SMALLEST_PART), LARGEST_PART)
-    return Plan(
-        sources, _names(sources), sizes, hashes, reading, tokenizer, val_fraction,
-        deduplicate, near_duplicates, part_bytes,
-    )  # fmt: skip
 
 
 def _prepare(plan: Plan, out: Path, partial: Path, tokenizer_file: str, pool: Workers) -> None:
     """Do the three phases, or what is left of them."""
-    groups = list(_group_small(plan.sources, plan.sizes, plan.part_bytes))
-    read = [
-        ReadTask(
-            tuple(group),
-            partial / f"read-{i:06}",
-            plan.reading,
-            plan.part_bytes,
-            signatures=plan.near_duplicates > 0,
+    read, read_sizes = read_tasks(plan, partial)
+    pool.run("read", read_sources, read, ".npz", read_sizes)
+    decision = decide_once(plan, partial, read)
+    parts, part_sizes = part_tasks(partial, read, decision, tokenizer_file)
+    pool.run("tokenise", tokenise_part, parts, ".tokens", part_sizes, meanwhile=_warm_up)
+    assemble(plan, out, partial, read, decision, tokenizer_file, pool.progress)
+
+
+def partial_of(out: Path) -> Path:
+    """Where unfinished work for an output folder lies."""
+    return out.with_name(out.name + ".partial")
+
+
+def read_tasks(
+    plan: Plan, partial: Path, checked: bool = False
+) -> tuple[list[ReadTask], list[int]]:
+    """The tasks of the first phase, and the bytes of input of each.
+
+    Args:
+        plan: what is made of what.
+        partial: where unfinished work lies.
+        checked: whether each task is to compare its files with the hashes of the plan.
+    """
+    tasks, sizes = [], []
+    for i, group in enumerate(_group_small(plan.sizes, plan.part_bytes)):
+        tasks.append(
+            ReadTask(
+                tuple(plan.sources[group]),
+                partial / f"read-{i:06}",
+                plan.reading,
+                plan.part_bytes,
+                signatures=plan.near_duplicates > 0,
+                hashes=tuple(plan.hashes[group]) if checked else (),
+            )
         )
-        for i, group in enumerate(groups)
-    ]
-    sizes = dict(zip(plan.sources, plan.sizes, strict=True))
-    read_sizes = [sum(sizes[source] for source in group) for group in groups]
-    pool.run("read", _read_sources, read, ".npz", read_sizes)
+        sizes.append(sum(plan.sizes[group]))
+    return tasks, sizes
 
-    indices = [np.load(task.target.with_suffix(".npz")) for task in read]
-    fates, removed = _decide(indices, plan)
-    parts, part_sizes = _cut_into_parts(read, indices, fates, tokenizer_file)
-    pool.run("tokenise", _tokenise_part, parts, ".tokens", part_sizes, meanwhile=_warm_up)
 
-    shared = _describe(plan, indices, removed)
-    files = [part.target.with_suffix(".tokens") for part in parts]
+def assemble(
+    plan: Plan,
+    out: Path,
+    partial: Path,
+    read: Sequence[ReadTask],
+    decision: Decision,
+    tokenizer_file: str,
+    progress: ProgressReport | None,
+) -> None:
+    """Write the splits that are missing, and let go of the unfinished work.
+
+    Raises:
+        DataError: a split would be empty, or was not written as intended.
+    """
+    shared = _describe(plan, read, decision.removed)
+    files = [target.with_suffix(".tokens") for target in part_targets(read, decision)]
     # train comes last: where it is, everything is.
     for split in reversed(plan.splits):
-        if not _is_prepared(out / split, plan):
-            _assemble(split, files, partial, tokenizer_file, shared, pool.progress)
+        if not _is_split_prepared(out / split, plan):
+            _assemble(split, files, partial, tokenizer_file, shared, progress)
             out.mkdir(parents=True, exist_ok=True)
             os.rename(partial / split, out / split)
             sync(out)
     shutil.rmtree(partial)
 
 
-def _describe(plan: Plan, indices: Sequence[Any], removed: dict[str, int]) -> dict[str, Any]:
+def _describe(plan: Plan, read: Sequence[ReadTask], removed: dict[str, int]) -> dict[str, Any]:
     """What the manifests of all splits have in common."""
-    read = np.concatenate([index["sources"] for index in indices]).tolist()
+    indices = [_load_index(task, "sources", "skipped") for task in read]
+    counts = np.concatenate([sources for sources, _ in indices]).tolist()
     return {
         "tokenizer": plan.tokenizer.name,
         "tokenizer_fingerprint": plan.tokenizer.fingerprint,
@@ -260,12 +232,12 @@ def _describe(plan: Plan, indices: Sequence[Any], removed: dict[str, int]) -> di
         "eos_id": plan.tokenizer.eos_id,
         "dtype": np.dtype(plan.tokenizer.dtype).name,
         **removed,
-        "documents_skipped": sum(int(index["skipped"]) for index in indices),
+        "documents_skipped": sum(int(skipped) for _, skipped in indices),
         "preparation": plan.preparation,
         "sources": [
             {"name": name, "xxh64": digest, "documents": documents, "bytes": num_bytes}
             for name, digest, (documents, num_bytes) in zip(
-                plan.names, plan.hashes, read, strict=True
+                plan.names, plan.hashes, counts, strict=True
             )
         ],
     }
@@ -274,8 +246,12 @@ def _describe(plan: Plan, indices: Sequence[Any], removed: dict[str, int]) -> di
 # ---------------------------------------------------------------------------------- the three tasks
 
 
-def _read_sources(task: ReadTask) -> int:
-    """Write the documents of some input files as compressed parts, and an index of them."""
+def read_sources(task: ReadTask) -> int:
+    """Write the documents of some input files as compressed parts, and an index of them.
+
+    Raises:
+        DataError: a file cannot be read, or is not the one that was planned for.
+    """
     import zstandard
 
     compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
@@ -285,7 +261,7 @@ def _read_sources(task: ReadTask) -> int:
     part: list[bytes] = []
     part_documents, part_offsets, per_source = [0], [0], []
     skipped = held = 0
-    with publish(task.target.with_suffix(".zst")) as file:
+    with publish(task.target.with_suffix(".zst")) as file, _as_planned(task):
 
         def flush() -> None:
             file.write(compressor.compress(b"".join(part)))
@@ -325,7 +301,29 @@ def _read_sources(task: ReadTask) -> int:
     return 0
 
 
-def _tokenise_part(task: PartTask) -> int:
+@contextmanager
+def _as_planned(task: ReadTask) -> Iterator[None]:
+    """Compare files that were read with the hashes of the plan, where the task has them.
+
+    Afterwards, so that it is what was read that is compared, and what another content led to is
+    not blamed on it.
+    """
+    failed: DataError | None = None
+    try:
+        yield
+    except DataError as error:
+        failed = error
+    for source, planned in zip(task.sources, task.hashes, strict=False):
+        if hash_again(source) != planned:
+            raise DataError(
+                f"{source}: changed since this work was submitted; put the file back, or submit "
+                "the same command again, which begins anew"
+            ) from failed
+    if failed is not None:
+        raise failed
+
+
+def tokenise_part(task: PartTask) -> int:
     """Write the tokens, and the tokens and bytes of each document, of one part for each split."""
     import zstandard
 
@@ -463,9 +461,57 @@ def _hash_written(folder: Path) -> dict[str, dict[str, Any]]:
 # ------------------------------------------------------------------------------------ what is where
 
 
-def _decide(indices: Sequence[Any], plan: Plan) -> tuple[list[np.ndarray], dict[str, int]]:
-    """The fate (uint8) of each document of each task, and how many were removed, by reason."""
-    hashes = np.concatenate([index["hashes"] for index in indices])
+def decide_once(plan: Plan, partial: Path, read: Sequence[ReadTask]) -> Decision:
+    """The decision about all documents; made by one process while others wait, then written down.
+
+    Raises:
+        DataError: a task of the first phase is not done.
+    """
+    file = partial / "decision.json"
+    with open(partial / "decide.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            refuse_missing([task.target.with_suffix(".npz") for task in read], "read")
+            fates, removed = _decide(read, plan)
+            with publish(partial / "fates.npy") as handle:
+                np.save(handle, fates)
+            indices = [_load_index(task, "lengths", "part_documents") for task in read]
+            decision = Decision(
+                removed,
+                [lengths.size for lengths, _ in indices],
+                [
+                    [int(lengths[i:j].sum()) for i, j in pairwise(documents.tolist())]
+                    for lengths, documents in indices
+                ],
+            )
+            with publish(file) as handle:
+                handle.write(json.dumps(asdict(decision)).encode())
+    return read_decision(partial)
+
+
+def read_decision(partial: Path) -> Decision:
+    """The decision that was written down."""
+    return Decision(**json.loads((partial / "decision.json").read_bytes()))
+
+
+def refuse_missing(files: Sequence[Path], phase: str) -> None:
+    """Refuse to go on where a phase is not done."""
+    if missing := [file for file in files if not file.exists()]:
+        raise DataError(
+            f"{missing[0].parent}: {len(missing)} of {len(files)} pieces of the phase {phase} are "
+            f"not finished, such as {missing[0].name}; submit the same command again"
+        )
+
+
+def _load_index(task: ReadTask, *keys: str) -> tuple[Any, ...]:
+    """Some arrays of what a task of the first phase found."""
+    with np.load(task.target.with_suffix(".npz")) as index:
+        return tuple(index[key] for key in keys)
+
+
+def _decide(read: Sequence[ReadTask], plan: Plan) -> tuple[np.ndarray, dict[str, int]]:
+    """The fate (uint8) of each document of all tasks, and how many were removed, by reason."""
+    hashes = np.concatenate([_load_index(task, "hashes")[0] for task in read])
     fates = np.full(len(hashes), TRAIN, np.uint8)
     fates[hashes[:, 0] < np.uint64(int(plan.val_fraction * 2**64))] = VAL
     exact = near = 0
@@ -476,55 +522,84 @@ def _decide(indices: Sequence[Any], plan: Plan) -> tuple[list[np.ndarray], dict[
         fates[order[1:][repeated]] = DROPPED
         exact = int(repeated.sum())
     if plan.near_duplicates:
-        found = [s for index in indices for s in index["signatures"]]
+        found = [s for task in read for s in _load_index(task, "signatures")[0]]
         kept = (i for i in range(len(found)) if fates[i] != DROPPED)
         similar = find_near_duplicates(found, kept, plan.near_duplicates)
         fates[similar] = DROPPED
         near = len(similar)
-    counts = [index["lengths"].size for index in indices]
-    removed = {"duplicates_removed": exact, "near_duplicates_removed": near}
-    return np.split(fates, np.cumsum(counts)[:-1]), removed
+    return fates, {"duplicates_removed": exact, "near_duplicates_removed": near}
 
 
-def _cut_into_parts(
-    read: Sequence[ReadTask], indices: Sequence[Any], fates: Sequence[np.ndarray], tokenizer: str
+def part_targets(read: Sequence[ReadTask], decision: Decision) -> list[Path]:
+    """The targets of all parts, in order."""
+    return [
+        task.target.with_name(f"{task.target.name}-{k:06}")
+        for task, sizes in zip(read, decision.parts, strict=True)
+        for k in range(len(sizes))
+    ]
+
+
+def part_tasks(
+    partial: Path,
+    read: Sequence[ReadTask],
+    decision: Decision,
+    tokenizer: str,
+    chosen: Sequence[int] | None = None,
 ) -> tuple[list[PartTask], list[int]]:
-    """All parts in order, and the bytes of text of each."""
-    parts, sizes = [], []
-    for task, index, fate in zip(read, indices, fates, strict=True):
-        lengths, documents, offsets = (
-            index[k] for k in ("lengths", "part_documents", "part_offsets")
-        )
-        for k in range(len(documents) - 1):
-            inside = slice(documents[k], documents[k + 1])
-            parts.append(
+    """Tasks of the second phase in order, and the bytes of text of each.
+
+    Args:
+        partial: where unfinished work lies.
+        read: the tasks of the first phase.
+        decision: about their documents.
+        tokenizer: its file.
+        chosen: numbers of parts, among all; None: all.
+    """
+    wanted = None if chosen is None else set(chosen)
+    targets = iter(enumerate(part_targets(read, decision)))
+    fates = np.load(partial / "fates.npy", mmap_mode="r")
+    tasks, sizes = [], []
+    begin = 0
+    for task, num_documents, part_sizes in zip(
+        read, decision.documents, decision.parts, strict=True
+    ):
+        # Of what this task read: (part, target) of those that are wanted.
+        mine = [
+            (k, target)
+            for k, (number, target) in enumerate(islice(targets, len(part_sizes)))
+            if wanted is None or number in wanted
+        ]
+        if mine:
+            lengths, documents, offsets = _load_index(
+                task, "lengths", "part_documents", "part_offsets"
+            )
+        for k, target in mine:
+            first, last = int(documents[k]), int(documents[k + 1])
+            tasks.append(
                 PartTask(
                     text=task.target.with_suffix(".zst"),
                     offset=int(offsets[k]),
                     size=int(offsets[k + 1] - offsets[k]),
-                    lengths=lengths[inside].tobytes(),
-                    fates=fate[inside].tobytes(),
-                    target=task.target.with_name(f"{task.target.name}-{k:06}"),
+                    lengths=lengths[first:last].tobytes(),
+                    fates=fates[begin + first : begin + last].tobytes(),
+                    target=target,
                     tokenizer=tokenizer,
                 )
             )
-            sizes.append(int(lengths[inside].sum()))
-    return parts, sizes
+            sizes.append(part_sizes[k])
+        begin += num_documents
+    return tasks, sizes
 
 
-def _group_small(
-    sources: Sequence[Source], sizes: Sequence[int], most: int
-) -> Iterator[list[Source]]:
+def _group_small(sizes: Sequence[int], most: int) -> Iterator[slice]:
     """Consecutive files of up to `most` bytes together; a larger file is alone."""
-    group: list[Source] = []
-    held = 0
-    for source, size in zip(sources, sizes, strict=True):
-        if group and held + size > most:
-            yield group
-            group, held = [], 0
-        group.append(source)
+    begin = held = 0
+    for i, size in enumerate(sizes):
+        if i > begin and held + size > most:
+            yield slice(begin, i)
+            begin, held = i, 0
         held += size
-    yield group
+    yield slice(begin, len(sizes))
 
 
 def _load_tokens(path: Path, split: str) -> tuple[np.ndarray, int, np.ndarray]:
@@ -535,21 +610,18 @@ def _load_tokens(path: Path, split: str) -> tuple[np.ndarray, int, np.ndarray]:
     return lengths, int(num_bytes), tokens
 
 
-def _names(sources: Sequence[Source]) -> list[str]:
-    """What manifests call the sources, wherever they lie."""
-    files = [source for source in sources if isinstance(source, Path)]
-    shards = [source.name for source in sources if isinstance(source, HubShard)]
-    return [*(_relative_names(files) if files else []), *shards]
+def is_prepared(out: Path, plan: Plan) -> bool:
+    """Whether the corpora are there already.
+
+    Raises:
+        DataError: others are there, or what is there is no folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file; choose another output folder")
+    return all(_is_split_prepared(out / split, plan) for split in plan.splits)
 
 
-def _relative_names(paths: Sequence[Path]) -> list[str]:
-    """Names that do not depend on where the inputs lie."""
-    absolute = [os.path.abspath(path) for path in paths]
-    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    return [Path(os.path.relpath(path, root)).as_posix() for path in absolute]
-
-
-def _is_prepared(path: Path, plan: Plan) -> bool:
+def _is_split_prepared(path: Path, plan: Plan) -> bool:
     """Whether a split is there already; refuses to replace another one."""
     if not path.exists():
         return False
@@ -567,22 +639,26 @@ def _is_prepared(path: Path, plan: Plan) -> bool:
     )
 
 
-def _resume_or_restart(partial: Path, plan: Plan) -> None:
+def resume_or_restart(partial: Path, plan: Plan) -> None:
     """Keep the finished parts of an interrupted run of the same plan; start anew otherwise."""
-    file = partial / "plan.json"
-    text = json.dumps({"preparation": plan.preparation, "part": plan.part_bytes})
-    if file.exists() and file.read_text() == text:
+    if is_begun(partial, plan):
         return
     for entry in partial.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
         elif entry.name != "lock":
             entry.unlink()
-    with publish(file) as handle:
-        handle.write(text.encode())
+    with publish(partial / "plan.json") as handle:
+        handle.write(plan.stamp.encode())
 
 
-def _copy_tokenizer(path: str | Path, tokenizer: Tokenizer, partial: Path) -> str:
+def is_begun(partial: Path, plan: Plan) -> bool:
+    """Whether there is unfinished work of this plan."""
+    file = partial / "plan.json"
+    return file.exists() and file.read_text() == plan.stamp
+
+
+def copy_tokenizer(path: str | Path, tokenizer: Tokenizer, partial: Path) -> str:
     """A copy that stays as it is while the work goes on, and ends up in the corpus."""
     if str(path) == BYTES:
         return BYTES
@@ -595,18 +671,32 @@ def _copy_tokenizer(path: str | Path, tokenizer: Tokenizer, partial: Path) -> st
 
 
 @contextmanager
-def _only_one(partial: Path) -> Iterator[None]:
-    """Hold the partial folder; a second process that prepares the same output is refused."""
+def hold(partial: Path, shared: bool = False, patience: float = 0.0) -> Iterator[IO[str]]:
+    """Hold the partial folder, alone or with the other tasks of one preparation; gives the lock.
+
+    Args:
+        partial: the folder; made where it is missing.
+        shared: whether others may hold it too, who share it.
+        patience: seconds to wait for those who hold it.
+
+    Raises:
+        DataError: another process holds it.
+    """
     partial.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + patience
     with open(partial / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{partial}: another process is preparing this corpus; wait for it, or choose "
-                "another output folder"
-            ) from None
-        yield
+        while True:
+            try:
+                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise DataError(
+                        f"{partial}: another process is preparing this corpus; wait for it, or "
+                        "choose another output folder"
+                    ) from None
+                time.sleep(0.2)
+        yield lock
 
 
 @cache

@@ -48,6 +48,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A terminal without UTF-8 shows marks it lacks as `?`.
             stream.reconfigure(errors="replace")
+    # An option with or without a value is more than the library offers.
+    if sys.argv[1:2] == ["launch"]:
+        sys.argv = ["--dry-run=print" if word == "--dry-run" else word for word in sys.argv]
     try:
         app()
     except MegarecurError as error:
@@ -132,9 +135,10 @@ def plan(
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a run, or go on with it: the same command resumes from the newest checkpoint."""
-    from megarecur.train.signals import ignore_signals, note_signals
+    from megarecur.train.signals import ignore_signals, note_signals, write_stacks_on_demand
 
     stop = note_signals()  # Before torch is imported: that takes seconds.
+    write_stacks_on_demand()
     from megarecur.config.load import load_config
 
     resolved = load_config(config, overrides or ())
@@ -149,15 +153,71 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 def launch_processes(
     config: ConfigPath,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine, without Slurm.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of a Slurm job.")] = None,
+    gpus_per_node: Annotated[
+        int, typer.Option(min=0, help="GPUs of each node, and processes unless these are given.")
+    ] = 0,
+    processes_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes of each node, where there are no GPUs.")
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="A profile of configs/cluster, or a YAML file."),
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="LIMIT", help="Of the job, instead of the profile's.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY.SUB=A,B", help="A run for each value: one array of jobs."),
+    ] = None,
+    at_once: Annotated[
+        int | None, typer.Option(help="Runs of a sweep that may run at the same time.")
+    ] = None,
+    dry_run: Annotated[
+        str | None,
+        typer.Option(metavar="[check]", help="Print the script; check: ask Slurm about it too."),
+    ] = None,
+    join: Annotated[int, typer.Option(hidden=True, help="Nodes that meet at MASTER_ADDR.")] = 1,
 ) -> None:
-    """Train with several processes on the mesh that the config names."""
-    from megarecur.config.load import load_config
+    """Train with several processes: on this machine (--nproc), or as a Slurm job (--nodes)."""
+    if (nodes is None) == (nproc is None):
+        raise ConfigError("launch: give --nproc for this machine, or --nodes for a Slurm job")
+    if nproc is not None:
+        from megarecur.config.load import load_config
 
-    resolved = load_config(config, overrides or ())
-    from launch.local import launch_local
+        resolved = load_config(config, overrides or ())
+        from launch.local import launch_local
 
-    raise typer.Exit(launch_local(resolved, ["train", str(config), *(overrides or [])], nproc))
+        command = ["train", str(config), *(overrides or [])]
+        raise typer.Exit(launch_local(resolved, command, nproc, join))
+    if dry_run not in (None, "print", "check"):
+        raise ConfigError(f"--dry-run={dry_run}: must be --dry-run or --dry-run=check")
+    from launch.job import launch_slurm
+
+    launch_slurm(
+        config,
+        overrides or (),
+        nodes=nodes or 1,
+        gpus_per_node=gpus_per_node,
+        processes_per_node=processes_per_node,
+        cluster=cluster,
+        time=time,
+        sweep=sweep or (),
+        at_once=at_once,
+        dry_run=dry_run,
+    )
+
+
+@app.command(hidden=True)
+def supervise(run: RunPath) -> None:
+    """Start, watch and bring back a run: what the batch script of a job does."""
+    from launch.supervise import supervise as supervise_run
+
+    raise typer.Exit(supervise_run(run.absolute()))
 
 
 @app.command()
@@ -191,6 +251,44 @@ def record(config: ConfigPath, folder: Path, steps: int) -> None:
     from megarecur.train.verify import record as record_steps
 
     record_steps(resolved, steps, folder)
+
+
+# ------------------------------------------------------------------------------------- watching
+
+
+@app.command()
+def status(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|JOB]",
+            help="The folder of a run, or the id of its Slurm job; left out: all in your queue.",
+        ),
+    ] = None,
+) -> None:
+    """How a run is doing: state, step, loss, speed, time left, restarts, newest checkpoint."""
+    from launch.status import show_status
+
+    show_status(what)
+
+
+@app.command()
+def logs(
+    run: RunPath,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with new lines until the run is done.")
+    ] = False,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Start to show; the newest if left out.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Rank to show; all of them if left out.")
+    ] = None,
+) -> None:
+    """The output of a Slurm run's ranks, each line with its rank in front."""
+    from launch.logs import show_logs
+
+    show_logs(run, follow, attempt, rank)
 
 
 # ------------------------------------------------------------------------------- after training

@@ -12,21 +12,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from megarecur.config.mesh import check_world
 from megarecur.config.schema import Config
-from megarecur.parallel.mesh import check_world
 from megarecur.train.signals import STOP_SIGNALS
 
 USER_ERROR, STOPPED = 2, 3
 
 
-def launch_local(config: Config, command: Sequence[str], nproc: int) -> int:
+def launch_local(config: Config, command: Sequence[str], nproc: int, nodes: int = 1) -> int:
     """Run a command of megarecur in nproc processes that know of each other. Returns the exit code:
     the workers' own where they agree.
+
+    Args:
+        config: of the run.
+        command: the arguments of megarecur.
+        nproc: processes on this machine.
+        nodes: machines that this is called on, meeting at MASTER_ADDR:MASTER_PORT where they are
+            several.
 
     Raises:
         MeshError: a world that does not fit the config.
     """
-    check_world(config, nproc)
+    check_world(config, nproc * nodes)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -34,14 +41,18 @@ def launch_local(config: Config, command: Sequence[str], nproc: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     threads = max(len(os.sched_getaffinity(0)) // nproc, 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    alone, environ = nodes == 1, os.environ
+    endpoint = "127.0.0.1:0" if alone else f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
     settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes,
+        max_nodes=nodes,
         nproc_per_node=nproc,
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        run_id=str(os.getpid()),
+        rdzv_endpoint=endpoint,
+        # Names of nodes need not be those of hosts, by which torch would decide it.
+        rdzv_configs={} if alone else {"is_host": environ.get("SLURM_NODEID", "0") == "0"},
+        local_addr="127.0.0.1" if alone else None,
+        run_id=str(os.getpid()) if alone else endpoint,
         max_restarts=0,
         monitor_interval=0.1,
         # SIGTERM and SIGINT are ours to forward: the agent would end workers that are saving.

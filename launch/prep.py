@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from megarecur.errors import ConfigError
+
 if TYPE_CHECKING:
     from megarecur.data.corpus import Manifest
 
@@ -138,27 +140,70 @@ def shards(
         ),
     ] = 0.0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
+    launch: Annotated[
+        Literal["slurm"] | None, typer.Option(help="Let jobs of Slurm do it, by the options below.")
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="Tasks that each phase is divided into.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="PROFILE", help="Of configs/cluster, or a YAML file.")
+    ] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Tasks at a time; all.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the scripts of the jobs; submit nothing.")
+    ] = False,
+    phase: Annotated[
+        Literal["read", "tokenise", "assemble"] | None, typer.Option(hidden=True)
+    ] = None,
+    task: Annotated[int, typer.Option(hidden=True)] = 0,
     *,
     reading: Any,
 ) -> None:
     """Tokenise text into shards; the same command goes on after an interruption."""
+    from data_prep.plan import Request
     from data_prep.progress import ProgressReport
+
+    own = {"--cluster": cluster, "--at-once": at_once, "--dry-run": dry_run or None}
+    own |= {} if phase else {"--tasks": tasks}
+    if launch is None and (lonely := [name for name, value in own.items() if value is not None]):
+        raise ConfigError(f"{lonely[0]}: is for jobs; add --launch slurm, or leave it out")
+    if (launch or phase) and tasks is None:
+        raise ConfigError("--launch slurm: needs --tasks, the number that each phase is divided in")
+    request = Request(tuple(inputs), tokenizer, reading, val_fraction, deduplicate, near_duplicates)
+    from launch.prep_array import cores, refuse_while_queued, submit_preparation
+
+    if launch is not None and phase is None:
+        assert tasks is not None
+        todo = submit_preparation(
+            request, out, tasks, cluster=cluster, at_once=at_once, workers=workers, dry_run=dry_run
+        )
+        if not todo:
+            print(f"{out}: is prepared")
+        return
+    if phase is not None:
+        from data_prep.array import run_task
+
+        assert tasks is not None
+        number = workers or cores()
+        made = run_task(request, out, phase, task, tasks, workers=number, progress=ProgressReport())
+        report(made, out)
+        return
     from data_prep.shards import prepare_shards
 
-    report(
-        prepare_shards(
-            inputs,
-            out,
-            tokenizer,
-            reading,
-            val_fraction=val_fraction,
-            deduplicate=deduplicate,
-            near_duplicates=near_duplicates,
-            workers=workers,
-            progress=ProgressReport(),
-        ),
+    refuse_while_queued(out)
+    made = prepare_shards(
+        inputs,
         out,
+        tokenizer,
+        reading,
+        val_fraction=val_fraction,
+        deduplicate=deduplicate,
+        near_duplicates=near_duplicates,
+        workers=workers,
+        progress=ProgressReport(),
     )
+    report(made, out)
 
 
 @app.command()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from launch.local import launch_local
 from megarecur.config.load import to_yaml
+from megarecur.config.mesh import check_world
 from megarecur.config.schema import Config, ParallelConfig
-from megarecur.parallel.mesh import check_world
 from megarecur.train.verify import Row, certified, compare
 
 EQUAL, DIFFERENT = 0, 1

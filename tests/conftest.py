@@ -1,6 +1,8 @@
-"""Fixtures of every test: worlds of processes, and the development data where it is there."""
+"""Fixtures of every test: worlds of processes, a Slurm cluster, and the development data where it
+is there."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from cluster import Cluster, NoCluster
 from harness import World
 
 
@@ -43,6 +46,27 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         workers=1,
     )
     return folder / "bytes"
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Slurm cluster for tests marked by `on_cluster`; commands and jobs find it, and `megarecur`.
+
+    Where it cannot be made, tests skip and say what is missing.
+    """
+    try:
+        cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    except NoCluster as error:
+        pytest.skip(f"no Slurm cluster: {error}")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+            patch.delenv(name)  # Of a job that these tests run in.
+        patch.setenv("SLURM_CONF", str(cluster.conf))
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
 
 
 @pytest.fixture(scope="session")

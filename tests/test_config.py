@@ -262,6 +262,11 @@ FREE = {
     "checkpoint.keep_every",
     "checkpoint.keep_best",
     "checkpoint.mirror",
+    "health.enabled",
+    "health.slow_factor",
+    "health.on_slow",
+    "health.min_free_gpu",
+    "health.min_free_disk_gb",
     "init_from",
 }
 

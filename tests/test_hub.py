@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from pyarrow import parquet
 from test_prep import OPTIONS, kill_once, marks, texts, tree, wait_for_workers
 
 from data_prep import hub
+from data_prep.array import begin, run_task
+from data_prep.plan import Request
 from data_prep.readers import Reading, find_sources, read_documents
 from data_prep.shards import prepare_shards
 from data_prep.tokenizer import train_tokenizer
@@ -245,3 +248,25 @@ def test_the_command_line(
     assert ended.value.code in (0, None), capsys.readouterr().err
     found = texts(Corpus(tmp_path / "out" / "train"))
     assert found == [row["title"] for i in range(FILES) for row in rows_of("test", i)]
+
+
+def test_tasks_of_an_array_read_the_files_that_were_submitted(
+    dataset: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / dataset.name
+    shutil.copytree(dataset, folder)
+    prepare_shards([f"hf:{folder}"], tmp_path / "one", "bytes", **OPTIONS, workers=1)
+    request = Request((f"hf:{folder}",), "bytes", **OPTIONS)
+    with begin(request, tmp_path / "out", 2):
+        pass
+    first, *_, last = sorted(folder.glob("train*"))
+    before = last.read_bytes()
+    last.write_bytes(first.read_bytes())
+    with pytest.raises(DataError, match=r"stories.*changed since this work was submitted"):
+        for task in (0, 1):
+            run_task(request, tmp_path / "out", "read", task, 2, workers=1)
+    last.write_bytes(before)
+    for phase in ("read", "tokenise", "assemble"):
+        for task in range(1 if phase == "assemble" else 2):
+            run_task(request, tmp_path / "out", phase, task, 2, workers=1)
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")

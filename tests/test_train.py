@@ -325,6 +325,20 @@ def test_resume_inside_a_log_interval_keeps_its_mean_loss(corpus, straight, tmp_
     assert losses(tmp_path / "run")[8] == pytest.approx(mean, rel=1e-6)
 
 
+def test_steps_that_a_run_is_told_to_leave_out(corpus, tmp_path) -> None:
+    """Their samples are passed over, and nothing is learnt from them."""
+    config = run_config(
+        corpus, tmp_path, train={"steps": 4}, checkpoint={"every": 1, "keep_last": 9}
+    )
+    (tmp_path / "skipped_steps.json").write_text("[2]")
+    assert train(config) == FINISHED
+    assert weights(tmp_path, 2) == weights(tmp_path, 3) != weights(tmp_path, 4)
+    assert sorted(losses(tmp_path)) == [1, 2, 4]
+    (tmp_path / "skipped_steps.json").write_text("two")
+    with pytest.raises(ConfigError, match=r"skipped_steps.json: must be a list of steps"):
+        train(config)
+
+
 def test_nothing_but_damaged_checkpoints_is_refused(corpus, straight, tmp_path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir)

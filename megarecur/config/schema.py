@@ -700,6 +700,22 @@ class AlarmConfig(Section):
     """One alarm more than that stops the run."""
 
 
+class HealthConfig(Section):
+    """A check of every process before training, which takes seconds; see train/health.py."""
+
+    enabled: Literal[False, True, "auto"] = free("auto")
+    """auto: with more than one node, or several processes on CUDA. on, off."""
+    slow_factor: Annotated[float, Field(gt=1.0)] = free(2.0)
+    """Slow is what takes more than so many times the job's median: a matrix product, or
+    communication within a node or with its neighbours."""
+    on_slow: Literal["warn", "stop"] = free("warn")
+    """What is broken stops the run in any case."""
+    min_free_gpu: Annotated[float, Field(ge=0.0, lt=1.0)] = free(0.8)
+    """Less free memory of a GPU than this share of the job's median counts as slow."""
+    min_free_disk_gb: NonNegativeFloat = free(1.0)
+    """The least free disk of the run folder, in 10^9 bytes."""
+
+
 class Config(Section):
     """A run."""
 
@@ -718,6 +734,7 @@ class Config(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = free(CheckpointConfig())
     alarms: AlarmConfig = free(AlarmConfig())
+    health: HealthConfig = free(HealthConfig())
 
     @model_validator(mode="before")
     @classmethod

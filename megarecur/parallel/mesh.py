@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -14,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarecur.config.mesh import check_world
 from megarecur.config.schema import Config
 from megarecur.errors import MegarecurError, MeshError
 from megarecur.parallel.regions import TensorParallel
@@ -224,37 +228,16 @@ def first_node(nodes: str) -> str:
         ) from None
 
 
+def node_name() -> str:
+    """What Slurm calls this node, or else the machine's own name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def world_size() -> int:
     """Number of processes, by the process group or torchrun's variables."""
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def check_world(config: Config, world: int) -> None:
-    """Refuse a world that does not fit the config, before any process group is made.
-
-    Raises:
-        MeshError: naming the numbers.
-    """
-    replica = config.parallel.tensor * config.parallel.pipeline
-    if world % replica:
-        raise MeshError(
-            f"{world} processes do not divide into replicas of tensor={config.parallel.tensor} x "
-            f"pipeline={config.parallel.pipeline} = {replica}; start a multiple of {replica}"
-        )
-    dp, batch, micro = (
-        world // replica,
-        config.train.global_batch_size,
-        config.train.micro_batch_size,
-    )
-    if batch % (dp * micro):
-        fitting = [d for d in range(1, batch // micro + 1) if (batch // micro) % d == 0]
-        raise MeshError(
-            f"train.global_batch_size={batch} does not divide into {dp} replicas x "
-            f"train.micro_batch_size={micro}; use {', '.join(map(str, fitting))} replica(s), "
-            "or another micro batch size"
-        )
 
 
 def pick_device(name: str) -> torch.device:
@@ -276,6 +259,59 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def agree_on_devices(store: Any, rank: int, world: int, kind: str, problem: str) -> None:
+    """Wait until every process has said what it found; collective over the store, as processes on
+    unlike devices do not even meet in a process group.
+
+    Args:
+        store: of the rendezvous.
+        rank: of this process.
+        world: how many there are.
+        kind: type of its device, "" for none.
+        problem: why it has none.
+
+    Raises:
+        MeshError: on every rank, naming all without a device, or without a GPU that others have.
+    """
+    store.set(f"device/{rank}", json.dumps([node_name(), kind, problem]))
+    if rank == 0:
+        said = [json.loads(store.get(f"device/{other}")) for other in range(world)]
+        store.set("device/verdict", judge_devices(said))
+    verdict = store.get("device/verdict").decode()
+    if not verdict:
+        return
+    told, deadline = store.add("device/told", 1), time.monotonic() + 10
+    # The store may end with rank 0: not before the others have read it.
+    while rank == 0 and told < world and time.monotonic() < deadline:
+        time.sleep(0.02)
+        told = store.add("device/told", 0)
+    raise MeshError(verdict)
+
+
+def judge_devices(said: Sequence[tuple[str, str, str]]) -> str:
+    """What is wrong with the (node, kind of device, problem) of each rank; "" if nothing."""
+    lines = [
+        f"{host} (rank {rank}): {problem}"
+        for rank, (host, _, problem) in enumerate(said)
+        if problem
+    ]
+    if any(kind == "cuda" for _, kind, _ in said):
+        lines += [
+            f"{host} (rank {rank}): torch finds no CUDA device, which other processes have; leave "
+            "the node out, or set train.device=cpu"
+            for rank, (host, kind, _) in enumerate(said)
+            if kind == "cpu"
+        ]
+    return "\n  ".join(lines)
+
+
+def take_device(device: torch.device) -> torch.device:
+    """Make a device that of this process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 @contextmanager
 def open_mesh(config: Config) -> Iterator[Mesh]:
     """This process's mesh; the process group ends with the context, unless it was there before.
@@ -283,23 +319,31 @@ def open_mesh(config: Config) -> Iterator[Mesh]:
     The world is that of the process group, torchrun or the Slurm step, in this order.
 
     Raises:
-        MeshError: a world that does not fit the config.
+        MeshError: a world that does not fit the config, or processes without the device they need.
     """
     join_slurm_step()
     world = world_size()
     check_world(config, world)
-    device = pick_device(config.train.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if dist.is_initialized():
+    if world == 1 or dist.is_initialized():
+        device = take_device(pick_device(config.train.device))
+        if not dist.is_initialized():
+            yield Mesh(device=device)
+            return
         with saving_apart(build_mesh(config, device)) as mesh:
             yield mesh
         return
-    if world == 1:
-        yield Mesh(device=device)
-        return
+    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    found, problem = None, ""
+    try:
+        found = pick_device(config.train.device)
+    except MeshError as error:
+        problem = str(error)
+    agree_on_devices(store, rank, world, found.type if found else "", problem)
+    assert found is not None, "a rank without a device is an error of all"
+    device = take_device(found)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         with saving_apart(build_mesh(config, device)) as mesh:
             yield mesh

@@ -14,11 +14,17 @@ from typing import Any, TextIO
 from megarecur.config.load import to_yaml
 from megarecur.config.schema import Config
 
+TAIL_BYTES = 1 << 20
+"""Of metrics.jsonl: holds all rows of its last step, whatever the depth."""
+
 
 class Metrics:
     """Where rank 0 writes a run's numbers; flat keys equal TensorBoard tags.
 
     A resumed run drops the rows of steps it is about to repeat, so that curves stay single-valued.
+    TensorBoard's files cannot be rewritten; they are told from which step on to forget what they
+    hold. Where the step that the run goes on from is yet to be scored, that is this step itself,
+    for a part of its scores may be there: its row is written once more.
     """
 
     def __init__(self, run_dir: Path, config: Config, step: int) -> None:
@@ -26,9 +32,16 @@ class Metrics:
 
         self.path = run_dir / "metrics.jsonl"
         drop_after(self.path, step)
+        last = [row for row in read_rows(self.path, TAIL_BYTES) if row["step"] == step]
+        scored = any("val/loss" in row for row in last)
         self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-        self.board.add_text("config", f"```yaml\n{to_yaml(config)}```", step)
+        folder = run_dir / "tensorboard"
+        put_in_order(folder, int(time.time()))
+        self.board = SummaryWriter(str(folder), purge_step=step + scored)
+        # At the step to come: whoever goes on from the same step again takes this one's place.
+        self.board.add_text("config", f"```yaml\n{to_yaml(config)}```", step + 1)
+        for row in last if not scored else ():
+            self.draw(step, {tag: row[tag] for tag in row.keys() - {"step", "tokens"}})
 
     def write(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         """One row. JSON has no infinity: what is not finite becomes null."""
@@ -36,7 +49,11 @@ class Metrics:
         row = {"step": step, "tokens": tokens, **finite}
         self.file.write(json.dumps(row, allow_nan=False) + "\n")
         self.file.flush()
-        for tag, value in finite.items():
+        self.draw(step, finite)
+
+    def draw(self, step: int, values: Mapping[str, float | None]) -> None:
+        """The values of a row that are there, for TensorBoard."""
+        for tag, value in values.items():
             if value is not None:
                 self.board.add_scalar(tag, value, step)
         self.board.flush()
@@ -55,12 +72,34 @@ class Metrics:
         self.board.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Whole rows of a metrics.jsonl; a line cut short by a crash is left out."""
+def put_in_order(folder: Path, now: int) -> None:
+    """Rename event files so that one made in this second is read after them.
+
+    They are read in the order of their names, which begin with the second they were made in, and
+    the clock of the node that made them may have been ahead of this one's.
+
+    Args:
+        folder: of the event files; it need not be there.
+        now: this second, in UNIX time.
+    """
+    for i, path in enumerate(sorted(folder.glob("events.out.tfevents.*"))):
+        stamp, _, rest = path.name.removeprefix("events.out.tfevents.").partition(".")
+        if stamp.isdigit() and int(stamp) >= now:
+            # ~ comes after the names of hosts.
+            path.rename(folder / f"events.out.tfevents.{now - 1:010d}.~{i:06d}.{rest}")
+
+
+def read_rows(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Whole rows of a metrics.jsonl, or of its last bytes; a line cut short by a crash, or by
+    where reading began, is left out."""
     if not path.exists():
         return []
+    with path.open("rb") as file:
+        if last_bytes is not None:
+            file.seek(max(file.seek(0, os.SEEK_END) - last_bytes, 0))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

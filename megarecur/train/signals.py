@@ -5,11 +5,13 @@ Imports nothing heavy: a worker notes signals before it spends seconds on import
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from megarecur.parallel.mesh import Mesh
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STDERR = 2
 FAILED = 1 << 16
 """Above every signal: this rank cannot go on, and nothing is worth saving."""
 
@@ -62,6 +65,20 @@ def note_signals() -> StopFlag:
         signal.signal(number, flag.note)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     return flag
+
+
+def write_stacks_on_demand() -> None:
+    """On SIGQUIT, write the Python stacks of all threads and go on: into the folder that
+    MEGARECUR_STACKS names, as stacks-RANK.txt, or to stderr."""
+    folder = os.environ.get("MEGARECUR_STACKS")
+    if folder is None:
+        faulthandler.register(signal.SIGQUIT, file=STDERR)
+        return
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    path = Path(folder) / f"stacks-{rank}.txt"
+    # Seen by other machines at once, also on a network's file system.
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_SYNC)
+    faulthandler.register(signal.SIGQUIT, file=file)
 
 
 def ignore_signals() -> None:

@@ -18,8 +18,9 @@ import torch
 
 from megarecur.config.load import changed_fixed_fields, to_yaml, validate
 from megarecur.config.schema import Config
+from megarecur.config.write import write_aside
 from megarecur.errors import CheckpointError, ConfigError
-from megarecur.parallel.mesh import Mesh
+from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.recurrence.schemes import layer_map
 
 
@@ -32,7 +33,7 @@ class TrainState:
     tokens: int = 0
     """Tokens read."""
     skipped: int = 0
-    """Steps whose gradient was not finite."""
+    """Steps whose gradient was not finite, or that were left out."""
     interval: dict[str, Any] = field(default_factory=dict)
     """Losses since the last log step, where a checkpoint falls inside an interval."""
     roll_backs: int = 0
@@ -109,14 +110,21 @@ def write_config(run_dir: Path, config: Config) -> None:
     write_aside(run_dir / "config.yaml", to_yaml(config))
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write beside, sync, rename: the file is never half there."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+def steps_left_out(run_dir: Path, mesh: Mesh) -> frozenset[int]:
+    """Steps (0: the first) whose samples are not trained on: those that failed again and again, as
+    whoever starts the run has listed them in RUN/skipped_steps.json. Collective.
+
+    Raises:
+        ConfigError: the file is no list of numbers.
+    """
+    path, steps = run_dir / "skipped_steps.json", []
+    with same_error(mesh):
+        if mesh.rank == 0 and path.exists():
+            try:
+                steps = [int(step) for step in json.loads(path.read_text())]
+            except (TypeError, ValueError):
+                raise ConfigError(f"{path}: must be a list of steps such as [41]") from None
+    return frozenset(mesh.broadcast_object(steps))
 
 
 @contextmanager

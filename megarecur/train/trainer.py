@@ -27,10 +27,11 @@ from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.alarms import Alarms, record_event
 from megarecur.train.evaluate import continue_prompts, score_corpus, score_values
+from megarecur.train.health import check_health
 from megarecur.train.initial import load_initial
 from megarecur.train.mirror import fetch_newest
 from megarecur.train.profile import Profiler
-from megarecur.train.report import Report
+from megarecur.train.report import Report, StepResult
 from megarecur.train.saving import Saver
 from megarecur.train.signals import StopFlag, watch_signals
 from megarecur.train.speed import measure_state
@@ -40,6 +41,7 @@ from megarecur.train.state import (
     is_reordered,
     open_run,
     save_state,
+    steps_left_out,
     write_config,
 )
 from megarecur.train.step import build_model, forward_backward
@@ -65,6 +67,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         mesh = resources.enter_context(open_mesh(config))
         compiling, reason = choose_compiler(config, mesh)
         run_dir = resources.enter_context(open_run(config, mesh))
+        health = check_health(config, run_dir, mesh)
         data = open_data(config, mesh)
         config, loader = data.config, resources.enter_context(closing(data)).loader
         schedules = resources.enter_context(closing(open_schedules(config, mesh)))
@@ -72,12 +75,14 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         engine = build_engine(model, config, mesh)
         saver = resources.enter_context(Saver(run_dir, config, mesh))
         state = resume(run_dir, config, data, engine, schedules, mesh)
+        left_out = steps_left_out(run_dir, mesh)
         saver.prepare(engine.shards())
         with same_error(mesh):
             write_config(run_dir, config) if mesh.rank == 0 else None
             report = Report(run_dir, config, state, mesh)
         alarms = Alarms(config.alarms, report.rows(), state.rolled_back_at)
-        report.note(reason) if reason else None
+        for line in filter(None, (health, reason)):
+            report.note(line)
         if mesh.pp > 1:
             report.note(schedules.describe(*step_to_take(config, mesh, state.step)))
         compiled = CompiledModel(model) if compiling else None
@@ -90,6 +95,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             saver.poll(stop)
             number = stop.agreed(mesh)
             if is_due(state.step, config.train.eval_every, config) and validated < state.step:
+                report.beat(state.step, "evaluate")
                 values, number = validate(model, data, mesh, schedules, state, stop)
                 if values:
                     report.write_texts(state, continue_prompts(model, config, mesh, schedules))
@@ -100,8 +106,10 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                 break
             if state.step == config.train.steps:
                 saver.finish()
+                report.beat(state.step, "done")
                 report.finish(f"done: {state.step} steps, {state.tokens} tokens in {run_dir}")
                 return FINISHED
+            report.beat(state.step, "train")
             profiler.begin(state.step)
             started = time.perf_counter()
             with named("data"):
@@ -109,17 +117,23 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             schedules.prepare(*step_to_take(config, mesh, state.step))
             schedules.prepare(*step_to_take(config, mesh, state.step + 1))
             waited = time.perf_counter() - started
-            due = is_due(state.step + 1, config.train.log_every, config)
-            result = forward_backward(
-                model, engine, config, batches, state.step, mesh, due, unread, schedules
-            )
-            result.lr = learning_rate(config.optimizer, state.step, config.train.steps)
-            what = f"reduction and update of step {state.step + 1}"
-            with named("optimizer"), told_where(mesh, what):
-                result.grad_norm, result.skipped = engine.step(result.lr)
+            trained = state.step not in left_out
+            due = trained and is_due(state.step + 1, config.train.log_every, config)
+            if not trained:
+                result = StepResult(depth=None, skipped=True)
+                report.note(f"step {state.step + 1} is left out, as skipped_steps.json says")
+            else:
+                result = forward_backward(
+                    model, engine, config, batches, state.step, mesh, due, unread, schedules
+                )
+                result.lr = learning_rate(config.optimizer, state.step, config.train.steps)
+                what = f"reduction and update of step {state.step + 1}"
+                with named("optimizer"), told_where(mesh, what):
+                    result.grad_norm, result.skipped = engine.step(result.lr)
             result.data_seconds, result.seconds = waited, time.perf_counter() - started
             state = state.advance(config, result.skipped)
-            report.interval.add(result)
+            if trained:
+                report.interval.add(result)
             if due:
                 values = report.close_interval(state, result) | saver.timings()
                 held = measure_state(model, engine.shards())
@@ -130,6 +144,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                 action, source = choose_action(reasons, alarms, saver, state, report)
                 if action == "stop":
                     saver.finish()
+                    report.beat(state.step, "diverged")
                     report.finish(f"stopped at step {state.step} by an alarm, unsaved")
                     return DIVERGED
                 if source is not None:
@@ -140,14 +155,18 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                     saver.wait()  # A run that dies now must not read those samples again.
             if saved < state.step and is_due(state.step, config.checkpoint.every, config):
                 last = state.step == config.train.steps
+                report.beat(state.step, "save")
                 with named("save"):
                     save(saver, config, data, engine, schedules, state, report, last)
                 saved = state.step
             if written := profiler.end(state.step - 1):
                 report.note(written)
+        report.beat(state.step, "save")
         if saved < state.step:
             save(saver, config, data, engine, schedules, state, report, last=True)
         saver.finish()
+        report.beat(state.step, "stopped")
+        mesh.max_over_world(0)  # Its word is there before the first process leaves.
         report.finish(
             f"saved at step {state.step} and stopped by signal {number}; "
             "the same command goes on from there"

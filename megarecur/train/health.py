@@ -1,0 +1,618 @@
+"""A check of every process before training: is it all there, does it compute, is it slow.
+
+A job goes at the pace of its slowest node, and a node without its shards, its disk or its GPU ends
+the job after minutes of loading. So every process first measures itself, for a fraction of a second
+each: a matrix product that is compared with exact integers, an all-reduce within the node and one
+across all, an exchange with the neighbouring nodes, the free disk of the run folder, the shards of
+local corpora, GPUs and their free memory. Rank 0 writes what was found to RUN/health.json, for a
+supervisor that wants to leave nodes out.
+
+Every figure is compared with the median of the job itself, the lower one where there are two, so
+that the slower of two processes can be told. What can be told of communication is less than of
+computing, since a collective is as slow for all as for the slowest:
+
+- within a node: a slow all-reduce is that node's, of which process or GPU is not known. With one
+  node, or one process on each, there is nothing to compare.
+- between nodes: processes exchange with those at the same place on the two neighbours, in a ring of
+  nodes. The faster of the two is a process's figure: a slow node is slow with both neighbours, but
+  neither of them is slow with its other one. With two nodes both are equally slow, and nothing is
+  said; a sound node between two slow ones looks slow itself.
+- across all: one figure for the job, told but blamed on nobody.
+
+Where more than half of a job is slow, that is its median, and nothing is noticed. Figures are the
+best of several, so that what is slow only now and then is not noticed either.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from statistics import median_high, median_low
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarecur.config.schema import Config, HealthConfig
+from megarecur.data.corpus import read_manifest
+from megarecur.data.foreign import is_foreign, read_index
+from megarecur.errors import DataError, MegarecurError, MeshError
+from megarecur.parallel.mesh import Mesh, node_name
+from megarecur.plan.describe import format_bytes
+from megarecur.train.state import write_aside
+
+log = logging.getLogger(__name__)
+
+GEMM_SIZE = {"cpu": 320, "cuda": 4096}
+PRODUCTS = {"cpu": 1, "cuda": 8}
+"""Of one measurement. On a CPU it is short enough to fit between two switches of processes."""
+GEMM_SECONDS = 0.1
+"""Measurements begin for so long, but at least LEAST_ROUNDS of them."""
+LEAST_ROUNDS = 3
+MESSAGE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
+REDUCTIONS = 5
+LEAST_DELAY = 1e-3
+"""Seconds that communication must take above the median to be called slow: less is chance."""
+PATIENCE = 120.0
+"""Seconds a process may take for its own measurements, before it is named as hanging."""
+
+
+@dataclass
+class Figures:
+    """What one process measured; None: not measured."""
+
+    host: str
+    rank: int
+    gemm_seconds: float | None = None
+    allreduce_seconds: float | None = None
+    """Within its node."""
+    link_seconds: float | None = None
+    """An exchange with the neighbouring node that is the faster one."""
+    world_seconds: float | None = None
+    """An all-reduce across all processes."""
+    free_disk_bytes: int | None = None
+    """Of the run folder; measured by one process of each node."""
+    gpu: str | None = None
+    """Identity of its GPU."""
+    num_gpus: int = 0
+    """That this process sees."""
+    free_gpu_bytes: int | None = None
+    faults: list[str] = field(default_factory=list)
+    """What is broken, of this process or its GPU."""
+    node_faults: list[str] = field(default_factory=list)
+    """What is broken, of its node."""
+    data_faults: list[str] = field(default_factory=list)
+    """Of corpora, of its node too."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong on some ranks."""
+
+    kind: Literal["broken", "data", "slow"]
+    text: str
+    ranks: tuple[int, ...]
+
+    def describe(self, hosts: Sequence[str]) -> str:
+        """The text after its nodes and ranks."""
+        places = [
+            f"{host} ({name_ranks([r for r in self.ranks if hosts[r] == host])})"
+            for host in dict.fromkeys(hosts[rank] for rank in self.ranks)
+        ]
+        return f"{', '.join(places)}: {self.text}"
+
+
+def check_health(
+    config: Config,
+    run_dir: Path,
+    mesh: Mesh,
+    host: str | None = None,
+    patience: float = PATIENCE,
+) -> str:
+    """Measure every process and compare; collective. Returns a line that sums it up, "" if off.
+
+    With one process only disk and corpora are looked at.
+
+    Args:
+        config: its `health` section says whether and how strictly, `data` what must be there.
+        run_dir: the run folder, which is there.
+        mesh: all processes.
+        host: name of this node; None: Slurm's name for it, or the machine's.
+        patience: seconds that a process may take for its own measurements.
+
+    Raises:
+        DataError: on every rank, where nothing but files of corpora is missing.
+        MeshError: on every rank, for whatever else is broken, or for slow nodes where
+            health.on_slow=stop; all faults of all nodes in one message.
+    """
+    settings, started = config.health, time.perf_counter()
+    if settings.enabled is False or (settings.enabled == "auto" and mesh.world == 1):
+        return ""
+    host = host or node_name()
+    hosts, devices = zip(*gather((host, mesh.device.type), mesh), strict=True)
+    nodes = group_by_host(hosts)
+    if settings.enabled == "auto" and len(nodes) == 1 and "cuda" not in devices:
+        return ""
+    figures = Figures(host, mesh.rank)
+    if nodes[host][0] == mesh.rank:
+        look_at_node(config, run_dir, figures)
+    if mesh.world > 1:
+        measure_device(config, mesh.device, figures)
+        wait_for_all(hosts, mesh, patience)
+    every = gather(figures, mesh)
+    findings = find_faults(every)
+    if not findings and mesh.world > 1:
+        # Not before all are found to be sound: a broken one could keep the others waiting.
+        measure_communication(list(nodes.values()), mesh, figures)
+        every = gather(figures, mesh)
+        findings = find_faults(every) + find_slow(every, settings)
+    seconds = time.perf_counter() - started
+    stopping = [f for f in findings if f.kind != "slow" or settings.on_slow == "stop"]
+    failure = None
+    if mesh.rank == 0:
+        try:
+            text = report_health(every, findings, stopping, seconds)
+            write_aside(run_dir / "health.json", text)
+        except OSError as error:
+            failure = error
+    failure = gather(failure, mesh)[0]
+    if stopping:
+        raise one_error(stopping, hosts)
+    if failure is not None:
+        raise failure
+    if mesh.rank == 0:
+        for finding in findings:
+            log.warning("%s; training goes on with it (health.on_slow=warn)",
+                        finding.describe(hosts))  # fmt: skip
+    return sum_up(every, len(nodes), seconds)
+
+
+def gather(value: Any, mesh: Mesh) -> list[Any]:
+    """Every rank's value, over gloo: a GPU that is broken cannot carry the news of it."""
+    if mesh.world == 1:
+        return [value]
+    values: list[Any] = [None] * mesh.world
+    dist.all_gather_object(values, value, group=mesh.save_group)
+    return values
+
+
+def group_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
+    """Ranks of each node, nodes in the order of their first ranks."""
+    nodes: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        nodes.setdefault(host, []).append(rank)
+    return nodes
+
+
+def wait_for_all(hosts: Sequence[str], mesh: Mesh, patience: float) -> None:
+    """Wait until every process has measured itself.
+
+    Raises:
+        MeshError: some did not in time. Rank 0 names them; the others cannot know.
+    """
+    try:
+        dist.monitored_barrier(mesh.save_group, timedelta(seconds=patience), wait_all_ranks=True)
+    except RuntimeError as error:
+        found = re.search(r"Ranks ([\d, ]+) failed", str(error)) if mesh.rank == 0 else None
+        late = tuple(map(int, found[1].replace(",", " ").split())) if found else ()
+        text = (
+            f"did not finish the health check in {patience:g} s; the GPU, or the folders of the "
+            "run and its corpora, may hang: exclude the node"
+        )
+        if late:
+            raise MeshError(Finding("broken", text, late).describe(hosts)) from None
+        raise MeshError(f"some processes {text}; rank 0 names them") from None
+
+
+# ------------------------------------------------------------------------------ each by itself
+
+
+def look_at_node(config: Config, run_dir: Path, figures: Figures) -> None:
+    """Free disk of the run folder, and the files of local corpora."""
+    least = config.health.min_free_disk_gb * 1e9
+    try:
+        figures.free_disk_bytes = free = free_disk(run_dir)
+        if free < least:
+            figures.node_faults.append(
+                f"run_dir={run_dir} has {free / 1e9:.3f} GB left, less than "
+                f"health.min_free_disk_gb={config.health.min_free_disk_gb:g}; free some space, or "
+                "lower it"
+            )
+        if not os.access(run_dir, os.W_OK):
+            figures.node_faults.append(
+                f"run_dir={run_dir} cannot be written; mount it for writing, or choose another one"
+            )
+    except OSError as error:
+        figures.node_faults.append(
+            f"run_dir={run_dir} is not visible ({error.strerror}), though rank 0 has made it; "
+            "choose a folder that all nodes share"
+        )
+    for path in dict.fromkeys(s.path for s in (*config.data.train, *config.data.val)
+                              if s.remote is None):  # fmt: skip
+        try:
+            missing = missing_files(Path(path))
+        except DataError as error:
+            figures.data_faults.append(str(error))
+            continue
+        except OSError as error:
+            missing = [f"(the folder cannot be listed: {error.strerror})"]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            figures.data_faults.append(
+                f"{path}: {', '.join(missing[:3])}{more} missing; copy the corpus to this node, "
+                "or name a folder that all nodes share"
+            )
+
+
+def free_disk(path: Path) -> int:
+    """Bytes that a user may still write below a folder."""
+    return shutil.disk_usage(path).free
+
+
+def missing_files(path: Path) -> list[str]:
+    """Files of a local corpus that are not there, by the names in its folders; nothing is opened
+    but the list of files, so that thousands of shards take no longer than a few.
+
+    Raises:
+        DataError: there is no corpus, or its list of files is damaged.
+        OSError: a folder that cannot be listed.
+    """
+    if is_foreign(path):  # A shard, or else its compressed file.
+        entries = [(entry["raw_data"], entry.get("zip_data")) for entry in read_index(path)]
+        wanted = [[part["basename"] for part in parts if part] for parts in entries]
+    else:
+        wanted = [[name] for name in read_manifest(path).files]
+    folders = {(path / name).parent for either in wanted for name in either}
+    there = {f / name for f in folders if f.is_dir() for name in os.listdir(f)}
+    return [either[-1] for either in wanted if not any(path / name in there for name in either)]
+
+
+def measure_device(config: Config, device: torch.device, figures: Figures) -> None:
+    """The matrix product, and where it ran."""
+    try:
+        if device.type == "cuda":
+            figures.num_gpus = torch.cuda.device_count()
+            figures.gpu = str(torch.cuda.get_device_properties(device).uuid)
+            figures.free_gpu_bytes = torch.cuda.mem_get_info(device)[0]
+        half = config.train.precision == "bf16" and device.type == "cuda"
+        figures.gemm_seconds, wrong = time_gemm(device, torch.bfloat16 if half else torch.float32)
+        if wrong:
+            figures.faults.append(
+                f"{wrong} of {GEMM_SIZE[device.type]} rows of a product of small integers came out "
+                f"wrong on {device}; exclude the node and have it tested"
+            )
+    except RuntimeError as error:  # torch's, for whatever goes wrong on a device
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        figures.faults.append(f"a matrix product on {device} failed ({first}); exclude the node")
+
+
+def time_gemm(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
+    """(seconds of the best measurement, rows that are wrong), by products of whole numbers.
+
+    Of factors that are 0 seven times in eight, else 1 or -1, so that every sum is small enough to
+    be exact in bf16 too. C = A B is compared without a second product of matrices (Freivalds 1977):
+    C V with A (B V), for whole numbers V [size, 4], exact in fp64.
+    """
+    size, products = GEMM_SIZE[device.type], PRODUCTS[device.type]
+    with torch.no_grad(), measured_apart(device):
+        generator = torch.Generator(device).manual_seed(size)
+
+        def draw(low: int, high: int, *shape: int) -> Tensor:
+            return torch.randint(low, high, shape, generator=generator, device=device)
+
+        a, b = (
+            (drawn == 0).to(dtype) - (drawn == 1).to(dtype)
+            for drawn in (draw(0, 16, size, size) for _ in range(2))
+        )
+        probe = draw(-100, 101, size, 4).double()
+        expected = a.double() @ (b.double() @ probe)
+        product = multiply(a, b)
+        wrong = (product.double() @ probe != expected).any(1)
+        best, rounds, started = float("inf"), 0, time.perf_counter()
+        while rounds < LEAST_ROUNDS or time.perf_counter() - started < GEMM_SECONDS:
+            begun = settled(device)
+            for _ in range(products):
+                product = multiply(a, b)
+            best, rounds = min(best, settled(device) - begun), rounds + 1
+        wrong |= (product.double() @ probe != expected).any(1)
+        return best, int(wrong.sum())
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """The product that is measured."""
+    return a @ b
+
+
+def settled(device: torch.device) -> float:
+    """The clock, once the device has done what it was given; seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def measured_apart(device: torch.device) -> Iterator[None]:
+    """Leave no memory of the measurement behind, nor a trace in the peaks of training."""
+    yield
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+# ------------------------------------------------------------------------------------- together
+
+
+def measure_communication(nodes: list[list[int]], mesh: Mesh, figures: Figures) -> None:
+    """All-reduces within the node and across all, and exchanges with the neighbours; collective.
+
+    Args:
+        nodes: ranks of each.
+        mesh: all processes.
+        figures: of this process, filled in.
+
+    Raises:
+        MeshError: a connection broke, where that was noticed.
+    """
+    own = next(k for k, ranks in enumerate(nodes) if mesh.rank in ranks)
+    try:
+        with measured_apart(mesh.device):
+            count = MESSAGE_BYTES[mesh.device.type] // 4
+            tensor = torch.empty(count, device=mesh.device)
+            if len(nodes) > 1:
+                groups = [dist.new_group(ranks) if len(ranks) > 1 else None for ranks in nodes]
+                if groups[own] is not None:
+                    figures.allreduce_seconds = time_all_reduce(
+                        tensor, groups[own], len(nodes[own]), "within the node", figures
+                    )
+                    dist.destroy_process_group(groups[own])
+                figures.link_seconds = time_links(tensor, nodes, own, mesh)
+            figures.world_seconds = time_all_reduce(
+                tensor, None, mesh.world, "across all processes", figures
+            )
+            if len(nodes) == 1:
+                figures.allreduce_seconds = figures.world_seconds
+    except RuntimeError as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MeshError(
+            f"{figures.host} (rank {mesh.rank}): communication failed in the health check "
+            f"({first}); the processes of the job cannot reach each other, or one has ended"
+        ) from None
+
+
+def time_all_reduce(tensor: Tensor, group: Any, size: int, where: str, figures: Figures) -> float:
+    """Seconds of the best of several; ones are added up, and any other sum than `size` is noted as
+    a fault."""
+
+    def reduce() -> None:
+        dist.all_reduce(tensor.fill_(1), group=group)
+
+    seconds = time_best(reduce, tensor.device)
+    if (tensor != size).any():
+        figures.faults.append(
+            f"an all-reduce {where} gave wrong sums; exclude the nodes and have their network and "
+            "GPUs tested"
+        )
+    return seconds
+
+
+def time_links(tensor: Tensor, nodes: list[list[int]], own: int, mesh: Mesh) -> float | None:
+    """Seconds of an exchange with the same place on the neighbouring nodes, of the faster one."""
+    place, found, best = nodes[own].index(mesh.rank), torch.empty_like(tensor), None
+    for pairs in ring_rounds(len(nodes)):
+        for pair in pairs:
+            if own not in pair:
+                continue
+            there = nodes[pair[0] + pair[1] - own]
+            if place < len(there):
+                work = partial(exchange, tensor, found, there[place])
+                seconds = time_best(work, tensor.device)
+                best = seconds if best is None else min(best, seconds)
+    return best
+
+
+def exchange(tensor: Tensor, found: Tensor, peer: int) -> None:
+    """Send to a rank and receive from it at the same time."""
+    operations = [dist.P2POp(dist.isend, tensor, peer), dist.P2POp(dist.irecv, found, peer)]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+
+
+def ring_rounds(count: int) -> list[list[tuple[int, int]]]:
+    """Neighbours in a ring of so many nodes, in rounds in which no node has two of them."""
+    pairs = [(k, k + 1) for k in range(count - 1)]
+    rounds = [pairs[::2], pairs[1::2]]
+    if count > 2:
+        closing = [(count - 1, 0)]
+        rounds = [*rounds, closing] if count % 2 else [rounds[0], rounds[1] + closing]
+    return [each for each in rounds if each]
+
+
+def time_best(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds of the best of several, after one that makes the connections."""
+    work()
+    best = float("inf")
+    for _ in range(REDUCTIONS):
+        begun = settled(device)
+        work()
+        best = min(best, settled(device) - begun)
+    return best
+
+
+# --------------------------------------------------------------------------------------- judging
+
+
+def find_faults(every: Sequence[Figures]) -> list[Finding]:
+    """What is broken, by the figures of all ranks; the same faults of several are one finding."""
+    nodes = group_by_host([figures.host for figures in every])
+    found: dict[tuple[Literal["broken", "data"], str], list[int]] = {}
+    for figures in every:
+        ranks = nodes[figures.host]
+        for text in figures.node_faults:
+            found.setdefault(("broken", text), []).extend(ranks)
+        for text in figures.data_faults:
+            found.setdefault(("data", text), []).extend(ranks)
+        for text in figures.faults:
+            found.setdefault(("broken", text), []).append(figures.rank)
+    on_gpus = [figures for figures in every if figures.gpu is not None]
+    if on_gpus and not any(figures.faults for figures in every):
+        without = [figures.rank for figures in every if figures.gpu is None]
+        if without:
+            text = "no GPU is seen, other processes have one; exclude the node or have it mended"
+            found[("broken", text)] = without
+    for ranks in nodes.values():
+        gpus = {every[rank].gpu for rank in ranks} - {None}
+        seen = max(every[rank].num_gpus for rank in ranks)
+        if gpus and len(gpus) < len(ranks) and seen < len(ranks):
+            text = (
+                f"{len(ranks)} processes share {len(gpus)} GPU(s); start at most one process on "
+                "each GPU, or exclude the node if some are missing"
+            )
+            found.setdefault(("broken", text), []).extend(ranks)
+    return [Finding(kind, text, tuple(sorted(ranks))) for (kind, text), ranks in found.items()]
+
+
+def find_slow(every: Sequence[Figures], settings: HealthConfig) -> list[Finding]:
+    """Nodes that are slower than the job's median by more than the factor, or whose GPUs are
+    partly taken; one finding for each node and measure."""
+    hosts = [figures.host for figures in every]
+    sizes = {host: len(ranks) for host, ranks in group_by_host(hosts).items()}
+    found = []
+    for name, what, least in (
+        ("gemm_seconds", "a matrix product", 0.0),
+        ("allreduce_seconds", "an all-reduce within the node", LEAST_DELAY),
+        ("link_seconds", "an exchange with the faster of its neighbouring nodes", LEAST_DELAY),
+    ):
+        # Reductions over more processes take longer: only nodes of one size are compared.
+        for kind in sorted(set(sizes.values())) if name == "allreduce_seconds" else (0,):
+            values = {
+                figures.rank: getattr(figures, name)
+                for figures in every
+                if kind in (0, sizes[figures.host]) and getattr(figures, name) is not None
+            }
+            if not values:
+                continue
+            usual = median_low(values.values())
+            bound = max(settings.slow_factor * usual, usual + least)
+            slow = {rank: value for rank, value in values.items() if value > bound}
+            for ranks in group_by_host_of(slow, hosts):
+                worst = max(slow[rank] for rank in ranks)
+                found.append(Finding("slow", (
+                    f"{what} took {1e3 * worst:.3g} ms, the job's median is {1e3 * usual:.3g} ms "
+                    f"(health.slow_factor={settings.slow_factor:g}); exclude the node or have it "
+                    "looked at"
+                ), ranks))  # fmt: skip
+    free = {f.rank: f.free_gpu_bytes for f in every if f.free_gpu_bytes is not None}
+    if free:
+        usual_bytes = median_high(free.values())
+        least_bytes = settings.min_free_gpu * usual_bytes
+        taken = [rank for rank, value in free.items() if value < least_bytes]
+        for ranks in group_by_host_of(taken, hosts):
+            worst_bytes = min(free[rank] for rank in ranks)
+            found.append(Finding("slow", (
+                f"a GPU has {format_bytes(worst_bytes)} of memory free, the job's median is "
+                f"{format_bytes(usual_bytes)} (health.min_free_gpu={settings.min_free_gpu:g}); end "
+                "what else runs there, or exclude the node"
+            ), ranks))  # fmt: skip
+    return found
+
+
+def group_by_host_of(ranks: Any, hosts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Some ranks, those of each node together."""
+    names = dict.fromkeys(hosts[rank] for rank in ranks)
+    return [tuple(sorted(r for r in ranks if hosts[r] == name)) for name in names]
+
+
+def one_error(findings: Sequence[Finding], hosts: Sequence[str]) -> MegarecurError:
+    """All that stops the run."""
+    kind = DataError if all(finding.kind == "data" for finding in findings) else MeshError
+    lines = "".join(f"\n  {finding.describe(hosts)}" for finding in findings)
+    count = f"{len(findings)} fault{'s' if len(findings) > 1 else ''}"
+    return kind(
+        f"the health check before training found {count}; mend what is named, start without those "
+        f"nodes, or skip the check with health.enabled=off:{lines}"
+    )
+
+
+def report_health(
+    every: Sequence[Figures],
+    findings: Sequence[Finding],
+    stopping: Sequence[Finding],
+    seconds: float,
+) -> str:
+    """RUN/health.json: of each node the worst of its processes' figures, `faults` that stop the run
+    and `slow`, what was only warned of; null is what was not measured."""
+
+    def worst(name: str, ranks: Sequence[int], choose: Callable[..., Any] = max) -> Any:
+        values = [v for v in (getattr(every[rank], name) for rank in ranks) if v is not None]
+        return choose(values) if values else None
+
+    def texts(of: Sequence[Finding], ranks: Sequence[int]) -> list[str]:
+        return [finding.text for finding in of if set(finding.ranks) & set(ranks)]
+
+    warned = [finding for finding in findings if finding not in stopping]
+    nodes = {
+        host: {
+            "ranks": ranks,
+            "gemm_seconds": worst("gemm_seconds", ranks),
+            "allreduce_seconds": worst("allreduce_seconds", ranks),
+            "link_seconds": worst("link_seconds", ranks),
+            "free_disk_bytes": worst("free_disk_bytes", ranks, min),
+            "gpus": worst("num_gpus", ranks),
+            "free_gpu_bytes": worst("free_gpu_bytes", ranks, min),
+            "faults": texts(stopping, ranks),
+            "slow": texts(warned, ranks),
+        }
+        for host, ranks in group_by_host([figures.host for figures in every]).items()
+    }
+    content = {
+        "time": time.time(),
+        "seconds": seconds,
+        "allreduce_seconds": worst("world_seconds", range(len(every))),
+        "nodes": nodes,
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def sum_up(every: Sequence[Figures], num_nodes: int, seconds: float) -> str:
+    """One line for whoever watches."""
+    parts = [
+        f"{len(every)} process{'es' if len(every) > 1 else ''} on {num_nodes} "
+        f"node{'s' if num_nodes > 1 else ''}",
+        f"{seconds:.1f} s",
+    ]
+    for name, what in (
+        ("gemm_seconds", "matrix product"),
+        ("allreduce_seconds", "all-reduce within nodes"),
+        ("link_seconds", "exchange between nodes"),
+        ("world_seconds", "all-reduce across all"),
+    ):
+        values = [1e3 * v for v in (getattr(figures, name) for figures in every) if v is not None]
+        if values:
+            parts.append(f"{what} {min(values):.3g} to {max(values):.3g} ms")
+    free = [f.free_disk_bytes for f in every if f.free_disk_bytes is not None]
+    if free:
+        parts.append(f"free disk {format_bytes(min(free))}")
+    return "health: " + ", ".join(parts)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Like `rank 3` or `ranks 0-3, 6`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
+    return ("ranks " if len(ranks) > 1 else "rank ") + ", ".join(texts)
