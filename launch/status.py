@@ -202,9 +202,9 @@ def read_status(run: Path, queue: Queue, job: QueuedJob | None = None) -> Status
     began += [holder.since] if holder is not None and holder.alive else []
     if beat is not None and beat.time < max(began, default=0.0):
         beat = None
-    step = beat.step if beat else _whole(row.get("step"))
-    if step is None and checkpoint is not None:
-        step = checkpoint.step
+    # The heartbeat is left out after most quick steps; metrics have log steps only.
+    told = [s for s in (beat.step if beat else None, _whole(row.get("step"))) if s is not None]
+    step = max(told) if told else checkpoint.step if checkpoint else None
     steps = _whole(_section(config, "train").get("steps"))
     job = job or find_job(run, attempts, queue.jobs)
     known = Known(

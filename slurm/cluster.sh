@@ -310,10 +310,11 @@ check_node() {
 
 up() {
     local node
+    # Sockets have at most 107 letters: DIR/spool/vn250/vn250_1234567.4294967291 is one of them.
+    [[ $DIR =~ ^[A-Za-z0-9_./+-]{1,70}$ ]] ||
+        die "SLURM_CLUSTER_DIR=$DIR: use at most 70 letters, digits and _ . / + -"
     need_root up
     install
-    [[ $DIR =~ ^[A-Za-z0-9_./+-]{1,90}$ ]] ||
-        die "SLURM_CLUSTER_DIR=$DIR: use at most 90 letters, digits and _ . / + -"
     if [ ! -e "$MARK" ] && [ -n "$(ls -A "$DIR" 2>/dev/null)" ]; then
         die "SLURM_CLUSTER_DIR=$DIR: holds something else; name a folder of its own"
     fi

@@ -34,6 +34,8 @@ def test_the_script_tells_what_is_missing(tmp_path) -> None:
     assert run(tmp_path, "down") == (0, "")
     code, said = run(tmp_path)
     assert code == 2 and "start-node vn2" in said
+    code, said = run(Path("/tmp") / ("x" * 66), "up")
+    assert code == 1 and "use at most 70 letters" in said
     if os.geteuid() == 0:
         nobody = ["setpriv", "--reuid", "65534", "--clear-groups", "bash", "-s", "up"]
         with open(SCRIPT) as script:
@@ -43,11 +45,13 @@ def test_the_script_tells_what_is_missing(tmp_path) -> None:
 
 @on_cluster
 @pytest.mark.parametrize("mode", ["ns", "plain"])
-def test_a_second_cluster_leaves_nothing(slurm, tmp_path, monkeypatch, mode) -> None:
+def test_a_second_cluster_leaves_nothing(
+    slurm, tmp_path, tmp_path_factory, monkeypatch, mode
+) -> None:
     hosts = Path("/etc/hosts").read_text()
     monkeypatch.setenv("SLURM_CLUSTER_MODE", mode)
     try:
-        second = Cluster(tmp_path / "second")
+        second = Cluster(tmp_path_factory.mktemp("second"))
     except NoCluster as error:
         pytest.skip(f"no second cluster in mode {mode}: {error}")
     try:

@@ -47,9 +47,9 @@ class Metrics:
         """One row. JSON has no infinity: what is not finite becomes null."""
         finite = {tag: v if math.isfinite(v) else None for tag, v in values.items()}
         row = {"step": step, "tokens": tokens, **finite}
+        self.draw(step, finite)  # First: of a run killed in between, TensorBoard can forget it.
         self.file.write(json.dumps(row, allow_nan=False) + "\n")
         self.file.flush()
-        self.draw(step, finite)
 
     def draw(self, step: int, values: Mapping[str, float | None]) -> None:
         """The values of a row that are there, for TensorBoard."""
