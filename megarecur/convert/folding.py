@@ -162,20 +162,19 @@ def choose_within(
     """
     if init == "average":
         return [tuple(group) for group in groups]
-    last, generator = max(len(groups) - 1, 1), random.Random(seed)
-    return [
-        (
-            group[
-                {
-                    "stepwise": round(Fraction(i * (len(group) - 1), last)),
-                    "lower": 0,
-                    "upper": len(group) - 1,
-                    "random": generator.randrange(len(group)),
-                }[init]
-            ],
-        )
-        for i, group in enumerate(groups)
-    ]
+    generator, made, start = random.Random(seed), [], 0
+    for i, group in enumerate(groups):
+        stop = start + len(group) - 1
+        place = start + Fraction(i * (len(group) - 1), max(len(groups) - 1, 1))
+        chosen = {
+            "stepwise": round(place),
+            "lower": start,
+            "upper": stop,
+            "random": generator.randint(start, stop),
+        }[init]
+        made.append((group[chosen - start],))
+        start = stop + 1
+    return made
 
 
 def parse_layers(text: str | None) -> list[int]:
