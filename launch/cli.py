@@ -426,21 +426,24 @@ def generate(
 @app.command()
 def convert(
     hf_dir: Annotated[
-        Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face Llama.")
+        Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face model.")
     ],
     to: Annotated[Path, typer.Option(metavar="RUN", help="Run folder to make.")],
+    allow_pickles: Annotated[
+        bool, typer.Option("--allow-pickles", help="Take tensors from pytorch_model.bin too.")
+    ] = False,
 ) -> None:
-    """Make a run folder of a Hugging Face Llama."""
+    """Make a run folder of a Hugging Face model."""
     from megarecur.convert.hf import convert_hf
 
-    print(convert_hf(hf_dir, to))
+    print(convert_hf(hf_dir, to, allow_pickles=allow_pickles))
 
 
 @app.command()
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf: a Hugging Face Llama.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf: a Hugging Face folder.")],
     unrolled: Annotated[
         bool, typer.Option("--unrolled", help="Write shared blocks as often as they run.")
     ] = False,
