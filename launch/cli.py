@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -432,11 +432,82 @@ def convert(
     allow_pickles: Annotated[
         bool, typer.Option("--allow-pickles", help="Take tensors from pytorch_model.bin too.")
     ] = False,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="Fold its layers into shared blocks: relaxed (cycle with adapters), cycle, "
+            "sequence, middle_cycle, middle_sequence, reuse_map or loop."
+        ),
+    ] = None,
+    loops: Annotated[
+        int | None, typer.Option(help="Uses of each shared block; with loop, of the core.")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="What makes a block: stepwise, average, lower, upper or random."),
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Rank of the adapters of each loop; none if left out.")
+    ] = None,
+    lora_init: Annotated[
+        str | None, typer.Option(help="svd (of what sharing loses) or zero.")
+    ] = None,
+    norms: Annotated[
+        str | None,
+        typer.Option(help="fold (gains into the linears), share, or own (of every loop)."),
+    ] = None,
+    reuse_map: Annotated[
+        str | None, typer.Option(metavar="4,2,1,1", help="Uses of each block, with reuse_map.")
+    ] = None,
+    prelude: Annotated[
+        str | None, typer.Option(metavar="0-1", help="Layers before the loop.")
+    ] = None,
+    core: Annotated[str | None, typer.Option(metavar="2-5", help="Layers that loop.")] = None,
+    coda: Annotated[
+        str | None, typer.Option(metavar="6-7", help="Layers after the loop.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse to drop layers where loops do not divide them.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Of random choices and Gaussian values.")] = None,
 ) -> None:
-    """Make a run folder of a Hugging Face model."""
+    """Make a run folder of a Hugging Face model; with --scheme, folded into shared blocks."""
+    asked = {
+        "loops": loops, "init": init, "lora_rank": lora_rank, "lora_init": lora_init,
+        "norms": norms, "reuse_map": reuse_map, "prelude": prelude, "core": core, "coda": coda,
+        "strict": strict or None, "seed": seed,
+    }  # fmt: skip
+    given = {name: value for name, value in asked.items() if value is not None}
+    if scheme is not None:
+        fold(hf_dir, to, scheme, given, allow_pickles)
+        return
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"{names}: fold a model, which also needs --scheme")
     from megarecur.convert.hf import convert_hf
 
     print(convert_hf(hf_dir, to, allow_pickles=allow_pickles))
+
+
+def fold(hf_dir: Path, to: Path, scheme: str, given: dict[str, Any], allow_pickles: bool) -> None:
+    """Fold a model, telling how far it is; report, and draw what became of its layers."""
+    from data_prep.progress import ProgressReport
+    from megarecur.convert.folding import FoldOptions, parse_uses
+    from megarecur.convert.recursive import fold_hf
+    from megarecur.plot.fold import plot_fold
+
+    if "reuse_map" in given:
+        given["reuse_map"] = parse_uses(given["reuse_map"])
+    options = FoldOptions(scheme, **given)
+    progress = ProgressReport()
+    made = fold_hf(
+        hf_dir, to, options, allow_pickles=allow_pickles,
+        progress=lambda total: progress.phase("folding", total), advance=progress.advance,
+    )  # fmt: skip
+    print((to / "fold.txt").read_text(encoding="utf-8"))
+    for path in plot_fold(to):
+        print(path)
+    print(made)
 
 
 @app.command()

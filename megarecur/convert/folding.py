@@ -177,6 +177,18 @@ def choose_within(
     return made
 
 
+def parse_uses(text: str) -> tuple[int, ...]:
+    """Uses of each block from "4,2,1,1".
+
+    Raises:
+        ConfigError: it is no such list.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--reuse-map {text}: is not a list of numbers such as 4,2,1,1") from None
+
+
 def parse_layers(text: str | None) -> list[int]:
     """Layers from "0-1" or "0,2,4-6"; raises ValueError."""
     layers: list[int] = []

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from math import prod
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarecur.config.load import to_yaml
+from megarecur.config.load import to_yaml, validate
 from megarecur.config.schema import Config
 from megarecur.convert.architecture import Architecture, to_half_split
 from megarecur.convert.source import (
@@ -36,11 +36,12 @@ from megarecur.convert.source import (
 )
 from megarecur.data.tokenizer import BYTES, load_tokenizer, tokenizer_fingerprint
 from megarecur.errors import ConfigError, DataError
-from megarecur.parallel.shards import whole
+from megarecur.parallel.shards import Shard, whole
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.recurrence.layer_map import count_uses
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
+from megarecur.train.checkpoint_planning import Values
 from megarecur.train.checkpoint_storage import sync_folder, write_all, write_file
 from megarecur.train.load import Run, open_run_folder, read_parameters
 
@@ -71,9 +72,29 @@ def convert_hf(hf_dir: str | Path, run_dir: str | Path, *, allow_pickles: bool =
         ConfigError: not a model that can be expressed, or a target that is not empty.
         DataError: weights that are missing, damaged, superfluous or of other shapes.
     """
-    hf_dir, run_dir = Path(hf_dir), Path(run_dir)
     source = SourceModel(hf_dir, allow_pickles=allow_pickles)
-    values, dtype = source.values, source.dtype
+    return write_run(source, Path(run_dir), {}, stream_dense)
+
+
+def write_run(
+    source: SourceModel,
+    run_dir: Path,
+    sections: dict[str, Any],
+    make: Callable[[Config, SourceModel], tuple[dict[str, Shard], Values]],
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> Path:
+    """Make a run folder of a source: config.yaml, tokenizer, a checkpoint at step 0.
+
+    Args:
+        source: the Hugging Face folder.
+        run_dir: absent, or an empty folder.
+        sections: of the config, in place of a dense model's.
+        make: gives what to write: tensors without values, and what makes one when its turn comes.
+        finish: adds files to the folder that it is given, before the folder is published.
+
+    Returns the checkpoint's path; raises what `convert_hf` does.
+    """
+    values, dtype, hf_dir = source.values, source.dtype, source.folder
     with written_aside(run_dir) as aside:
         tokenizer = copy_tokenizer(hf_dir, aside)
         config = placeholder_config(
@@ -83,9 +104,9 @@ def convert_hf(hf_dir: str | Path, run_dir: str | Path, *, allow_pickles: bool =
             str(run_dir / (tokenizer or TOKENIZERS[0])),
             hf_dir / "config.json",
         )
-        tensors = dict(source.outside())
-        for layer in range(source.num_layers):
-            tensors.update(source.layer(layer))
+        if sections:
+            changed = config.model_dump(mode="json") | sections
+            config = validate(changed, str(hf_dir / "config.json"))
         if dtype == "bfloat16":
             train = config.train.model_copy(update={"precision": "bf16"})
             config = config.model_copy(update={"train": train})
@@ -102,8 +123,9 @@ def convert_hf(hf_dir: str | Path, run_dir: str | Path, *, allow_pickles: bool =
             "hugging_face": origin | {k: values.get(k) for k in SPECIAL_TOKENS},
         }
         write_file(aside / "config.yaml", to_yaml(config).encode())
-        shards = {name: whole(tensor) for name, tensor in tensors.items()}
-        saved = checkpoint.save(aside / "checkpoints", 0, shards, state).result()
+        shards, read = make(config, source)
+        saved = checkpoint.save(aside / "checkpoints", 0, shards, state, values=read).result()
+        finish(aside)
     if tokenizer is None:
         log.warning(
             "%s has no tokenizer.json or tokenizer.model; put one at %s before giving the run text",
@@ -111,6 +133,14 @@ def convert_hf(hf_dir: str | Path, run_dir: str | Path, *, allow_pickles: bool =
             config.data.tokenizer,
         )
     return run_dir / saved.relative_to(aside)
+
+
+def stream_dense(config: Config, source: SourceModel) -> tuple[dict[str, Shard], Values]:
+    """Every tensor as the source has it, read when it is written."""
+    inventory = build_inventory(config)
+    return {name: whole(torch.empty(s.shape, device="meta")) for name, s in inventory.items()}, (
+        source.tensor
+    )
 
 
 def copy_tokenizer(source: Path, target: Path) -> str | None:

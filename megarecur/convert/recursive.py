@@ -1,8 +1,6 @@
 """A dense model folded into shared blocks, with low-rank adapters for what sharing loses.
 
-    fold = plan_fold(FoldOptions("cycle", loops=2, lora_rank=64), source.config)
-    folded = FoldedModel(fold, config, source.read)
-    folded.value("blocks.0.loops.1.query.lora_b")
+    fold_hf(Path("models/llama"), Path("runs/folded"), FoldOptions("cycle", loops=2, lora_rank=64))
 
 Values are made when their turn comes to be written, matrix by matrix: at no time is more in memory
 than the few matrices that one of them is made of. Relaxed Recursive Transformers, Bae et al. 2024.
@@ -10,22 +8,104 @@ than the few matrices that one of them is made of. Relaxed Recursive Transformer
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megarecur.config.schema import Config
-from megarecur.convert.folding import LINEARS, READS_NORM, Fold
+from megarecur.convert.fold_report import Report, build_report, format_report
+from megarecur.convert.folding import (
+    LINEARS,
+    READS_NORM,
+    Fold,
+    FoldOptions,
+    linear_shapes,
+    plan_fold,
+)
+from megarecur.convert.hf import write_run
+from megarecur.convert.source import SourceModel
 from megarecur.parallel.random import initial_values
 from megarecur.parallel.shards import Shard, whole
 from megarecur.recurrence.inventory import build_inventory
+from megarecur.train.checkpoint_planning import Values
+from megarecur.train.checkpoint_storage import write_file
 
+REPORT = "fold.json"
+"""What a run folder keeps of the fold that made it; fold.txt has it as text."""
 TARGETS = {inner: target for target, inner in LINEARS.items()}
 IN_BLOCK = re.compile(r"blocks\.(\d+)\.(?:loops\.(\d+)\.)?(.+)")
+
+
+def fold_hf(
+    hf_dir: str | Path,
+    run_dir: str | Path,
+    options: FoldOptions,
+    *,
+    allow_pickles: bool = False,
+    progress: Callable[[int], AbstractContextManager[object]] = nullcontext,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> Path:
+    """Make a run folder of a dense Hugging Face model folded into shared blocks.
+
+    Beside what `convert_hf` writes the run has fold.json and fold.txt: which layer made what, what
+    each matrix lost and its adapter holds, sizes. Returns the checkpoint's path.
+
+    Args:
+        hf_dir: the dense model.
+        run_dir: absent, or an empty folder.
+        options: how to fold it.
+        allow_pickles: see `SourceModel`.
+        progress: entered with the bytes of layers to fold, left when all are written.
+        advance: called with the bytes of layers just folded.
+
+    Raises:
+        ConfigError: options that do not fit, all of them named; or what `convert_hf` raises.
+        DataError: as `convert_hf`.
+    """
+    source = SourceModel(hf_dir, allow_pickles=allow_pickles)
+    fold = plan_fold(options, source.config)
+    began = time.perf_counter()
+    made: list[FoldedModel] = []
+
+    def make(config: Config, source: SourceModel) -> tuple[dict[str, Shard], Values]:
+        folded = FoldedModel(fold, config, source.tensor)
+        made.append(folded)
+        stack.enter_context(progress(sum(map(folded.work, folded.inventory))))
+
+        def value(name: str) -> Tensor:
+            tensor = folded.value(name)
+            advance(folded.work(name))
+            return tensor
+
+        return folded.shards(), value
+
+    def finish(folder: Path) -> None:
+        report = made[0].report(source.config, time.perf_counter() - began)
+        write_file(folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+        write_file(folder / "fold.txt", format_report(report).encode())
+
+    with ExitStack() as stack:
+        return write_run(source, Path(run_dir), sections_of(fold, source.config), make, finish)
+
+
+def sections_of(fold: Fold, source: Config) -> dict[str, Any]:
+    """The sections of the config that a fold sets."""
+    sections: dict[str, Any] = {"recurrence": fold.recurrence}
+    if fold.options.lora_rank:
+        sections["adapters"] = {
+            "rank": fold.options.lora_rank,
+            "targets": list(linear_shapes(source)),
+            "norms": fold.options.norms == "own",
+        }
+    return sections
 
 
 # ----------------------------------------------------------------------------------------- values
@@ -129,6 +209,17 @@ class FoldedModel:
         block, loop, rest = found.groups()
         target = rest.removesuffix(".lora_a").removesuffix(".lora_b")
         return (int(block), LINEARS.get(target, rest.rpartition(".")[0]), int(loop or -1))
+
+    def work(self, name: str) -> int:
+        """Bytes of a layer that making a parameter takes care of, as a measure of progress."""
+        spec = self.inventory[name]
+        found = IN_BLOCK.fullmatch(name)
+        if not found or name.endswith(".lora_b"):
+            return 0
+        target, _, part = found[3].rpartition(".")
+        if part == "lora_a":
+            spec = self.inventory[f"blocks.{found[1]}.{LINEARS[target]}.weight"]
+        return 4 * spec.size
 
     def value(self, name: str) -> Tensor:
         """A parameter, in fp32."""
@@ -241,6 +332,8 @@ class FoldedModel:
             )
         )
 
-    def report(self) -> list[dict[str, object]]:
-        """What was measured so far, for JSON."""
-        return [asdict(matrix) for matrix in self.matrices]
+    def report(self, source: Config, seconds: float) -> Report:
+        """What was measured, once every parameter was made; `seconds` is what all of it took."""
+        matrices = [asdict(matrix) for matrix in self.matrices]
+        spent = {**self.seconds, "all": seconds}
+        return build_report(self.fold, source, self.config, matrices, self.unheld, spent)

@@ -69,6 +69,12 @@ class SourceModel:
         self.files = find_weights(self.folder, allow_pickles)
         self.names = self.architecture.names(self.config.model)
         self.dtype = self.check()
+        entries = self.names.all(range(self.num_layers))
+        self._entries = {name: e for e in entries for name in e.ours}
+
+    def tensor(self, name: str) -> Tensor:
+        """One of ours by its global name, in fp32."""
+        return next(t for n, t in self.read([self._entries[name]]) if n == name)
 
     def layer(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """(global name, tensor) of every parameter of `blocks.{index}`, in fp32."""

@@ -385,14 +385,14 @@ def _one_error(doing: str) -> Iterator[None]:
     except CheckpointException as failure:
         reasons = {_explain(rank, error) for rank, (error, _) in failure.failures.items()}
         for error, _ in failure.failures.values():
-            if not isinstance(error, CheckpointError | OSError):
+            if not isinstance(error, MegarecurError | OSError):
                 logger.error("%s: %s", doing, failure)  # our bug: keep the tracebacks
                 break
         raise CheckpointError(f"{doing}: " + "; ".join(sorted(reasons))) from None
 
 
 def _explain(rank: int, error: BaseException) -> str:
-    if isinstance(error, CheckpointError):
+    if isinstance(error, MegarecurError):
         return str(error)
     if isinstance(error, OSError):
         where = error.filename or f"rank {rank}"
