@@ -270,6 +270,14 @@ def refuse_zero(name: str, number: Any) -> None:
         raise ValueError(f"{name}.min=0 would run no loop at some steps; it must be at least 1")
 
 
+def most_of(number: Any) -> int | None:
+    """The most that a number of loops or its sampler may be; None without a bound."""
+    if isinstance(number, Split):
+        parts = most_of(number.forward_only), most_of(number.with_gradient)
+        return None if parts[0] is None or parts[1] is None else parts[0] + parts[1]
+    return number if isinstance(number, int) else number.max
+
+
 class DepthCurriculum(Section):
     """Loops grow from `start` to what is drawn, over the first `steps` optimizer steps."""
 
@@ -292,6 +300,11 @@ class Looped(Section):
     """Truncated backward: only the last so many loops carry gradient. Left out: all."""
     curriculum: DepthCurriculum | None = None
 
+    @property
+    def most_loops(self) -> int | None:
+        """The most that an optimizer step may run; None without a bound."""
+        return most_of(self.num_loops)
+
     @model_validator(mode="after")
     def check_depth(self) -> Looped:
         """Refuse depths that cannot run, and truncation that never truncates."""
@@ -299,7 +312,7 @@ class Looped(Section):
         refuse_zero("num_loops", loops)
         if backward is not None and isinstance(loops, Split):
             raise ValueError("backward_loops: num_loops draws loops with gradient by itself")
-        most, often = (loops if isinstance(loops, int) else getattr(loops, "max", None)), "at most"
+        most, often = self.most_loops, "at most"
         if isinstance(loops, Poisson | PoissonLogNormal) and most is None:
             # Without a bound any depth may be drawn, but hardly ever one above twice the mean.
             most, often = math.ceil(2 * loops.mean), "with rare exceptions"
@@ -401,6 +414,22 @@ class Custom(Section):
         if missing:
             raise ValueError(f"order never runs block(s) {missing}; number blocks without gaps")
         return self
+
+
+AdapterTarget = Literal["query", "key", "value", "output", "gate", "up", "down"]
+
+
+class AdaptersConfig(Section):
+    """Layer-wise LoRA: every loop of a block adds scale B A x to the block's linear layers
+    (Bae et al. 2025, Relaxed Recursive Transformers, section 3)."""
+
+    rank: PositiveInt
+    """Of A [rank, in] and B [out, rank]; where a side of the matrix is smaller, that."""
+    scale: PositiveFloat = 1.0
+    targets: Annotated[tuple[AdapterTarget, ...], Field(min_length=1)] | None = None
+    """The linear layers that have one. Left out: all of the block."""
+    norms: bool = False
+    """Every loop also has norms of its own, in place of the block's."""
 
 
 RecurrenceConfig = Annotated[
@@ -728,6 +757,8 @@ class Config(Section):
     seed: NonNegativeInt = 1
     model: ModelConfig
     recurrence: RecurrenceConfig
+    adapters: AdaptersConfig | None = None
+    """Left out: loops differ in nothing."""
     data: DataConfig
     optimizer: OptimizerConfig
     parallel: ParallelConfig = free(ParallelConfig())
@@ -757,6 +788,45 @@ class Config(Section):
                 f"train.eval_depths={list(self.train.eval_depths)}: "
                 f"recurrence.kind={self.recurrence.kind} has no loops; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_adapters(self) -> Config:
+        """Refuse adapters of what does not exist."""
+        if self.adapters is None:
+            return self
+        model, targets, rank = self.model, self.adapters.targets or (), self.adapters.rank
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"adapters.targets={list(targets)}: names a layer twice")
+        if "gate" in targets and model.feed_forward != "swiglu":
+            raise ValueError(
+                f"adapters.targets={list(targets)}: model.feed_forward={model.feed_forward} has no "
+                "gate; leave it out"
+            )
+        queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        sides = {"query": queries, "output": queries, "key": keys, "value": keys}
+        most = max(
+            min(model.hidden_size, sides.get(target, model.ffn_hidden_size))
+            for target in targets or [*sides, "up"]
+        )
+        if rank > most:
+            raise ValueError(
+                f"adapters.rank={rank} is above the full rank {most} of every matrix it is for; "
+                f"set it to at most {most}"
+            )
+        if isinstance(self.recurrence, Looped):
+            loops = self.recurrence.most_loops
+            if loops is None:
+                raise ValueError(
+                    f"adapters belong to one loop each, and recurrence.num_loops="
+                    f"{self.recurrence.num_loops} has no last one; give its sampler a max"
+                )
+            beyond = [depth for depth in self.train.eval_depths if depth > loops]
+            if beyond:
+                raise ValueError(
+                    f"train.eval_depths={beyond}: adapters are there for {loops} loops; leave "
+                    "out what is above"
+                )
         return self
 
     @model_validator(mode="after")

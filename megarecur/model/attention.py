@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarecur.config.schema import ModelConfig
+from megarecur.model.adapters import Adapter, deltas_of
 from megarecur.model.context import Context, Keys
 from megarecur.model.positions import rotate
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
@@ -45,9 +46,12 @@ class Attention(nn.Module):
         self.interleaved = model.rope_interleaved
         self.dropout = model.attention_dropout
 
-    def forward(self, x_BSD: Tensor, ctx: Context, step: Step, keys: Keys) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, ctx: Context, step: Step, keys: Keys, adapter: Adapter | None
+    ) -> Tensor:
         """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache."""
-        qkv = apply_all((self.query, self.key, self.value), x_BSD)
+        deltas = deltas_of(adapter, "query", "key", "value")
+        qkv = apply_all((self.query, self.key, self.value), x_BSD, deltas)
         q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
         if ctx.rotation is not None:
             q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
@@ -64,7 +68,8 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=ctx.is_causal, enable_gqa=self.groups > 1
             )
-        return self.output(out.transpose(1, 2).flatten(2).to(x_BSD.dtype))
+        mixed = out.transpose(1, 2).flatten(2).to(x_BSD.dtype)
+        return self.output(mixed, *deltas_of(adapter, "output"))
 
     def attend_with_dropout(
         self, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, ctx: Context, where: Tensor

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarecur.config.schema import ModelConfig
+from megarecur.model.adapters import Adapter, deltas_of
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
 from megarecur.parallel.regions import ALONE, TensorParallel
 
@@ -47,12 +48,12 @@ class SwiGLU(nn.Module):
         self.up = Linear(f"{name}.up", make, dtype, bias, tp, "outputs")
         self.down = Linear(f"{name}.down", make, dtype, bias, tp, "inputs")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapter: Adapter | None = None) -> Tensor:
         """[..., D] to [..., D]."""
-        gate, up = apply_all((self.gate, self.up), x)
-        if torch.compiler.is_compiling():
-            return self.down(F.silu(gate) * up)
-        return self.down(_SwiGLU.apply(gate, up))
+        gate, up = apply_all((self.gate, self.up), x, deltas_of(adapter, "gate", "up"))
+        compiling = torch.compiler.is_compiling()
+        mixed = F.silu(gate) * up if compiling else _SwiGLU.apply(gate, up)
+        return self.down(mixed, *deltas_of(adapter, "down"))
 
 
 class GELU(nn.Module):
@@ -71,6 +72,7 @@ class GELU(nn.Module):
         self.up = Linear(f"{name}.up", make, dtype, bias, tp, "outputs")
         self.down = Linear(f"{name}.down", make, dtype, bias, tp, "inputs")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapter: Adapter | None = None) -> Tensor:
         """[..., D] to [..., D]."""
-        return self.down(F.gelu(self.up(x)))
+        mixed = F.gelu(self.up(x, *deltas_of(adapter, "up")))
+        return self.down(mixed, *deltas_of(adapter, "down"))

@@ -24,7 +24,7 @@ from megarecur.parallel.random import dropout, initial_values, truncated_normal
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.parallel.shards import Shard
 from megarecur.plan.placement import Placement
-from megarecur.recurrence.inventory import Inventory, adapter_block, build_inventory
+from megarecur.recurrence.inventory import Inventory, build_inventory, count_most_uses
 from megarecur.recurrence.layer_map import Step
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -82,9 +82,9 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        adapter = adapter_block(config.recurrence)
+        loops = count_most_uses(config.recurrence) if config.adapters else {}
         self.blocks = nn.ModuleDict(
-            {str(b): Block(b, make, config.model, dtype, b == adapter, tp) for b in blocks}
+            {str(b): Block(b, make, config, dtype, loops.get(b, 0), tp) for b in blocks}
         )
 
     def forward(

@@ -15,13 +15,13 @@ from megarecur.config.schema import Config, ModelConfig, ParallelConfig
 from megarecur.recurrence.depth import count_depths
 from megarecur.recurrence.inventory import (
     ParameterSpec,
-    adapter_block,
     build_inventory,
+    injection_block,
     is_embedding,
     is_frozen,
     uses_muon,
 )
-from megarecur.recurrence.layer_map import LayerMap, from_order
+from megarecur.recurrence.layer_map import LayerMap, Step, from_order
 from megarecur.recurrence.schemes import layer_map
 
 # ----------------------------------------------------------------------------------- parameters
@@ -44,12 +44,17 @@ def count_unrolled_parameters(config: Config, steps: LayerMap) -> ParameterCount
     """Parameters of the untied model that executes the same steps: blocks counted at each use."""
     shared = [s for s in build_inventory(config).values() if s.block is None]
     blocks = _by_block(config)
-    return _count(shared + [spec for step in steps for spec in blocks[step.block]])
+    return _count(shared + [s for step in steps for s in _used(blocks[step.block], step)])
 
 
 def _count(specs: list[ParameterSpec]) -> ParameterCount:
     total = sum(spec.size for spec in specs)
     return ParameterCount(total, total - sum(s.size for s in specs if is_embedding(s.name)))
+
+
+def _used(specs: list[ParameterSpec], step: Step) -> list[ParameterSpec]:
+    """Of a block's parameters, those that a step of the map uses."""
+    return [spec for spec in specs if spec.loop in (None, step.loop_index)]
 
 
 def _by_block(config: Config) -> dict[int, list[ParameterSpec]]:
@@ -123,19 +128,18 @@ def deepest_map(config: Config) -> LayerMap:
 def count_step_flops(config: Config, steps: LayerMap) -> list[int]:
     """Forward FLOPs per token of each step of the map, in order.
 
-    2 per matrix parameter, 4 S heads head_dim for scores and their sum over values; an injection
-    adapter counts where the step reads what it injects.
+    2 per matrix parameter, 4 S heads head_dim for scores and their sum over values; the matrix of
+    an injection counts where the step reads what it injects.
     """
-    scores = count_score_flops(config)
-    block_flops, adapter_flops = {}, {}
-    for block, specs in _by_block(config).items():
-        matrices = [spec for spec in specs if len(spec.shape) == 2]
-        adapters = [spec for spec in matrices if ".injection." in spec.name]
-        adapter_flops[block] = 2 * sum(spec.size for spec in adapters)
-        block_flops[block] = 2 * sum(s.size for s in matrices) - adapter_flops[block] + scores
-    return [
-        block_flops[step.block] + (adapter_flops[step.block] if step.reads else 0) for step in steps
-    ]
+    blocks, scores, flops = _by_block(config), count_score_flops(config), []
+    for step in steps:
+        sizes = [
+            spec.size
+            for spec in _used(blocks[step.block], step)
+            if len(spec.shape) == 2 and (step.reads or ".injection." not in spec.name)
+        ]
+        flops.append(2 * sum(sizes) + scores)
+    return flops
 
 
 def count_score_flops(config: Config) -> int:
@@ -286,17 +290,18 @@ def count_kept_bytes(config: Config, steps: LayerMap, recompute: bool) -> int:
     written = stream * sum(len(step.writes) for step in steps)
     if recompute:
         return stream * len(graded) + written
-    adapter = 2 * stream if has_adapter(config) else 0
-    joined = adapter * sum(bool(step.reads) for step in graded)
-    return (count_step_bytes(config) - adapter) * len(graded) + joined + written
+    pair = 2 * stream if has_injection(config) else 0
+    joined = pair * sum(bool(step.reads) for step in graded)
+    return (count_step_bytes(config) - pair) * len(graded) + joined + written
 
 
 def count_step_bytes(config: Config) -> int:
-    """Bytes per token that one step keeps at most, an injection adapter included."""
+    """Bytes per token that one step keeps at most, what is injected included."""
     model, parallel = config.model, config.parallel
-    kept = count_kept_elements(model, config.data.seq_length, parallel) * element_bytes(config)
+    kept = count_kept_elements(model, config.data.seq_length, parallel) + count_rank(config)
+    kept *= element_bytes(config)
     scores = 4 * model.num_heads // parallel.tensor  # logsumexp of the scores, fp32
-    return kept + scores + (2 * count_stream_bytes(config) if has_adapter(config) else 0)
+    return kept + scores + (2 * count_stream_bytes(config) if has_injection(config) else 0)
 
 
 def count_deferred_bytes(config: Config, steps: LayerMap) -> int:
@@ -310,8 +315,10 @@ def count_deferred_bytes(config: Config, steps: LayerMap) -> int:
     left = queries + 2 * keys + 2 * model.hidden_size
     left += (2 if model.feed_forward == "swiglu" else 1) * ffn
     graded = [step for step in steps if step.grad]
-    adapters = sum(bool(step.reads) for step in graded) if has_adapter(config) else 0
-    elements = (entered + left) * len(graded) + 3 * model.hidden_size * adapters
+    # Of an adapter, what A gave and the gradient of that.
+    each = entered + left + 2 * count_rank(config)
+    injections = sum(bool(step.reads) for step in graded) if has_injection(config) else 0
+    elements = each * len(graded) + 3 * model.hidden_size * injections
     return elements * element_bytes(config)
 
 
@@ -332,9 +339,19 @@ def count_kept_elements(model: ModelConfig, seq_length: int, parallel: ParallelC
     return round(norms * model.hidden_size) + attention + feed_forward + scores
 
 
-def has_adapter(config: Config) -> bool:
-    """Whether the map's reads go through a learned adapter."""
-    return adapter_block(config.recurrence) is not None
+def count_rank(config: Config) -> int:
+    """Channels between the factors of all adapters of one step of the map."""
+    pairs = (s for s in build_inventory(config).values() if s.name.endswith(".lora_a"))
+    first = next(pairs, None)
+    if first is None:
+        return 0
+    same = [s for s in pairs if (s.block, s.loop) == (first.block, first.loop)]
+    return sum(spec.shape[0] for spec in (first, *same))
+
+
+def has_injection(config: Config) -> bool:
+    """Whether what the map reads goes through a learned matrix."""
+    return injection_block(config.recurrence) is not None
 
 
 # --------------------------------------------------------------------------------------- tokens
