@@ -463,9 +463,7 @@ def convert(
         str | None, typer.Option(metavar="0-1", help="Layers before the loop.")
     ] = None,
     core: Annotated[str | None, typer.Option(metavar="2-5", help="Layers that loop.")] = None,
-    coda: Annotated[
-        str | None, typer.Option(metavar="6-7", help="Layers after the loop.")
-    ] = None,
+    coda: Annotated[str | None, typer.Option(metavar="6-7", help="Layers after the loop.")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse to drop layers where loops do not divide them.")
     ] = False,

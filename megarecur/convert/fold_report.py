@@ -107,9 +107,11 @@ def _matrices(report: Report) -> str:
     linears = []
     for matrix in report["matrices"]:
         share = matrix["residual_norm"] / max(matrix["weight_norm"], 1e-30)
-        text = f"{share:.3f}"
+        text = f"{share:.3f}" if share else "0"
+        if matrix["rank"] and share:
+            text += f" {100 * matrix['energy']:5.1f}%"
         if matrix["rank"]:
-            text += f" {100 * matrix['energy']:5.1f}% r{matrix['rank']}"
+            text += f" r{matrix['rank']}"
         cells.setdefault((matrix["block"], matrix["loop"]), {})[matrix["linear"]] = text
         if matrix["linear"] not in linears:
             linears.append(matrix["linear"])

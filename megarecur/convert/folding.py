@@ -152,9 +152,7 @@ def choose(
     return [(layer,) for layer in chosen]
 
 
-def choose_within(
-    init: str, groups: Sequence[Sequence[int]], seed: int
-) -> list[tuple[int, ...]]:
+def choose_within(init: str, groups: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
     """The same where groups are of several sizes: each block is made of its own group alone.
 
     stepwise goes from the first layer of the first group to the last of the last; with groups of
@@ -326,9 +324,7 @@ def reuse_problems(options: FoldOptions, num_layers: int) -> list[str]:
     if min(uses) < 1:
         problems.append(f"--reuse-map {text}: every block must run at least once")
     elif sum(uses) > num_layers:
-        problems.append(
-            f"--reuse-map {text}: takes {sum(uses)} layers, the model has {num_layers}"
-        )
+        problems.append(f"--reuse-map {text}: takes {sum(uses)} layers, the model has {num_layers}")
     elif sum(uses) < num_layers and options.strict:
         problems.append(
             f"--reuse-map {text}: takes {sum(uses)} of {num_layers} layers; without --strict the "

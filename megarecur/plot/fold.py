@@ -6,6 +6,7 @@ Drawn from RUN/fold.json, which `megarecur convert --scheme` writes.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,24 +42,24 @@ def draw_fold(report: dict[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     matrices = report["matrices"]
-    has_adapters = any(m["rank"] for m in matrices)
-    steps, num_blocks = len(report["steps"]), len(report["blocks"])
-    above, below = 1.1 + 0.22 * num_blocks, 1.3 + 0.2 * steps
-    figure = Figure(figsize=(9.0, above + below), facecolor="white", layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=[above, below])
-    _draw_sources(figure.add_subplot(grid[0, :]), report)
-    residual = figure.add_subplot(grid[1, 0] if has_adapters else grid[1, :])
-    shares = {
-        key: m["residual_norm"] / max(m["weight_norm"], 1e-30) for key, m in _by_step(report)
+    shares = {key: m["residual_norm"] / max(m["weight_norm"], 1e-30) for key, m in _by_step(report)}
+    energy = {
+        key: m["energy"] for key, m in _by_step(report) if m["rank"] and m["residual_norm"] > 0
     }
-    _draw_heat(residual, report, shares, "Residual |W − W′| / |W|", "magma_r", None)
-    if has_adapters:
-        energy = {
-            key: m["energy"] for key, m in _by_step(report) if m["rank"] and m["residual_norm"] > 0
-        }
+    panels = [any(shares.values()), bool(energy)]
+    steps, num_blocks = len(report["steps"]), len(report["blocks"])
+    above, below = 1.1 + 0.22 * num_blocks, (1.3 + 0.2 * steps) * any(panels)
+    figure = Figure(figsize=(9.0, above + below), facecolor="white", layout="constrained")
+    rows, columns = 1 + any(panels), max(sum(panels), 1)
+    grid = figure.add_gridspec(rows, columns, height_ratios=[above, below][:rows])
+    _draw_sources(figure.add_subplot(grid[0, :]), report)
+    if panels[0]:
+        axes = figure.add_subplot(grid[1, 0])
+        _draw_heat(axes, report, shares, "Residual |W − W′| / |W|", "magma_r", None)
+    if panels[1]:
         ranks = sorted({m["rank"] for m in matrices if m["rank"]})
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        title = f"Share held by adapters of rank {rank}"
+        title = f"Share of its square that adapters of rank {rank} hold"
         _draw_heat(figure.add_subplot(grid[1, 1]), report, energy, title, "viridis", 1.0)
     return figure
 
@@ -71,8 +72,11 @@ def _by_step(report: dict[str, Any]) -> list[tuple[tuple[int, str], dict[str, An
 
 def _draw_sources(axes: Axes, report: dict[str, Any]) -> None:
     """A row per block: full dots made it, rings are the layers that its loops stand for."""
-    for step in report["steps"]:
-        axes.plot(step["source"], step["block"], "o", ms=11, mfc="none", mec="#4477aa", mew=1.5)
+    uses = Counter((step["source"], step["block"]) for step in report["steps"])
+    for (layer, block), count in uses.items():
+        axes.plot(layer, block, "o", ms=11, mfc="none", mec="#4477aa", mew=1.5)
+        if count > 1:
+            axes.text(layer + 0.12, block, f"× {count}", va="center", size=8, color=INK)
     for entry in report["blocks"]:
         layers = entry["made_of"]
         axes.plot(layers, [entry["block"]] * len(layers), "o", ms=6, color="#4477aa", ls="none")
