@@ -160,7 +160,8 @@ def choose_within(init: str, groups: Sequence[Sequence[int]], seed: int) -> list
     """
     if init == "average":
         return [tuple(group) for group in groups]
-    generator, made, start = random.Random(seed), [], 0
+    generator, start = random.Random(seed), 0
+    made: list[tuple[int, ...]] = []
     for i, group in enumerate(groups):
         stop = start + len(group) - 1
         place = start + Fraction(i * (len(group) - 1), max(len(groups) - 1, 1))
@@ -209,7 +210,7 @@ def plan_fold(options: FoldOptions, config: Config) -> Fold:
     Raises:
         ConfigError: with everything that is wrong with them.
     """
-    num_layers = config.recurrence.num_blocks  # type: ignore[union-attr]
+    num_layers = config.recurrence.num_blocks
     problems = unknown_words(options)
     if not problems:
         problems = unfit_options(options, config)
@@ -305,8 +306,8 @@ def divisible(have: int, kept: int, option: str, what: str, strict: bool) -> lis
     if have == kept or not strict:
         return []
     return [
-        f"{option}: does not divide the {have} {what}; without --strict {have - kept} evenly spread "
-        "would be dropped"
+        f"{option}: does not divide the {have} {what}; without --strict {have - kept} of them, "
+        "evenly spread, would be dropped"
     ]
 
 
@@ -408,7 +409,7 @@ def arrange(options: FoldOptions, num_layers: int) -> Fold:
     recurrence: dict[str, Any]
     if scheme == "loop":
         prelude, core, coda = map(parse_layers, (options.prelude, options.core, options.coda))
-        made = [(layer,) for layer in (*prelude, *core, *coda)]
+        made: list[tuple[int, ...]] = [(layer,) for layer in (*prelude, *core, *coda)]
         recurrence = plain_loop(len(prelude), len(core), len(coda), loops)
         sources = [*prelude, *core * loops, *coda]
         order = [made.index((layer,)) for layer in sources]
