@@ -230,6 +230,18 @@ def test_adapters_hold_what_eckart_and_young_say(shape: tuple[int, int]) -> None
         torch.testing.assert_close(a @ a.T, torch.eye(capped), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_a_residual_of_low_rank_leaves_the_rest_to_be_trained(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(6)
+    left, right = (torch.randn(n, 3, generator=generator) for n in shape)
+    residual = left @ right.T
+    a, b, values = truncated_svd(residual, 8)
+    torch.testing.assert_close(b @ a, residual, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(a @ a.T, torch.eye(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(values, torch.linalg.svdvals(residual), atol=2e-5, rtol=1e-5)
+    assert not b[:, 3:].any()
+
+
 def test_nothing_left_and_zero_start_without_a_change() -> None:
     gaussian = torch.ones(3, 8)
     for residual, init in ((torch.zeros(5, 8), "svd"), (torch.ones(5, 8), "zero")):
