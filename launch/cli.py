@@ -553,7 +553,7 @@ def parse_depths(text: str | None, config: Config) -> list[int | None]:
     parts = [part.strip() for part in text.split(",")]
     wrong = [f"depth {part!r}: is not a number" for part in parts if not part.isdigit()]
     depths = [int(part) for part in parts if part.isdigit()]
-    wrong += [refusal for n in depths if (refusal := refuse_depth(config.recurrence, n))]
+    wrong += [refusal for n in depths if (refusal := refuse_depth(config, n))]
     if wrong:
         raise ConfigError(f"--depth {text}:" + "".join(f"\n  {line}" for line in wrong))
     return [*depths]

@@ -222,7 +222,7 @@ def check_options(
         problems.append(f"top_k={top_k} must be at least 1; leave it out to choose among all")
     if not 0.0 < top_p <= 1.0:
         problems.append(f"top_p={top_p} must be above 0 and at most 1")
-    if num_loops is not None and (refusal := refuse_depth(config.recurrence, num_loops)):
+    if num_loops is not None and (refusal := refuse_depth(config, num_loops)):
         problems.append(refusal)
     if not tokens:
         problems.append("the prompt has no tokens; give it some text")

@@ -40,6 +40,11 @@ def count_parameters(config: Config) -> ParameterCount:
     return _count(list(build_inventory(config).values()))
 
 
+def count_adapters(config: Config) -> ParameterCount:
+    """Those of them that belong to one loop of a block."""
+    return _count([spec for spec in build_inventory(config).values() if spec.loop is not None])
+
+
 def count_unrolled_parameters(config: Config, steps: LayerMap) -> ParameterCount:
     """Parameters of the untied model that executes the same steps: blocks counted at each use."""
     shared = [s for s in build_inventory(config).values() if s.block is None]

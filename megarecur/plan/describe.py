@@ -23,6 +23,7 @@ from megarecur.config.schema import (
 )
 from megarecur.plan.cost import (
     ParameterCount,
+    count_adapters,
     count_flops,
     count_parameters,
     count_tokens_per_step,
@@ -300,6 +301,8 @@ def _parameters(config: Config, steps: LayerMap) -> RenderableType:
         table.add_row(name, f"{count.total:,}", f"{count.non_embedding:,}")
 
     row("unique", count_parameters(config))
+    if config.adapters is not None:
+        row("of it adapters", count_adapters(config))
     row("unrolled", count_unrolled_parameters(config, steps))
     return Padding(table, (0, 0, 1, 0))
 

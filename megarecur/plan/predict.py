@@ -22,6 +22,7 @@ from megarecur.plan.cost import (
     count_flops,
     count_head_flops,
     count_kept_bytes,
+    count_rank,
     count_score_flops,
     count_step_bytes,
     count_step_flops,
@@ -489,9 +490,11 @@ def count_collectives(config: Config, stage: Stage) -> tuple[int, int]:
 
 
 def collective_bytes(config: Config) -> int:
-    """The residual stream of a micro batch, whole."""
+    """The residual stream of a micro batch, whole; with its share of what lies between the factors
+    of adapters, which crosses once in the four collectives of a step of the map."""
     tokens = config.train.micro_batch_size * config.data.seq_length
-    return tokens * config.model.hidden_size * element_bytes(config)
+    channels = config.model.hidden_size + count_rank(config) // 4
+    return tokens * channels * element_bytes(config)
 
 
 def count_hop_bytes(config: Config, values: int) -> int:

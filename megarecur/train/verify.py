@@ -79,6 +79,8 @@ def certified(config: Config, small: bool, dp: int) -> Config:
     if small:
         hidden = config.model.num_heads * 8
         values["model"] |= {"hidden_size": hidden, "head_dim": 8, "ffn_hidden_size": 2 * hidden}
+        if config.adapters is not None:
+            values["adapters"]["rank"] = min(config.adapters.rank, 8)
         length = min(config.data.seq_length, 16 * config.parallel.tensor)
         values["data"]["seq_length"] = length
         if config.model.positions == "learned":
