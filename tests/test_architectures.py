@@ -1,0 +1,146 @@
+"""Architectures beside Llama: converted, continued, exported, and unrolled, against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_convert import (
+    TOKENS_BS,
+    all_logits,
+    assert_same_tensors,
+    run_logits,
+    tensors_of,
+    write_run,
+)
+
+from megarecur.convert.hf import convert_hf, export_hf
+from megarecur.convert.source import ARCHITECTURES, SourceModel
+from megarecur.data.torchvision_stub import make_torchvision_importable
+from megarecur.inference.generate import generate
+from megarecur.train.load import load_model
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    """Models of Hugging Face; the import costs seconds."""
+    make_torchvision_importable()
+    return pytest.importorskip("transformers")
+
+
+COMMON = {"vocab_size": 97, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3}
+COMMON |= {"num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1}
+COMMON |= {"eos_token_id": 2, "pad_token_id": 0}
+
+SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "rope_theta": 500.0}),
+    "qwen2, tied": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+}
+"""Class of transformers without ForCausalLM, and what its config has beyond COMMON."""
+
+RECURSIVE: dict[str, dict[str, Any]] = {
+    "qwen2": {"attention_bias": "qkv", "tie_embeddings": False},
+}
+"""Our `model` section, as `write_run` takes it, by the model_type that it is exported to."""
+
+CYCLE = {"kind": "cycle", "num_blocks": 2, "depth": 5}
+
+
+def save_source(
+    transformers: Any, folder: Path, name: str, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A random model, every tensor random, saved as transformers saves it."""
+    kind, changes = SOURCES[name]
+    config = getattr(transformers, kind + "Config")
+    model = getattr(transformers, kind.removesuffix("Text") + "ForCausalLM")
+    source = model(config(**COMMON | changes, attn_implementation="eager")).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in source.named_parameters():
+            mean = 1.0 if "norm" in key and key.endswith("weight") else 0.0
+            mean -= "gemma" in name and mean == 1.0
+            value = mean + 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(value.to(torch.bfloat16))
+    source.to(dtype).save_pretrained(folder, safe_serialization=True)
+    return source.float()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_converted_model_computes_and_continues_the_same(
+    tmp_path: Path, transformers: Any, name: str
+) -> None:
+    """Logits at documents of several lengths, and what it says greedily with a cache."""
+    source = save_source(transformers, tmp_path / "hf", name)
+    convert_hf(tmp_path / "hf", tmp_path / "run")
+    model, _ = load_model(tmp_path / "run")
+    with torch.no_grad():
+        for length in (1, 7, 24):
+            document = torch.arange(length)[None] * 11 % 97
+            wanted = source(document).logits
+            torch.testing.assert_close(all_logits(model, document), wanted, rtol=0.0, atol=1e-4)
+        assert wanted.abs().max() > 1.0
+        prompt = [5, 3, 90, 17]
+        said = list(generate(model, prompt, max_new_tokens=20, temperature=0.0))
+        text = list(prompt)
+        for _ in range(20):
+            text.append(int(source(torch.tensor([text])).logits[0, -1].argmax()))
+    assert said == text[len(prompt) :]
+    again = generate(model, prompt, max_new_tokens=20, temperature=0.0, use_cache=False)
+    assert list(again) == said
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_export_gives_every_tensor_and_key_back(
+    tmp_path: Path, transformers: Any, name: str, dtype: torch.dtype
+) -> None:
+    """Byte by byte, in the dtype they were stored in."""
+    save_source(transformers, tmp_path / "hf", name, dtype)
+    convert_hf(tmp_path / "hf", tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", tmp_path / "hf")
+    config = transformers.AutoConfig.from_pretrained
+    before, after = (config(tmp_path / which).to_dict() for which in ("hf", "back"))
+    for key in ("transformers_version", "_name_or_path", "pad_token_id", "classifier_dropout"):
+        before.pop(key, None), after.pop(key, None)
+    assert {k: after.get(k) for k in before} == before
+
+
+@pytest.mark.parametrize("kind", RECURSIVE)
+def test_unrolled_export_of_a_recursive_run(tmp_path: Path, transformers: Any, kind: str) -> None:
+    """Loads in transformers without code of ours, and computes what the shared blocks do."""
+    shape = {"num_kv_heads": 2, "head_dim": 6} | RECURSIVE[kind]
+    write_run(tmp_path / "run", CYCLE, **shape)
+    out = export_hf(tmp_path / "run", tmp_path / "hf", unrolled=True)
+    assert json.loads((out / "config.json").read_text())["model_type"] == kind
+    loaded, faults = transformers.AutoModelForCausalLM.from_pretrained(
+        out, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not faults["missing_keys"] and not faults["unexpected_keys"]
+    assert loaded.config.num_hidden_layers == 5
+    with torch.no_grad():
+        wanted, found = run_logits(tmp_path / "run"), loaded.eval()(TOKENS_BS).logits
+    torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-5)
+
+
+def test_every_architecture_is_tested() -> None:
+    """The lists above name all that are known but Llama, which has tests of its own."""
+    assert {name.split(",")[0] for name in SOURCES} == ARCHITECTURES.keys() - {"llama"}
+    assert RECURSIVE.keys() == ARCHITECTURES.keys() - {"llama"}
+
+
+def test_source_reads_a_layer_at_a_time(tmp_path: Path, transformers: Any) -> None:
+    """Layers and the rest make the whole model, in fp32, under our names."""
+    save_source(transformers, tmp_path / "hf", "qwen2", torch.bfloat16)
+    source = SourceModel(tmp_path / "hf")
+    assert (source.num_layers, source.dtype) == (3, "bfloat16")
+    layer = dict(source.layer(1))
+    assert all(name.startswith("blocks.1.") for name in layer)
+    assert {t.dtype for t in layer.values()} == {torch.float32}
+    stored = tensors_of(tmp_path / "hf")
+    wanted = stored["model.layers.1.self_attn.q_proj.bias"].float()
+    assert torch.equal(layer["blocks.1.attention.query.bias"], wanted)
+    assert set(dict(source.outside())) == {"embedding.weight", "final_norm.weight", "head.weight"}
