@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megarecur.config.schema import ModelConfig
 from megarecur.model.attention import Attention
 from megarecur.model.context import Context, Keys
-from megarecur.model.feed_forward import GELU, SwiGLU
+from megarecur.model.feed_forward import FEED_FORWARDS
 from megarecur.model.norm import build_norm
 from megarecur.parallel.linear import Linear, MakeParameter, Weight
 from megarecur.parallel.random import dropout
@@ -23,7 +23,8 @@ Body = Callable[["Block", Tensor, Context, Step, Keys], Tensor]
 class Block(nn.Module):
     """One set of Transformer weights, used by any number of steps of the map.
 
-    Norm positions: pre, x + f(N(x)); post, N(x + f(x)); sandwich, N2(x + f(N1(x))), as in Huginn.
+    Norm positions: pre, x + f(N(x)); post, N(x + f(x)); sandwich, N2(x + f(N1(x))), as in Huginn;
+    peri, x + N2(f(N1(x))), as in Gemma 2.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         prefix, eps = f"blocks.{block}", model.norm_eps
-        feed_forward = {"swiglu": SwiGLU, "gelu": GELU}[model.feed_forward]
+        feed_forward = FEED_FORWARDS[model.feed_forward]
         self.injection = Linear(f"{prefix}.injection", make, dtype, False) if has_adapter else None
-        self.norm_position = model.norm_position
+        self.norm_position, self.parallel = model.norm_position, model.parallel_residual
+        self.slides = model.slides(block)
         self.rates = {"mix": model.dropout, "feed": model.dropout,
                       "attention": model.attention_dropout}  # fmt: skip
         self.compiled: Body | None = None
@@ -48,7 +50,7 @@ class Block(nn.Module):
         self.attention = Attention(f"{prefix}.attention", make, model, dtype, tp)
         self.feed_forward_norm = build_norm(model.norm, f"{prefix}.feed_forward_norm", make, eps)
         self.feed_forward = feed_forward(f"{prefix}.feed_forward", make, model, dtype, tp)
-        if model.norm_position == "sandwich":
+        if model.norm_position in ("sandwich", "peri"):
             self.attention_output_norm = build_norm(
                 model.norm, f"{prefix}.attention_output_norm", make, eps
             )
@@ -61,6 +63,8 @@ class Block(nn.Module):
         """One step of the map; `injected` is added, or mixed in by the adapter, first."""
         if injected is not None:
             x = self.inject(x, injected)
+        if self.slides and ctx.sliding is not None:
+            ctx = ctx.sliding
         keys = ctx.keys(step, self.rates)
         if self.compiled is None or not ctx.training:
             return self.body(x, ctx, step, keys)
@@ -73,8 +77,17 @@ class Block(nn.Module):
         depend on which of them it is, but for tensors."""
         if self.norm_position == "pre":
             mixed = self.attention(self.attention_norm(x), ctx, step, keys)
+            if self.parallel:
+                fed = self.feed_forward(self.feed_forward_norm(x))
+                x = x + self.drop(mixed, ctx, keys, "mix")
+                return x + self.drop(fed, ctx, keys, "feed")
             x = x + self.drop(mixed, ctx, keys, "mix")
             return x + self.drop(self.feed_forward(self.feed_forward_norm(x)), ctx, keys, "feed")
+        if self.norm_position == "peri":
+            mixed = self.attention(self.attention_norm(x), ctx, step, keys)
+            x = x + self.drop(self.attention_output_norm(mixed), ctx, keys, "mix")
+            fed = self.feed_forward(self.feed_forward_norm(x))
+            return x + self.drop(self.feed_forward_output_norm(fed), ctx, keys, "feed")
         if self.norm_position == "post":
             x = x + self.drop(self.attention(x, ctx, step, keys), ctx, keys, "mix")
             x = self.attention_norm(x)

@@ -29,7 +29,8 @@ class ParameterSpec:
 
     `block` owns it (None: embedding, final norm, head). Initial values are normal with `std`
     around `mean`. Tensor parallelism cuts it along `cut` (None: every rank holds all of it), in
-    units of `unit` rows or columns, such as those of one head.
+    units of `unit` rows or columns, such as those of one head. `partial`: every rank holds all of
+    it and uses it for its own heads alone, so that its gradient is a sum over ranks.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ParameterSpec:
     mean: float = 0.0
     cut: int | None = None
     unit: int = 1
+    partial: bool = False
 
     @property
     def size(self) -> int:
@@ -131,14 +133,18 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
     specs += linear("attention.key", keys, hidden, "k" in biased, std, 0, head)
     specs += linear("attention.value", keys, hidden, "v" in biased, std, 0, head)
     specs += linear("attention.output", hidden, queries, "o" in biased, scaled, 1, head)
-    if model.norm_position == "sandwich":
+    if model.qk_norm:
+        for name in ("query_norm", "key_norm"):
+            name = f"{prefix}attention.{name}.weight"
+            specs.append(ParameterSpec(name, (head,), block, mean=1.0, partial=True))
+    if model.norm_position in ("sandwich", "peri"):
         specs += norm_parameters(model, prefix + "attention_output_norm", block)
     specs += norm_parameters(model, prefix + "feed_forward_norm", block)
-    if model.feed_forward == "swiglu":
+    if model.gated:
         specs += linear("feed_forward.gate", ffn, hidden, model.feed_forward_bias, std, 0)
     specs += linear("feed_forward.up", ffn, hidden, model.feed_forward_bias, std, 0)
     specs += linear("feed_forward.down", hidden, ffn, model.feed_forward_bias, scaled, 1)
-    if model.norm_position == "sandwich":
+    if model.norm_position in ("sandwich", "peri"):
         specs += norm_parameters(model, prefix + "feed_forward_output_norm", block)
     return specs
 
