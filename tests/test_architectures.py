@@ -1,4 +1,4 @@
-"""Architectures beside Llama: converted, continued, exported, and unrolled, against transformers."""
+"""Architectures beside Llama against transformers: converted, continued, exported, unrolled."""
 
 from __future__ import annotations
 
@@ -38,11 +38,18 @@ COMMON |= {"eos_token_id": 2, "pad_token_id": 0}
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "rope_theta": 500.0}),
     "qwen2, tied": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 14}),
+    "qwen3, tied, biases": (
+        "Qwen3",
+        {"num_key_value_heads": 4, "head_dim": 6, "tie_word_embeddings": True}
+        | {"attention_bias": True},
+    ),
 }
 """Class of transformers without ForCausalLM, and what its config has beyond COMMON."""
 
 RECURSIVE: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": "qkv", "tie_embeddings": False},
+    "qwen3": {"qk_norm": True, "rope_interleaved": True, "attention_bias": "qk"},
 }
 """Our `model` section, as `write_run` takes it, by the model_type that it is exported to."""
 

@@ -133,6 +133,30 @@ class Architecture:
         return problems
 
 
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "positions": ("rope",),
+    "rope_fraction": (1.0,),
+    "rope_scaling_factor": (1.0,),
+    "rope_theta_local": (None,),
+    "norm": ("rms",),
+    "norm_position": ("pre",),
+    "parallel_residual": (False,),
+    "feed_forward": ("swiglu",),
+    "qk_norm": (False,),
+    "attention_scale": (None,),
+    "attention_softcap": (None,),
+    "logit_softcap": (None,),
+    "sliding_window": (None,),
+    "scale_embeddings": (False,),
+}
+"""What Llama can express of our `model` section, and where others start from."""
+
+
+def wanted(free: tuple[str, ...] = (), **values: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    """`Architecture.wanted`, as far as it differs from Llama's."""
+    return {key: allowed for key, allowed in PLAIN.items() if key not in free} | values
+
+
 def entry(theirs: str, *ours: str) -> Entry:
     """A tensor that holds the same values as ours."""
     return Entry(theirs, ours)
@@ -170,5 +194,6 @@ def to_half_split(rows: Tensor, model: ModelConfig) -> Tensor:
     All these architectures rotate (i, i + head_dim/2). Queries and keys are reordered alike, which
     leaves their products as they were.
     """
-    order = torch.arange(model.head_dim).view(-1, 2).t().flatten()
+    order = torch.arange(model.head_dim)
+    order[: model.rotary_dims] = order[: model.rotary_dims].view(-1, 2).t().flatten()
     return rows.unflatten(0, (-1, model.head_dim))[:, order].flatten(0, 1)

@@ -11,6 +11,7 @@ from megarecur.convert.architecture import (
     entry,
     linear,
     rope_theta,
+    wanted,
 )
 
 
@@ -113,13 +114,7 @@ LLAMA = Architecture(
     hf_class="LlamaForCausalLM",
     read_config=read_config,
     write_config=write_config,
-    wanted={
-        "positions": ("rope",),
-        "norm": ("rms",),
-        "norm_position": ("pre",),
-        "feed_forward": ("swiglu",),
-        "scale_embeddings": (False,),
-    },
+    wanted=wanted(),
     names=names,
     accepted={
         "hidden_act": ("silu", "swish", None),
