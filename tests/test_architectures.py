@@ -44,12 +44,22 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 4, "head_dim": 6, "tie_word_embeddings": True}
         | {"attention_bias": True},
     ),
+    "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.4, "rotary_emb_base": 500.0}),
+    "gpt_neox, tied, in a row, tanh": (
+        "GPTNeoX",
+        {"rotary_pct": 1.0, "tie_word_embeddings": True, "use_parallel_residual": False}
+        | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-3},
+    ),
+    "gpt_neox, fewer biases": ("GPTNeoX", {"rotary_pct": 0.2, "attention_bias": False}),
 }
 """Class of transformers without ForCausalLM, and what its config has beyond COMMON."""
 
 RECURSIVE: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": "qkv", "tie_embeddings": False},
     "qwen3": {"qk_norm": True, "rope_interleaved": True, "attention_bias": "qk"},
+    "gpt_neox": {"norm": "layer", "feed_forward": "gelu_tanh", "parallel_residual": True}
+    | {"num_kv_heads": 4, "rope_fraction": 0.7, "attention_bias": "qkv"}
+    | {"tie_embeddings": False, "rope_interleaved": True},
 }
 """Our `model` section, as `write_run` takes it, by the model_type that it is exported to."""
 

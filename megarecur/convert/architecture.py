@@ -85,6 +85,8 @@ class Architecture:
     wanted: dict[str, tuple[Any, ...]]
     """The values of our `model` section that it can express, by key; those left out are free."""
     names: Callable[[ModelConfig], Names]
+    obstacles: Callable[[ModelConfig], list[str]] = lambda model: []
+    """What else of a model of ours it cannot express, in words."""
     required: tuple[str, ...] = (
         "hidden_size",
         "intermediate_size",
@@ -130,7 +132,7 @@ class Architecture:
                     f"model.{key}={value!r}: {self.title} has {key}={shown} only; such a model "
                     "stays a megarecur run"
                 )
-        return problems
+        return problems + self.obstacles(model)
 
 
 PLAIN: dict[str, tuple[Any, ...]] = {
