@@ -50,6 +50,12 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rotary_pct": 1.0, "tie_word_embeddings": True, "use_parallel_residual": False}
         | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-3},
     ),
+    "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 14}),
+    "gemma, untied, biases": (
+        "Gemma",
+        {"num_key_value_heads": 2, "head_dim": 6, "attention_bias": True}
+        | {"tie_word_embeddings": False},
+    ),
     "gpt_neox, fewer biases": ("GPTNeoX", {"rotary_pct": 0.2, "attention_bias": False}),
 }
 """Class of transformers without ForCausalLM, and what its config has beyond COMMON."""
@@ -60,6 +66,7 @@ RECURSIVE: dict[str, dict[str, Any]] = {
     "gpt_neox": {"norm": "layer", "feed_forward": "gelu_tanh", "parallel_residual": True}
     | {"num_kv_heads": 4, "rope_fraction": 0.7, "attention_bias": "qkv"}
     | {"tie_embeddings": False, "rope_interleaved": True},
+    "gemma": {"scale_embeddings": True, "feed_forward": "geglu_tanh"},
 }
 """Our `model` section, as `write_run` takes it, by the model_type that it is exported to."""
 
@@ -123,7 +130,9 @@ def test_export_gives_every_tensor_and_key_back(
     before, after = (config(tmp_path / which).to_dict() for which in ("hf", "back"))
     for key in ("transformers_version", "_name_or_path", "pad_token_id", "classifier_dropout"):
         before.pop(key, None), after.pop(key, None)
-    assert {k: after.get(k) for k in before} == before
+    assert {k: after.get(k) for k in before if before[k] is not None} == {
+        k: v for k, v in before.items() if v is not None
+    }
 
 
 @pytest.mark.parametrize("kind", RECURSIVE)

@@ -15,13 +15,16 @@ from torch import Tensor
 from megarecur.config.load import validate
 from megarecur.config.schema import Config
 from megarecur.convert.architecture import Architecture, Entry
+from megarecur.convert.gemma import GEMMA
 from megarecur.convert.llama import LLAMA
 from megarecur.convert.neox import NEOX
 from megarecur.convert.qwen import QWEN2, QWEN3
 from megarecur.errors import ConfigError, DataError
 from megarecur.recurrence.inventory import build_inventory
 
-ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (QWEN2, QWEN3, LLAMA, NEOX)}
+ARCHITECTURES: dict[str, Architecture] = {
+    a.model_type: a for a in (QWEN2, QWEN3, LLAMA, NEOX, GEMMA)
+}
 """By `model_type` of config.json. An export takes the first that can express the model."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
