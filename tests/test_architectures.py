@@ -56,6 +56,18 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 2, "head_dim": 6, "attention_bias": True}
         | {"tie_word_embeddings": False},
     ),
+    "gemma2": (
+        "Gemma2",
+        {"num_key_value_heads": 2, "head_dim": 14, "query_pre_attn_scalar": 10}
+        | {"sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma2, untied, without caps": (
+        "Gemma2",
+        {"num_key_value_heads": 1, "head_dim": 6, "query_pre_attn_scalar": 6}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        | {"sliding_window": 9, "tie_word_embeddings": False}
+        | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    ),
     "gpt_neox, fewer biases": ("GPTNeoX", {"rotary_pct": 0.2, "attention_bias": False}),
 }
 """Class of transformers without ForCausalLM, and what its config has beyond COMMON."""
@@ -67,6 +79,9 @@ RECURSIVE: dict[str, dict[str, Any]] = {
     | {"num_kv_heads": 4, "rope_fraction": 0.7, "attention_bias": "qkv"}
     | {"tie_embeddings": False, "rope_interleaved": True},
     "gemma": {"scale_embeddings": True, "feed_forward": "geglu_tanh"},
+    "gemma2": {"scale_embeddings": True, "feed_forward": "geglu", "norm_position": "peri"}
+    | {"attention_softcap": 2.0, "logit_softcap": 3.0, "attention_scale": 0.5}
+    | {"sliding_window": 5, "attention_types": ["sliding", "full"]},
 }
 """Our `model` section, as `write_run` takes it, by the model_type that it is exported to."""
 

@@ -97,3 +97,100 @@ GEMMA = Architecture(
     names=gemma_names,
     required=REQUIRED,
 )
+
+
+# ------------------------------------------------------------------------------- Gemma 2 and 3
+
+TYPES = {"sliding_attention": "sliding", "full_attention": "full"}
+"""Theirs to ours."""
+
+
+def read_gemma2(values: Values, problems: list[str]) -> Values:
+    """Our `model` section for a Gemma 2's config.json."""
+    model = read_common(values, problems) | read_attention(values, problems, period=2)
+    return model | {
+        "norm_position": "peri",
+        "attention_softcap": values.get("attn_logit_softcapping", 50.0),
+        "logit_softcap": values.get("final_logit_softcapping", 30.0),
+    }
+
+
+def read_attention(values: Values, problems: list[str], period: int) -> Values:
+    """Scale of scores, window, and which layers see it: all but each last of a period."""
+    head_dim, layers = values.get("head_dim"), values.get("num_hidden_layers") or 0
+    scalar = values.get("query_pre_attn_scalar", 256)
+    types = values.get("layer_types") or [
+        "sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)
+    ]
+    unknown = sorted({str(t) for t in types} - TYPES.keys())
+    if unknown or len(types) != layers:
+        problems.append(
+            f"layer_types={types!r} is not supported; only a model with {layers} of "
+            f"{', '.join(TYPES)} converts"
+        )
+        return {}
+    window = values.get("sliding_window", 4096)
+    ours = [TYPES[t] for t in types]
+    if "sliding" not in ours:
+        window = None
+    shortest = next(p for p in range(1, layers + 1)
+                    if all(ours[i] == ours[i % p] for i in range(layers)))  # fmt: skip
+    return {
+        "attention_scale": None if scalar == head_dim else scalar**-0.5,
+        "sliding_window": window,
+        "attention_types": ours[:shortest],
+    }
+
+
+def write_attention(model: ModelConfig, blocks: list[int]) -> Values:
+    """What `read_attention` reads; a layer's type is that of the block it runs."""
+    scalar: float = model.head_dim
+    if model.attention_scale is not None:
+        scalar = model.attention_scale**-2
+        if abs(scalar - round(scalar)) < 1e-9 * scalar:
+            scalar = round(scalar)
+    theirs = {ours: name for name, ours in TYPES.items()}
+    return {
+        "query_pre_attn_scalar": scalar,
+        # A window that no layer sees must be there too.
+        "sliding_window": model.sliding_window or 4096,
+        "layer_types": [theirs["sliding" if model.slides(b) else "full"] for b in blocks],
+    }
+
+
+def write_gemma2(model: ModelConfig, blocks: list[int]) -> Values:
+    """Gemma 2's config.json."""
+    return (
+        write_common(model)
+        | write_attention(model, blocks)
+        | {
+            "attn_logit_softcapping": model.attention_softcap,
+            "final_logit_softcapping": model.logit_softcap,
+        }
+    )
+
+
+def gemma2_names(model: ModelConfig) -> Names:
+    """Two norms around each branch."""
+    norms = {
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "attention_output_norm",
+        "pre_feedforward_layernorm": "feed_forward_norm",
+        "post_feedforward_layernorm": "feed_forward_output_norm",
+    }
+    return common_names(model, norms)
+
+
+GEMMA2 = Architecture(
+    model_type="gemma2",
+    hf_class="Gemma2ForCausalLM",
+    read_config=read_gemma2,
+    write_config=write_gemma2,
+    wanted=wanted(
+        free=("attention_scale", "attention_softcap", "logit_softcap", "sliding_window"),
+        norm_position=("peri",),
+        **SCALED,
+    ),
+    names=gemma2_names,
+    required=REQUIRED,
+)
