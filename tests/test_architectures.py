@@ -10,7 +10,6 @@ import pytest
 import torch
 from test_convert import (
     TOKENS_BS,
-    all_logits,
     assert_same_tensors,
     run_logits,
     tensors_of,
@@ -21,6 +20,9 @@ from megarecur.convert.hf import convert_hf, export_hf
 from megarecur.convert.source import ARCHITECTURES, SourceModel
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.inference.generate import generate
+from megarecur.model.context import build_context
+from megarecur.model.transformer import Transformer
+from megarecur.recurrence.schemes import layer_map
 from megarecur.train.load import load_model
 
 
@@ -68,9 +70,23 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"sliding_window": 9, "tie_word_embeddings": False}
         | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
     ),
+    "gemma3_text": (
+        "Gemma3Text",
+        {"num_key_value_heads": 2, "head_dim": 14, "query_pre_attn_scalar": 10}
+        | {"sliding_window": 5, "rope_local_base_freq": 50.0, "rope_theta": 3000.0}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    ),
+    "gemma3_text, untied, scaled": (
+        "Gemma3Text",
+        {"num_key_value_heads": 1, "head_dim": 6, "query_pre_attn_scalar": 6}
+        | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "tie_word_embeddings": False}
+        | {"final_logit_softcapping": 3.0, "sliding_window": 30, "num_hidden_layers": 7},
+    ),
     "gpt_neox, fewer biases": ("GPTNeoX", {"rotary_pct": 0.2, "attention_bias": False}),
 }
 """Class of transformers without ForCausalLM, and what its config has beyond COMMON."""
+
+CASES = [pytest.param(n, marks=pytest.mark.slow) if "," in n else n for n in SOURCES]
 
 RECURSIVE: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": "qkv", "tie_embeddings": False},
@@ -82,6 +98,9 @@ RECURSIVE: dict[str, dict[str, Any]] = {
     "gemma2": {"scale_embeddings": True, "feed_forward": "geglu", "norm_position": "peri"}
     | {"attention_softcap": 2.0, "logit_softcap": 3.0, "attention_scale": 0.5}
     | {"sliding_window": 5, "attention_types": ["sliding", "full"]},
+    "gemma3_text": {"scale_embeddings": True, "feed_forward": "geglu_tanh", "qk_norm": True}
+    | {"norm_position": "peri", "sliding_window": 5, "attention_types": ["full", "sliding"]}
+    | {"rope_theta_local": 50.0, "rope_interleaved": True, "attention_bias": "all"},
 }
 """Our `model` section, as `write_run` takes it, by the model_type that it is exported to."""
 
@@ -107,7 +126,21 @@ def save_source(
     return source.float()
 
 
-@pytest.mark.parametrize("name", SOURCES)
+LENGTHS = (1, 7, 24)
+
+
+@torch.no_grad()
+def packed_logits(model: Transformer, documents: list[torch.Tensor]) -> torch.Tensor:
+    """Logits [S, V] of documents one after the other in a sample, masked from one another."""
+    tokens_BS = torch.cat(documents)[None]
+    positions_BS = torch.cat([torch.arange(len(d)) for d in documents])[None]
+    documents_BS = torch.cat([torch.full_like(d, i) for i, d in enumerate(documents)])[None]
+    ctx = build_context(model.config.model, positions_BS, model.dtype, documents_BS=documents_BS)
+    x, _ = model.run(layer_map(model.config.recurrence), model.embed(tokens_BS, ctx), ctx, {})
+    return model.all_logits(x)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_converted_model_computes_and_continues_the_same(
     tmp_path: Path, transformers: Any, name: str
 ) -> None:
@@ -115,11 +148,10 @@ def test_converted_model_computes_and_continues_the_same(
     source = save_source(transformers, tmp_path / "hf", name)
     convert_hf(tmp_path / "hf", tmp_path / "run")
     model, _ = load_model(tmp_path / "run")
+    documents = [torch.arange(length) * 11 % 97 for length in LENGTHS]
     with torch.no_grad():
-        for length in (1, 7, 24):
-            document = torch.arange(length)[None] * 11 % 97
-            wanted = source(document).logits
-            torch.testing.assert_close(all_logits(model, document), wanted, rtol=0.0, atol=1e-4)
+        wanted = torch.cat([source(d[None]).logits[0] for d in documents])
+        torch.testing.assert_close(packed_logits(model, documents), wanted, rtol=0.0, atol=1e-4)
         assert wanted.abs().max() > 1.0
         prompt = [5, 3, 90, 17]
         said = list(generate(model, prompt, max_new_tokens=20, temperature=0.0))
@@ -131,8 +163,10 @@ def test_converted_model_computes_and_continues_the_same(
     assert list(again) == said
 
 
-@pytest.mark.parametrize("name", SOURCES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_export_gives_every_tensor_and_key_back(
     tmp_path: Path, transformers: Any, name: str, dtype: torch.dtype
 ) -> None:

@@ -105,8 +105,13 @@ class Architecture:
 
     def find_problems(self, values: Values) -> list[str]:
         """What a config.json lacks, or has that is not supported."""
-        problems = [f"{key}: required, but missing" for key in self.required
-                    if values.get(key) is None]  # fmt: skip
+        problems = []
+        for key in self.required:
+            value = values.get(key)
+            if value is None:
+                problems.append(f"{key}: required, but missing")
+            elif not isinstance(value, int) or value < 1:
+                problems.append(f"{key}={value!r}: must be a whole number above 0")
         accepted = {
             "architectures": (None, [self.hf_class]),
             "quantization_config": (None,),
@@ -170,10 +175,17 @@ def linear(theirs: str, ours: str, bias: bool) -> list[Entry]:
     return [entry(f"{theirs}.{kind}", f"{ours}.{kind}") for kind in kinds]
 
 
-def rope_theta(values: Values, problems: list[str]) -> float:
-    """The base of plain rotary positions; other kinds are refused by name.
+def read_rope(
+    values: Values, problems: list[str], kinds: tuple[str, ...] = ("default",)
+) -> tuple[float, float]:
+    """The base of rotary positions, and what positions are divided by.
 
     Newer files keep everything of the rotation in one place.
+
+    Args:
+        values: of config.json.
+        problems: kinds that are not supported are appended, by name.
+        kinds: supported ones, of default and linear.
     """
     rope: Values = {}
     for key in ("rope_parameters", "rope_scaling"):
@@ -181,13 +193,15 @@ def rope_theta(values: Values, problems: list[str]) -> float:
         if not isinstance(found, dict):
             found = {"rope_type": found}
         kind = found.get("rope_type", found.get("type", "default"))
-        if kind != "default":
+        if kind not in kinds:
+            only = "plain rotary positions convert" if len(kinds) == 1 else " and ".join(kinds)
             problems.append(
-                f"{key}: rope_type={kind!r} is not supported; only plain rotary positions "
-                "convert, choose a model without context extension"
+                f"{key}: rope_type={kind!r} is not supported; only {only}, choose a model without "
+                "context extension"
             )
         rope |= found
-    return values.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    theta = values.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    return theta, rope.get("factor", 1.0) if "linear" in kinds else 1.0
 
 
 def to_half_split(rows: Tensor, model: ModelConfig) -> Tensor:

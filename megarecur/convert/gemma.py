@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megarecur.config.schema import ModelConfig
 from megarecur.convert import llama
-from megarecur.convert.architecture import Architecture, Entry, Names, Values, wanted
+from megarecur.convert.architecture import Architecture, Entry, Names, Values, read_rope, wanted
+from megarecur.convert.qwen import QK_NORMS
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu"}
 """Theirs to our `feed_forward`."""
@@ -122,6 +123,9 @@ def read_attention(values: Values, problems: list[str], period: int) -> Values:
     types = values.get("layer_types") or [
         "sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)
     ]
+    if not (isinstance(scalar, int | float) and scalar > 0):
+        problems.append(f"query_pre_attn_scalar={scalar!r} is not supported; it must be above 0")
+        scalar = head_dim
     unknown = sorted({str(t) for t in types} - TYPES.keys())
     if unknown or len(types) != layers:
         problems.append(
@@ -193,4 +197,91 @@ GEMMA2 = Architecture(
     ),
     names=gemma2_names,
     required=REQUIRED,
+)
+
+
+def read_gemma3(values: Values, problems: list[str]) -> Values:
+    """Our `model` section for the config.json of a Gemma 3 that reads text."""
+    period = values.get("sliding_window_pattern") or values.get("_sliding_window_pattern") or 6
+    attention = read_attention(values, problems, period)
+    rope, local = values.get("rope_parameters") or {}, values.get("rope_local_base_freq", 1e4)
+    if isinstance(rope, dict) and "sliding_attention" in rope:
+        # Newer files have a rotation for each type of layer.
+        sliding: list[str] = []
+        local, factor = read_rope({"rope_parameters": rope["sliding_attention"]}, sliding)
+        problems += sliding
+        values = values | {"rope_parameters": rope.get("full_attention")}
+    theta, factor = read_rope({"rope_theta": 1e6} | values, problems, ("default", "linear"))
+    return (
+        read_common(values | {"rope_scaling": None, "rope_parameters": None}, problems)
+        | attention
+        | {
+            "rope_theta": theta,
+            "rope_scaling_factor": factor,
+            "rope_theta_local": local if attention.get("sliding_window") else None,
+            "norm_position": "peri",
+            "qk_norm": True,
+            "logit_softcap": values.get("final_logit_softcapping"),
+        }
+    )
+
+
+def write_gemma3(model: ModelConfig, blocks: list[int]) -> Values:
+    """Gemma 3's config.json."""
+    factor = model.rope_scaling_factor
+    return (
+        write_common(model)
+        | write_attention(model, blocks)
+        | {
+            "rope_local_base_freq": model.rope_theta_local or model.rope_theta,
+            "rope_scaling": None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": model.logit_softcap,
+        }
+    )
+
+
+def gemma3_names(model: ModelConfig) -> Names:
+    """Gemma 2's, and gains of queries and keys."""
+    names = gemma2_names(model)
+    names.layer.extend(gain(e.theirs, e.ours[0]) for e in QK_NORMS)
+    return names
+
+
+def find_obstacles(model: ModelConfig) -> list[str]:
+    """Layers that see a window rotate by positions as they are."""
+    scaled = model.rope_scaling_factor != 1.0 and model.sliding_window is not None
+    if scaled and model.rope_theta_local is None:
+        return [
+            f"model.rope_scaling_factor={model.rope_scaling_factor}: Gemma3 scales no layers that "
+            "see a window, which it does without rope_theta_local; such a model stays a megarecur "
+            "run"
+        ]
+    return []
+
+
+GEMMA3 = Architecture(
+    model_type="gemma3_text",
+    hf_class="Gemma3ForCausalLM",
+    read_config=read_gemma3,
+    write_config=write_gemma3,
+    wanted=wanted(
+        free=(
+            "attention_scale",
+            "logit_softcap",
+            "sliding_window",
+            "rope_theta_local",
+            "rope_scaling_factor",
+        ),
+        norm_position=("peri",),
+        qk_norm=(True,),
+        **SCALED,
+    ),
+    names=gemma3_names,
+    obstacles=find_obstacles,
+    required=REQUIRED,
+    accepted={
+        "use_bidirectional_attention": (False, None),
+        "attn_logit_softcapping": (None,),
+    },
 )

@@ -10,7 +10,7 @@ from megarecur.convert.architecture import (
     Values,
     entry,
     linear,
-    rope_theta,
+    read_rope,
     wanted,
 )
 
@@ -31,7 +31,7 @@ def read_common(values: Values, problems: list[str]) -> Values:
         "ffn_hidden_size": values.get("intermediate_size"),
         "vocab_size": values.get("vocab_size"),
         "positions": "rope",
-        "rope_theta": rope_theta(values, problems),
+        "rope_theta": read_rope(values, problems)[0],
         "max_positions": values.get("max_position_embeddings", 2048),
         "norm": "rms",
         "norm_eps": values.get("rms_norm_eps", 1e-6),

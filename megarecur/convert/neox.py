@@ -13,7 +13,7 @@ from megarecur.convert.architecture import (
     Values,
     entry,
     linear,
-    rope_theta,
+    read_rope,
     wanted,
 )
 
@@ -28,7 +28,7 @@ ACTIVATIONS = {
 
 def read_config(values: Values, problems: list[str]) -> Values:
     """Our `model` section for a GPT-NeoX's config.json."""
-    theta = rope_theta(values, problems)
+    theta, _ = read_rope(values, problems)
     rope = values.get("rope_parameters") or {}
     fraction = values.get("rotary_pct", rope.get("partial_rotary_factor", 0.25))
     return {
