@@ -338,9 +338,11 @@ def count_kept_elements(model: ModelConfig, seq_length: int, parallel: ParallelC
         attention += queries + keys  # before their norms
     feed_forward = (3 if model.gated else 2) * model.ffn_hidden_size // tp
     heads = model.num_heads // tp
-    by_hand = model.attention_dropout > 0.0 or model.attention_softcap is not None
-    scores = 2 * heads * seq_length if by_hand else 0  # the math path
-    scores += heads * seq_length if model.attention_softcap is not None else 0  # tanh's output
+    # The math path: weights, and what dropout makes of them; before them tanh's output.
+    matrices = 2 if model.attention_dropout else 0
+    if model.attention_softcap is not None:
+        matrices = max(matrices, 1) + 1
+    scores = matrices * heads * seq_length
     return round(norms * model.hidden_size) + attention + feed_forward + scores
 
 
