@@ -43,6 +43,9 @@ class Section(BaseModel):
 # ---------------------------------------------------------------------------------------- model
 
 
+GATED = ("swiglu", "geglu", "geglu_tanh")
+
+
 class ModelConfig(Section):
     """One block's shape, and what surrounds the blocks."""
 
@@ -53,20 +56,47 @@ class ModelConfig(Section):
     head_dim: PositiveInt
     """Left out: hidden_size / num_heads."""
     ffn_hidden_size: PositiveInt
-    """Left out: 8/3 hidden_size rounded up to a multiple of 64 for swiglu, else 4 hidden_size."""
+    """Left out: 8/3 hidden_size rounded up to a multiple of 64 if gated, else 4 hidden_size."""
     vocab_size: PositiveInt | None = None
     """Rows of the embedding. Left out: the tokenizer's vocabulary."""
     positions: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
     rope_theta: PositiveFloat = 10000.0
     rope_interleaved: bool = False
     """Rotate dims (2i, 2i+1) as pairs (Huginn, GPT-J) instead of (i, i + head_dim/2) (Llama)."""
+    rope_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of head_dim that is rotated, from its first dim on (GPT-NeoX)."""
+    rope_scaling_factor: PositiveFloat = 1.0
+    """Positions are divided by it before they rotate (linear scaling); not those of sliding blocks
+    with a base of their own."""
+    rope_theta_local: PositiveFloat | None = None
+    """Base of the rotation in sliding blocks (Gemma 3). Left out: as in the others."""
     max_positions: PositiveInt | None = None
     """Rows of the learned position table. Left out: data.seq_length."""
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: PositiveFloat = 1e-5
-    norm_position: Literal["pre", "post", "sandwich"] = "pre"
-    """pre: x + f(N(x)); post: N(x + f(x)); sandwich: N2(x + f(N1(x))), as in Huginn."""
-    feed_forward: Literal["swiglu", "gelu"] = "swiglu"
+    norm_position: Literal["pre", "post", "sandwich", "peri"] = "pre"
+    """pre: x + f(N(x)); post: N(x + f(x)); sandwich: N2(x + f(N1(x))), as in Huginn;
+    peri: x + N2(f(N1(x))), as in Gemma 2 (Peri-LN, Kim et al. 2025)."""
+    parallel_residual: bool = False
+    """x + attention(N1(x)) + feed_forward(N2(x)), as in GPT-NeoX; needs norm_position pre."""
+    feed_forward: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"] = "swiglu"
+    """The first three are gated; _tanh: with GELU's approximation by tanh (Gemma)."""
+    qk_norm: bool = False
+    """RMS norms of every head's query and key, before they rotate (Qwen3, Gemma 3)."""
+    attention_scale: PositiveFloat | None = None
+    """What scores are multiplied with. Left out: head_dim ** -0.5."""
+    attention_softcap: PositiveFloat | None = None
+    """Scores become cap x tanh(score / cap) (Gemma 2); attention takes the (slower) math path."""
+    logit_softcap: PositiveFloat | None = None
+    """The same for the logits."""
+    sliding_window: PositiveInt | None = None
+    """Sliding blocks see so many tokens, the present one among them. All are computed and most
+    masked: it saves no time, and the cache of generation keeps all."""
+    attention_types: Annotated[tuple[Literal["sliding", "full"], ...], Field(min_length=1)] = (
+        "full",
+    )
+    """Block b (of the blocks that exist, not of the layers that run) has entry b modulo length:
+    [sliding, full] in Gemma 2. Left out: all sliding if there is a sliding_window."""
     attention_bias: Literal["none", "qk", "qkv", "all"] = "none"
     """Which attention projections carry a bias; `all` adds the output's."""
     feed_forward_bias: bool = False
@@ -97,8 +127,10 @@ class ModelConfig(Section):
             hidden, heads = 1, 1
         values.setdefault("num_kv_heads", heads)
         values.setdefault("head_dim", max(hidden // heads, 1))
-        swiglu = values.get("feed_forward", "swiglu") == "swiglu"
+        swiglu = values.get("feed_forward", "swiglu") in GATED
         values.setdefault("ffn_hidden_size", -(-8 * hidden // 192) * 64 if swiglu else 4 * hidden)
+        if values.get("sliding_window") is not None:
+            values.setdefault("attention_types", ("sliding",))
         return values
 
     @model_validator(mode="after")
@@ -113,7 +145,58 @@ class ModelConfig(Section):
                 f"positions=rope rotates pairs of dims, head_dim={self.head_dim} is odd; "
                 "choose an even head_dim or other positions"
             )
+        if self.positions == "rope" and (self.rotary_dims % 2 or not self.rotary_dims):
+            raise ValueError(
+                f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim} rotates "
+                f"{self.rotary_dims} dims; choose a share that makes pairs"
+            )
         return self
+
+    @model_validator(mode="after")
+    def check_options(self) -> ModelConfig:
+        """Refuse options that would do nothing, or that exclude each other."""
+        if self.positions != "rope":
+            for key in ("rope_fraction", "rope_scaling_factor", "rope_theta_local"):
+                if getattr(self, key) not in (None, 1.0):
+                    raise ValueError(
+                        f"{key}={getattr(self, key)} needs positions=rope, not {self.positions}; "
+                        "leave it out"
+                    )
+        if self.parallel_residual and self.norm_position != "pre":
+            raise ValueError(
+                f"parallel_residual=true needs norm_position=pre, not {self.norm_position}; "
+                "change one of them"
+            )
+        sliding = "sliding" in self.attention_types
+        if sliding and self.sliding_window is None:
+            raise ValueError(
+                "attention_types has sliding blocks without a sliding_window; name its tokens"
+            )
+        if self.sliding_window is not None and not sliding:
+            raise ValueError(
+                f"sliding_window={self.sliding_window} needs a sliding block in attention_types; "
+                "leave one of them out"
+            )
+        if self.rope_theta_local is not None and not sliding:
+            raise ValueError(
+                f"rope_theta_local={self.rope_theta_local} needs sliding blocks; set "
+                "sliding_window, or leave it out"
+            )
+        return self
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate."""
+        return self.feed_forward in GATED
+
+    @property
+    def rotary_dims(self) -> int:
+        """Dims of a head that rotary positions rotate."""
+        return int(self.head_dim * self.rope_fraction)
+
+    def slides(self, block: int) -> bool:
+        """Whether a block sees a window only."""
+        return self.attention_types[block % len(self.attention_types)] == "sliding"
 
 
 # ----------------------------------------------------------------------------------- recurrence
@@ -798,7 +881,7 @@ class Config(Section):
         model, targets, rank = self.model, self.adapters.targets or (), self.adapters.rank
         if len(set(targets)) < len(targets):
             raise ValueError(f"adapters.targets={list(targets)}: names a layer twice")
-        if "gate" in targets and model.feed_forward != "swiglu":
+        if "gate" in targets and not model.gated:
             raise ValueError(
                 f"adapters.targets={list(targets)}: model.feed_forward={model.feed_forward} has no "
                 "gate; leave it out"

@@ -85,6 +85,8 @@ class Architecture:
     wanted: dict[str, tuple[Any, ...]]
     """The values of our `model` section that it can express, by key; those left out are free."""
     names: Callable[[ModelConfig], Names]
+    obstacles: Callable[[ModelConfig], list[str]] = lambda model: []
+    """What else of a model of ours it cannot express, in words."""
     required: tuple[str, ...] = (
         "hidden_size",
         "intermediate_size",
@@ -103,8 +105,13 @@ class Architecture:
 
     def find_problems(self, values: Values) -> list[str]:
         """What a config.json lacks, or has that is not supported."""
-        problems = [f"{key}: required, but missing" for key in self.required
-                    if values.get(key) is None]  # fmt: skip
+        problems = []
+        for key in self.required:
+            value = values.get(key)
+            if value is None:
+                problems.append(f"{key}: required, but missing")
+            elif not isinstance(value, int) or value < 1:
+                problems.append(f"{key}={value!r}: must be a whole number above 0")
         accepted = {
             "architectures": (None, [self.hf_class]),
             "quantization_config": (None,),
@@ -130,7 +137,31 @@ class Architecture:
                     f"model.{key}={value!r}: {self.title} has {key}={shown} only; such a model "
                     "stays a megarecur run"
                 )
-        return problems
+        return problems + self.obstacles(model)
+
+
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "positions": ("rope",),
+    "rope_fraction": (1.0,),
+    "rope_scaling_factor": (1.0,),
+    "rope_theta_local": (None,),
+    "norm": ("rms",),
+    "norm_position": ("pre",),
+    "parallel_residual": (False,),
+    "feed_forward": ("swiglu",),
+    "qk_norm": (False,),
+    "attention_scale": (None,),
+    "attention_softcap": (None,),
+    "logit_softcap": (None,),
+    "sliding_window": (None,),
+    "scale_embeddings": (False,),
+}
+"""What Llama can express of our `model` section, and where others start from."""
+
+
+def wanted(free: tuple[str, ...] = (), **values: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    """`Architecture.wanted`, as far as it differs from Llama's."""
+    return {key: allowed for key, allowed in PLAIN.items() if key not in free} | values
 
 
 def entry(theirs: str, *ours: str) -> Entry:
@@ -144,10 +175,17 @@ def linear(theirs: str, ours: str, bias: bool) -> list[Entry]:
     return [entry(f"{theirs}.{kind}", f"{ours}.{kind}") for kind in kinds]
 
 
-def rope_theta(values: Values, problems: list[str]) -> float:
-    """The base of plain rotary positions; other kinds are refused by name.
+def read_rope(
+    values: Values, problems: list[str], kinds: tuple[str, ...] = ("default",)
+) -> tuple[float, float]:
+    """The base of rotary positions, and what positions are divided by.
 
     Newer files keep everything of the rotation in one place.
+
+    Args:
+        values: of config.json.
+        problems: kinds that are not supported are appended, by name.
+        kinds: supported ones, of default and linear.
     """
     rope: Values = {}
     for key in ("rope_parameters", "rope_scaling"):
@@ -155,13 +193,15 @@ def rope_theta(values: Values, problems: list[str]) -> float:
         if not isinstance(found, dict):
             found = {"rope_type": found}
         kind = found.get("rope_type", found.get("type", "default"))
-        if kind != "default":
+        if kind not in kinds:
+            only = "plain rotary positions convert" if len(kinds) == 1 else " and ".join(kinds)
             problems.append(
-                f"{key}: rope_type={kind!r} is not supported; only plain rotary positions "
-                "convert, choose a model without context extension"
+                f"{key}: rope_type={kind!r} is not supported; only {only}, choose a model without "
+                "context extension"
             )
         rope |= found
-    return values.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    theta = values.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    return theta, rope.get("factor", 1.0) if "linear" in kinds else 1.0
 
 
 def to_half_split(rows: Tensor, model: ModelConfig) -> Tensor:
@@ -170,5 +210,6 @@ def to_half_split(rows: Tensor, model: ModelConfig) -> Tensor:
     All these architectures rotate (i, i + head_dim/2). Queries and keys are reordered alike, which
     leaves their products as they were.
     """
-    order = torch.arange(model.head_dim).view(-1, 2).t().flatten()
+    order = torch.arange(model.head_dim)
+    order[: model.rotary_dims] = order[: model.rotary_dims].view(-1, 2).t().flatten()
     return rows.unflatten(0, (-1, model.head_dim))[:, order].flatten(0, 1)

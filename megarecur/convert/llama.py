@@ -10,7 +10,8 @@ from megarecur.convert.architecture import (
     Values,
     entry,
     linear,
-    rope_theta,
+    read_rope,
+    wanted,
 )
 
 
@@ -30,7 +31,7 @@ def read_common(values: Values, problems: list[str]) -> Values:
         "ffn_hidden_size": values.get("intermediate_size"),
         "vocab_size": values.get("vocab_size"),
         "positions": "rope",
-        "rope_theta": rope_theta(values, problems),
+        "rope_theta": read_rope(values, problems)[0],
         "max_positions": values.get("max_position_embeddings", 2048),
         "norm": "rms",
         "norm_eps": values.get("rms_norm_eps", 1e-6),
@@ -113,13 +114,7 @@ LLAMA = Architecture(
     hf_class="LlamaForCausalLM",
     read_config=read_config,
     write_config=write_config,
-    wanted={
-        "positions": ("rope",),
-        "norm": ("rms",),
-        "norm_position": ("pre",),
-        "feed_forward": ("swiglu",),
-        "scale_embeddings": (False,),
-    },
+    wanted=wanted(),
     names=names,
     accepted={
         "hidden_act": ("silu", "swish", None),

@@ -15,11 +15,16 @@ from torch import Tensor
 from megarecur.config.load import validate
 from megarecur.config.schema import Config
 from megarecur.convert.architecture import Architecture, Entry
+from megarecur.convert.gemma import GEMMA, GEMMA2, GEMMA3
 from megarecur.convert.llama import LLAMA
+from megarecur.convert.neox import NEOX
+from megarecur.convert.qwen import QWEN2, QWEN3
 from megarecur.errors import ConfigError, DataError
 from megarecur.recurrence.inventory import build_inventory
 
-ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (LLAMA,)}
+ARCHITECTURES: dict[str, Architecture] = {
+    a.model_type: a for a in (QWEN2, QWEN3, LLAMA, NEOX, GEMMA, GEMMA2, GEMMA3)
+}
 """By `model_type` of config.json. An export takes the first that can express the model."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -190,7 +195,7 @@ def read_model(
         ConfigError: naming every key whose value is not supported, with the remedy.
     """
     problems = architecture.find_problems(values)
-    model = architecture.read_config(values, problems)
+    model = {} if problems else architecture.read_config(values, problems)
     if problems:
         raise ConfigError(f"{path}: cannot be converted" + "".join(f"\n  {p}" for p in problems))
     return model, values["num_hidden_layers"]

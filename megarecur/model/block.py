@@ -12,7 +12,7 @@ from megarecur.config.schema import Config
 from megarecur.model.adapters import Adapter
 from megarecur.model.attention import Attention
 from megarecur.model.context import Context, Keys
-from megarecur.model.feed_forward import GELU, SwiGLU
+from megarecur.model.feed_forward import FEED_FORWARDS
 from megarecur.model.norm import build_norm
 from megarecur.parallel.linear import Linear, MakeParameter, Weight
 from megarecur.parallel.random import dropout
@@ -26,7 +26,8 @@ Body = Callable[["Block", Tensor, Context, Step, Keys, Adapter | None], Tensor]
 class Block(nn.Module):
     """One set of Transformer weights, used by any number of steps of the map.
 
-    Norm positions: pre, x + f(N(x)); post, N(x + f(x)); sandwich, N2(x + f(N1(x))), as in Huginn.
+    Norm positions: pre, x + f(N(x)); post, N(x + f(x)); sandwich, N2(x + f(N1(x))), as in Huginn;
+    peri, x + N2(f(N1(x))), as in Gemma 2.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         model, prefix = config.model, f"blocks.{block}"
-        feed_forward = {"swiglu": SwiGLU, "gelu": GELU}[model.feed_forward]
+        feed_forward = FEED_FORWARDS[model.feed_forward]
         self.injection: Linear | None = None
         if block == injection_block(config.recurrence):
             self.injection = Linear(f"{prefix}.injection", make, dtype, False)
-        self.norm_position = model.norm_position
+        self.norm_position, self.parallel = model.norm_position, model.parallel_residual
+        self.slides = model.slides(block)
         self.rates = {"mix": model.dropout, "feed": model.dropout,
                       "attention": model.attention_dropout}  # fmt: skip
         self.compiled: Body | None = None
@@ -67,6 +69,8 @@ class Block(nn.Module):
         """One step of the map; `injected` is added, or mixed in by the adapter, first."""
         if injected is not None:
             x = self.inject(x, injected)
+        if self.slides and ctx.sliding is not None:
+            ctx = ctx.sliding
         keys = ctx.keys(step, self.rates)
         adapter = cast(Adapter, self.adapters[step.loop_index]) if self.adapters else None
         if self.compiled is None or not ctx.training:
@@ -83,9 +87,18 @@ class Block(nn.Module):
         norms = adapter.norms if adapter is not None and adapter.norms else self.norms
         if self.norm_position == "pre":
             mixed = self.attention(norms["attention_norm"](x), ctx, step, keys, adapter)
+            if self.parallel:
+                fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
+                x = x + self.drop(mixed, ctx, keys, "mix")
+                return x + self.drop(fed, ctx, keys, "feed")
             x = x + self.drop(mixed, ctx, keys, "mix")
             fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
             return x + self.drop(fed, ctx, keys, "feed")
+        if self.norm_position == "peri":
+            mixed = self.attention(norms["attention_norm"](x), ctx, step, keys, adapter)
+            x = x + self.drop(norms["attention_output_norm"](mixed), ctx, keys, "mix")
+            fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
+            return x + self.drop(norms["feed_forward_output_norm"](fed), ctx, keys, "feed")
         if self.norm_position == "post":
             x = x + self.drop(self.attention(x, ctx, step, keys, adapter), ctx, keys, "mix")
             x = norms["attention_norm"](x)

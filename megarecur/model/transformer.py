@@ -326,7 +326,9 @@ class Transformer(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """[B, S, D] to [B, S, V], or to this rank's shard of the vocabulary."""
         assert self.project is not None
-        return self.project(self.final_norm(x) if self.final_norm is not None else x)
+        logits = self.project(self.final_norm(x) if self.final_norm is not None else x)
+        cap = self.config.model.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def all_logits(self, x: Tensor) -> Tensor:
         """[B, S, D] to [B, S, V] on every rank; outside of the graph."""

@@ -78,7 +78,8 @@ class FlopEstimate:
     """FLOPs per token, averaged over a sequence of data.seq_length tokens.
 
     A product of matrices counts 2 per multiply-add. Attention counts all S x S scores, causal or
-    not, as the field does; norms, activations and look-ups are left out.
+    not, as the field does, and all of them in blocks that see a window, as it computes them; norms,
+    activations and look-ups are left out.
     """
 
     forward: int
@@ -228,6 +229,7 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     kept, recomputed = estimate_activations(config, steps)
     # Logits, their form in the wide dtype, and the exponentials while they are summed.
     logit_bytes = element + wide + (wide if element < wide else 0)
+    logit_bytes += element if config.model.logit_softcap is not None else 0  # tanh's output
     return MemoryEstimate(
         parameters=-(-size // parts[3]) * wide,
         gradients=-(-trained // parts[2]) * wide,
@@ -260,10 +262,14 @@ def count_state_bytes(config: Config, specs: Iterable[ParameterSpec]) -> int:
 
 
 def count_mask_heads(config: Config) -> int:
-    """Heads that attention's mask differs for: none without one, as plain causality needs none."""
-    if config.model.positions == "alibi":
-        return config.model.num_heads // config.parallel.tensor
-    return int(config.data.mask_documents)
+    """Heads that attention's mask differs for: none without one, as plain causality needs none.
+    Blocks that see a window have a mask beside that of the others."""
+    model = config.model
+    heads = int(config.data.mask_documents)
+    if model.positions == "alibi":
+        heads = model.num_heads // config.parallel.tensor
+    slides = model.sliding_window is not None and model.sliding_window < config.data.seq_length
+    return heads + max(heads, 1) if slides else heads
 
 
 def estimate_activations(config: Config, steps: LayerMap) -> tuple[int, int]:
@@ -318,7 +324,7 @@ def count_deferred_bytes(config: Config, steps: LayerMap) -> int:
     ffn = model.ffn_hidden_size // tp
     entered = 2 * model.hidden_size + queries + ffn
     left = queries + 2 * keys + 2 * model.hidden_size
-    left += (2 if model.feed_forward == "swiglu" else 1) * ffn
+    left += (2 if model.gated else 1) * ffn
     graded = [step for step in steps if step.grad]
     # Of an adapter, what A gave and the gradient of that.
     each = entered + left + 2 * count_rank(config)
@@ -334,13 +340,21 @@ def count_kept_elements(model: ModelConfig, seq_length: int, parallel: ParallelC
     queries = model.num_heads // tp * model.head_dim
     keys = max(model.num_kv_heads // tp, 1) * model.head_dim
     inputs = 2  # of two norms; their outputs are gathered where sequences are cut
-    if model.norm_position == "sandwich":
+    if model.norm_position in ("sandwich", "peri"):
         inputs += 2  # what the output norms normalise; their own outputs are only added
+    if model.parallel_residual:
+        inputs -= 1  # both have the same
     norms = 2 + inputs / (tp if parallel.sequence_parallel else 1)
     attention = 2 * queries + 2 * keys  # q, k, v and the output's input
-    feed_forward = (3 if model.feed_forward == "swiglu" else 2) * model.ffn_hidden_size // tp
+    if model.qk_norm:
+        attention += queries + keys  # before their norms
+    feed_forward = (3 if model.gated else 2) * model.ffn_hidden_size // tp
     heads = model.num_heads // tp
-    scores = 2 * heads * seq_length if model.attention_dropout else 0  # the math path
+    # The math path: weights, and what dropout makes of them; before them tanh's output.
+    matrices = 2 if model.attention_dropout else 0
+    if model.attention_softcap is not None:
+        matrices = max(matrices, 1) + 1
+    scores = matrices * heads * seq_length
     return round(norms * model.hidden_size) + attention + feed_forward + scores
 
 

@@ -528,7 +528,8 @@ def _kept_logits(config: Config) -> int:
     """Bytes of a micro batch's logits, which become their own gradient."""
     assert config.model.vocab_size is not None
     tokens = config.train.micro_batch_size * config.data.seq_length
-    return tokens * -(-config.model.vocab_size // config.parallel.tensor) * element_bytes(config)
+    kept = tokens * -(-config.model.vocab_size // config.parallel.tensor) * element_bytes(config)
+    return kept if config.model.logit_softcap is None else 2 * kept  # with tanh's output
 
 
 # ------------------------------------------------------------------------------------- the ranks

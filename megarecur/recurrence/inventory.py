@@ -30,7 +30,8 @@ class ParameterSpec:
 
     `block` owns it (None: embedding, final norm, head). Initial values are normal with `std`
     around `mean`. Tensor parallelism cuts it along `cut` (None: every rank holds all of it), in
-    units of `unit` rows or columns, such as those of one head.
+    units of `unit` rows or columns, such as those of one head. `partial`: every rank holds all of
+    it and uses it for its own heads alone, so that its gradient is a sum over ranks.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ParameterSpec:
     unit: int = 1
     loop: int | None = None
     """The only loop of its block that uses it; None: all do."""
+    partial: bool = False
 
     @property
     def size(self) -> int:
@@ -142,14 +144,18 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
     specs += linear("attention.key", keys, hidden, "k" in biased, std, 0, head)
     specs += linear("attention.value", keys, hidden, "v" in biased, std, 0, head)
     specs += linear("attention.output", hidden, queries, "o" in biased, scaled, 1, head)
-    if model.norm_position == "sandwich":
+    if model.qk_norm:
+        for name in ("query_norm", "key_norm"):
+            name = f"{prefix}attention.{name}.weight"
+            specs.append(ParameterSpec(name, (head,), block, mean=1.0, partial=True))
+    if model.norm_position in ("sandwich", "peri"):
         specs += norm("attention_output_norm")
     specs += norm("feed_forward_norm")
-    if model.feed_forward == "swiglu":
+    if model.gated:
         specs += linear("feed_forward.gate", ffn, hidden, model.feed_forward_bias, std, 0)
     specs += linear("feed_forward.up", ffn, hidden, model.feed_forward_bias, std, 0)
     specs += linear("feed_forward.down", hidden, ffn, model.feed_forward_bias, scaled, 1)
-    if model.norm_position == "sandwich":
+    if model.norm_position in ("sandwich", "peri"):
         specs += norm("feed_forward_output_norm")
     return specs
 
@@ -191,7 +197,7 @@ def adapter_targets(config: Config) -> tuple[str, ...]:
         return ()
     every = ("query", "key", "value", "output", "gate", "up", "down")
     return config.adapters.targets or tuple(
-        target for target in every if target != "gate" or config.model.feed_forward == "swiglu"
+        target for target in every if target != "gate" or config.model.gated
     )
 
 
@@ -201,7 +207,7 @@ def norm_names(model: ModelConfig) -> tuple[str, ...]:
     return (
         "attention_norm",
         "feed_forward_norm",
-        *outputs[: 2 * (model.norm_position == "sandwich")],
+        *outputs[: 2 * (model.norm_position in ("sandwich", "peri"))],
     )
 
 

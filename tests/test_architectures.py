@@ -1,0 +1,221 @@
+"""Architectures beside Llama against transformers: converted, continued, exported, unrolled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_convert import (
+    TOKENS_BS,
+    assert_same_tensors,
+    run_logits,
+    tensors_of,
+    write_run,
+)
+
+from megarecur.convert.hf import convert_hf, export_hf
+from megarecur.convert.source import ARCHITECTURES, SourceModel
+from megarecur.data.torchvision_stub import make_torchvision_importable
+from megarecur.inference.generate import generate
+from megarecur.model.context import build_context
+from megarecur.model.transformer import Transformer
+from megarecur.recurrence.schemes import layer_map
+from megarecur.train.load import load_model
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    """Models of Hugging Face; the import costs seconds."""
+    make_torchvision_importable()
+    return pytest.importorskip("transformers")
+
+
+COMMON = {"vocab_size": 97, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3}
+COMMON |= {"num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1}
+COMMON |= {"eos_token_id": 2, "pad_token_id": 0}
+
+SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "rope_theta": 500.0}),
+    "qwen2, tied": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 14}),
+    "qwen3, tied, biases": (
+        "Qwen3",
+        {"num_key_value_heads": 4, "head_dim": 6, "tie_word_embeddings": True}
+        | {"attention_bias": True},
+    ),
+    "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.4, "rotary_emb_base": 500.0}),
+    "gpt_neox, tied, in a row, tanh": (
+        "GPTNeoX",
+        {"rotary_pct": 1.0, "tie_word_embeddings": True, "use_parallel_residual": False}
+        | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-3},
+    ),
+    "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 14}),
+    "gemma, untied, biases": (
+        "Gemma",
+        {"num_key_value_heads": 2, "head_dim": 6, "attention_bias": True}
+        | {"tie_word_embeddings": False},
+    ),
+    "gemma2": (
+        "Gemma2",
+        {"num_key_value_heads": 2, "head_dim": 14, "query_pre_attn_scalar": 10}
+        | {"sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma2, untied, without caps": (
+        "Gemma2",
+        {"num_key_value_heads": 1, "head_dim": 6, "query_pre_attn_scalar": 6}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        | {"sliding_window": 9, "tie_word_embeddings": False}
+        | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    ),
+    "gemma3_text": (
+        "Gemma3Text",
+        {"num_key_value_heads": 2, "head_dim": 14, "query_pre_attn_scalar": 10}
+        | {"sliding_window": 5, "rope_local_base_freq": 50.0, "rope_theta": 3000.0}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    ),
+    "gemma3_text, untied, scaled": (
+        "Gemma3Text",
+        {"num_key_value_heads": 1, "head_dim": 6, "query_pre_attn_scalar": 6}
+        | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "tie_word_embeddings": False}
+        | {"final_logit_softcapping": 3.0, "sliding_window": 30, "num_hidden_layers": 7},
+    ),
+    "gpt_neox, fewer biases": ("GPTNeoX", {"rotary_pct": 0.2, "attention_bias": False}),
+}
+"""Class of transformers without ForCausalLM, and what its config has beyond COMMON."""
+
+CASES = [pytest.param(n, marks=pytest.mark.slow) if "," in n else n for n in SOURCES]
+
+RECURSIVE: dict[str, dict[str, Any]] = {
+    "qwen2": {"attention_bias": "qkv", "tie_embeddings": False},
+    "qwen3": {"qk_norm": True, "rope_interleaved": True, "attention_bias": "qk"},
+    "gpt_neox": {"norm": "layer", "feed_forward": "gelu_tanh", "parallel_residual": True}
+    | {"num_kv_heads": 4, "rope_fraction": 0.7, "attention_bias": "qkv"}
+    | {"tie_embeddings": False, "rope_interleaved": True},
+    "gemma": {"scale_embeddings": True, "feed_forward": "geglu_tanh"},
+    "gemma2": {"scale_embeddings": True, "feed_forward": "geglu", "norm_position": "peri"}
+    | {"attention_softcap": 2.0, "logit_softcap": 3.0, "attention_scale": 0.5}
+    | {"sliding_window": 5, "attention_types": ["sliding", "full"]},
+    "gemma3_text": {"scale_embeddings": True, "feed_forward": "geglu_tanh", "qk_norm": True}
+    | {"norm_position": "peri", "sliding_window": 5, "attention_types": ["full", "sliding"]}
+    | {"rope_theta_local": 50.0, "rope_interleaved": True, "attention_bias": "all"},
+}
+"""Our `model` section, as `write_run` takes it, by the model_type that it is exported to."""
+
+CYCLE = {"kind": "cycle", "num_blocks": 2, "depth": 5}
+
+
+def save_source(
+    transformers: Any, folder: Path, name: str, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A random model, every tensor random, saved as transformers saves it."""
+    kind, changes = SOURCES[name]
+    config = getattr(transformers, kind + "Config")
+    model = getattr(transformers, kind.removesuffix("Text") + "ForCausalLM")
+    source = model(config(**COMMON | changes, attn_implementation="eager")).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in source.named_parameters():
+            mean = 1.0 if "norm" in key and key.endswith("weight") else 0.0
+            mean -= "gemma" in name and mean == 1.0
+            value = mean + 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(value.to(torch.bfloat16))
+    source.to(dtype).save_pretrained(folder, safe_serialization=True)
+    return source.float()
+
+
+LENGTHS = (1, 7, 24)
+
+
+@torch.no_grad()
+def packed_logits(model: Transformer, documents: list[torch.Tensor]) -> torch.Tensor:
+    """Logits [S, V] of documents one after the other in a sample, masked from one another."""
+    tokens_BS = torch.cat(documents)[None]
+    positions_BS = torch.cat([torch.arange(len(d)) for d in documents])[None]
+    documents_BS = torch.cat([torch.full_like(d, i) for i, d in enumerate(documents)])[None]
+    ctx = build_context(model.config.model, positions_BS, model.dtype, documents_BS=documents_BS)
+    x, _ = model.run(layer_map(model.config.recurrence), model.embed(tokens_BS, ctx), ctx, {})
+    return model.all_logits(x)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_converted_model_computes_and_continues_the_same(
+    tmp_path: Path, transformers: Any, name: str
+) -> None:
+    """Logits at documents of several lengths, and what it says greedily with a cache."""
+    source = save_source(transformers, tmp_path / "hf", name)
+    convert_hf(tmp_path / "hf", tmp_path / "run")
+    model, _ = load_model(tmp_path / "run")
+    documents = [torch.arange(length) * 11 % 97 for length in LENGTHS]
+    with torch.no_grad():
+        wanted = torch.cat([source(d[None]).logits[0] for d in documents])
+        torch.testing.assert_close(packed_logits(model, documents), wanted, rtol=0.0, atol=1e-4)
+        assert wanted.abs().max() > 1.0
+        prompt = [5, 3, 90, 17]
+        said = list(generate(model, prompt, max_new_tokens=20, temperature=0.0))
+        text = list(prompt)
+        for _ in range(20):
+            text.append(int(source(torch.tensor([text])).logits[0, -1].argmax()))
+    assert said == text[len(prompt) :]
+    again = generate(model, prompt, max_new_tokens=20, temperature=0.0, use_cache=False)
+    assert list(again) == said
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
+def test_export_gives_every_tensor_and_key_back(
+    tmp_path: Path, transformers: Any, name: str, dtype: torch.dtype
+) -> None:
+    """Byte by byte, in the dtype they were stored in."""
+    save_source(transformers, tmp_path / "hf", name, dtype)
+    convert_hf(tmp_path / "hf", tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", tmp_path / "hf")
+    config = transformers.AutoConfig.from_pretrained
+    before, after = (config(tmp_path / which).to_dict() for which in ("hf", "back"))
+    for key in ("transformers_version", "_name_or_path", "pad_token_id", "classifier_dropout"):
+        before.pop(key, None), after.pop(key, None)
+    assert {k: after.get(k) for k in before if before[k] is not None} == {
+        k: v for k, v in before.items() if v is not None
+    }
+
+
+@pytest.mark.parametrize("kind", RECURSIVE)
+def test_unrolled_export_of_a_recursive_run(tmp_path: Path, transformers: Any, kind: str) -> None:
+    """Loads in transformers without code of ours, and computes what the shared blocks do."""
+    shape = {"num_kv_heads": 2, "head_dim": 6} | RECURSIVE[kind]
+    write_run(tmp_path / "run", CYCLE, **shape)
+    out = export_hf(tmp_path / "run", tmp_path / "hf", unrolled=True)
+    assert json.loads((out / "config.json").read_text())["model_type"] == kind
+    loaded, faults = transformers.AutoModelForCausalLM.from_pretrained(
+        out, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not faults["missing_keys"] and not faults["unexpected_keys"]
+    assert loaded.config.num_hidden_layers == 5
+    with torch.no_grad():
+        wanted, found = run_logits(tmp_path / "run"), loaded.eval()(TOKENS_BS).logits
+    torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-5)
+
+
+def test_every_architecture_is_tested() -> None:
+    """The lists above name all that are known but Llama, which has tests of its own."""
+    assert {name.split(",")[0] for name in SOURCES} == ARCHITECTURES.keys() - {"llama"}
+    assert RECURSIVE.keys() == ARCHITECTURES.keys() - {"llama"}
+
+
+def test_source_reads_a_layer_at_a_time(tmp_path: Path, transformers: Any) -> None:
+    """Layers and the rest make the whole model, in fp32, under our names."""
+    save_source(transformers, tmp_path / "hf", "qwen2", torch.bfloat16)
+    source = SourceModel(tmp_path / "hf")
+    assert (source.num_layers, source.dtype) == (3, "bfloat16")
+    layer = dict(source.layer(1))
+    assert all(name.startswith("blocks.1.") for name in layer)
+    assert {t.dtype for t in layer.values()} == {torch.float32}
+    stored = tensors_of(tmp_path / "hf")
+    wanted = stored["model.layers.1.self_attn.q_proj.bias"].float()
+    assert torch.equal(layer["blocks.1.attention.query.bias"], wanted)
+    assert set(dict(source.outside())) == {"embedding.weight", "final_norm.weight", "head.weight"}
