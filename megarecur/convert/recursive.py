@@ -34,7 +34,7 @@ from megarecur.convert.hf import write_run
 from megarecur.convert.source import SourceModel
 from megarecur.parallel.random import initial_values
 from megarecur.parallel.shards import Shard, whole
-from megarecur.recurrence.inventory import build_inventory
+from megarecur.recurrence.inventory import HEAD_NORMS, build_inventory
 from megarecur.train.checkpoint_planning import Values
 from megarecur.train.checkpoint_storage import write_file
 
@@ -105,6 +105,11 @@ def sections_of(fold: Fold, source: Config) -> dict[str, Any]:
             "targets": list(linear_shapes(source)),
             "norms": fold.options.norms == "own",
         }
+    if source.model.sliding_window is not None:
+        # Each block sees what the first of the layers that made it sees.
+        kinds = ["sliding" if source.model.slides(made[0]) else "full" for made in fold.made_of]
+        model = source.model.model_dump(mode="json")
+        sections["model"] = model | {"attention_types": kinds}
     return sections
 
 
@@ -267,7 +272,8 @@ class FoldedModel:
             target, _, part = rest.rpartition(".")
             a, b = self.pair(block, int(loop), target)
             return a if part == "lora_a" else b
-        return self.read(f"blocks.{self.fold.source_of(block, int(loop))}.{rest}")
+        inner = f"attention.{rest}" if rest.rpartition(".")[0] in HEAD_NORMS else rest
+        return self.read(f"blocks.{self.fold.source_of(block, int(loop))}.{inner}")
 
     def read(self, name: str) -> Tensor:
         """A source tensor."""

@@ -11,7 +11,7 @@ from torch import nn
 from megarecur.config.schema import Config
 from megarecur.model.norm import build_norm
 from megarecur.parallel.linear import LowRank, MakeParameter
-from megarecur.recurrence.inventory import adapter_targets, norm_names
+from megarecur.recurrence.inventory import HEAD_NORMS, adapter_targets, norm_names
 
 
 class Adapter(nn.Module):
@@ -38,6 +38,8 @@ class Adapter(nn.Module):
         self.norms = nn.ModuleDict(
             {norm: build_norm(model.norm, f"{name}.{norm}", make, model.norm_eps) for norm in own}
         )
+        for norm in HEAD_NORMS if own and model.qk_norm else ():
+            self.norms[norm] = build_norm("rms", f"{name}.{norm}", make, model.norm_eps)
 
 
 def deltas_of(adapter: Adapter | None, *layers: str) -> list[LowRank | None]:

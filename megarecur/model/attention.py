@@ -16,7 +16,7 @@ from megarecur.model.positions import rotate
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
 from megarecur.parallel.random import dropout
 from megarecur.parallel.regions import ALONE, TensorParallel
-from megarecur.recurrence.inventory import biased_projections
+from megarecur.recurrence.inventory import HEAD_NORMS, biased_projections
 from megarecur.recurrence.layer_map import Step
 
 
@@ -30,6 +30,7 @@ class Attention(nn.Module):
         model: ModelConfig,
         dtype: torch.dtype,
         tp: TensorParallel = ALONE,
+        own_norms: bool = True,
     ) -> None:
         super().__init__()
         biased = biased_projections(model)
@@ -47,13 +48,10 @@ class Attention(nn.Module):
         self.interleaved = model.rope_interleaved
         self.dropout = model.attention_dropout
         self.scale, self.softcap = model.attention_scale, model.attention_softcap
-        self.norms: nn.ModuleList | None = None
-        """Of queries and keys, over head_dim."""
-        if model.qk_norm:
-            self.norms = nn.ModuleList(
-                build_norm("rms", f"{name}.{which}_norm", make, model.norm_eps)
-                for which in ("query", "key")
-            )
+        self.norms = nn.ModuleDict()
+        """Of queries and keys, over head_dim, where there are such and no loop has its own."""
+        for norm in HEAD_NORMS if model.qk_norm and own_norms else ():
+            self.norms[norm] = build_norm("rms", f"{name}.{norm}", make, model.norm_eps)
 
     def forward(
         self, x_BSD: Tensor, ctx: Context, step: Step, keys: Keys, adapter: Adapter | None
@@ -62,8 +60,9 @@ class Attention(nn.Module):
         deltas = deltas_of(adapter, "query", "key", "value")
         qkv = apply_all((self.query, self.key, self.value), x_BSD, deltas)
         q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
-        if self.norms is not None:
-            q_BSNH, k_BSNH = self.norms[0](q_BSNH), self.norms[1](k_BSNH)
+        norms = adapter.norms if adapter is not None and adapter.norms else self.norms
+        if "query_norm" in norms:
+            q_BSNH, k_BSNH = norms["query_norm"](q_BSNH), norms["key_norm"](k_BSNH)
         if ctx.rotation is not None:
             q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
             k_BSNH = rotate(k_BSNH, ctx.rotation, self.interleaved)

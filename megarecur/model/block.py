@@ -58,7 +58,7 @@ class Block(nn.Module):
                 for name in (() if own_norms else norm_names(model))
             }
         )
-        self.attention = Attention(f"{prefix}.attention", make, model, dtype, tp)
+        self.attention = Attention(f"{prefix}.attention", make, model, dtype, tp, not own_norms)
         self.feed_forward = feed_forward(f"{prefix}.feed_forward", make, model, dtype, tp)
         self.adapters = nn.ModuleList(
             Adapter(f"{prefix}.loops.{loop}", make, config, dtype) for loop in range(num_loops)

@@ -76,6 +76,8 @@ class ParameterSpec:
 
 
 Inventory = dict[str, ParameterSpec]
+HEAD_NORMS = ("query_norm", "key_norm")
+"""Of attention, where model.qk_norm is set."""
 
 
 def build_inventory(config: Config) -> Inventory:
@@ -144,10 +146,8 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
     specs += linear("attention.key", keys, hidden, "k" in biased, std, 0, head)
     specs += linear("attention.value", keys, hidden, "v" in biased, std, 0, head)
     specs += linear("attention.output", hidden, queries, "o" in biased, scaled, 1, head)
-    if model.qk_norm:
-        for name in ("query_norm", "key_norm"):
-            name = f"{prefix}attention.{name}.weight"
-            specs.append(ParameterSpec(name, (head,), block, mean=1.0, partial=True))
+    if config.adapters is None or not config.adapters.norms:
+        specs += head_norm_parameters(model, f"{prefix}attention.", block)
     if model.norm_position in ("sandwich", "peri"):
         specs += norm("attention_output_norm")
     specs += norm("feed_forward_norm")
@@ -188,6 +188,8 @@ def adapter_parameters(
         specs += [a, b]
     for norm in norm_names(config.model) if adapters.norms else ():
         specs += norm_parameters(config.model, prefix + norm, owner)
+    if adapters.norms:
+        specs += head_norm_parameters(config.model, prefix, owner)
     return [replace(spec, loop=loop) for spec in specs]
 
 
@@ -235,6 +237,16 @@ def norm_parameters(model: ModelConfig, name: str, block: int | None) -> list[Pa
     if model.norm == "layer":
         specs.append(ParameterSpec(name + ".bias", (model.hidden_size,), block))
     return specs
+
+
+def head_norm_parameters(
+    model: ModelConfig, prefix: str, block: int | None
+) -> list[ParameterSpec]:
+    """Gains of the norms of queries and keys, over head_dim; none where there are no such norms."""
+    return [
+        ParameterSpec(f"{prefix}{name}.weight", (model.head_dim,), block, mean=1.0, partial=True)
+        for name in (HEAD_NORMS if model.qk_norm else ())
+    ]
 
 
 def is_embedding(name: str) -> bool:
