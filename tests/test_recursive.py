@@ -5,14 +5,17 @@ Shapes: B samples, S positions; A [r, in] and B [out, r] are an adapter's factor
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_architectures
 import torch
 from safetensors.torch import save_file
 from test_parity import Case, cases, make_batch, read_case
@@ -22,7 +25,7 @@ from configs import make_config
 from launch.cli import main
 from megarecur.config.load import load_config, validate
 from megarecur.config.schema import Config
-from megarecur.convert.fold_report import count_sizes
+from megarecur.convert.fold_report import count_sizes, other_windows
 from megarecur.convert.folding import (
     INITS,
     LINEARS,
@@ -42,6 +45,7 @@ from megarecur.convert.recursive import (
     truncated_svd,
 )
 from megarecur.convert.source import SourceModel
+from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.errors import CheckpointError, ConfigError, DataError
 from megarecur.model.transformer import Transformer
 from megarecur.plot.fold import plot_fold
@@ -596,6 +600,51 @@ def test_layer_norms_are_kept_per_loop_and_tied_biases_reported(biases: bool) ->
     assert set(folded.unheld) == (tied if biases else set())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in test_architectures.SOURCES if "," not in name])
+@pytest.mark.parametrize("init", ["average", "stepwise"])
+def test_every_architecture_at_full_rank_is_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, init: str
+) -> None:
+    """Every tensor random, but for biases of linears, which stay tied (new models have them 0)."""
+    make_torchvision_importable()
+    transformers = pytest.importorskip("transformers")
+    kind, shape = test_architectures.SOURCES[name]
+    shape = shape | {"num_hidden_layers": 4}
+    if "layer_types" in shape:
+        shape |= {"layer_types": ["full_attention", "sliding_attention"] * 2}
+    monkeypatch.setitem(test_architectures.SOURCES, name, (kind, shape))
+    test_architectures.save_source(transformers, tmp_path / "hf", name)
+    read = SourceModel.tensor
+
+    def without_biases(self: SourceModel, of: str) -> Tensor:
+        inner = of.split(".", 2)[-1].removesuffix(".bias")
+        return read(self, of) * (not of.endswith(".bias") or inner not in LINEARS.values())
+
+    monkeypatch.setattr(SourceModel, "tensor", without_biases)
+    options = FoldOptions("relaxed", loops=2, init=init, lora_rank=40)
+    fold_hf(tmp_path / "hf", tmp_path / "run", options)
+    expected = source_logits(tmp_path / "hf")
+    torch.testing.assert_close(run_logits(tmp_path / "run"), expected, atol=1e-4, rtol=1e-4)
+    report = json.loads((tmp_path / "run" / "fold.json").read_text())
+    assert not report["unheld"] and not report["windows"]
+
+
+def test_windows_follow_the_layers_that_made_a_block() -> None:
+    window = {"sliding_window": 3, "attention_types": ["sliding", "full"]}
+    source = dense_config(6, **window)
+    for loops, kinds, others in (
+        (3, ["sliding", "full"], []),
+        (2, ["sliding", "full", "sliding"], [3, 4, 5]),
+    ):
+        fold = plan_fold(FoldOptions("cycle", loops=loops, init="lower"), source)
+        model = changed(source, sections_of(fold, source)).model
+        assert [("full", "sliding")[model.slides(b)] for b in range(len(kinds))] == kinds
+        assert other_windows(fold, source) == others
+    upper = plan_fold(FoldOptions("cycle", loops=6, init="upper"), source)
+    assert changed(source, sections_of(upper, source)).model.sliding_window is None
+
+
 # ------------------------------------------------------------------------------------------ sizes
 
 GEMMA = {"hidden_size": 2048, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256,
@@ -719,3 +768,28 @@ def test_a_source_that_ends_early_leaves_nothing_behind(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="download it again"):
             fold_hf(folder, tmp_path / "run", FoldOptions("cycle", loops=2))
     assert taken and [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])  # type: ignore[index]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured through /proc")
+def test_a_fold_keeps_less_than_two_layers_in_memory(tmp_path: Path) -> None:
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_key_value_heads": 4}
+    folder = write_llama(tmp_path / "hf", 12, **shape)
+    layer = 4 * (4 * 768 * 768 + 3 * 768 * 3072)
+    gc.collect()
+    before, most, done = anonymous_bytes(), 0, 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal most, done
+        done += num_bytes
+        most = max(most, anonymous_bytes() - before)
+
+    options = FoldOptions("relaxed", loops=2, lora_rank=64, lora_init="zero")
+    fold_hf(folder, tmp_path / "run", options, advance=advance)
+    assert done > 18 * layer and most < 2 * layer

@@ -12,6 +12,21 @@ from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_em
 Report = dict[str, Any]
 
 
+def window_kinds(fold: Fold, source: Config) -> list[str]:
+    """Whether each block sees a window or all: what the first of the layers that made it does."""
+    return ["sliding" if source.model.slides(made[0]) else "full" for made in fold.made_of]
+
+
+def other_windows(fold: Fold, source: Config) -> list[int]:
+    """Steps whose source layer sees a window where its block sees all, or the other way round."""
+    kinds = window_kinds(fold, source)
+    return [
+        step
+        for step, (block, layer) in enumerate(zip(fold.blocks, fold.sources, strict=True))
+        if (kinds[block] == "sliding") != source.model.slides(layer)
+    ]
+
+
 def count_sizes(config: Config) -> dict[str, int]:
     """Parameters of a model: in embedding and head, blocks, adapters, elsewhere; and sums."""
     sizes = dict.fromkeys(("embedding", "blocks", "adapters", "other"), 0)
@@ -60,6 +75,7 @@ def build_report(
         "matrices": sorted(
             matrices, key=lambda m: (m["block"], m["loop"], order.index(m["linear"]))
         ),
+        "windows": other_windows(fold, source),
         "unheld": dict(sorted(unheld.items(), key=lambda item: -item[1])),
         "sizes": {"source": count_sizes(source), "folded": count_sizes(result)},
         "seconds": {part: round(value, 3) for part, value in seconds.items()},
@@ -71,6 +87,12 @@ def format_report(report: Report) -> str:
     parts = [_summary(report), _blocks(report), _matrices(report), _sizes(report)]
     if report["unheld"]:
         parts.append(_unheld(report["unheld"]))
+    if report["windows"]:
+        steps = ", ".join(map(str, report["windows"]))
+        parts.append(
+            f"steps {steps}: the source's layer sees a sliding window where its block sees all, or "
+            "the other way round; choose loops that keep the pattern to start from the source"
+        )
     spent = ", ".join(f"{part} {value:.1f} s" for part, value in report["seconds"].items())
     return "\n\n".join([*parts, f"time: {spent}"]) + "\n"
 

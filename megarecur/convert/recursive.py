@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megarecur.config.schema import Config
-from megarecur.convert.fold_report import Report, build_report, format_report
+from megarecur.convert.fold_report import Report, build_report, format_report, window_kinds
 from megarecur.convert.folding import (
     LINEARS,
     READS_NORM,
@@ -106,10 +106,11 @@ def sections_of(fold: Fold, source: Config) -> dict[str, Any]:
             "norms": fold.options.norms == "own",
         }
     if source.model.sliding_window is not None:
-        # Each block sees what the first of the layers that made it sees.
-        kinds = ["sliding" if source.model.slides(made[0]) else "full" for made in fold.made_of]
-        model = source.model.model_dump(mode="json")
-        sections["model"] = model | {"attention_types": kinds}
+        kinds = window_kinds(fold, source)
+        model = source.model.model_dump(mode="json") | {"attention_types": kinds}
+        if "sliding" not in kinds:
+            model |= {"sliding_window": None, "rope_theta_local": None}
+        sections["model"] = model
     return sections
 
 
