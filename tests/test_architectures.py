@@ -287,7 +287,7 @@ def test_tensors_that_do_not_fit_are_listed_together(tmp_path: Path, transformer
     tensors[f"{layer}.masked_bias"] = torch.ones(())  # Harmless: old folders have it.
     tensors["extra"] = tensors.pop(f"{layer}.dense.bias")
     save_file(tensors, tmp_path / "hf/model.safetensors")
-    with pytest.raises(DataError, match="3 tensor.s. do not fit") as caught:
+    with pytest.raises(DataError, match=r"3 tensor\(s\) do not fit") as caught:
         convert_hf(tmp_path / "hf", tmp_path / "run")
     for line in (
         f"{layer}.dense.bias: missing",
