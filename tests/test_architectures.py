@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_convert import (
     TOKENS_BS,
     assert_same_tensors,
@@ -19,6 +20,7 @@ from test_convert import (
 from megarecur.convert.hf import convert_hf, export_hf
 from megarecur.convert.source import ARCHITECTURES, SourceModel
 from megarecur.data.torchvision_stub import make_torchvision_importable
+from megarecur.errors import ConfigError, DataError
 from megarecur.inference.generate import generate
 from megarecur.model.context import build_context
 from megarecur.model.transformer import Transformer
@@ -184,6 +186,24 @@ def test_export_gives_every_tensor_and_key_back(
     }
 
 
+def test_gains_of_a_gemma_in_fp32(tmp_path: Path, transformers: Any) -> None:
+    """transformers rounds 1 + weight alike; exported, what was rounded off is lost, of gains only."""
+    source = save_source(transformers, tmp_path / "hf", "gemma")
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if "norm" in name:
+                parameter.add_(1e-3 * torch.randn(parameter.shape))
+        wanted = source(TOKENS_BS).logits
+    source.save_pretrained(tmp_path / "fine")
+    convert_hf(tmp_path / "fine", tmp_path / "run")
+    torch.testing.assert_close(run_logits(tmp_path / "run"), wanted, rtol=0.0, atol=1e-4)
+    export_hf(tmp_path / "run", tmp_path / "back")
+    before, after = tensors_of(tmp_path / "fine"), tensors_of(tmp_path / "back")
+    for name, tensor in before.items():
+        atol = 2**-23 if "norm" in name else 0.0
+        torch.testing.assert_close(after[name], tensor, rtol=0.0, atol=atol)
+
+
 @pytest.mark.parametrize("kind", RECURSIVE)
 def test_unrolled_export_of_a_recursive_run(tmp_path: Path, transformers: Any, kind: str) -> None:
     """Loads in transformers without code of ours, and computes what the shared blocks do."""
@@ -219,3 +239,136 @@ def test_source_reads_a_layer_at_a_time(tmp_path: Path, transformers: Any) -> No
     wanted = stored["model.layers.1.self_attn.q_proj.bias"].float()
     assert torch.equal(layer["blocks.1.attention.query.bias"], wanted)
     assert set(dict(source.outside())) == {"embedding.weight", "final_norm.weight", "head.weight"}
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+def small(folder: Path, **changes: Any) -> Path:
+    """A config.json alone."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(COMMON | changes))
+    return folder
+
+
+GEMMA = {"num_key_value_heads": 1, "head_dim": 10}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "mamba"},
+            "model_type='mamba' is not supported.*" + ".*".join(ARCHITECTURES),
+        ),
+        ({}, "model_type=None is not supported"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True is not"),
+        ({"model_type": "qwen3", "rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn'"),
+        ({"model_type": "gpt_neox", "hidden_act": "relu"}, "hidden_act='relu'.*'gelu' converts"),
+        ({"model_type": "gpt_neox", "hidden_act": ["gelu"]}, r"hidden_act=\['gelu'\] is not"),
+        ({"model_type": "gpt_neox", "rotary_pct": 0.1}, "rotates 1 dims"),
+        ({"model_type": "gemma"}, "num_key_value_heads: required, but missing\n  head_dim: requ"),
+        ({"model_type": "gemma", **GEMMA, "hidden_act": "gelu"}, "name the one meant as hidden_ac"),
+        ({"model_type": "gemma2", **GEMMA, "hidden_activation": "silu"}, "'silu' is not supported"),
+        ({"model_type": "gemma2", **GEMMA, "layer_types": ["full_attention"]}, "with 3 of sliding"),
+        ({"model_type": "gemma2", **GEMMA, "layer_types": 3}, "layer_types=3 is not supported"),
+        ({"model_type": "gemma2", **GEMMA, "query_pre_attn_scalar": 0}, "must be above 0"),
+        (
+            {"model_type": "gemma3_text", **GEMMA, "rope_scaling": {"rope_type": "llama3"}},
+            "rope_type='llama3' is not supported; only default and linear",
+        ),
+        (
+            {"model_type": "gemma3_text", **GEMMA, "use_bidirectional_attention": True},
+            "use_bidirectional_attention=True is not supported; only .*=False",
+        ),
+        (
+            {"model_type": "gemma3_text", **GEMMA, "num_hidden_layers": "3"},
+            "must be a whole number",
+        ),
+        ({"model_type": "gemma3_text", **GEMMA, "num_hidden_layers": 0}, "must be a whole number"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """By key and value, before weights are looked for."""
+    with pytest.raises(ConfigError, match=message):
+        SourceModel(small(tmp_path / "hf", **changes))
+
+
+def test_tensors_that_do_not_fit_are_listed_together(tmp_path: Path, transformers: Any) -> None:
+    """Missing, superfluous, and of other shapes, fused ones among them."""
+    save_source(transformers, tmp_path / "hf", "gpt_neox")
+    tensors = tensors_of(tmp_path / "hf")
+    layer = "gpt_neox.layers.1.attention"
+    tensors[f"{layer}.query_key_value.bias"] = torch.ones(119)
+    tensors[f"{layer}.masked_bias"] = torch.ones(())  # Harmless: old folders have it.
+    tensors["extra"] = tensors.pop(f"{layer}.dense.bias")
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with pytest.raises(DataError, match=r"3 tensor\(s\) do not fit") as caught:
+        convert_hf(tmp_path / "hf", tmp_path / "run")
+    for line in (
+        f"{layer}.dense.bias: missing",
+        "extra: not part of a GPTNeoX of this config",
+        f"{layer}.query_key_value.bias: shape [119], config.json: [120]",
+    ):
+        assert line in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return print, ("run",)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickles_are_read_when_asked_for(
+    tmp_path: Path, transformers: Any, sharded: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same run as of safetensors; code in a pickle is not run."""
+    save_source(transformers, tmp_path / "hf", "gpt_neox")
+    convert_hf(tmp_path / "hf", tmp_path / "run")
+    tensors = tensors_of(tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors").unlink()
+    names = ["pytorch_model-1.bin", "pytorch_model-2.bin"] if sharded else ["pytorch_model.bin"]
+    for i, name in enumerate(names):
+        part = {k: t for j, (k, t) in enumerate(tensors.items()) if j % len(names) == i}
+        # The second in the old format, which cannot be mapped.
+        torch.save(part, tmp_path / "hf" / name, _use_new_zipfile_serialization=i == 0)
+    if sharded:
+        table = {k: names[j % 2] for j, k in enumerate(tensors)}
+        index = tmp_path / "hf/pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(ConfigError, match=r"is a pickle.*--allow-pickles"):
+        convert_hf(tmp_path / "hf", tmp_path / "again")
+    convert_hf(tmp_path / "hf", tmp_path / "again", allow_pickles=True)
+    assert torch.equal(run_logits(tmp_path / "again"), run_logits(tmp_path / "run"))
+    for content, message in (({"a": Hostile()}, "cannot be read"), ([1], "other than tensors")):
+        torch.save(content, tmp_path / "hf" / names[0])
+        with pytest.raises(DataError, match=rf"{names[0]}: .*{message}"):
+            convert_hf(tmp_path / "hf", tmp_path / "worse", allow_pickles=True)
+    assert "run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"norm": "layer", "feed_forward": "gelu"},
+            "the nearest is GPTNeoX:\n  model.num_kv_heads",
+        ),
+        ({"qk_norm": True, "logit_softcap": 9.0}, "is Qwen3:\n  model.logit_softcap=9.0"),
+        (
+            {**RECURSIVE["gemma3_text"], "rope_theta_local": None, "rope_scaling_factor": 2.0},
+            "is Gemma3:\n  model.rope_scaling_factor=2.0",
+        ),
+    ],
+)
+def test_what_no_architecture_can_express_is_refused(
+    tmp_path: Path, model: dict[str, Any], message: str
+) -> None:
+    """By what keeps the nearest one from it; nothing is written."""
+    write_run(tmp_path / "run", CYCLE, **model)
+    with pytest.raises(ConfigError, match=message):
+        export_hf(tmp_path / "run", tmp_path / "hf", unrolled=True)
+    assert not (tmp_path / "hf").exists()

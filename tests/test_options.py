@@ -14,6 +14,7 @@ from test_tensor_parallel import SEQUENCE, config_of, later, reference, trace
 from configs import make_config
 from megarecur.config.schema import Config
 from megarecur.errors import ConfigError
+from megarecur.inference.generate import generate
 from megarecur.model.context import build_context
 from megarecur.model.feed_forward import _GeGLU
 from megarecur.model.transformer import Transformer
@@ -55,6 +56,8 @@ FP64 = {"train": {"precision": "fp64"}}
         later("loop", 4, 4, {**FP64, **SEQUENCE, "model": GEMMA}),
         later("cycle", 2, 4, {"model": GEMMA, "parallel": {"zero_stage": 1}}),
         later("cycle", 2, 4, {"model": GEMMA, "parallel": {"zero_stage": 3}}),
+        later("cycle", 1, 2, {**FP64, "model": GEMMA, "parallel": {"pipeline": 2}}),
+        later("cycle", 2, 4, {**FP64, "model": NEOX, "parallel": {"pipeline": 2}}),
     ],
 )
 def test_ranks_equal_one_process(world, corpus, scheme, tensor, processes, extra) -> None:
@@ -108,6 +111,18 @@ def test_window_reaches_so_far_and_no_farther(positions: str) -> None:
     other_BS[0, 3] = 8
     changed = (hidden_of(config, tokens_BS) != hidden_of(config, other_BS)).any(-1)[0]
     assert changed.nonzero().flatten().tolist() == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("model", [GEMMA, NEOX])
+def test_shared_blocks_continue_with_a_cache_as_without(model: dict[str, Any]) -> None:
+    """The same samples, past the window too."""
+    shape = {"vocab_size": 31, "init_std": 0.3, "num_kv_heads": 4, **model}
+    transformer = Transformer(make_config(scheme="cycle", model=shape)).eval()
+    said = [
+        list(generate(transformer, [1, 2], max_new_tokens=20, seed=1, use_cache=cached))
+        for cached in (True, False)
+    ]
+    assert said[0] == said[1] and len(set(said[0])) > 2
 
 
 def test_types_belong_to_blocks_not_to_layers() -> None:

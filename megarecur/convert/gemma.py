@@ -126,8 +126,8 @@ def read_attention(values: Values, problems: list[str], period: int) -> Values:
     if not (isinstance(scalar, int | float) and scalar > 0):
         problems.append(f"query_pre_attn_scalar={scalar!r} is not supported; it must be above 0")
         scalar = head_dim
-    unknown = sorted({str(t) for t in types} - TYPES.keys())
-    if unknown or len(types) != layers:
+    fits = isinstance(types, list) and len(types) == layers
+    if not fits or any(t not in TYPES for t in map(str, types)):
         problems.append(
             f"layer_types={types!r} is not supported; only a model with {layers} of "
             f"{', '.join(TYPES)} converts"

@@ -239,9 +239,7 @@ def norm_parameters(model: ModelConfig, name: str, block: int | None) -> list[Pa
     return specs
 
 
-def head_norm_parameters(
-    model: ModelConfig, prefix: str, block: int | None
-) -> list[ParameterSpec]:
+def head_norm_parameters(model: ModelConfig, prefix: str, block: int | None) -> list[ParameterSpec]:
     """Gains of the norms of queries and keys, over head_dim; none where there are no such norms."""
     return [
         ParameterSpec(f"{prefix}{name}.weight", (model.head_dim,), block, mean=1.0, partial=True)
