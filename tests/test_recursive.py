@@ -449,7 +449,7 @@ def run_logits(run: Path) -> Tensor:
     return logits(load_model(run)[0], TOKENS_BS)
 
 
-@pytest.mark.parametrize("norms", ["fold", "own"])
+@pytest.mark.parametrize("norms", ["fold", pytest.param("own", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("loops", [2, 4])
 def test_full_rank_is_the_source(
@@ -511,7 +511,7 @@ def test_more_rank_is_nearer_to_the_source(llama: tuple[Path, Tensor], tmp_path:
     """Layer by layer, as Eckart and Young say; and what was written is what was reported."""
     folder, _ = llama
     source, missed = SourceModel(folder), []
-    for rank in (2, 8, 20):
+    for rank in (2, 20):
         run = tmp_path / str(rank)
         fold_hf(folder, run, FoldOptions("relaxed", loops=2, lora_rank=rank, norms="share"))
         model = load_model(run)[0].parameters_by_name
