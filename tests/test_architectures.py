@@ -187,7 +187,7 @@ def test_export_gives_every_tensor_and_key_back(
 
 
 def test_gains_of_a_gemma_in_fp32(tmp_path: Path, transformers: Any) -> None:
-    """transformers rounds 1 + weight alike; exported, what was rounded off is lost, of gains only."""
+    """transformers rounds 1 + weight alike; exported, gains lack what was rounded off."""
     source = save_source(transformers, tmp_path / "hf", "gemma")
     with torch.no_grad():
         for name, parameter in source.named_parameters():
