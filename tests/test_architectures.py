@@ -186,8 +186,9 @@ def test_export_gives_every_tensor_and_key_back(
     }
 
 
+@pytest.mark.slow
 def test_gains_of_a_gemma_in_fp32(tmp_path: Path, transformers: Any) -> None:
-    """transformers rounds 1 + weight alike; exported, what was rounded off is lost, of gains only."""
+    """transformers rounds 1 + weight alike; exported, gains lack what was rounded off."""
     source = save_source(transformers, tmp_path / "hf", "gemma")
     with torch.no_grad():
         for name, parameter in source.named_parameters():
@@ -321,7 +322,7 @@ class Hostile:
         return print, ("run",)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_pickles_are_read_when_asked_for(
     tmp_path: Path, transformers: Any, sharded: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def test_one_graph_serves_blocks_of_all_types(corpus, model, masked) -> None:
     assert graphs == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [{**GEMMA, **DROPOUT}, {**NEOX, **DROPOUT}])
 def test_recompute_and_bf16(corpus, model) -> None:
     """Recomputed, to the last digits; in bf16, as near as bf16 is."""
