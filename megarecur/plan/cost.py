@@ -22,7 +22,7 @@ from megarecur.recurrence.inventory import (
     uses_muon,
 )
 from megarecur.recurrence.layer_map import LayerMap, from_order
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 
 # ----------------------------------------------------------------------------------- parameters
 
@@ -102,8 +102,7 @@ def expect_flops(config: Config) -> FlopEstimate:
     """Executed FLOPs per token, averaged over the optimizer steps of the run."""
     shares = count_depths(config.recurrence, config.seed, config.train.steps)
     each = [
-        (share, count_flops(config, layer_map(config.recurrence, depth)))
-        for depth, share in shares.items()
+        (share, count_flops(config, build_map(config, depth))) for depth, share in shares.items()
     ]
 
     totals = (
@@ -116,7 +115,7 @@ def expect_flops(config: Config) -> FlopEstimate:
 def deepest_map(config: Config) -> LayerMap:
     """The map of the run that keeps the most activations."""
     shares = count_depths(config.recurrence, config.seed, config.train.steps)
-    maps = (layer_map(config.recurrence, depth) for depth in shares)
+    maps = (build_map(config, depth) for depth in shares)
     return max(maps, key=lambda steps: (sum(step.grad for step in steps), len(steps)))
 
 

@@ -35,7 +35,7 @@ from megarecur.plan.cost import (
 )
 from megarecur.recurrence.depth import describe_loops, is_sampled
 from megarecur.recurrence.layer_map import LayerMap, Step, count_uses
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 
 MAX_ROWS, MAX_COLUMNS = 16, 48
 """Maps of more blocks or steps are drawn with a chain of blocks as one row and one mark."""
@@ -45,7 +45,7 @@ BLOCK_STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
 
 def describe(config: Config, width: int = 100) -> RenderableType:
     """Everything `check` has to say; `config.model.vocab_size` must be resolved."""
-    steps = layer_map(config.recurrence)
+    steps = build_map(config)
     return Group(
         Text(),
         Text.assemble(("layer map  ", "bold"), describe_scheme(config.recurrence)),

@@ -46,7 +46,7 @@ from megarecur.plan.walk import Stage, Walk, build_walk, cuts_for_v
 from megarecur.recurrence.depth import is_sampled
 from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_frozen, uses_muon
 from megarecur.recurrence.layer_map import LayerMap
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 
 MOST_OPERATIONS = 3_000
 """Of one simulated order, where three rounds of one micro batch per rank are not more."""
@@ -221,7 +221,7 @@ class Plan:
     def mfu(self) -> float:
         """Share of the ranks' peak that the model's FLOPs are, recompute left out."""
         config, cluster = self.draft.config, self.draft.cluster
-        flops = count_flops(config, layer_map(config.recurrence)).train * self.tokens_per_second
+        flops = count_flops(config, build_map(config)).train * self.tokens_per_second
         return flops / (self.layout.world * cluster.peak(config.train.precision))
 
 
@@ -277,7 +277,7 @@ def make_draft(
     """
     check_batch(config, layout.data)
     config = with_layout(config, layout)
-    steps = layer_map(config.recurrence)
+    steps = build_map(config)
     placement = placement or place(config, steps)
     walk = walk_over(config, steps, placement)
     costs = cost_stages(config, walk, layout, cluster)

@@ -18,7 +18,7 @@ from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.parallel.pipeline import Pipeline
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.walk import Stage
-from megarecur.recurrence.depth import sample_depth
+from megarecur.recurrence.depth import is_sampled, sample_depth
 from megarecur.train.report import StepResult
 
 
@@ -72,7 +72,7 @@ class Training:
             assert x is not None
             x, terms = self.model.run(stage.steps, x, ctx, reads)
             if stage.last:
-                terms = self.model.loss(x, batch) | terms
+                terms = self.model.loss(x, batch, {n: reads[n] for n in stage.exits}) | terms
         for name, term in terms.items():
             share = term.total.detach() / self.denominators[term.denominator]
             self.result.losses[name] = self.result.losses.get(name, 0.0) + share
@@ -138,6 +138,8 @@ def forward_backward(
     pipeline = Pipeline(mesh, scheduled.walk, program, model.dtype, backward, model.deferred)
     pipeline.run(scheduled.order[mesh.pp_rank])
     program.finish()
+    if is_sampled(config.recurrence):
+        result.count_exits(mesh)
     return result
 
 

@@ -23,7 +23,7 @@ from megarecur.parallel.mesh import Mesh, open_mesh, same_error, told_where
 from megarecur.plan.order import order_hash
 from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.depth import Depth, sample_depth
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 from megarecur.train import checkpoint
 from megarecur.train.alarms import Alarms, record_event
 from megarecur.train.evaluate import continue_prompts, score_corpus, score_values
@@ -137,7 +137,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             if due:
                 values = report.close_interval(state, result) | saver.timings()
                 held = measure_state(model, engine.shards())
-                values |= report.tell_memory(held, layer_map(config.recurrence, result.depth))
+                values |= report.tell_memory(held, build_map(config, result.depth))
                 values |= report.tell_graphs(compiled)
                 reasons = alarms.check(state.step, values)
                 report.write(state, values | {"alarms/raised": len(reasons)}, stop)
