@@ -329,7 +329,7 @@ def evaluate_run(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Score a run on its validation corpora: loss, perplexity, bits per byte."""
+    """Score a run on its validation corpora: loss, perplexity, bits per byte, early exits."""
     from megarecur.config.schema import Source
     from megarecur.data.corpus import open_corpus
     from megarecur.parallel.mesh import Mesh, pick_device
@@ -359,6 +359,8 @@ def evaluate_run(
                 f"bits per byte {score.bits_per_byte:.4f}  "
                 f"({score.tokens} tokens, step {loaded.state['step']})"
             )
+            for i, loss in enumerate(score.exits):
+                print(f"{path}:{at} exit {i + 1}: loss {loss:.4f}")
             curves[f"{path}{at.rstrip(':')}"] = score.by_position
     if draw is not None:
         from megarecur.plot.layer_map import save

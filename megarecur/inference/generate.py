@@ -140,6 +140,8 @@ class Forward:
         self.model, self.tokens_BS, self.ctx = model, tokens_BS, ctx
         self.x: Tensor | None = None
         """What leaves the last stage, if that is here."""
+        self.exits: dict[str, Tensor] = {}
+        """There too: the hidden states of early exits, by name, in order."""
 
     def forget(self, microbatch: int) -> None:
         """Nothing is kept but for the caller."""
@@ -157,7 +159,7 @@ class Forward:
         assert x is not None
         x, _ = self.model.run(stage.steps, x, self.ctx, reads)
         if stage.last:
-            self.x = x
+            self.x, self.exits = x, {name: reads[name] for name in stage.exits}
         return x, None
 
 
@@ -165,9 +167,17 @@ def run_forward(
     model: Transformer, mesh: Mesh, scheduled: Scheduled, tokens_BS: Tensor, ctx: Context
 ) -> Tensor | None:
     """The hidden state [B, S, D] that leaves the map, on the pipeline rank where it does."""
+    return run_with_exits(model, mesh, scheduled, tokens_BS, ctx)[0]
+
+
+def run_with_exits(
+    model: Transformer, mesh: Mesh, scheduled: Scheduled, tokens_BS: Tensor, ctx: Context
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """(what `run_forward` gives, hidden states of the map's early exits by name); both on the
+    pipeline rank of the head."""
     program = Forward(model, tokens_BS, ctx)
     Pipeline(mesh, scheduled.walk, program, model.dtype).run(scheduled.order[mesh.pp_rank])
-    return program.x
+    return program.x, program.exits
 
 
 def choose(

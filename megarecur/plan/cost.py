@@ -93,8 +93,10 @@ def count_flops(config: Config, steps: LayerMap) -> FlopEstimate:
         train += 3 * flops if step.grad else flops
         forward_only += 0 if step.grad else flops
         repeated += flops if step.grad and config.train.recompute else 0
-    head = count_head_flops(config) * (1 + sum(step.exit for step in steps[:-1]))
+    exits = sum(step.exit for step in steps[:-1])
+    head = count_head_flops(config) * (1 + exits)
     train += 3 * head
+    repeated += count_head_flops(config) * exits  # Their logits are made again in backward.
     return FlopEstimate(forward + head, train, forward_only, repeated)
 
 
@@ -216,8 +218,10 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     matrices = held(s for s in specs if len(s.shape) == 2 and s.name != "embedding.positions")
     tokens = config.train.micro_batch_size * config.data.seq_length
     kept, recomputed = estimate_activations(config, steps)
-    # Logits, their form in the wide dtype, and the exponentials while they are summed.
+    # Logits, their form in the wide dtype, and the exponentials while they are summed. Of early
+    # exits those of one are there at a time, beside the last loop's.
     logit_bytes = element + wide + (wide if element < wide else 0)
+    logit_bytes += element if config.exits is not None else 0
     return MemoryEstimate(
         parameters=-(-size // parts[3]) * wide,
         gradients=-(-trained // parts[2]) * wide,

@@ -118,6 +118,8 @@ class _Column:
     position: int
     step: Step
     """The first; only it may read, write or normalise."""
+    exit: bool = False
+    """Of the last."""
 
 
 def draw_layer_map(steps: LayerMap, width: int = 96) -> Text:
@@ -166,7 +168,8 @@ def _columns(steps: LayerMap) -> list[_Column]:
     columns: list[_Column] = []
     for position, step in enumerate(steps):
         if chains[step.block][0] == step.block:
-            columns.append(_Column(chains[step.block], position, step))
+            end = steps[position + len(chains[step.block]) - 1]
+            columns.append(_Column(chains[step.block], position, step, end.exit))
     return columns
 
 
@@ -250,7 +253,7 @@ def _notes(band: list[_Column], names: list[str], margin: int, cell: int) -> lis
             marks.append("◆" if kept else "▲" if read else " ")
         notes.append((name, marks))
     notes.append(("final norm", ["N" if column.step.normalize else " " for column in band]))
-    notes.append(("exit", ["▼" if column.step.exit else " " for column in band]))
+    notes.append(("exit", ["▼" if column.exit else " " for column in band]))
     return [
         Text(f"{name:<{margin}}" + "".join(f"{mark:<{cell}}" for mark in marks).rstrip())
         for name, marks in notes

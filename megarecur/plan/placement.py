@@ -86,16 +86,14 @@ def place(config: Config, steps: LayerMap, *, memory_cap: int | None = None) -> 
             )
         owners = _partition_blocks(config, steps, units, ranks, memory_cap)
     placement = Placement(ranks, owners, owners[steps[0].block], owners[steps[-1].block])
-    apart_exits = {
-        step.block for step in steps if step.exit and owners[step.block] != placement.head
-    }
-    if apart_exits:
-        raise PlacementError(
-            f"exits come after block {min(apart_exits)}, on pipeline rank {owners[min(apart_exits)]}, "
-            f"and the head lives with block {steps[-1].block} on rank {placement.head}; give both "
-            "blocks one rank by parallel.placement, or make recurrence.depth a multiple of "
-            "num_blocks"
-        )
+    for step in steps:
+        if step.exit and owners[step.block] != placement.head:
+            raise PlacementError(
+                f"exits: they come after block {step.block}, on pipeline rank "
+                f"{owners[step.block]}, and the head lives with block {steps[-1].block} on rank "
+                f"{placement.head}; give both blocks one rank by parallel.placement, or make "
+                "recurrence.depth a multiple of recurrence.num_blocks"
+            )
     if memory_cap is not None:
         bytes_of = weigh_blocks(config, steps)
         for rank in range(ranks):
@@ -203,8 +201,9 @@ def count_block_costs(config: Config, steps: LayerMap) -> list[float]:
         for step, flops in zip(some, count_step_flops(config, some), strict=True):
             times = 3 + config.train.recompute if step.grad else 1
             costs[step.block] += share * times * flops
-    heads = 1 + sum(step.exit for step in steps[:-1])
-    costs[steps[-1].block] += 3 * heads * count_head_flops(config)
+    for share, some in maps:
+        exits = sum(step.exit for step in some[:-1])  # Four passes: logits are made again.
+        costs[steps[-1].block] += share * (3 + 4 * exits) * count_head_flops(config)
     return costs
 
 

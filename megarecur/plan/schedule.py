@@ -5,16 +5,16 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from megarecur.config.schema import Config
+from megarecur.config.schema import Config, Looped
 from megarecur.plan.cluster import load_cluster
 from megarecur.plan.order import Kind, Op, Order
 from megarecur.plan.placement import Placement, place
 from megarecur.plan.predict import Layout, cost_stages, walk_over
 from megarecur.plan.simulate import check_family, choose_order
 from megarecur.plan.walk import Walk
-from megarecur.recurrence.depth import Depth, count_depths, is_sampled
+from megarecur.recurrence.depth import Depth, count_depths, default_depth, is_sampled
 from megarecur.recurrence.layer_map import LayerMap
-from megarecur.recurrence.schemes import build_map
+from megarecur.recurrence.schemes import build_map, layer_map, mark_exits
 
 ALONE: tuple[Kind, ...] = ("F", "B")
 """What one rank does with a micro batch."""
@@ -105,9 +105,15 @@ class Schedules:
             )
         return line
 
-    def forward(self, depth: Depth | int | None = None) -> Scheduled:
-        """One micro batch, forward only: rank after rank."""
-        steps = build_map(self.config, depth)
+    def forward(self, depth: Depth | int | None = None, exits: bool = False) -> Scheduled:
+        """One micro batch, forward only: rank after rank; `exits`: with those of the config, one
+        after every loop but the last."""
+        recurrence = self.config.recurrence
+        steps = layer_map(recurrence, depth)
+        if exits and self.config.exits is not None:
+            if isinstance(recurrence, Looped) and depth is None:
+                depth = default_depth(recurrence).num_loops  # As if all loops carried gradient.
+            steps = mark_exits(layer_map(recurrence, depth))
         walk = walk_over(self.config, steps, self.placement)
         ranks: list[list[Op]] = [[] for _ in range(self.placement.ranks)]
         for before, stage in zip((None, *walk), walk, strict=False):

@@ -32,7 +32,6 @@ from megarecur.train.signals import StopFlag
 from megarecur.train.speed import peak_flops, peak_memory
 from megarecur.train.state import TrainState
 
-
 EXIT_LOSS = re.compile(r"exit_[0-9]+/loss")
 STEPS = "/steps"
 """Ends the name of the share of an interval's steps that had an exit."""
