@@ -603,6 +603,24 @@ class ExitConfig(Section):
         return self
 
 
+class DistillConfig(Section):
+    """Learn from the distributions of a frozen teacher (Hinton et al. 2015), micro batch by micro
+    batch. With exits, it teaches the last loop; exits learn from that with exits.distill."""
+
+    teacher: str = free(min_length=1)
+    """RUN or RUN@STEP: a run of any kind with the same vocabulary and tokenizer, or a converted
+    model. With a pipeline it is whole on the rank of the head."""
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """The divergence's share of the loss; cross-entropy has the rest. 1: the teacher alone."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of both; the divergence is multiplied by its square."""
+    kind: Literal["forward_kl"] = "forward_kl"
+    """KL(teacher || student)."""
+    fingerprint: str | None = None
+    """Of the teacher's checkpoint. Filled in when a run begins, which cannot go on with another
+    teacher."""
+
+
 KINDS_WITH_EXITS = "cycle, block_recurrence, or loop with coda=0"
 
 
@@ -821,6 +839,8 @@ class Config(Section):
     optimizer: OptimizerConfig
     exits: ExitConfig | None = None
     """Left out: the loss is the last loop's alone."""
+    distill: DistillConfig | None = None
+    """Left out: there is no teacher."""
     parallel: ParallelConfig = free(ParallelConfig())
     train: TrainConfig
     checkpoint: CheckpointConfig = free(CheckpointConfig())

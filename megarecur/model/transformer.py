@@ -337,7 +337,11 @@ class Transformer(nn.Module):
         return self.tp.gather_last(self.logits(x), [b - a for a, b in pairwise(ids)])
 
     def loss(
-        self, x: Tensor, batch: Batch, exits: Mapping[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        batch: Batch,
+        exits: Mapping[str, Tensor] | None = None,
+        teacher_NV: Tensor | None = None,
     ) -> dict[str, LossTerm]:
         """Sums over the counted tokens of a micro batch, each with its denominator.
 
@@ -346,14 +350,24 @@ class Transformer(nn.Module):
             batch: its labels.
             exits: hidden states after earlier loops, by name, in order; their terms are
                 `exit_1/loss` and so on.
+            teacher_NV: the logits of a teacher, cut as this model's own.
         """
         weights = weigh_exits(self.config.exits, len(exits or ()))
         logits_NV = self.logits(x).flatten(0, 1)
-        kernels = self.loss_kernels if torch.is_grad_enabled() else EAGER
-        total, square, losses_N = cross_entropy(
-            logits_NV, batch.labels_BS.flatten(), kernels, self.tp, self.first_id(self.tp.rank)
-        )
-        terms = {"loss": LossTerm(total, "tokens", weights[-1], losses_N)}
+        labels_N, first = batch.labels_BS.flatten(), self.first_id(self.tp.rank)
+        if teacher_NV is None:
+            kernels = self.loss_kernels if torch.is_grad_enabled() else EAGER
+            total, square, losses_N = cross_entropy(logits_NV, labels_N, kernels, self.tp, first)
+            terms = {"loss": LossTerm(total, "tokens", weights[-1], losses_N)}
+        else:
+            distill = self.config.distill
+            assert distill is not None
+            total, square, divergence, losses_N = distillation(
+                logits_NV, labels_N, teacher_NV, distill.temperature, self.tp, first
+            )
+            own = weights[-1] * (1.0 - distill.weight)
+            terms = {"loss": LossTerm(total, "tokens", own, losses_N)}
+            terms["distill"] = LossTerm(divergence, "tokens", weights[-1] * distill.weight)
         if self.config.model.z_loss > 0.0:
             terms["z_loss"] = LossTerm(square, "tokens", weights[-1] * self.config.model.z_loss)
         for (name, state), weight in zip((exits or {}).items(), weights, strict=False):

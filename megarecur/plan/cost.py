@@ -219,9 +219,9 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     tokens = config.train.micro_batch_size * config.data.seq_length
     kept, recomputed = estimate_activations(config, steps)
     # Logits, their form in the wide dtype, and the exponentials while they are summed. Of early
-    # exits those of one are there at a time, beside the last loop's.
+    # exits those of one are there at a time, beside the last loop's; a teacher's are there too.
     logit_bytes = element + wide + (wide if element < wide else 0)
-    logit_bytes += element if config.exits is not None else 0
+    logit_bytes += element * sum(beside is not None for beside in (config.exits, config.distill))
     return MemoryEstimate(
         parameters=-(-size // parts[3]) * wide,
         gradients=-(-trained // parts[2]) * wide,
