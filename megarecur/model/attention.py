@@ -47,14 +47,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, ctx: Context, step: Step, keys: Keys) -> Tensor:
         """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache."""
-        qkv = apply_all((self.query, self.key, self.value), x_BSD)
-        q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
-        if ctx.rotation is not None:
-            q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
-            k_BSNH = rotate(k_BSNH, ctx.rotation, self.interleaved)
-        if ctx.cache is not None:
-            k_BSNH, v_BSNH = ctx.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
-        q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BSNH, v_BSNH))
+        q, k, v = (t.transpose(1, 2) for t in self.project(x_BSD, ctx, step))
         if "attention" in keys:
             out = self.attend_with_dropout(q, k, v, ctx, keys["attention"])
         else:
@@ -65,6 +58,18 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=mask, is_causal=ctx.is_causal, enable_gqa=self.groups > 1
             )
         return self.output(out.transpose(1, 2).flatten(2).to(x_BSD.dtype))
+
+    def project(self, x_BSD: Tensor, ctx: Context, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, N, H] of these tokens, keys and values [B, K, N, H] of all so far, the new
+        ones kept in ctx.cache."""
+        qkv = apply_all((self.query, self.key, self.value), x_BSD)
+        q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
+        if ctx.rotation is not None:
+            q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
+            k_BSNH = rotate(k_BSNH, ctx.rotation, self.interleaved)
+        if ctx.cache is not None:
+            k_BSNH, v_BSNH = ctx.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
+        return q_BSNH, k_BSNH, v_BSNH
 
     def attend_with_dropout(
         self, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, ctx: Context, where: Tensor

@@ -85,6 +85,14 @@ class Block(nn.Module):
         x = x + self.drop(self.feed_forward(self.feed_forward_norm(x)), ctx, keys, "feed")
         return self.feed_forward_output_norm(x)
 
+    def remember(self, x: Tensor, ctx: Context, step: Step, injected: Tensor | None) -> None:
+        """Of a step that is skipped, put into ctx.cache the keys and values that it would have made
+        of x."""
+        if injected is not None:
+            x = self.inject(x, injected)
+        x = x if self.norm_position == "post" else self.attention_norm(x)
+        self.attention.project(x, ctx, step)
+
     def inject(self, x: Tensor, injected: Tensor) -> Tensor:
         """x + e, or W [x, e]."""
         if self.injection is None:

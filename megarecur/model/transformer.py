@@ -127,6 +127,15 @@ class Stack(nn.Module):
                 reads[step.exit_name] = x
         return x
 
+    def remember(
+        self, steps: Sequence[Step], x: Tensor, ctx: Context, reads: dict[str, Tensor]
+    ) -> None:
+        """Fill ctx.cache for steps that are skipped, as if x were what enters each of them."""
+        for step in steps:
+            block = self.blocks[str(step.block)]
+            assert isinstance(block, Block)
+            block.remember(x, ctx, step, reads[step.reads[0]] if step.reads else None)
+
     def initial_state(self, x: Tensor, ctx: Context) -> Tensor:
         """What the first loop of a core starts from (Geiping et al. 2025, section 3.2)."""
         recurrence = self.config.recurrence
