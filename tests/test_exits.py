@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from harness import assert_gradients_close, compare
 from test_tensor_parallel import build, config_of, later, reference, trace
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from typer.testing import CliRunner
 
+from launch.cli import app
 from megarecur.config.schema import Config
 from megarecur.data.corpus import open_corpus
 from megarecur.data.tokenizer import ByteTokenizer
@@ -28,6 +32,7 @@ from megarecur.train.evaluate import evaluate
 from megarecur.train.load import load_model
 from megarecur.train.metrics import read_rows
 from megarecur.train.report import Interval, StepResult
+from megarecur.train.step import objective
 from megarecur.train.trainer import FINISHED, train, with_vocab_size
 
 CYCLE = {"kind": "cycle", "num_blocks": 2, "depth": 6}
@@ -127,6 +132,44 @@ def test_gradients_are_autograds_and_none_reaches_the_teacher(corpus, exits) -> 
             assert_gradients_close(found, losses_of(config, detach=False)[1], 1e-3)
 
 
+def plain_distillation(
+    logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    """`distillation` at temperature 1 by autograd, which would follow the teacher's graph."""
+    p, q = teacher_NV.log_softmax(-1), logits_NV.log_softmax(-1)
+    losses_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="none")
+    soft = (p.exp() * (p - q)).sum(-1)[labels_N != IGNORED].sum()
+    return losses_N.sum(), logits_NV.new_zeros(()), soft, losses_N
+
+
+def gradients_of(config: Config) -> dict[str, Tensor]:
+    """Of the model's own objective in the first step, distillation left to autograd."""
+    config, model, _, _, loader = build(config)
+    (batch,) = loader.batch(0)
+    ctx, reads = model.context(batch, 0, training=True), {}
+    x, _ = model.run(build_map(config), model.embed(batch.tokens_BS, ctx), ctx, reads)
+    for parameter in model.parameters():
+        parameter.grad = None
+    for weight in model.weights():
+        weight.sum_in_place = False
+    with mock.patch("megarecur.model.transformer.distillation", plain_distillation):
+        terms = model.loss(x, batch, reads)
+        objective(terms, {"tokens": batch.num_tokens}).backward()
+    return {n: p.grad for n, p in model.parameters_by_name.items()}
+
+
+def test_the_last_loops_logits_are_detached(corpus) -> None:
+    """Planted: without the detach, gradients reach the last loop through its exits."""
+    config = exits_of(corpus, **WHOLE)
+    _, expected = losses_of(config, detach=True)
+    assert_gradients_close(gradients_of(config), expected, 1e-11)
+    with mock.patch.object(Tensor, "detach", lambda tensor: tensor):
+        leaking = gradients_of(config)
+    with pytest.raises(AssertionError):
+        assert_gradients_close(leaking, expected, 1e-3)
+    assert_gradients_close(leaking, losses_of(config, detach=False)[1], 1e-11)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize(
     ("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2.0**-7)]
@@ -195,6 +238,24 @@ def test_losses_of_exits_are_measured(corpus, tmp_path) -> None:
         assert scored[f"val/exit_{i}/loss"] == pytest.approx(alone.loss, rel=1e-6)
         assert len(alone.exits) == i - 1
     assert scored["val/loss"] != scored["val/exit_2/loss"]
+
+
+def test_the_command_line_scores_exits_and_leaves_by_them(corpus, tmp_path) -> None:
+    """Of exits that are trained after the model was."""
+    before, run = str(tmp_path / "before"), tmp_path / "run"
+    once = {"train": {"steps": 1}}
+    assert train(exits_of(corpus, exits=None, run_dir=before, **once)) == FINISHED
+    assert train(exits_of(corpus, run_dir=str(run), init_from=before, **once)) == FINISHED
+    runner = CliRunner()
+    scored = runner.invoke(app, ["eval", str(run)]).output
+    assert re.search(r"exit 1: loss 5\.\d{4}\n.*exit 2: loss 5\.\d{4}\n", scored), scored
+    options = ["--max-new-tokens", "6", "--exit", "confidence", "--exit-threshold", "1e-6"]
+    said = runner.invoke(app, ["generate", str(run), "def", *options])
+    assert said.exit_code == 0 and "1.00 loops a token, over" in said.output
+    refused = runner.invoke(app, ["generate", str(run), "def", "--exit", "kl"])
+    assert "needs a threshold" in str(refused.exception)
+    drawn = runner.invoke(app, ["check", str(run / "config.yaml")]).output
+    assert "exit" in drawn and "▼" in drawn
 
 
 def test_means_are_over_the_steps_that_had_an_exit(corpus, tmp_path) -> None:
