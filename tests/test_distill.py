@@ -70,7 +70,7 @@ MESHES = [
     (2, {"pipeline": 2}, {"exits": {"coefficient": 0.3, "distill": True}}),
     later(2, {"zero_stage": 1}, {"train": {"recompute": True}}),
     later(2, {"zero_stage": 2}, {}),
-    (2, {"zero_stage": 3}, {"train": {"recompute": True}}),
+    later(2, {"zero_stage": 3}, {"train": {"recompute": True}}),
     later(4, {"pipeline": 2, "tensor": 2, "zero_stage": 1}, {}),
 ]
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import assert_gradients_close, compare
+from test_pipeline import measure_activations
 from test_tensor_parallel import build, config_of, later, reference, trace
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from typer.testing import CliRunner
 
 from launch.cli import app
+from megarecur.config.load import changed_fixed_fields
 from megarecur.config.schema import Config
 from megarecur.data.corpus import open_corpus
 from megarecur.data.tokenizer import ByteTokenizer
@@ -56,7 +58,7 @@ MESHES = [
     (2, {"pipeline": 2}, {"model": DROPOUT}),
     later(4, {"pipeline": 2, "tensor": 2}, {"train": {"recompute": True},
                                             "model": {"tie_embeddings": False}}),
-    (2, {"zero_stage": 1}, {"model": DROPOUT}),
+    later(2, {"zero_stage": 1}, {"model": DROPOUT}),
     later(2, {"zero_stage": 2}, {"train": {"recompute": True}}),
     (2, {"zero_stage": 3}, {"train": {"recompute": True}, "model": DROPOUT}),
     later(2, {"zero_stage": 3}, {"model": {"tie_embeddings": False}}),
@@ -293,6 +295,30 @@ def test_a_plan_counts_the_heads_of_exits(corpus) -> None:
     assert sum(map(sum, stages)) == flops.hardware
     assert walk[-1].exits == ("exit_1", "exit_2") and walk[1].leaves == ("exit_1",)
     assert not Schedules(config).forward().walk[-1].exits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exits", [{"coefficient": 0.3}, DISTILLED])
+def test_the_plan_foretells_what_exits_keep(world, corpus, exits) -> None:
+    sections = {
+        "parallel": {"pipeline": 2, "order": "greedy", "split_backward": False},
+        "train": {"micro_batch_size": 2, "global_batch_size": 12},
+        "model": {"hidden_size": 64, "ffn_hidden_size": 192},
+        "data": {"seq_length": 64, "mask_documents": False},
+    }
+    for held, planned in world(2).run(
+        measure_activations, exits_of(corpus, exits=exits, **sections)
+    ):
+        assert planned == pytest.approx(held, rel=0.02)
+
+
+def test_a_run_keeps_its_exits() -> None:
+    saved, other = exits_of("corpus"), exits_of("corpus", exits={"coefficient": 0.2})
+    assert changed_fixed_fields(saved, saved) == []
+    lines = changed_fixed_fields(saved, other)
+    assert [line.split(":")[0] for line in lines] == [
+        "exits.coefficient", "exits.distill", "exits.distill_weight",
+    ]  # fmt: skip
 
 
 def test_exits_without_a_gradient_are_left_out_of_training(corpus) -> None:
