@@ -329,7 +329,7 @@ def evaluate_run(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Score a run on its validation corpora: loss, perplexity, bits per byte."""
+    """Score a run on its validation corpora: loss, perplexity, bits per byte, early exits."""
     from megarecur.config.schema import Source
     from megarecur.data.corpus import open_corpus
     from megarecur.parallel.mesh import Mesh, pick_device
@@ -359,6 +359,8 @@ def evaluate_run(
                 f"bits per byte {score.bits_per_byte:.4f}  "
                 f"({score.tokens} tokens, step {loaded.state['step']})"
             )
+            for i, loss in enumerate(score.exits):
+                print(f"{path}:{at} exit {i + 1}: loss {loss:.4f}")
             curves[f"{path}{at.rstrip(':')}"] = score.by_position
     if draw is not None:
         from megarecur.plot.layer_map import save
@@ -383,6 +385,16 @@ def generate(
     depth: Annotated[
         int | None, typer.Option(help="Loops to run instead of those trained with.")
     ] = None,
+    exit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE", help="Leave after earlier loops by: confidence, kl or entropy."
+        ),
+    ] = None,
+    exit_threshold: Annotated[
+        float | None,
+        typer.Option(help="A probability (left out: 0.9), or nats for kl and entropy."),
+    ] = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep keys and values, or recompute them.")
     ] = True,
@@ -392,6 +404,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Continue a text."""
+    from megarecur.inference.early import make_rule
     from megarecur.inference.generate import encode_prompt, stream_text
     from megarecur.inference.generate import generate as generate_ids
     from megarecur.parallel.mesh import pick_device
@@ -401,6 +414,7 @@ def generate(
     tokenizer = open_tokenizer(loaded)
     bos_id, eos_ids = special_ids(loaded, tokenizer)
     prompt = encode_prompt(tokenizer, text, bos_id)
+    rule = make_rule(exit, exit_threshold)
     for sample in range(samples):
         ids = generate_ids(
             model,
@@ -414,6 +428,7 @@ def generate(
             eos_ids=eos_ids,
             num_loops=depth,
             use_cache=cache,
+            exit_rule=rule,
         )
         if samples > 1:
             print(f"--- sample {sample + 1} of {samples}")
@@ -421,6 +436,9 @@ def generate(
         for piece in stream_text(tokenizer, prompt, ids):
             print(piece, end="", flush=True)
         print()
+    if rule is not None and rule.loops:
+        mean = sum(rule.loops) / len(rule.loops)
+        print(f"{mean:.2f} loops a token, over {len(rule.loops)} tokens", file=sys.stderr)
 
 
 @app.command()

@@ -668,6 +668,113 @@ class OptimizerConfig(Section):
     schedule: ScheduleConfig = Constant(kind="constant")
 
 
+# ------------------------------------------------------------------------------ losses beside
+
+
+class ExitConfig(Section):
+    """Early exits: the final norm and the head also after every loop but the last (Bae et al. 2025,
+    Relaxed Recursive Transformers). A run that has none yet is post-trained by a new run with
+    init_from and this section; with the section from the start, exits are trained along.
+
+    Kinds with loops: cycle (a loop is a pass over all blocks), block_recurrence, and loop without a
+    coda, which an exit would skip. Loops without gradient have no exit in training.
+    """
+
+    mode: Literal["aggressive", "weighted"] = "aggressive"
+    """What the loss after each loop counts for. aggressive: 1 after the last, `coefficient` after
+    each earlier one. weighted: i over the sum of all i after loop i."""
+    coefficient: NonNegativeFloat | Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (
+        0.1
+    )
+    """One number for all earlier loops; or a list, one for every loop, the last one included, where
+    their number is fixed. 0: measured, not trained."""
+    distill: bool = False
+    """Train exits towards the last loop's distribution, which gets no gradient from it: the forward
+    KL divergence in the place of cross-entropy."""
+    distill_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """The divergence's share of an exit's loss with `distill`; cross-entropy has the rest."""
+
+    @model_validator(mode="after")
+    def check_weights(self) -> ExitConfig:
+        """Refuse weights that another field overrides."""
+        if self.mode == "weighted" and self.coefficient != 0.1:
+            raise ValueError(
+                f"coefficient={self.coefficient} has no effect with mode=weighted; leave it out, "
+                "or set mode to aggressive"
+            )
+        if self.distill_weight != 1.0 and not self.distill:
+            raise ValueError(
+                f"distill_weight={self.distill_weight} has no effect without distill; set distill "
+                "to true, or leave distill_weight out"
+            )
+        if isinstance(self.coefficient, tuple) and self.coefficient[-1] == 0.0:
+            raise ValueError(
+                f"coefficient={list(self.coefficient)} would not train the last loop; its last "
+                "number, that of the last loop, must be above 0"
+            )
+        return self
+
+
+class DistillConfig(Section):
+    """Learn from the distributions of a frozen teacher (Hinton et al. 2015), micro batch by micro
+    batch. With exits, it teaches the last loop; exits learn from that with exits.distill."""
+
+    teacher: str = free(min_length=1)
+    """RUN or RUN@STEP: a run of any kind with the same vocabulary and tokenizer, or a converted
+    model. With a pipeline it is whole on the rank of the head."""
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """The divergence's share of the loss; cross-entropy has the rest. 1: the teacher alone."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of both; the divergence is multiplied by its square."""
+    kind: Literal["forward_kl"] = "forward_kl"
+    """KL(teacher || student)."""
+    fingerprint: str | None = None
+    """Of the teacher's checkpoint. Filled in when a run begins, which cannot go on with another
+    teacher."""
+
+
+KINDS_WITH_EXITS = "cycle, block_recurrence, or loop with coda=0"
+
+
+def count_fixed_loops(recurrence: Any) -> int | None:
+    """Loops of a kind that can have exits; None where they are drawn."""
+    if isinstance(recurrence, Cycle):
+        return -(-recurrence.depth // recurrence.num_blocks)
+    drawn = not isinstance(recurrence.num_loops, int) or recurrence.curriculum is not None
+    return None if drawn else recurrence.num_loops
+
+
+def refuse_exits(exits: ExitConfig, recurrence: Any) -> str:
+    """Why a scheme cannot have these exits; "" if it can."""
+    if not isinstance(recurrence, Cycle | Looped):
+        return (
+            f"exits: recurrence.kind={recurrence.kind} has no loops to exit after; leave exits "
+            f"out, or choose a kind that has: {KINDS_WITH_EXITS}"
+        )
+    if isinstance(recurrence, Loop) and recurrence.coda:
+        return (
+            f"exits: an exit after a loop of the core would skip recurrence.coda="
+            f"{recurrence.coda}; set coda to 0, or leave exits out"
+        )
+    loops, weights = count_fixed_loops(recurrence), exits.coefficient
+    if loops == 1:
+        return (
+            "exits: recurrence runs one loop, which has no earlier one to exit after; leave exits "
+            "out, or run more loops"
+        )
+    if isinstance(weights, tuple) and loops is None:
+        return (
+            f"exits.coefficient={list(weights)}: the number of loops differs from step to step; "
+            "give one number for all earlier loops"
+        )
+    if isinstance(weights, tuple) and len(weights) != loops:
+        return (
+            f"exits.coefficient={list(weights)} has {len(weights)} numbers for {loops} loops; give "
+            "one for every loop, the last one included, or one number for all earlier loops"
+        )
+    return ""
+
+
 # ------------------------------------------------------------------------------ parallel, train
 
 
@@ -844,6 +951,10 @@ class Config(Section):
     """Left out: loops differ in nothing."""
     data: DataConfig
     optimizer: OptimizerConfig
+    exits: ExitConfig | None = None
+    """Left out: the loss is the last loop's alone."""
+    distill: DistillConfig | None = None
+    """Left out: there is no teacher."""
     parallel: ParallelConfig = free(ParallelConfig())
     train: TrainConfig
     checkpoint: CheckpointConfig = free(CheckpointConfig())
@@ -910,6 +1021,13 @@ class Config(Section):
                     f"train.eval_depths={beyond}: adapters are there for {loops} loops; leave "
                     "out what is above"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def check_exits(self) -> Config:
+        """Refuse exits from what has no loops."""
+        if self.exits is not None and (refusal := refuse_exits(self.exits, self.recurrence)):
+            raise ValueError(refusal)
         return self
 
     @model_validator(mode="after")

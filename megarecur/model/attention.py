@@ -57,18 +57,7 @@ class Attention(nn.Module):
         self, x_BSD: Tensor, ctx: Context, step: Step, keys: Keys, adapter: Adapter | None
     ) -> Tensor:
         """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache."""
-        deltas = deltas_of(adapter, "query", "key", "value")
-        qkv = apply_all((self.query, self.key, self.value), x_BSD, deltas)
-        q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
-        norms = adapter.norms if adapter is not None and adapter.norms else self.norms
-        if "query_norm" in norms:
-            q_BSNH, k_BSNH = norms["query_norm"](q_BSNH), norms["key_norm"](k_BSNH)
-        if ctx.rotation is not None:
-            q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
-            k_BSNH = rotate(k_BSNH, ctx.rotation, self.interleaved)
-        if ctx.cache is not None:
-            k_BSNH, v_BSNH = ctx.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
-        q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BSNH, v_BSNH))
+        q, k, v = (t.transpose(1, 2) for t in self.project(x_BSD, ctx, step, adapter))
         if "attention" in keys or self.softcap is not None:
             out = self.attend_by_hand(q, k, v, ctx, keys.get("attention"))
         else:
@@ -86,6 +75,24 @@ class Attention(nn.Module):
             )
         mixed = out.transpose(1, 2).flatten(2).to(x_BSD.dtype)
         return self.output(mixed, *deltas_of(adapter, "output"))
+
+    def project(
+        self, x_BSD: Tensor, ctx: Context, step: Step, adapter: Adapter | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, N, H] of these tokens, keys and values [B, K, N, H] of all so far, the new
+        ones kept in ctx.cache."""
+        deltas = deltas_of(adapter, "query", "key", "value")
+        qkv = apply_all((self.query, self.key, self.value), x_BSD, deltas)
+        q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
+        norms = adapter.norms if adapter is not None and adapter.norms else self.norms
+        if "query_norm" in norms:
+            q_BSNH, k_BSNH = norms["query_norm"](q_BSNH), norms["key_norm"](k_BSNH)
+        if ctx.rotation is not None:
+            q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
+            k_BSNH = rotate(k_BSNH, ctx.rotation, self.interleaved)
+        if ctx.cache is not None:
+            k_BSNH, v_BSNH = ctx.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
+        return q_BSNH, k_BSNH, v_BSNH
 
     def attend_by_hand(
         self, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, ctx: Context, where: Tensor | None

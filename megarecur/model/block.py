@@ -72,7 +72,7 @@ class Block(nn.Module):
         if self.slides and ctx.sliding is not None:
             ctx = ctx.sliding
         keys = ctx.keys(step, self.rates)
-        adapter = cast(Adapter, self.adapters[step.loop_index]) if self.adapters else None
+        adapter = self.adapter(step)
         if self.compiled is None or not ctx.training:
             return self.body(x, ctx, step, keys, adapter)
         for weight in self.weights:
@@ -84,7 +84,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """What is compiled: one graph for all blocks and steps of the map, hence nothing here may
         depend on which of them it is, but for tensors."""
-        norms = adapter.norms if adapter is not None and adapter.norms else self.norms
+        norms = self.own_norms(adapter)
         if self.norm_position == "pre":
             mixed = self.attention(norms["attention_norm"](x), ctx, step, keys, adapter)
             if self.parallel:
@@ -108,6 +108,26 @@ class Block(nn.Module):
         x = norms["attention_output_norm"](x + self.drop(mixed, ctx, keys, "mix"))
         fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
         return norms["feed_forward_output_norm"](x + self.drop(fed, ctx, keys, "feed"))
+
+    def remember(self, x: Tensor, ctx: Context, step: Step, injected: Tensor | None) -> None:
+        """Of a step that is skipped, put into ctx.cache the keys and values that it would have made
+        of x."""
+        if injected is not None:
+            x = self.inject(x, injected)
+        if self.slides and ctx.sliding is not None:
+            ctx = ctx.sliding
+        adapter = self.adapter(step)
+        if self.norm_position != "post":
+            x = self.own_norms(adapter)["attention_norm"](x)
+        self.attention.project(x, ctx, step, adapter)
+
+    def adapter(self, step: Step) -> Adapter | None:
+        """Of this loop, if loops have one."""
+        return cast(Adapter, self.adapters[step.loop_index]) if self.adapters else None
+
+    def own_norms(self, adapter: Adapter | None) -> nn.ModuleDict:
+        """Those of the loop, or else the block's."""
+        return adapter.norms if adapter is not None and adapter.norms else self.norms
 
     def inject(self, x: Tensor, injected: Tensor) -> Tensor:
         """x + e, or W [x, e]."""

@@ -22,7 +22,7 @@ from megarecur.recurrence.inventory import (
     uses_muon,
 )
 from megarecur.recurrence.layer_map import LayerMap, Step, from_order
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 
 # ----------------------------------------------------------------------------------- parameters
 
@@ -104,8 +104,10 @@ def count_flops(config: Config, steps: LayerMap) -> FlopEstimate:
         train += 3 * flops if step.grad else flops
         forward_only += 0 if step.grad else flops
         repeated += flops if step.grad and config.train.recompute else 0
-    head = count_head_flops(config) * (1 + sum(step.exit for step in steps[:-1]))
+    exits = sum(step.exit for step in steps[:-1])
+    head = count_head_flops(config) * (1 + exits)
     train += 3 * head
+    repeated += count_head_flops(config) * exits  # Their logits are made again in backward.
     return FlopEstimate(forward + head, train, forward_only, repeated)
 
 
@@ -113,8 +115,7 @@ def expect_flops(config: Config) -> FlopEstimate:
     """Executed FLOPs per token, averaged over the optimizer steps of the run."""
     shares = count_depths(config.recurrence, config.seed, config.train.steps)
     each = [
-        (share, count_flops(config, layer_map(config.recurrence, depth)))
-        for depth, share in shares.items()
+        (share, count_flops(config, build_map(config, depth))) for depth, share in shares.items()
     ]
 
     totals = (
@@ -127,7 +128,7 @@ def expect_flops(config: Config) -> FlopEstimate:
 def deepest_map(config: Config) -> LayerMap:
     """The map of the run that keeps the most activations."""
     shares = count_depths(config.recurrence, config.seed, config.train.steps)
-    maps = (layer_map(config.recurrence, depth) for depth in shares)
+    maps = (build_map(config, depth) for depth in shares)
     return max(maps, key=lambda steps: (sum(step.grad for step in steps), len(steps)))
 
 
@@ -227,9 +228,11 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     matrices = held(s for s in specs if len(s.shape) == 2 and s.name != "embedding.positions")
     tokens = config.train.micro_batch_size * config.data.seq_length
     kept, recomputed = estimate_activations(config, steps)
-    # Logits, their form in the wide dtype, and the exponentials while they are summed.
+    # Logits, their form in the wide dtype, and the exponentials while they are summed. Of early
+    # exits those of one are there at a time, beside the last loop's; a teacher's are there too.
     logit_bytes = element + wide + (wide if element < wide else 0)
     logit_bytes += element if config.model.logit_softcap is not None else 0  # tanh's output
+    logit_bytes += element * sum(beside is not None for beside in (config.exits, config.distill))
     return MemoryEstimate(
         parameters=-(-size // parts[3]) * wide,
         gradients=-(-trained // parts[2]) * wide,
