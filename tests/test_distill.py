@@ -64,14 +64,15 @@ def trace(config: Config, num_steps: int) -> Trace:
     return found
 
 
+RELAXED = {"exits": {"coefficient": 0.3, "distill": True}, "adapters": {"rank": 3, "norms": True}}
 MESHES = [
     (2, {"tensor": 2}, {"model": {"z_loss": 1e-3}, "exits": {"distill": True}}),
-    later(2, {"tensor": 2, "sequence_parallel": True}, {"model": {"dropout": 0.1}}),
-    (2, {"pipeline": 2}, {"exits": {"coefficient": 0.3, "distill": True}}),
+    later(2, {"tensor": 2, "sequence_parallel": True}, {"model": {"dropout": 0.1}, **RELAXED}),
+    (2, {"pipeline": 2}, RELAXED),
     later(2, {"zero_stage": 1}, {"train": {"recompute": True}}),
-    later(2, {"zero_stage": 2}, {}),
-    later(2, {"zero_stage": 3}, {"train": {"recompute": True}}),
-    later(4, {"pipeline": 2, "tensor": 2, "zero_stage": 1}, {}),
+    later(2, {"zero_stage": 2}, RELAXED),
+    later(2, {"zero_stage": 3}, {"train": {"recompute": True}, **RELAXED}),
+    later(4, {"pipeline": 2, "tensor": 2, "zero_stage": 1}, RELAXED),
 ]
 
 

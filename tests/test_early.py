@@ -64,9 +64,15 @@ def test_rules_by_hand() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("model_options", [{}, {"norm_position": "post"}, {"norm": "layer"}])
-def test_skipped_loops_keep_what_the_hidden_state_would_make(scheme, model_options) -> None:
+@pytest.mark.parametrize("adapters", [None, {"rank": 3, "norms": True}])
+def test_skipped_loops_keep_what_the_hidden_state_would_make(
+    scheme, model_options, adapters
+) -> None:
     """Keys and values of every skipped step are its own products of the state that left."""
-    model = build(scheme, positions="none", **model_options)
+    model = build(scheme, adapters, positions="none", **model_options)
+    for name, parameter in model.parameters_by_name.items():
+        if name.endswith("lora_b") or "norm" in name:
+            parameter.data += 0.3 * torch.randn(parameter.shape)
     config, mesh, cache = model.config, Mesh(), Cache()
     next_logits(model, mesh, Schedules(config).forward(), torch.tensor([PROMPT]), cache)
     loops, states, reads = cut_loops(config, None), [], {}
@@ -85,14 +91,17 @@ def test_skipped_loops_keep_what_the_hidden_state_would_make(scheme, model_optio
         block, x = model.stack.blocks[str(step.block)], states[1]
         if step.reads:
             x = block.inject(x, reads[step.reads[0]])
-        x = x if config.model.norm_position == "post" else block.attention_norm(x)
-        for kept, layer in zip(
-            cache.entries[step.block, step.loop_index],
-            (block.attention.key, block.attention.value),
-            strict=True,
-        ):
-            expected = (x @ layer.weight.parameter.t())[0, 0]
-            torch.testing.assert_close(kept[0, len(PROMPT)].flatten(), expected.detach())
+        adapter = block.adapters[step.loop_index] if adapters else None
+        norms = adapter.norms if adapter else block.norms
+        x = x if config.model.norm_position == "post" else norms["attention_norm"](x)
+        kept = cache.entries[step.block, step.loop_index]
+        for name, values in zip(("key", "value"), kept, strict=True):
+            weight = getattr(block.attention, name).weight.parameter
+            if adapter:
+                delta = adapter.deltas[name]
+                weight = weight + delta.b.parameter @ delta.a.parameter
+            expected = (x @ weight.t())[0, 0].detach()
+            torch.testing.assert_close(values[0, len(PROMPT)].flatten(), expected)
     every = {(step.block, step.loop_index) for steps in loops for step in steps}
     assert set(cache.entries) == every
 
