@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -329,7 +329,7 @@ def evaluate_run(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Score a run on its validation corpora: loss, perplexity, bits per byte."""
+    """Score a run on its validation corpora: loss, perplexity, bits per byte, early exits."""
     from megarecur.config.schema import Source
     from megarecur.data.corpus import open_corpus
     from megarecur.parallel.mesh import Mesh, pick_device
@@ -359,6 +359,8 @@ def evaluate_run(
                 f"bits per byte {score.bits_per_byte:.4f}  "
                 f"({score.tokens} tokens, step {loaded.state['step']})"
             )
+            for i, loss in enumerate(score.exits):
+                print(f"{path}:{at} exit {i + 1}: loss {loss:.4f}")
             curves[f"{path}{at.rstrip(':')}"] = score.by_position
     if draw is not None:
         from megarecur.plot.layer_map import save
@@ -383,6 +385,16 @@ def generate(
     depth: Annotated[
         int | None, typer.Option(help="Loops to run instead of those trained with.")
     ] = None,
+    exit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE", help="Leave after earlier loops by: confidence, kl or entropy."
+        ),
+    ] = None,
+    exit_threshold: Annotated[
+        float | None,
+        typer.Option(help="A probability (left out: 0.9), or nats for kl and entropy."),
+    ] = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep keys and values, or recompute them.")
     ] = True,
@@ -392,6 +404,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Continue a text."""
+    from megarecur.inference.early import make_rule
     from megarecur.inference.generate import encode_prompt, stream_text
     from megarecur.inference.generate import generate as generate_ids
     from megarecur.parallel.mesh import pick_device
@@ -401,6 +414,7 @@ def generate(
     tokenizer = open_tokenizer(loaded)
     bos_id, eos_ids = special_ids(loaded, tokenizer)
     prompt = encode_prompt(tokenizer, text, bos_id)
+    rule = make_rule(exit, exit_threshold)
     for sample in range(samples):
         ids = generate_ids(
             model,
@@ -414,6 +428,7 @@ def generate(
             eos_ids=eos_ids,
             num_loops=depth,
             use_cache=cache,
+            exit_rule=rule,
         )
         if samples > 1:
             print(f"--- sample {sample + 1} of {samples}")
@@ -421,26 +436,101 @@ def generate(
         for piece in stream_text(tokenizer, prompt, ids):
             print(piece, end="", flush=True)
         print()
+    if rule is not None and rule.loops:
+        mean = sum(rule.loops) / len(rule.loops)
+        print(f"{mean:.2f} loops a token, over {len(rule.loops)} tokens", file=sys.stderr)
 
 
 @app.command()
 def convert(
     hf_dir: Annotated[
-        Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face Llama.")
+        Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face model.")
     ],
     to: Annotated[Path, typer.Option(metavar="RUN", help="Run folder to make.")],
+    allow_pickles: Annotated[
+        bool, typer.Option("--allow-pickles", help="Take tensors from pytorch_model.bin too.")
+    ] = False,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="Fold its layers into shared blocks: relaxed (cycle with adapters), cycle, "
+            "sequence, middle_cycle, middle_sequence, reuse_map or loop."
+        ),
+    ] = None,
+    loops: Annotated[
+        int | None, typer.Option(help="Uses of each shared block; with loop, of the core.")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="What makes a block: stepwise, average, lower, upper or random."),
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Rank of the adapters of each loop; none if left out.")
+    ] = None,
+    lora_init: Annotated[
+        str | None, typer.Option(help="svd (of what sharing loses) or zero.")
+    ] = None,
+    norms: Annotated[
+        str | None,
+        typer.Option(help="fold (gains into the linears), share, or own (of every loop)."),
+    ] = None,
+    reuse_map: Annotated[
+        str | None, typer.Option(metavar="4,2,1,1", help="Uses of each block, with reuse_map.")
+    ] = None,
+    prelude: Annotated[
+        str | None, typer.Option(metavar="0-1", help="Layers before the loop.")
+    ] = None,
+    core: Annotated[str | None, typer.Option(metavar="2-5", help="Layers that loop.")] = None,
+    coda: Annotated[str | None, typer.Option(metavar="6-7", help="Layers after the loop.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse to drop layers where loops do not divide them.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Of random choices and Gaussian values.")] = None,
 ) -> None:
-    """Make a run folder of a Hugging Face Llama."""
+    """Make a run folder of a Hugging Face model; with --scheme, folded into shared blocks."""
+    asked = {
+        "loops": loops, "init": init, "lora_rank": lora_rank, "lora_init": lora_init,
+        "norms": norms, "reuse_map": reuse_map, "prelude": prelude, "core": core, "coda": coda,
+        "strict": strict or None, "seed": seed,
+    }  # fmt: skip
+    given = {name: value for name, value in asked.items() if value is not None}
+    if scheme is not None:
+        fold(hf_dir, to, scheme, given, allow_pickles)
+        return
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"{names}: fold a model, which also needs --scheme")
     from megarecur.convert.hf import convert_hf
 
-    print(convert_hf(hf_dir, to))
+    print(convert_hf(hf_dir, to, allow_pickles=allow_pickles))
+
+
+def fold(hf_dir: Path, to: Path, scheme: str, given: dict[str, Any], allow_pickles: bool) -> None:
+    """Fold a model, telling how far it is; report, and draw what became of its layers."""
+    from data_prep.progress import ProgressReport
+    from megarecur.convert.folding import FoldOptions, parse_uses
+    from megarecur.convert.recursive import fold_hf
+    from megarecur.plot.fold import plot_fold
+
+    if "reuse_map" in given:
+        given["reuse_map"] = parse_uses(given["reuse_map"])
+    options = FoldOptions(scheme, **given)
+    progress = ProgressReport()
+    made = fold_hf(
+        hf_dir, to, options, allow_pickles=allow_pickles,
+        progress=lambda total: progress.phase("folding", total), advance=progress.advance,
+    )  # fmt: skip
+    print((to / "fold.txt").read_text(encoding="utf-8"))
+    for path in plot_fold(to):
+        print(path)
+    print(made)
 
 
 @app.command()
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf: a Hugging Face Llama.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf: a Hugging Face folder.")],
     unrolled: Annotated[
         bool, typer.Option("--unrolled", help="Write shared blocks as often as they run.")
     ] = False,
@@ -481,7 +571,7 @@ def parse_depths(text: str | None, config: Config) -> list[int | None]:
     parts = [part.strip() for part in text.split(",")]
     wrong = [f"depth {part!r}: is not a number" for part in parts if not part.isdigit()]
     depths = [int(part) for part in parts if part.isdigit()]
-    wrong += [refusal for n in depths if (refusal := refuse_depth(config.recurrence, n))]
+    wrong += [refusal for n in depths if (refusal := refuse_depth(config, n))]
     if wrong:
         raise ConfigError(f"--depth {text}:" + "".join(f"\n  {line}" for line in wrong))
     return [*depths]

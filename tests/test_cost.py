@@ -243,8 +243,13 @@ LOOP = {"kind": "loop", "prelude": 1, "core": 1, "coda": 1, "num_loops": 4}
         (reuse(2, 1), {"num_kv_heads": 2, "head_dim": 48, "norm_position": "sandwich"}),
         (reuse(2, 1), {"feed_forward": "gelu", "norm_position": "post", "tie_embeddings": False}),
         (LOOP, {}),
+        (reuse(2, 1), {"norm_position": "peri", "feed_forward": "geglu_tanh", "qk_norm": True}),
+        (reuse(2, 1), {"norm": "layer", "feed_forward": "gelu_tanh", "parallel_residual": True}
+                      | {"rope_fraction": 0.5}),
+        (reuse(2, 1), {"attention_softcap": 2.0, "sliding_window": 9}
+                      | {"attention_types": ["full", "sliding"]}),
     ],
-)
+)  # fmt: skip
 def test_flops_and_activations_are_those_of_the_model(
     recurrence: dict[str, Any], model: dict[str, Any], recompute: bool
 ) -> None:

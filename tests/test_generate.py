@@ -23,7 +23,9 @@ from megarecur.plan.schedule import Schedules
 VOCAB = 53
 
 
-def build(recurrence: dict[str, Any], **model: Any) -> Transformer:
+def build(
+    recurrence: dict[str, Any], adapters: dict[str, Any] | None = None, **model: Any
+) -> Transformer:
     """A small model whose logits are far enough apart for a wrong key to change the tokens."""
     shape: dict[str, Any] = {"hidden_size": 24, "num_heads": 4, "head_dim": 6}
     # A tied head would mostly repeat the last token.
@@ -32,6 +34,7 @@ def build(recurrence: dict[str, Any], **model: Any) -> Transformer:
         "run_dir": "unused",
         "model": shape | {"vocab_size": VOCAB, "init_std": 0.2} | model,
         "recurrence": recurrence,
+        "adapters": adapters,
         "data": {"train": [{"path": "unused"}], "tokenizer": "bytes", "seq_length": 160},
         "optimizer": {"lr": 1e-3},
         "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},

@@ -291,10 +291,20 @@ def test_twin_comparison_catches_a_lost_use() -> None:
     assert_gradients_close(actual, summed_twin_gradients(twin, origins), FP32_TOL)
 
 
-def test_gradients_by_finite_differences() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm_position": "sandwich"},
+        {"norm_position": "peri", "feed_forward": "geglu_tanh", "qk_norm": True}
+        | {"attention_softcap": 2.0, "logit_softcap": 3.0, "attention_scale": 0.3}
+        | {"sliding_window": 3, "attention_types": ["full", "sliding"], "rope_theta_local": 9.0},
+        {"norm": "layer", "parallel_residual": True, "rope_fraction": 0.5}
+        | {"feed_forward": "gelu_tanh", "feed_forward_bias": True, "attention_bias": "all"},
+    ],
+)
+def test_gradients_by_finite_differences(options: dict[str, Any]) -> None:
     """The model in fp64: the derivative along a random direction of each of its parameters."""
-    config = make_config(SCHEMES["loop_linear_random"] | {"core": 1}, z_loss=0.1,
-                         norm_position="sandwich")  # fmt: skip
+    config = make_config(SCHEMES["loop_linear_random"] | {"core": 1}, z_loss=0.1, **options)
     model, batch = build(config), make_batch()
     run(config, batch, model=model)
     steps, epsilon = layer_map(config.recurrence), 1e-5

@@ -23,6 +23,7 @@ from torch import Tensor
 from megarecur.config.schema import Config
 from megarecur.model.transformer import Transformer
 from megarecur.recurrence.depth import Depth
+from megarecur.recurrence.inventory import build_inventory
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import layer_map
 
@@ -30,25 +31,27 @@ Case = dict[str, Any]
 FP32_TOL, FP64_FORWARD_TOL, FP64_TOL = 1e-4, 1e-12, 1e-11
 
 
-def cases(system: str) -> list[Any]:
-    """The cases of a system; one that skips, saying why, where there are none."""
+def cases(system: str, prefix: str = "") -> list[Any]:
+    """The cases of a system, or of one kind; one that skips, saying why, where there are none."""
     named = os.environ.get("MEGARECUR_DATA")
     data = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
-    found = sorted((data / "parity" / system).glob("*.json"))
+    found = sorted((data / "parity" / system).glob(f"{prefix}*.json"))
     if not found:
         missing = f"no {system} cases under {data / 'parity'}; set MEGARECUR_DATA to the data"
         return [pytest.param(Path(), marks=pytest.mark.skip(reason=missing), id="missing")]
     return [pytest.param(path, id=path.stem) for path in found]
 
 
-def make_config(case: Case, precision: str, model: Case, recurrence: Case) -> Config:
+def make_config(
+    case: Case, precision: str, model: Case, recurrence: Case, adapters: Case | None = None
+) -> Config:
     """Their shapes in our words."""
     c = case["config"]
     shape = {"hidden_size": c["d"], "num_heads": c["h"], "head_dim": c["head_dim"],
              "ffn_hidden_size": c["ffn"], "vocab_size": c["V"],
              "norm_eps": case["eps"]}  # fmt: skip
     return Config.model_validate({
-        "run_dir": "run", "model": shape | model, "recurrence": recurrence,
+        "run_dir": "run", "model": shape | model, "recurrence": recurrence, "adapters": adapters,
         "data": {"train": [{"path": "none"}], "tokenizer": "bytes", "seq_length": c["T"]},
         "optimizer": {"lr": 1e-3},
         "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1,
@@ -140,6 +143,45 @@ def loop_names(case: Case, name: str) -> list[str]:
     assert match, name
     first = {"prelude": 0, "core_block": c["P"], "coda": c["P"] + c["C"]}[match[1]]
     return [f"blocks.{first + int(match[2])}.{part}" for part in inner[match[3]]]
+
+
+def relaxed_config(case: Case, precision: str) -> Config:
+    """Relaxed Recursive Transformers: any map, adapters of some layers, norms tied or not."""
+    c, ties = case["config"], case["tie_first_index"]
+    assert c["target_modules"] and len(set(case["lora_scaling"].values())) == 1
+    model = {"num_kv_heads": c["kv_heads"], "rope_theta": c["rope_theta"], "tie_embeddings": False}
+    case["config"] = c | {"h": c["heads"]}
+    recurrence = {"kind": "custom", "order": case["order"]}
+    adapters = {
+        "rank": c["rank_requested"],
+        "scale": next(iter(case["lora_scaling"].values())),
+        "targets": [RELAXED_TARGETS[name] for name in c["target_modules"]],
+        "norms": ties["norms"] != ties["linears"],
+    }
+    return make_config(case, precision, model, recurrence, adapters)
+
+
+RELAXED_TARGETS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output",
+                   "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}  # fmt: skip
+
+
+def relaxed_names(case: Case, name: str) -> list[str]:
+    """Our parameters that make theirs, which are named by unrolled layer."""
+    if name == "lm_head.weight":
+        return ["head.weight"]
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+    if match is None:
+        return reuse_names(case, name)
+    layer, rest = int(match[1]), match[2]
+    block, loop = case["order"][layer], case["order"][:layer].count(case["order"][layer])
+    if factor := re.fullmatch(r"(?:.*\.)?(\w+)\.lora_([AB])\.weight", rest):
+        target = RELAXED_TARGETS[factor[1]]
+        return [f"blocks.{block}.loops.{loop}.{target}.lora_{factor[2].lower()}"]
+    ours = reuse_names(case, f"model.layers.{block}.{rest}")[0]
+    ties = case["tie_first_index"]
+    if "norm" in rest and ties["norms"] != ties["linears"]:
+        ours = ours.replace(f"blocks.{block}.", f"blocks.{block}.loops.{loop}.")
+    return [ours]
 
 
 # -------------------------------------------------------------------------------- the comparison
@@ -251,3 +293,29 @@ def test_parity_huginn(path: Path, precision: str) -> None:
     steps = layer_map(config.recurrence, Depth(c["num_steps_no_grad"] + backward, backward))
     batch = make_batch(arrays["input_ids"], arrays["labels"])
     compare(case, arrays, config, loop_names, steps, batch)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("path", cases("relaxed_recursive", "forward"))
+def test_parity_relaxed_recursive(path: Path, precision: str) -> None:
+    case, arrays = read_case(path)
+    first = case["tie_first_index"]["linears"]
+    case["order"] = [sorted(set(first)).index(tied) for tied in first]
+    config = relaxed_config(case, precision)
+    for key in [key for key in arrays if key.startswith("lora.")]:
+        _, layer, group, name, factor = key.split(".")
+        weight = f"weight.model.layers.{layer}.{group}.{name}.lora_{factor}.weight"
+        arrays[weight] = arrays.pop(key)
+    for name, spec in build_inventory(
+        config
+    ).items():  # Their layers outside of the loop have none.
+        if name.endswith(("lora_a", "lora_b")) and case["order"].count(spec.block) == 1:
+            layer = case["order"].index(spec.block)
+            target = next(theirs for theirs, ours in RELAXED_TARGETS.items() if f".{ours}." in name)
+            theirs = f"model.layers.{layer}.{target}.lora_{name[-1].upper()}.weight"
+            assert relaxed_names(case, theirs) == [name]
+            arrays[f"weight.{theirs}"] = torch.zeros(spec.shape)
+    labels_BS = torch.full_like(arrays["labels"], -100)
+    labels_BS[:, :-1] = arrays["labels"][:, 1:]  # their loss shifts by one
+    batch = make_batch(arrays["input_ids"], labels_BS)
+    compare(case, arrays, config, relaxed_names, layer_map(config.recurrence), batch)

@@ -43,6 +43,9 @@ class Section(BaseModel):
 # ---------------------------------------------------------------------------------------- model
 
 
+GATED = ("swiglu", "geglu", "geglu_tanh")
+
+
 class ModelConfig(Section):
     """One block's shape, and what surrounds the blocks."""
 
@@ -53,20 +56,47 @@ class ModelConfig(Section):
     head_dim: PositiveInt
     """Left out: hidden_size / num_heads."""
     ffn_hidden_size: PositiveInt
-    """Left out: 8/3 hidden_size rounded up to a multiple of 64 for swiglu, else 4 hidden_size."""
+    """Left out: 8/3 hidden_size rounded up to a multiple of 64 if gated, else 4 hidden_size."""
     vocab_size: PositiveInt | None = None
     """Rows of the embedding. Left out: the tokenizer's vocabulary."""
     positions: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
     rope_theta: PositiveFloat = 10000.0
     rope_interleaved: bool = False
     """Rotate dims (2i, 2i+1) as pairs (Huginn, GPT-J) instead of (i, i + head_dim/2) (Llama)."""
+    rope_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of head_dim that is rotated, from its first dim on (GPT-NeoX)."""
+    rope_scaling_factor: PositiveFloat = 1.0
+    """Positions are divided by it before they rotate (linear scaling); not those of sliding blocks
+    with a base of their own."""
+    rope_theta_local: PositiveFloat | None = None
+    """Base of the rotation in sliding blocks (Gemma 3). Left out: as in the others."""
     max_positions: PositiveInt | None = None
     """Rows of the learned position table. Left out: data.seq_length."""
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: PositiveFloat = 1e-5
-    norm_position: Literal["pre", "post", "sandwich"] = "pre"
-    """pre: x + f(N(x)); post: N(x + f(x)); sandwich: N2(x + f(N1(x))), as in Huginn."""
-    feed_forward: Literal["swiglu", "gelu"] = "swiglu"
+    norm_position: Literal["pre", "post", "sandwich", "peri"] = "pre"
+    """pre: x + f(N(x)); post: N(x + f(x)); sandwich: N2(x + f(N1(x))), as in Huginn;
+    peri: x + N2(f(N1(x))), as in Gemma 2 (Peri-LN, Kim et al. 2025)."""
+    parallel_residual: bool = False
+    """x + attention(N1(x)) + feed_forward(N2(x)), as in GPT-NeoX; needs norm_position pre."""
+    feed_forward: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"] = "swiglu"
+    """The first three are gated; _tanh: with GELU's approximation by tanh (Gemma)."""
+    qk_norm: bool = False
+    """RMS norms of every head's query and key, before they rotate (Qwen3, Gemma 3)."""
+    attention_scale: PositiveFloat | None = None
+    """What scores are multiplied with. Left out: head_dim ** -0.5."""
+    attention_softcap: PositiveFloat | None = None
+    """Scores become cap x tanh(score / cap) (Gemma 2); attention takes the (slower) math path."""
+    logit_softcap: PositiveFloat | None = None
+    """The same for the logits."""
+    sliding_window: PositiveInt | None = None
+    """Sliding blocks see so many tokens, the present one among them. All are computed and most
+    masked: it saves no time, and the cache of generation keeps all."""
+    attention_types: Annotated[tuple[Literal["sliding", "full"], ...], Field(min_length=1)] = (
+        "full",
+    )
+    """Block b (of the blocks that exist, not of the layers that run) has entry b modulo length:
+    [sliding, full] in Gemma 2. Left out: all sliding if there is a sliding_window."""
     attention_bias: Literal["none", "qk", "qkv", "all"] = "none"
     """Which attention projections carry a bias; `all` adds the output's."""
     feed_forward_bias: bool = False
@@ -97,8 +127,10 @@ class ModelConfig(Section):
             hidden, heads = 1, 1
         values.setdefault("num_kv_heads", heads)
         values.setdefault("head_dim", max(hidden // heads, 1))
-        swiglu = values.get("feed_forward", "swiglu") == "swiglu"
+        swiglu = values.get("feed_forward", "swiglu") in GATED
         values.setdefault("ffn_hidden_size", -(-8 * hidden // 192) * 64 if swiglu else 4 * hidden)
+        if values.get("sliding_window") is not None:
+            values.setdefault("attention_types", ("sliding",))
         return values
 
     @model_validator(mode="after")
@@ -113,7 +145,58 @@ class ModelConfig(Section):
                 f"positions=rope rotates pairs of dims, head_dim={self.head_dim} is odd; "
                 "choose an even head_dim or other positions"
             )
+        if self.positions == "rope" and (self.rotary_dims % 2 or not self.rotary_dims):
+            raise ValueError(
+                f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim} rotates "
+                f"{self.rotary_dims} dims; choose a share that makes pairs"
+            )
         return self
+
+    @model_validator(mode="after")
+    def check_options(self) -> ModelConfig:
+        """Refuse options that would do nothing, or that exclude each other."""
+        if self.positions != "rope":
+            for key in ("rope_fraction", "rope_scaling_factor", "rope_theta_local"):
+                if getattr(self, key) not in (None, 1.0):
+                    raise ValueError(
+                        f"{key}={getattr(self, key)} needs positions=rope, not {self.positions}; "
+                        "leave it out"
+                    )
+        if self.parallel_residual and self.norm_position != "pre":
+            raise ValueError(
+                f"parallel_residual=true needs norm_position=pre, not {self.norm_position}; "
+                "change one of them"
+            )
+        sliding = "sliding" in self.attention_types
+        if sliding and self.sliding_window is None:
+            raise ValueError(
+                "attention_types has sliding blocks without a sliding_window; name its tokens"
+            )
+        if self.sliding_window is not None and not sliding:
+            raise ValueError(
+                f"sliding_window={self.sliding_window} needs a sliding block in attention_types; "
+                "leave one of them out"
+            )
+        if self.rope_theta_local is not None and not sliding:
+            raise ValueError(
+                f"rope_theta_local={self.rope_theta_local} needs sliding blocks; set "
+                "sliding_window, or leave it out"
+            )
+        return self
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate."""
+        return self.feed_forward in GATED
+
+    @property
+    def rotary_dims(self) -> int:
+        """Dims of a head that rotary positions rotate."""
+        return int(self.head_dim * self.rope_fraction)
+
+    def slides(self, block: int) -> bool:
+        """Whether a block sees a window only."""
+        return self.attention_types[block % len(self.attention_types)] == "sliding"
 
 
 # ----------------------------------------------------------------------------------- recurrence
@@ -270,6 +353,14 @@ def refuse_zero(name: str, number: Any) -> None:
         raise ValueError(f"{name}.min=0 would run no loop at some steps; it must be at least 1")
 
 
+def most_of(number: Any) -> int | None:
+    """The most that a number of loops or its sampler may be; None without a bound."""
+    if isinstance(number, Split):
+        parts = most_of(number.forward_only), most_of(number.with_gradient)
+        return None if parts[0] is None or parts[1] is None else parts[0] + parts[1]
+    return number if isinstance(number, int) else number.max
+
+
 class DepthCurriculum(Section):
     """Loops grow from `start` to what is drawn, over the first `steps` optimizer steps."""
 
@@ -292,6 +383,11 @@ class Looped(Section):
     """Truncated backward: only the last so many loops carry gradient. Left out: all."""
     curriculum: DepthCurriculum | None = None
 
+    @property
+    def most_loops(self) -> int | None:
+        """The most that an optimizer step may run; None without a bound."""
+        return most_of(self.num_loops)
+
     @model_validator(mode="after")
     def check_depth(self) -> Looped:
         """Refuse depths that cannot run, and truncation that never truncates."""
@@ -299,7 +395,7 @@ class Looped(Section):
         refuse_zero("num_loops", loops)
         if backward is not None and isinstance(loops, Split):
             raise ValueError("backward_loops: num_loops draws loops with gradient by itself")
-        most, often = (loops if isinstance(loops, int) else getattr(loops, "max", None)), "at most"
+        most, often = self.most_loops, "at most"
         if isinstance(loops, Poisson | PoissonLogNormal) and most is None:
             # Without a bound any depth may be drawn, but hardly ever one above twice the mean.
             most, often = math.ceil(2 * loops.mean), "with rare exceptions"
@@ -401,6 +497,22 @@ class Custom(Section):
         if missing:
             raise ValueError(f"order never runs block(s) {missing}; number blocks without gaps")
         return self
+
+
+AdapterTarget = Literal["query", "key", "value", "output", "gate", "up", "down"]
+
+
+class AdaptersConfig(Section):
+    """Layer-wise LoRA: every loop of a block adds scale B A x to the block's linear layers
+    (Bae et al. 2025, Relaxed Recursive Transformers, section 3)."""
+
+    rank: PositiveInt
+    """Of A [rank, in] and B [out, rank]; where a side of the matrix is smaller, that."""
+    scale: PositiveFloat = 1.0
+    targets: Annotated[tuple[AdapterTarget, ...], Field(min_length=1)] | None = None
+    """The linear layers that have one. Left out: all of the block."""
+    norms: bool = False
+    """Every loop also has norms of its own, in place of the block's."""
 
 
 RecurrenceConfig = Annotated[
@@ -554,6 +666,113 @@ class OptimizerConfig(Section):
     muon: MuonConfig | None = None
     """Left out: AdamW alone."""
     schedule: ScheduleConfig = Constant(kind="constant")
+
+
+# ------------------------------------------------------------------------------ losses beside
+
+
+class ExitConfig(Section):
+    """Early exits: the final norm and the head also after every loop but the last (Bae et al. 2025,
+    Relaxed Recursive Transformers). A run that has none yet is post-trained by a new run with
+    init_from and this section; with the section from the start, exits are trained along.
+
+    Kinds with loops: cycle (a loop is a pass over all blocks), block_recurrence, and loop without a
+    coda, which an exit would skip. Loops without gradient have no exit in training.
+    """
+
+    mode: Literal["aggressive", "weighted"] = "aggressive"
+    """What the loss after each loop counts for. aggressive: 1 after the last, `coefficient` after
+    each earlier one. weighted: i over the sum of all i after loop i."""
+    coefficient: NonNegativeFloat | Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (
+        0.1
+    )
+    """One number for all earlier loops; or a list, one for every loop, the last one included, where
+    their number is fixed. 0: measured, not trained."""
+    distill: bool = False
+    """Train exits towards the last loop's distribution, which gets no gradient from it: the forward
+    KL divergence in the place of cross-entropy."""
+    distill_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """The divergence's share of an exit's loss with `distill`; cross-entropy has the rest."""
+
+    @model_validator(mode="after")
+    def check_weights(self) -> ExitConfig:
+        """Refuse weights that another field overrides."""
+        if self.mode == "weighted" and self.coefficient != 0.1:
+            raise ValueError(
+                f"coefficient={self.coefficient} has no effect with mode=weighted; leave it out, "
+                "or set mode to aggressive"
+            )
+        if self.distill_weight != 1.0 and not self.distill:
+            raise ValueError(
+                f"distill_weight={self.distill_weight} has no effect without distill; set distill "
+                "to true, or leave distill_weight out"
+            )
+        if isinstance(self.coefficient, tuple) and self.coefficient[-1] == 0.0:
+            raise ValueError(
+                f"coefficient={list(self.coefficient)} would not train the last loop; its last "
+                "number, that of the last loop, must be above 0"
+            )
+        return self
+
+
+class DistillConfig(Section):
+    """Learn from the distributions of a frozen teacher (Hinton et al. 2015), micro batch by micro
+    batch. With exits, it teaches the last loop; exits learn from that with exits.distill."""
+
+    teacher: str = free(min_length=1)
+    """RUN or RUN@STEP: a run of any kind with the same vocabulary and tokenizer, or a converted
+    model. With a pipeline it is whole on the rank of the head."""
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """The divergence's share of the loss; cross-entropy has the rest. 1: the teacher alone."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of both; the divergence is multiplied by its square."""
+    kind: Literal["forward_kl"] = "forward_kl"
+    """KL(teacher || student)."""
+    fingerprint: str | None = None
+    """Of the teacher's checkpoint. Filled in when a run begins, which cannot go on with another
+    teacher."""
+
+
+KINDS_WITH_EXITS = "cycle, block_recurrence, or loop with coda=0"
+
+
+def count_fixed_loops(recurrence: Any) -> int | None:
+    """Loops of a kind that can have exits; None where they are drawn."""
+    if isinstance(recurrence, Cycle):
+        return -(-recurrence.depth // recurrence.num_blocks)
+    drawn = not isinstance(recurrence.num_loops, int) or recurrence.curriculum is not None
+    return None if drawn else recurrence.num_loops
+
+
+def refuse_exits(exits: ExitConfig, recurrence: Any) -> str:
+    """Why a scheme cannot have these exits; "" if it can."""
+    if not isinstance(recurrence, Cycle | Looped):
+        return (
+            f"exits: recurrence.kind={recurrence.kind} has no loops to exit after; leave exits "
+            f"out, or choose a kind that has: {KINDS_WITH_EXITS}"
+        )
+    if isinstance(recurrence, Loop) and recurrence.coda:
+        return (
+            f"exits: an exit after a loop of the core would skip recurrence.coda="
+            f"{recurrence.coda}; set coda to 0, or leave exits out"
+        )
+    loops, weights = count_fixed_loops(recurrence), exits.coefficient
+    if loops == 1:
+        return (
+            "exits: recurrence runs one loop, which has no earlier one to exit after; leave exits "
+            "out, or run more loops"
+        )
+    if isinstance(weights, tuple) and loops is None:
+        return (
+            f"exits.coefficient={list(weights)}: the number of loops differs from step to step; "
+            "give one number for all earlier loops"
+        )
+    if isinstance(weights, tuple) and len(weights) != loops:
+        return (
+            f"exits.coefficient={list(weights)} has {len(weights)} numbers for {loops} loops; give "
+            "one for every loop, the last one included, or one number for all earlier loops"
+        )
+    return ""
 
 
 # ------------------------------------------------------------------------------ parallel, train
@@ -728,8 +947,14 @@ class Config(Section):
     seed: NonNegativeInt = 1
     model: ModelConfig
     recurrence: RecurrenceConfig
+    adapters: AdaptersConfig | None = None
+    """Left out: loops differ in nothing."""
     data: DataConfig
     optimizer: OptimizerConfig
+    exits: ExitConfig | None = None
+    """Left out: the loss is the last loop's alone."""
+    distill: DistillConfig | None = None
+    """Left out: there is no teacher."""
     parallel: ParallelConfig = free(ParallelConfig())
     train: TrainConfig
     checkpoint: CheckpointConfig = free(CheckpointConfig())
@@ -757,6 +982,52 @@ class Config(Section):
                 f"train.eval_depths={list(self.train.eval_depths)}: "
                 f"recurrence.kind={self.recurrence.kind} has no loops; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_adapters(self) -> Config:
+        """Refuse adapters of what does not exist."""
+        if self.adapters is None:
+            return self
+        model, targets, rank = self.model, self.adapters.targets or (), self.adapters.rank
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"adapters.targets={list(targets)}: names a layer twice")
+        if "gate" in targets and not model.gated:
+            raise ValueError(
+                f"adapters.targets={list(targets)}: model.feed_forward={model.feed_forward} has no "
+                "gate; leave it out"
+            )
+        queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        sides = {"query": queries, "output": queries, "key": keys, "value": keys}
+        most = max(
+            min(model.hidden_size, sides.get(target, model.ffn_hidden_size))
+            for target in targets or [*sides, "up"]
+        )
+        if rank > most:
+            raise ValueError(
+                f"adapters.rank={rank} is above the full rank {most} of every matrix it is for; "
+                f"set it to at most {most}"
+            )
+        if isinstance(self.recurrence, Looped):
+            loops = self.recurrence.most_loops
+            if loops is None:
+                raise ValueError(
+                    f"adapters belong to one loop each, and recurrence.num_loops="
+                    f"{self.recurrence.num_loops} has no last one; give its sampler a max"
+                )
+            beyond = [depth for depth in self.train.eval_depths if depth > loops]
+            if beyond:
+                raise ValueError(
+                    f"train.eval_depths={beyond}: adapters are there for {loops} loops; leave "
+                    "out what is above"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def check_exits(self) -> Config:
+        """Refuse exits from what has no loops."""
+        if self.exits is not None and (refusal := refuse_exits(self.exits, self.recurrence)):
+            raise ValueError(refusal)
         return self
 
     @model_validator(mode="after")

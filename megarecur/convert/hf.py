@@ -1,4 +1,4 @@
-"""Hugging Face Llama folders to run folders, and back.
+"""Hugging Face folders to run folders, and back.
 
     convert_hf(Path("models/llama"), Path("runs/llama"))        # a dense model at step 0
     export_hf(Path("runs/llama"), Path("models/back"))          # the same bytes of every tensor
@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from math import prod
@@ -22,30 +22,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megarecur.config.load import to_yaml, validate
 from megarecur.config.schema import Config
-from megarecur.convert.llama import (
-    config_to_llama,
-    llama_blocks,
-    model_from_llama,
-    tensor_names,
-    to_half_split,
+from megarecur.convert.architecture import Architecture, to_half_split
+from megarecur.convert.source import (
+    ARCHITECTURES,
+    DTYPES,
+    SAFETENSORS_DTYPES,
+    SourceModel,
+    placeholder_config,
 )
 from megarecur.data.tokenizer import BYTES, load_tokenizer, tokenizer_fingerprint
 from megarecur.errors import ConfigError, DataError
-from megarecur.parallel.shards import whole
+from megarecur.parallel.shards import Shard, whole
 from megarecur.recurrence.inventory import build_inventory
+from megarecur.recurrence.layer_map import count_uses
+from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
+from megarecur.train.checkpoint_planning import Values
 from megarecur.train.checkpoint_storage import sync_folder, write_all, write_file
 from megarecur.train.load import Run, open_run_folder, read_parameters
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_FILES = (
     *TOKENIZERS,
@@ -60,29 +61,56 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id")
 # --------------------------------------------------------------------------------------- convert
 
 
-def convert_hf(hf_dir: str | Path, run_dir: str | Path) -> Path:
-    """Make a run folder of a Llama folder: config.yaml, tokenizer, a checkpoint at step 0.
+def convert_hf(hf_dir: str | Path, run_dir: str | Path, *, allow_pickles: bool = False) -> Path:
+    """Make a run folder of a Hugging Face folder: config.yaml, tokenizer, a checkpoint at step 0.
 
     The run is dense, in fp32 (computing in bf16 if all tensors are). What a config needs beyond the
     model (corpora, optimizer, batch) is filled with placeholders; there are no optimizer moments.
-    Returns the checkpoint's path.
+    Returns the checkpoint's path. `allow_pickles`: see `SourceModel`.
 
     Raises:
-        ConfigError: not a Llama that can be expressed, or a target that is not empty.
+        ConfigError: not a model that can be expressed, or a target that is not empty.
         DataError: weights that are missing, damaged, superfluous or of other shapes.
     """
-    hf_dir, run_dir = Path(hf_dir), Path(run_dir)
-    path = hf_dir / "config.json"
-    values = read_json(path)
-    model, num_layers = model_from_llama(values, str(path))
-    files = find_weights(hf_dir)
+    source = SourceModel(hf_dir, allow_pickles=allow_pickles)
+    return write_run(source, Path(run_dir), {}, stream_dense)
+
+
+def write_run(
+    source: SourceModel,
+    run_dir: Path,
+    sections: dict[str, Any],
+    make: Callable[[Config, SourceModel], tuple[dict[str, Shard], Values]],
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> Path:
+    """Make a run folder of a source: config.yaml, tokenizer, a checkpoint at step 0.
+
+    Args:
+        source: the Hugging Face folder.
+        run_dir: absent, or an empty folder.
+        sections: of the config, in place of a dense model's.
+        make: gives what to write: tensors without values, and what makes one when its turn comes.
+        finish: adds files to the folder that it is given, before the folder is published.
+
+    Returns the checkpoint's path; raises what `convert_hf` does.
+    """
+    values, dtype, hf_dir = source.values, source.dtype, source.folder
     with written_aside(run_dir) as aside:
         tokenizer = copy_tokenizer(hf_dir, aside)
-        config = placeholder_config(model, num_layers, run_dir, tokenizer or TOKENIZERS[0], path)
-        tensors, dtype = read_llama(config, files)
+        config = placeholder_config(
+            source.config.model.model_dump(),
+            source.num_layers,
+            str(run_dir),
+            str(run_dir / (tokenizer or TOKENIZERS[0])),
+            hf_dir / "config.json",
+        )
+        if sections:
+            changed = config.model_dump(mode="json") | sections
+            config = validate(changed, str(hf_dir / "config.json"))
         if dtype == "bfloat16":
             train = config.train.model_copy(update={"precision": "bf16"})
             config = config.model_copy(update={"train": train})
+        origin = {"model_type": source.architecture.model_type, "dtype": dtype}
         state = {
             "step": 0,
             "tokens": 0,
@@ -92,11 +120,12 @@ def convert_hf(hf_dir: str | Path, run_dir: str | Path) -> Path:
             "layer_map": config.recurrence.model_dump(mode="json"),
             "tokenizer": tokenizer_fingerprint(aside / tokenizer) if tokenizer else "",
             "versions": {"megarecur": version("megarecur"), "torch": torch.__version__},
-            "hugging_face": {"dtype": dtype, **{k: values.get(k) for k in SPECIAL_TOKENS}},
+            "hugging_face": origin | {k: values.get(k) for k in SPECIAL_TOKENS},
         }
         write_file(aside / "config.yaml", to_yaml(config).encode())
-        shards = {name: whole(tensor) for name, tensor in tensors.items()}
-        saved = checkpoint.save(aside / "checkpoints", 0, shards, state).result()
+        shards, read = make(config, source)
+        saved = checkpoint.save(aside / "checkpoints", 0, shards, state, values=read).result()
+        finish(aside)
     if tokenizer is None:
         log.warning(
             "%s has no tokenizer.json or tokenizer.model; put one at %s before giving the run text",
@@ -106,127 +135,12 @@ def convert_hf(hf_dir: str | Path, run_dir: str | Path) -> Path:
     return run_dir / saved.relative_to(aside)
 
 
-def placeholder_config(
-    model: dict[str, Any], num_layers: int, run_dir: Path, tokenizer: str, origin: Path
-) -> Config:
-    """A valid config around a model section."""
-    values = {
-        "run_dir": str(run_dir),
-        "model": model,
-        "recurrence": {"kind": "dense", "num_layers": num_layers},
-        "data": {
-            "train": [{"path": "data/train"}],
-            "tokenizer": str(run_dir / tokenizer),
-            "seq_length": model["max_positions"],
-        },
-        "optimizer": {"lr": 1e-5},
-        "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
-    }
-    return validate(values, str(origin))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read as JSON ({error}); give the folder of a Hugging Face Llama"
-        ) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {type(values).__name__}, not an object")
-    return values
-
-
-def find_weights(hf_dir: Path) -> dict[str, Path]:
-    """Every tensor of the folder, with the safetensors file that holds it."""
-    index = hf_dir / "model.safetensors.index.json"
-    if index.is_file():
-        table = read_json(index).get("weight_map")
-        if not isinstance(table, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in table.values()
-        ):
-            raise DataError(f"{index}: its weight_map does not name files of the folder")
-        return {tensor: hf_dir / name for tensor, name in table.items()}
-    single = hf_dir / "model.safetensors"
-    if single.is_file():
-        with open_safetensors(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    pickles = sorted(p.name for p in hf_dir.glob("pytorch_model*.bin"))
-    if pickles:
-        raise ConfigError(
-            f"{hf_dir / pickles[0]}: is a pickle, which can run any code and is never read; load "
-            "it with transformers and save it again with safe_serialization=True"
-        )
-    raise ConfigError(f"{hf_dir}: has no model.safetensors (or model.safetensors.index.json)")
-
-
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; errors name it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); download it again") from None
-
-
-def read_llama(config: Config, files: dict[str, Path]) -> tuple[dict[str, Tensor], str]:
-    """All parameters in fp32 by global name, and the dtype they are stored in.
-
-    Where tensors are stored in several dtypes, that one is float32.
-    """
+def stream_dense(config: Config, source: SourceModel) -> tuple[dict[str, Shard], Values]:
+    """Every tensor as the source has it, read when it is written."""
     inventory = build_inventory(config)
-    blocks = list(range(len({s.block for s in inventory.values()} - {None})))
-    model = config.model
-    bias = {"self_attn": model.attention_bias == "all", "mlp": model.feed_forward_bias}
-    names = tensor_names(blocks, bias, model.tie_embeddings)
-    tied_copy = model.tie_embeddings and "lm_head.weight" in files
-    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    if tied_copy:
-        ignored.add("lm_head.weight")
-    missing = sorted(names.keys() - files.keys())
-    extra = sorted(files.keys() - names.keys() - ignored)
-    problems = [f"{name}: missing" for name in missing]
-    problems += [f"{name}: not part of a Llama of this config" for name in extra]
-    tensors, dtypes = {}, set()
-    for path in sorted({files[name] for name in names if name in files}):
-        with open_safetensors(path) as file:
-            held = set(file.keys())
-            for theirs, ours in names.items():
-                if files.get(theirs) != path:
-                    continue
-                if theirs not in held:
-                    problems.append(f"{theirs}: not in {path.name}, where the index has it")
-                    continue
-                tensor = file.get_tensor(theirs)
-                if tuple(tensor.shape) != inventory[ours].shape:
-                    wanted = list(inventory[ours].shape)
-                    problems.append(f"{theirs}: shape {list(tensor.shape)}, config.json: {wanted}")
-                if tensor.dtype not in DTYPES.values():
-                    problems.append(f"{theirs}: {tensor.dtype} is not one of {', '.join(DTYPES)}")
-                dtypes.add(str(tensor.dtype).removeprefix("torch."))
-                tensors[ours] = tensor.to(torch.float32)
-    if tied_copy and not problems:
-        problems += tied_head_fault(files["lm_head.weight"], tensors["embedding.weight"])
-    if problems:
-        folder = next(iter(files.values())).parent if files else "the folder"
-        raise DataError(
-            f"{folder}: {len(problems)} tensor(s) do not fit config.json; download both again"
-            + "".join(f"\n  {problem}" for problem in problems[:20])
-        )
-    return tensors, dtypes.pop() if len(dtypes) == 1 else "float32"
-
-
-def tied_head_fault(path: Path, embedding: Tensor) -> list[str]:
-    """A head that is stored beside the embedding it is tied to must equal it."""
-    with open_safetensors(path) as file:
-        if torch.equal(file.get_tensor("lm_head.weight").to(torch.float32), embedding):
-            return []
-    return [
-        "lm_head.weight: differs from model.embed_tokens.weight although tie_word_embeddings=true; "
-        "set tie_word_embeddings to false in config.json"
-    ]
+    return {name: whole(torch.empty(s.shape, device="meta")) for name, s in inventory.items()}, (
+        source.tensor
+    )
 
 
 def copy_tokenizer(source: Path, target: Path) -> str | None:
@@ -248,40 +162,113 @@ def export_hf(
     step: int | None = None,
     dtype: str | None = None,
 ) -> Path:
-    """Write a run's model as a native Llama folder.
+    """Write a run's model as a folder that transformers loads without code of ours.
+
+    The architecture is the one that the run was converted from, or else the first of those we know
+    that can express the model.
 
     Args:
         run_dir: a run folder.
         out_dir: absent, or an empty folder.
-        unrolled: write a block as often as it runs, which a Llama without sharing needs.
+        unrolled: write a block as often as it runs, which a model without sharing needs.
         step: the checkpoint to export; None: the newest one.
         dtype: float32, bfloat16 or float16; None: float32, or what the run was converted from as
             long as it has not been trained.
 
     Raises:
-        ConfigError: a model that Llama cannot express, or a target that is not empty.
+        ConfigError: a model that no architecture can express, or a target that is not empty.
         CheckpointError: no checkpoint that can be used.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     run = open_run_folder(run_dir, step)
-    blocks = llama_blocks(run.config, unrolled)
     origin = run.state.get("hugging_face", {})
+    architecture = choose_architecture(run.config, origin.get("model_type"))
+    blocks = blocks_of_layers(run.config, architecture, unrolled)
     dtype = dtype or origin.get("dtype", "float32")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     with written_aside(out_dir) as aside:
-        values = config_to_llama(run.config, len(blocks), dtype) | special_tokens(run)
+        values = config_values(run.config, architecture, blocks, dtype) | special_tokens(run)
         write_json(aside / "config.json", values)
         copy_hf_tokenizer(run, aside)
         if not (aside / "generation_config.json").exists():
             write_json(
                 aside / "generation_config.json", {key: values[key] for key in SPECIAL_TOKENS}
             )
-        write_llama(aside / "model.safetensors", run, blocks, dtype)
+        write_tensors(aside / "model.safetensors", run, architecture, blocks, dtype)
     return out_dir
 
 
-def write_llama(path: Path, run: Run, blocks: list[int], dtype: str) -> None:
+def choose_architecture(config: Config, origin: str | None) -> Architecture:
+    """Which one a run is exported to.
+
+    Args:
+        config: of the run.
+        origin: the `model_type` that it was converted from, if it was.
+
+    Raises:
+        ConfigError: none can express the model; names what keeps the nearest one from it.
+    """
+    known = sorted(ARCHITECTURES.values(), key=lambda a: a.model_type != origin)
+    obstacles = [(a, a.find_obstacles(config.model)) for a in known]
+    for architecture, found in obstacles:
+        if not found:
+            return architecture
+    nearest, found = min(obstacles, key=lambda pair: len(pair[1]))
+    raise ConfigError(
+        f"no architecture of {', '.join(ARCHITECTURES)} can express this model; the nearest is "
+        f"{nearest.title}:" + "".join(f"\n  {problem}" for problem in found)
+    )
+
+
+def blocks_of_layers(config: Config, architecture: Architecture, unrolled: bool) -> list[int]:
+    """The block that each layer of the export runs.
+
+    Raises:
+        ConfigError: naming every key whose value layers in a row cannot express, with the remedy.
+    """
+    steps, title, problems = layer_map(config.recurrence), architecture.title, []
+    if any(step.reads or step.writes for step in steps):
+        injection = getattr(config.recurrence, "injection", None)
+        problems.append(
+            f"recurrence.injection={injection!r}: a {title} layer reads the layer below and "
+            "nothing else; only injection='none' can be exported"
+        )
+    if any(step.normalize for step in steps):
+        problems.append(
+            f"recurrence.final_norm_after_core=True: {title} has no norm between layers; only "
+            "False can be exported"
+        )
+    shared = {block: uses for block, uses in count_uses(steps).items() if uses > 1}
+    if shared and not unrolled:
+        problems.append(
+            f"recurrence.kind={config.recurrence.kind}: runs {len(shared)} block(s) more than "
+            f"once, {title} layers share nothing; pass --unrolled to write {len(steps)} layers"
+        )
+    if problems:
+        raise ConfigError(f"cannot export to {title}:" + "".join(f"\n  {p}" for p in problems))
+    return [step.block for step in steps]
+
+
+def config_values(
+    config: Config, architecture: Architecture, blocks: list[int], dtype: str
+) -> dict[str, Any]:
+    """config.json, special tokens apart."""
+    values = architecture.write_config(config.model, blocks)
+    if values.get("max_position_embeddings") is None:
+        values["max_position_embeddings"] = config.data.seq_length
+    return values | {
+        "architectures": [architecture.hf_class],
+        "model_type": architecture.model_type,
+        "num_hidden_layers": len(blocks),
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def write_tensors(
+    path: Path, run: Run, architecture: Architecture, blocks: list[int], dtype: str
+) -> None:
     """Write the layers in order, one tensor at a time: repeated layers cost no memory."""
     config = run.config
     inventory = build_inventory(config)
@@ -289,29 +276,38 @@ def write_llama(path: Path, run: Run, blocks: list[int], dtype: str) -> None:
     parameters = {name: torch.empty(s.shape, dtype=master) for name, s in inventory.items()}
     read_parameters(run.checkpoint, parameters)
     model = config.model
-    bias = {"self_attn": model.attention_bias != "none", "mlp": model.feed_forward_bias}
-    names = tensor_names(blocks, bias, model.tie_embeddings)
+    entries = architecture.names(model).all(blocks)
+
+    def shape_of(ours: str) -> tuple[int, ...]:
+        # Biases that the architecture has and we lack are zero.
+        if ours in inventory:
+            return inventory[ours].shape
+        return inventory[ours.removesuffix(".bias") + ".weight"].shape[:1]
+
+    def value_of(ours: str) -> Tensor:
+        tensor = parameters.get(ours)
+        if tensor is None:
+            return torch.zeros(shape_of(ours))
+        rotated = any(f".attention.{name}" in ours for name in ("query", "key"))
+        return to_half_split(tensor, model) if model.rope_interleaved and rotated else tensor
+
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for theirs, ours in names.items():
-        # Llama has biases on all four projections or on none: those we lack are zero.
-        weight = ours.removesuffix(".bias") + ".weight"
-        shape = inventory[ours if ours in inventory else weight].shape
-        shape = shape[:1] if theirs.endswith(".bias") else shape
+    for e in entries:
+        parts = [shape_of(name) for name in e.ours]
+        shape = [sum(part[0] for part in parts), *parts[0][1:]]
         start, end = end, end + prod(shape) * DTYPES[dtype].itemsize
-        header[theirs] = {
+        header[e.theirs] = {
             "dtype": SAFETENSORS_DTYPES[dtype],
-            "shape": list(shape),
+            "shape": shape,
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "xb", buffering=0) as file:
         write_all(file, struct.pack("<Q", len(text)) + text, path)
-        for theirs, ours in names.items():
-            tensor = parameters.get(ours, torch.zeros(header[theirs]["shape"]))
-            if model.rope_interleaved and (".q_proj." in theirs or ".k_proj." in theirs):
-                tensor = to_half_split(tensor, model)
+        for e in entries:
+            tensor = e.write(tuple(value_of(name) for name in e.ours), model)
             stored = tensor.to(DTYPES[dtype]).contiguous().flatten().view(torch.uint8)
             write_all(file, stored.numpy().data, path)
         os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from megarecur.config.schema import Config
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.errors import ConfigError
 from megarecur.inference.cache import Cache
+from megarecur.inference.early import ExitRule, cut_loops, early_logits, refuse_rule
 from megarecur.model.context import Context, build_context
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh
@@ -46,6 +47,7 @@ def generate(
     use_cache: bool = True,
     mesh: Mesh | None = None,
     schedules: Schedules | None = None,
+    exit_rule: ExitRule | None = None,
 ) -> Iterator[int]:
     """Yield the ids that continue a prompt, one by one.
 
@@ -63,13 +65,22 @@ def generate(
         use_cache: keep keys and values; False recomputes all of them for every token.
         mesh: the processes; None: this one alone.
         schedules: the walks of the run; None: made anew.
+        exit_rule: lets new tokens leave after earlier loops; without pipeline, with the cache.
 
     Raises:
         ConfigError: at once, for options out of range, ids that the model does not know, and more
             tokens than learned positions.
     """
-    check_options(model.config, tokens, max_new_tokens, temperature, top_k, top_p, num_loops)
     mesh = mesh or Mesh(device=next(model.parameters()).device)
+    refusal = ""
+    if exit_rule is not None:
+        refusal = refuse_rule(exit_rule, model.config, num_loops)
+        if mesh.pp > 1 or not use_cache:
+            refusal = "exit needs the cache, and a model on one pipeline rank; leave exit out"
+    check_options(
+        model.config, tokens, max_new_tokens, temperature, top_k, top_p, num_loops, refusal
+    )
+    loops = cut_loops(model.config, num_loops) if exit_rule is not None else []
     scheduled = (schedules or Schedules(model.config)).forward(num_loops)
 
     def continue_prompt() -> Iterator[int]:
@@ -78,7 +89,11 @@ def generate(
         cache = Cache(len(tokens) + max_new_tokens) if use_cache else None
         new_1S = tokens_1S
         for position in range(len(tokens), len(tokens) + max_new_tokens):
-            logits_1V = next_logits(model, mesh, scheduled, new_1S, cache, seed, sample_1)
+            logits_1V: Tensor | None
+            if exit_rule is not None and cache is not None and cache.length:
+                logits_1V = early_logits(model, loops, new_1S, cache, exit_rule, seed, sample_1)
+            else:
+                logits_1V = next_logits(model, mesh, scheduled, new_1S, cache, seed, sample_1)
             chosen_1 = torch.zeros_like(sample_1)
             if logits_1V is not None:
                 chosen_1 = choose(
@@ -140,6 +155,8 @@ class Forward:
         self.model, self.tokens_BS, self.ctx = model, tokens_BS, ctx
         self.x: Tensor | None = None
         """What leaves the last stage, if that is here."""
+        self.exits: dict[str, Tensor] = {}
+        """There too: the hidden states of early exits, by name, in order."""
 
     def forget(self, microbatch: int) -> None:
         """Nothing is kept but for the caller."""
@@ -157,7 +174,7 @@ class Forward:
         assert x is not None
         x, _ = self.model.run(stage.steps, x, self.ctx, reads)
         if stage.last:
-            self.x = x
+            self.x, self.exits = x, {name: reads[name] for name in stage.exits}
         return x, None
 
 
@@ -165,9 +182,17 @@ def run_forward(
     model: Transformer, mesh: Mesh, scheduled: Scheduled, tokens_BS: Tensor, ctx: Context
 ) -> Tensor | None:
     """The hidden state [B, S, D] that leaves the map, on the pipeline rank where it does."""
+    return run_with_exits(model, mesh, scheduled, tokens_BS, ctx)[0]
+
+
+def run_with_exits(
+    model: Transformer, mesh: Mesh, scheduled: Scheduled, tokens_BS: Tensor, ctx: Context
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """(what `run_forward` gives, hidden states of the map's early exits by name); both on the
+    pipeline rank of the head."""
     program = Forward(model, tokens_BS, ctx)
     Pipeline(mesh, scheduled.walk, program, model.dtype).run(scheduled.order[mesh.pp_rank])
-    return program.x
+    return program.x, program.exits
 
 
 def choose(
@@ -211,9 +236,11 @@ def check_options(
     top_k: int | None,
     top_p: float,
     num_loops: int | None,
+    refusal: str = "",
 ) -> None:
-    """Refuse what cannot be generated; every mistake is one line of one ConfigError."""
-    model, problems = config.model, []
+    """Refuse what cannot be generated; every mistake is one line of one ConfigError, `refusal`, if
+    any, among them."""
+    model, problems = config.model, [refusal] if refusal else []
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not 0.0 <= temperature < float("inf"):
@@ -222,7 +249,7 @@ def check_options(
         problems.append(f"top_k={top_k} must be at least 1; leave it out to choose among all")
     if not 0.0 < top_p <= 1.0:
         problems.append(f"top_p={top_p} must be above 0 and at most 1")
-    if num_loops is not None and (refusal := refuse_depth(config.recurrence, num_loops)):
+    if num_loops is not None and (refusal := refuse_depth(config, num_loops)):
         problems.append(refusal)
     if not tokens:
         problems.append("the prompt has no tokens; give it some text")

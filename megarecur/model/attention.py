@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarecur.config.schema import ModelConfig
+from megarecur.model.adapters import Adapter, deltas_of
 from megarecur.model.context import Context, Keys
+from megarecur.model.norm import build_norm
 from megarecur.model.positions import rotate
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
 from megarecur.parallel.random import dropout
 from megarecur.parallel.regions import ALONE, TensorParallel
-from megarecur.recurrence.inventory import biased_projections
+from megarecur.recurrence.inventory import HEAD_NORMS, biased_projections
 from megarecur.recurrence.layer_map import Step
 
 
@@ -28,6 +30,7 @@ class Attention(nn.Module):
         model: ModelConfig,
         dtype: torch.dtype,
         tp: TensorParallel = ALONE,
+        own_norms: bool = True,
     ) -> None:
         super().__init__()
         biased = biased_projections(model)
@@ -44,35 +47,64 @@ class Attention(nn.Module):
         self.first_head = tp.rank * num_heads
         self.interleaved = model.rope_interleaved
         self.dropout = model.attention_dropout
+        self.scale, self.softcap = model.attention_scale, model.attention_softcap
+        self.norms = nn.ModuleDict()
+        """Of queries and keys, over head_dim, where there are such and no loop has its own."""
+        for norm in HEAD_NORMS if model.qk_norm and own_norms else ():
+            self.norms[norm] = build_norm("rms", f"{name}.{norm}", make, model.norm_eps)
 
-    def forward(self, x_BSD: Tensor, ctx: Context, step: Step, keys: Keys) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, ctx: Context, step: Step, keys: Keys, adapter: Adapter | None
+    ) -> Tensor:
         """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache."""
-        qkv = apply_all((self.query, self.key, self.value), x_BSD)
-        q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
-        if ctx.rotation is not None:
-            q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
-            k_BSNH = rotate(k_BSNH, ctx.rotation, self.interleaved)
-        if ctx.cache is not None:
-            k_BSNH, v_BSNH = ctx.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
-        q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BSNH, v_BSNH))
-        if "attention" in keys:
-            out = self.attend_with_dropout(q, k, v, ctx, keys["attention"])
+        q, k, v = (t.transpose(1, 2) for t in self.project(x_BSD, ctx, step, adapter))
+        if "attention" in keys or self.softcap is not None:
+            out = self.attend_by_hand(q, k, v, ctx, keys.get("attention"))
         else:
             # In the dtype of products, which a CPU without bf16 instructions takes wider.
             q, k, v = (t.to(self.query.weight.product_dtype) for t in (q, k, v))
             mask = None if ctx.mask is None else ctx.mask.to(q.dtype)
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=ctx.is_causal, enable_gqa=self.groups > 1
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=ctx.is_causal,
+                enable_gqa=self.groups > 1,
+                scale=self.scale,
             )
-        return self.output(out.transpose(1, 2).flatten(2).to(x_BSD.dtype))
+        mixed = out.transpose(1, 2).flatten(2).to(x_BSD.dtype)
+        return self.output(mixed, *deltas_of(adapter, "output"))
 
-    def attend_with_dropout(
-        self, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, ctx: Context, where: Tensor
+    def project(
+        self, x_BSD: Tensor, ctx: Context, step: Step, adapter: Adapter | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, N, H] of these tokens, keys and values [B, K, N, H] of all so far, the new
+        ones kept in ctx.cache."""
+        deltas = deltas_of(adapter, "query", "key", "value")
+        qkv = apply_all((self.query, self.key, self.value), x_BSD, deltas)
+        q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
+        norms = adapter.norms if adapter is not None and adapter.norms else self.norms
+        if "query_norm" in norms:
+            q_BSNH, k_BSNH = norms["query_norm"](q_BSNH), norms["key_norm"](k_BSNH)
+        if ctx.rotation is not None:
+            q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
+            k_BSNH = rotate(k_BSNH, ctx.rotation, self.interleaved)
+        if ctx.cache is not None:
+            k_BSNH, v_BSNH = ctx.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
+        return q_BSNH, k_BSNH, v_BSNH
+
+    def attend_by_hand(
+        self, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, ctx: Context, where: Tensor | None
     ) -> Tensor:
-        """The math path: weights are materialised, as their mask is a function of coordinates."""
+        """The math path: weights are materialised, for dropout is a function of their coordinates
+        (`where` is its key), and a cap of scores."""
         k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k_BNSH, v_BNSH))
         wide = torch.promote_types(q_BNSH.dtype, torch.float32)
-        scores = (q_BNSH @ k.transpose(-1, -2)).to(wide) / math.sqrt(self.head_dim)
+        scores = (q_BNSH @ k.transpose(-1, -2)).to(wide)
+        scores = scores / math.sqrt(self.head_dim) if self.scale is None else scores * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if ctx.mask is not None:
             scores = scores + ctx.mask
         elif ctx.is_causal:
@@ -80,6 +112,8 @@ class Attention(nn.Module):
             future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
         weights = scores.softmax(-1)
+        if where is None:
+            return weights.to(v.dtype) @ v
         heads = torch.arange(q_BNSH.shape[1], device=scores.device)[None, :, None]
         heads = heads + self.first_head
         samples, positions = ctx.all_rows()

@@ -3,87 +3,131 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from megarecur.config.schema import ModelConfig
+from megarecur.config.schema import Config
+from megarecur.model.adapters import Adapter
 from megarecur.model.attention import Attention
 from megarecur.model.context import Context, Keys
-from megarecur.model.feed_forward import GELU, SwiGLU
+from megarecur.model.feed_forward import FEED_FORWARDS
 from megarecur.model.norm import build_norm
 from megarecur.parallel.linear import Linear, MakeParameter, Weight
 from megarecur.parallel.random import dropout
 from megarecur.parallel.regions import ALONE, TensorParallel
+from megarecur.recurrence.inventory import injection_block, norm_names
 from megarecur.recurrence.layer_map import Step
 
-Body = Callable[["Block", Tensor, Context, Step, Keys], Tensor]
+Body = Callable[["Block", Tensor, Context, Step, Keys, Adapter | None], Tensor]
 
 
 class Block(nn.Module):
     """One set of Transformer weights, used by any number of steps of the map.
 
-    Norm positions: pre, x + f(N(x)); post, N(x + f(x)); sandwich, N2(x + f(N1(x))), as in Huginn.
+    Norm positions: pre, x + f(N(x)); post, N(x + f(x)); sandwich, N2(x + f(N1(x))), as in Huginn;
+    peri, x + N2(f(N1(x))), as in Gemma 2.
     """
 
     def __init__(
         self,
         block: int,
         make: MakeParameter,
-        model: ModelConfig,
+        config: Config,
         dtype: torch.dtype,
-        has_adapter: bool,
+        num_loops: int = 0,
         tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
-        prefix, eps = f"blocks.{block}", model.norm_eps
-        feed_forward = {"swiglu": SwiGLU, "gelu": GELU}[model.feed_forward]
-        self.injection = Linear(f"{prefix}.injection", make, dtype, False) if has_adapter else None
-        self.norm_position = model.norm_position
+        model, prefix = config.model, f"blocks.{block}"
+        feed_forward = FEED_FORWARDS[model.feed_forward]
+        self.injection: Linear | None = None
+        if block == injection_block(config.recurrence):
+            self.injection = Linear(f"{prefix}.injection", make, dtype, False)
+        self.norm_position, self.parallel = model.norm_position, model.parallel_residual
+        self.slides = model.slides(block)
         self.rates = {"mix": model.dropout, "feed": model.dropout,
                       "attention": model.attention_dropout}  # fmt: skip
         self.compiled: Body | None = None
         """Runs `body` in training (`model.compile`)."""
-        self.attention_norm = build_norm(model.norm, f"{prefix}.attention_norm", make, eps)
-        self.attention = Attention(f"{prefix}.attention", make, model, dtype, tp)
-        self.feed_forward_norm = build_norm(model.norm, f"{prefix}.feed_forward_norm", make, eps)
+        own_norms = config.adapters is not None and config.adapters.norms
+        self.norms = nn.ModuleDict(
+            {
+                name: build_norm(model.norm, f"{prefix}.{name}", make, model.norm_eps)
+                for name in (() if own_norms else norm_names(model))
+            }
+        )
+        self.attention = Attention(f"{prefix}.attention", make, model, dtype, tp, not own_norms)
         self.feed_forward = feed_forward(f"{prefix}.feed_forward", make, model, dtype, tp)
-        if model.norm_position == "sandwich":
-            self.attention_output_norm = build_norm(
-                model.norm, f"{prefix}.attention_output_norm", make, eps
-            )
-            self.feed_forward_output_norm = build_norm(
-                model.norm, f"{prefix}.feed_forward_output_norm", make, eps
-            )
+        self.adapters = nn.ModuleList(
+            Adapter(f"{prefix}.loops.{loop}", make, config, dtype) for loop in range(num_loops)
+        )
         self.weights = [module for module in self.modules() if isinstance(module, Weight)]
 
     def forward(self, x: Tensor, ctx: Context, step: Step, injected: Tensor | None) -> Tensor:
         """One step of the map; `injected` is added, or mixed in by the adapter, first."""
         if injected is not None:
             x = self.inject(x, injected)
+        if self.slides and ctx.sliding is not None:
+            ctx = ctx.sliding
         keys = ctx.keys(step, self.rates)
+        adapter = self.adapter(step)
         if self.compiled is None or not ctx.training:
-            return self.body(x, ctx, step, keys)
+            return self.body(x, ctx, step, keys, adapter)
         for weight in self.weights:
             weight.value()  # A gathered one has no copy yet; a graph takes what is there.
-        return self.compiled(self, x, ctx, step, keys)
+        return self.compiled(self, x, ctx, step, keys, adapter)
 
-    def body(self, x: Tensor, ctx: Context, step: Step, keys: Keys) -> Tensor:
+    def body(
+        self, x: Tensor, ctx: Context, step: Step, keys: Keys, adapter: Adapter | None
+    ) -> Tensor:
         """What is compiled: one graph for all blocks and steps of the map, hence nothing here may
         depend on which of them it is, but for tensors."""
+        norms = self.own_norms(adapter)
         if self.norm_position == "pre":
-            mixed = self.attention(self.attention_norm(x), ctx, step, keys)
+            mixed = self.attention(norms["attention_norm"](x), ctx, step, keys, adapter)
+            if self.parallel:
+                fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
+                x = x + self.drop(mixed, ctx, keys, "mix")
+                return x + self.drop(fed, ctx, keys, "feed")
             x = x + self.drop(mixed, ctx, keys, "mix")
-            return x + self.drop(self.feed_forward(self.feed_forward_norm(x)), ctx, keys, "feed")
+            fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
+            return x + self.drop(fed, ctx, keys, "feed")
+        if self.norm_position == "peri":
+            mixed = self.attention(norms["attention_norm"](x), ctx, step, keys, adapter)
+            x = x + self.drop(norms["attention_output_norm"](mixed), ctx, keys, "mix")
+            fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
+            return x + self.drop(norms["feed_forward_output_norm"](fed), ctx, keys, "feed")
         if self.norm_position == "post":
-            x = x + self.drop(self.attention(x, ctx, step, keys), ctx, keys, "mix")
-            x = self.attention_norm(x)
-            x = x + self.drop(self.feed_forward(x), ctx, keys, "feed")
-            return self.feed_forward_norm(x)
-        mixed = self.attention(self.attention_norm(x), ctx, step, keys)
-        x = self.attention_output_norm(x + self.drop(mixed, ctx, keys, "mix"))
-        x = x + self.drop(self.feed_forward(self.feed_forward_norm(x)), ctx, keys, "feed")
-        return self.feed_forward_output_norm(x)
+            x = x + self.drop(self.attention(x, ctx, step, keys, adapter), ctx, keys, "mix")
+            x = norms["attention_norm"](x)
+            x = x + self.drop(self.feed_forward(x, adapter), ctx, keys, "feed")
+            return norms["feed_forward_norm"](x)
+        mixed = self.attention(norms["attention_norm"](x), ctx, step, keys, adapter)
+        x = norms["attention_output_norm"](x + self.drop(mixed, ctx, keys, "mix"))
+        fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
+        return norms["feed_forward_output_norm"](x + self.drop(fed, ctx, keys, "feed"))
+
+    def remember(self, x: Tensor, ctx: Context, step: Step, injected: Tensor | None) -> None:
+        """Of a step that is skipped, put into ctx.cache the keys and values that it would have made
+        of x."""
+        if injected is not None:
+            x = self.inject(x, injected)
+        if self.slides and ctx.sliding is not None:
+            ctx = ctx.sliding
+        adapter = self.adapter(step)
+        if self.norm_position != "post":
+            x = self.own_norms(adapter)["attention_norm"](x)
+        self.attention.project(x, ctx, step, adapter)
+
+    def adapter(self, step: Step) -> Adapter | None:
+        """Of this loop, if loops have one."""
+        return cast(Adapter, self.adapters[step.loop_index]) if self.adapters else None
+
+    def own_norms(self, adapter: Adapter | None) -> nn.ModuleDict:
+        """Those of the loop, or else the block's."""
+        return adapter.norms if adapter is not None and adapter.norms else self.norms
 
     def inject(self, x: Tensor, injected: Tensor) -> Tensor:
         """x + e, or W [x, e]."""

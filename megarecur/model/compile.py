@@ -77,7 +77,10 @@ class CompiledModel:
             assert isinstance(block, Block)
             block.compiled = self.body
         model.loss_kernels = LossKernels(*self.loss)
-        model.always_mask = model.config.data.mask_documents
+        config = model.config
+        # Blocks that see a window have a mask; so that one graph serves them and others, all have.
+        slides = config.model.sliding_window is not None
+        model.always_mask = config.data.mask_documents or slides
         self.told: int | None = None
         """Graphs that `news` has told about."""
 

@@ -5,7 +5,7 @@ Shapes: B samples, S positions, K keys (S, or the cache's length), N heads, H he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -48,7 +48,7 @@ class Context:
     """Added to attention scores, broadcast to [B, N, S, K]; None: causal, or nothing to mask."""
     is_causal: bool
     rotation: tuple[Tensor, Tensor] | None
-    """cos and sin [B or 1, S, 1, H/2]."""
+    """cos and sin [B or 1, S, 1, H/2], of the dims that rotate."""
     cache: KeysAndValues | None = None
     telemetry: Telemetry | None = None
     """Where the steps of the map are measured, if wanted."""
@@ -56,6 +56,8 @@ class Context:
     """The output of every step of the map, if wanted."""
     tp: TensorParallel = ALONE
     """The ranks that share its matrices."""
+    sliding: Context | None = None
+    """The same with mask and rotation of blocks that see a window, where they differ."""
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """(sample, position) coordinates of random values of the residual stream, broadcasting to
@@ -125,28 +127,50 @@ def build_context(
     past = cache.length if cache is not None else 0
     query = torch.arange(past, past + length, device=device)
     keys = torch.arange(past + length, device=device)
-    mask = None
+    same = None
     if documents_BS is not None:
-        mask = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
+        same = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
     needs_bias = model.positions == "alibi"
-    is_causal = mask is None and not needs_bias and past == 0
-    if not is_causal and (length > 1 or mask is not None or needs_bias):
-        causal = keys[None, :] <= query[:, None]
-        allowed = causal if mask is None else mask & causal
+    is_plain = same is None and not needs_bias
+
+    def make_mask(window: int | None) -> Tensor | None:
+        """None where causality says all, or a single token sees all."""
+        cut = window is not None and past + length > window
+        if is_plain and not cut and (past == 0 or length == 1):
+            return None
+        allowed = keys[None, :] <= query[:, None]
+        if window is not None and cut:
+            allowed &= keys[None, :] > query[:, None] - window
+        if same is not None:
+            allowed = same & allowed
         mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
         mask.masked_fill_(~allowed, float("-inf"))
         if needs_bias:
             heads = model.num_heads // tp.size
             slopes = alibi_slopes(model.num_heads)[tp.rank * heads :][:heads]
             mask = mask + alibi_bias(slopes, query, keys).to(dtype)
-    rotated = None
-    if model.positions == "rope":
+        return mask
+
+    def make_rotation(theta: float, factor: float) -> tuple[Tensor, Tensor] | None:
+        if model.positions != "rope":
+            return None
         # Without restarts every row is alike: one row of the table serves all.
         rows = positions_BS if documents_BS is not None else positions_BS[:1]
-        rotated = rotation(
-            rows, model.head_dim, model.rope_theta, torch.promote_types(dtype, torch.float32)
-        )
-    return Context(
-        seed, step, training, sample_ids_B, positions_BS, mask, is_causal, rotated, cache,
-        telemetry, states, tp,
+        wide = torch.promote_types(dtype, torch.float32)
+        return rotation(rows, model.rotary_dims, theta, wide, factor)
+
+    mask, rotated = make_mask(None), make_rotation(model.rope_theta, model.rope_scaling_factor)
+    ctx = Context(
+        seed, step, training, sample_ids_B, positions_BS, mask, mask is None and past == 0,
+        rotated, cache, telemetry, states, tp,
     )  # fmt: skip
+    local, window = model.rope_theta_local, model.sliding_window
+    cuts = window is not None and past + length > window
+    if not cuts and local is None:
+        return ctx
+    if cuts:
+        mask = make_mask(window)
+    if local is not None:
+        rotated = make_rotation(local, 1.0)
+    is_causal = mask is None and past == 0
+    return replace(ctx, sliding=replace(ctx, mask=mask, is_causal=is_causal, rotation=rotated))

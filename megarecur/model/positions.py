@@ -10,11 +10,12 @@ from torch import Tensor
 
 
 def rotation(
-    positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+    positions_BS: Tensor, dims: int, theta: float, dtype: torch.dtype, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, S, 1, H/2] of rotary embeddings (Su et al. 2021, eq. 34)."""
-    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device).to(dtype) / head_dim
-    angle = positions_BS[..., None, None].to(dtype) * theta ** (-exponent)
+    """cos and sin [B, S, 1, dims/2] of rotary embeddings (Su et al. 2021, eq. 34), positions
+    divided by a factor (Chen et al. 2023)."""
+    exponent = torch.arange(0, dims, 2, device=positions_BS.device).to(dtype) / dims
+    angle = positions_BS[..., None, None].to(dtype) * (theta ** (-exponent) / factor)
     return angle.cos(), angle.sin()
 
 
@@ -51,7 +52,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def rotate(x_BSNH: Tensor, angles: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Rotate queries or keys; pairs are (i, i + H/2), or (2i, 2i + 1) where interleaved."""
+    """Rotate queries or keys; pairs are (i, i + H/2), or (2i, 2i + 1) where interleaved.
+
+    Where there are angles for fewer dims than a head has, those are its first.
+    """
+    dims = 2 * angles[0].shape[-1]
+    if dims < x_BSNH.shape[-1]:
+        first = rotate(x_BSNH[..., :dims], angles, interleaved)
+        return torch.cat((first, x_BSNH[..., dims:]), -1)
     if not torch.compiler.is_compiling():
         return _Rotate.apply(x_BSNH, *angles, interleaved)
     cos, sin = angles

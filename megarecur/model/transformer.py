@@ -3,7 +3,7 @@ V vocabulary, N = B S tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megarecur.config.schema import Config, Loop
+from megarecur.config.schema import Config, ExitConfig, Loop
 from megarecur.model.block import Block
 from megarecur.model.context import Context, build_context
 from megarecur.model.norm import build_norm
 from megarecur.model.positions import sinusoidal
 from megarecur.model.telemetry import Telemetry, named
 from megarecur.parallel.linear import DeferredProducts, MakeParameter, Weight, product
-from megarecur.parallel.loss import EAGER, cross_entropy
+from megarecur.parallel.loss import EAGER, cross_entropy, distillation
 from megarecur.parallel.random import dropout, initial_values, truncated_normal
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.parallel.shards import Shard
 from megarecur.plan.placement import Placement
-from megarecur.recurrence.inventory import Inventory, adapter_block, build_inventory
+from megarecur.recurrence.inventory import Inventory, build_inventory, count_most_uses
 from megarecur.recurrence.layer_map import Step
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -82,9 +82,9 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        adapter = adapter_block(config.recurrence)
+        loops = count_most_uses(config.recurrence) if config.adapters else {}
         self.blocks = nn.ModuleDict(
-            {str(b): Block(b, make, config.model, dtype, b == adapter, tp) for b in blocks}
+            {str(b): Block(b, make, config, dtype, loops.get(b, 0), tp) for b in blocks}
         )
 
     def forward(
@@ -95,7 +95,8 @@ class Stack(nn.Module):
         reads: dict[str, Tensor],
         final_norm: nn.Module | None,
     ) -> Tensor:
-        """Run consecutive steps of the map; values that steps write are put into `reads`."""
+        """Run consecutive steps of the map; values that steps write, and the hidden states of
+        exits, are put into `reads`."""
         recompute = self.config.train.recompute and torch.is_grad_enabled()
         for step in steps:
             if step.normalize:
@@ -122,7 +123,18 @@ class Stack(nn.Module):
                 ctx.telemetry.record(step, before, x)
             if ctx.states is not None:
                 ctx.states.append(x)
+            if step.exit:
+                reads[step.exit_name] = x
         return x
+
+    def remember(
+        self, steps: Sequence[Step], x: Tensor, ctx: Context, reads: dict[str, Tensor]
+    ) -> None:
+        """Fill ctx.cache for steps that are skipped, as if x were what enters each of them."""
+        for step in steps:
+            block = self.blocks[str(step.block)]
+            assert isinstance(block, Block)
+            block.remember(x, ctx, step, reads[step.reads[0]] if step.reads else None)
 
     def initial_state(self, x: Tensor, ctx: Context) -> Tensor:
         """What the first loop of a core starts from (Geiping et al. 2025, section 3.2)."""
@@ -326,21 +338,103 @@ class Transformer(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """[B, S, D] to [B, S, V], or to this rank's shard of the vocabulary."""
         assert self.project is not None
-        return self.project(self.final_norm(x) if self.final_norm is not None else x)
+        logits = self.project(self.final_norm(x) if self.final_norm is not None else x)
+        cap = self.config.model.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def all_logits(self, x: Tensor) -> Tensor:
         """[B, S, D] to [B, S, V] on every rank; outside of the graph."""
         ids = [self.first_id(rank) for rank in range(self.tp.size + 1)]
         return self.tp.gather_last(self.logits(x), [b - a for a, b in pairwise(ids)])
 
-    def loss(self, x: Tensor, batch: Batch) -> dict[str, LossTerm]:
-        """Sums over the counted tokens of a micro batch, each with its denominator."""
+    def loss(
+        self,
+        x: Tensor,
+        batch: Batch,
+        exits: Mapping[str, Tensor] | None = None,
+        teacher_NV: Tensor | None = None,
+    ) -> dict[str, LossTerm]:
+        """Sums over the counted tokens of a micro batch, each with its denominator.
+
+        Args:
+            x: [B, S, D], what leaves the map.
+            batch: its labels.
+            exits: hidden states after earlier loops, by name, in order; their terms are
+                `exit_1/loss` and so on.
+            teacher_NV: the logits of a teacher, cut as this model's own.
+        """
+        weights = weigh_exits(self.config.exits, len(exits or ()))
         logits_NV = self.logits(x).flatten(0, 1)
-        kernels = self.loss_kernels if torch.is_grad_enabled() else EAGER
-        total, square, losses_N = cross_entropy(
-            logits_NV, batch.labels_BS.flatten(), kernels, self.tp, self.first_id(self.tp.rank)
-        )
-        terms = {"loss": LossTerm(total, "tokens", per_token=losses_N)}
+        labels_N, first = batch.labels_BS.flatten(), self.first_id(self.tp.rank)
+        if teacher_NV is None:
+            kernels = self.loss_kernels if torch.is_grad_enabled() else EAGER
+            total, square, losses_N = cross_entropy(logits_NV, labels_N, kernels, self.tp, first)
+            terms = {"loss": LossTerm(total, "tokens", weights[-1], losses_N)}
+        else:
+            distill = self.config.distill
+            assert distill is not None
+            total, square, divergence, losses_N = distillation(
+                logits_NV, labels_N, teacher_NV, distill.temperature, self.tp, first
+            )
+            own = weights[-1] * (1.0 - distill.weight)
+            terms = {"loss": LossTerm(total, "tokens", own, losses_N)}
+            terms["distill"] = LossTerm(divergence, "tokens", weights[-1] * distill.weight)
         if self.config.model.z_loss > 0.0:
-            terms["z_loss"] = LossTerm(square, "tokens", self.config.model.z_loss)
+            terms["z_loss"] = LossTerm(square, "tokens", weights[-1] * self.config.model.z_loss)
+        for (name, state), weight in zip((exits or {}).items(), weights, strict=False):
+            terms |= self.exit_loss(name, state, batch, weight, logits_NV.detach())
         return terms
+
+    def exit_loss(
+        self, name: str, x: Tensor, batch: Batch, weight: float, final_NV: Tensor
+    ) -> dict[str, LossTerm]:
+        """The terms of an early exit.
+
+        Its logits are let go of and made again in backward, so that those of several exits are
+        never there at once. An exit of weight 0 is measured without gradient.
+
+        Args:
+            name: of the exit.
+            x: [B, S, D], the hidden state after its loop.
+            batch: its labels.
+            weight: of all its terms together.
+            final_NV: the last loop's logits, outside of the graph.
+        """
+        config = self.config.exits
+        assert config is not None
+        labels_N, first = batch.labels_BS.flatten(), self.first_id(self.tp.rank)
+        kernels = self.loss_kernels if torch.is_grad_enabled() else EAGER
+        version = final_NV._version
+
+        def head(x: Tensor) -> tuple[Tensor, ...]:
+            logits_NV = self.logits(x).flatten(0, 1)
+            if not config.distill:
+                return cross_entropy(logits_NV, labels_N, kernels, self.tp, first)[:2]
+            assert final_NV._version == version, "the last loop's logits have been consumed"
+            return distillation(logits_NV, labels_N, final_NV, 1.0, self.tp, first)[:3]
+
+        if weight > 0.0 and torch.is_grad_enabled():
+            sums = checkpoint(head, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            with torch.no_grad():
+                sums = head(x)
+        share = config.distill_weight if config.distill else 0.0
+        terms = {f"{name}/loss": LossTerm(sums[0], "tokens", weight * (1.0 - share))}
+        if config.distill:
+            terms[f"{name}/distill"] = LossTerm(sums[2], "tokens", weight * share)
+        if self.config.model.z_loss > 0.0:
+            z_weight = weight * self.config.model.z_loss
+            terms[f"{name}/z_loss"] = LossTerm(sums[1], "tokens", z_weight)
+        return terms
+
+
+def weigh_exits(config: ExitConfig | None, num_exits: int) -> list[float]:
+    """What each exit's loss and, last, that of the last loop counts for in the objective."""
+    if config is None:
+        return [1.0]
+    if config.mode == "weighted":
+        total = (num_exits + 1) * (num_exits + 2) / 2
+        return [(i + 1) / total for i in range(num_exits + 1)]
+    if isinstance(config.coefficient, tuple):
+        return list(config.coefficient[-1 - num_exits :])
+    return [config.coefficient] * num_exits + [1.0]

@@ -85,9 +85,9 @@ def global_norm(flat: Tensor) -> Tensor:
 def is_partial(spec: ParameterSpec, tp: TensorParallel) -> bool:
     """Whether several tensor-parallel ranks hold the same part of a parameter and each knows a part
     of its gradient: under sequence parallelism all that is not cut, always key heads held by
-    several."""
+    several, and gains that each uses for its own heads."""
     shared = tp.size > 1 and spec.holders(tp.size) > 1
-    return shared and (spec.cut is not None or tp.sequence)
+    return shared and (spec.partial or spec.cut is not None or tp.sequence)
 
 
 def sum_over_holders(

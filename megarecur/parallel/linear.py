@@ -125,39 +125,58 @@ class Weight(nn.Module):
 
 
 class _Products(torch.autograd.Function):
-    """y_i = x W_i^T + b_i; each dW_i summed over uses in W_i's dtype, dx summed over i in place."""
+    """y_i = x W_i^T + b_i + u_i V_i^T; each dW_i summed over uses in W_i's dtype, dx summed over i
+    in place. Biases, and u_i with V_i, may be None."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Sequence[Weight], *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weights: Sequence[Weight],
+        factors: Sequence[Weight | None],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        parameters, biases = tensors[: len(weights)], tensors[len(weights) :]
+        n = len(weights)
+        biases, us, parameters = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         # The parameters are saved, never the copies: a copy may be freed and made again.
-        ctx.save_for_backward(x, *parameters)
-        ctx.weights = weights
+        ctx.save_for_backward(x, *us, *parameters)
+        ctx.weights, ctx.factors = weights, factors
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         wide = x.to(weights[0].product_dtype)
-        return tuple(
-            F.linear(wide, w.value(), None if b is None else b.to(wide.dtype)).to(x.dtype)
-            for w, b in zip(weights, biases, strict=True)
-        )
+        ys = []
+        for weight, bias, u, factor in zip(weights, biases, us, factors, strict=True):
+            y = F.linear(wide, weight.value(), None if bias is None else bias.to(wide.dtype))
+            if u is not None and factor is not None:
+                y.flatten(0, -2).addmm_(u.to(wide.dtype).flatten(0, -2), factor.value().t())
+            ys.append(y.to(x.dtype))
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x = ctx.saved_tensors[0]
-        weights, (needs_x, _, *needs) = ctx.weights, ctx.needs_input_grad
+        weights, n = ctx.weights, len(ctx.weights)
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        x, *us = ctx.saved_tensors[: 1 + n]
         dtype = weights[0].product_dtype
         wide = x.to(dtype).flatten(0, -2)
         dx: Tensor | None = None
-        dws: list[Tensor | None] = []
-        dbs: list[Tensor | None] = []
-        for i, weight in enumerate(weights):
+        dbs: list[Tensor | None] = [None] * n
+        dus: list[Tensor | None] = [None] * n
+        dws: list[Tensor | None] = [None] * n
+        dvs: list[Tensor | None] = [None] * n
+        for i, (weight, u, factor) in enumerate(zip(weights, us, ctx.factors, strict=True)):
             dy = grads[i].flatten(0, -2).to(dtype)
             if needs_x:
                 dx = dy @ weight.value() if dx is None else dx.addmm_(dy, weight.value())
-            dws.append(weight.gradient(dy, wide) if needs[i] else None)
-            dbs.append(dy.sum(0, dtype=ctx.bias_dtypes[i]) if needs[len(weights) + i] else None)
-        return dx if dx is None else dx.view_as(x).to(x.dtype), None, *dws, *dbs
+            if needs[i]:
+                dbs[i] = dy.sum(0, dtype=ctx.bias_dtypes[i])
+            if needs[n + i]:
+                dus[i] = (dy @ factor.value()).view_as(u).to(u.dtype)
+            if needs[2 * n + i]:
+                dws[i] = weight.gradient(dy, wide)
+            if needs[3 * n + i]:
+                dvs[i] = factor.gradient(dy, u.to(dtype).flatten(0, -2))
+        dx = dx if dx is None else dx.view_as(x).to(x.dtype)
+        return dx, None, None, *dbs, *dus, *dws, *dvs
 
 
 class _Value(torch.autograd.Function):
@@ -173,29 +192,69 @@ class _Value(torch.autograd.Function):
         return grads[0].to(ctx.dtype), None
 
 
+Added = tuple[Tensor, Weight] | None
+"""u [..., r] and V [out, r]: u V^T is added to a product."""
+
+
 def multiply(
-    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None]
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    added: Sequence[Added] = (),
 ) -> tuple[Tensor, ...]:
-    """x W_i^T + b_i for each weight.
+    """x W_i^T + b_i for each weight, and u_i V_i^T where something is added.
 
     A compiler is given the formula and derives the rest: it fuses what `_Products` spares. Its
     graph gives dW of one use, in the parameter's dtype, and autograd sums the uses outside of it.
     """
+    pairs = [(None, None) if pair is None else pair for pair in added or [None] * len(weights)]
+    us, factors = [u for u, _ in pairs], [factor for _, factor in pairs]
     if not torch.compiler.is_compiling():
-        return _Products.apply(x, weights, *(w.parameter for w in weights), *biases)
+        parameters = [None if w is None else w.parameter for w in (*weights, *factors)]
+        return _Products.apply(x, weights, factors, *biases, *us, *parameters)
     wide, values = x.to(weights[0].product_dtype), []
-    for weight, bias in zip(weights, biases, strict=True):
-        value = weight.parameter
-        if weight.copy is not None:
-            value = _Value.apply(value, weight.copy)
-        y = F.linear(wide, value, None if bias is None else bias.to(wide.dtype))
+    for weight, bias, u, factor in zip(weights, biases, us, factors, strict=True):
+        y = F.linear(wide, graph_value(weight), None if bias is None else bias.to(wide.dtype))
+        if u is not None and factor is not None:
+            y = y + F.linear(u.to(wide.dtype), graph_value(factor))
         values.append(y.to(x.dtype))
     return tuple(values)
+
+
+def graph_value(weight: Weight) -> Tensor:
+    """The weight in the dtype of products, inside the graph of a compiler."""
+    if weight.copy is None:
+        return weight.parameter
+    return _Value.apply(weight.parameter, weight.copy)
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out]."""
     return multiply(x, (weight,), (bias,))[0]
+
+
+class LowRank(nn.Module):
+    """scale B A x, which one loop of a block adds to a linear layer (Hu et al. 2022, eq. 3).
+
+    With tensor parallelism one factor is cut as the layer's matrix is and the other is whole on
+    every rank: B with the outputs, A with the inputs.
+
+    Args:
+        name: global, of its parameters.
+        make: makes them, those that are cut as this rank holds them.
+        dtype: of what products take and give.
+        scale: of what is added.
+    """
+
+    def __init__(self, name: str, make: MakeParameter, dtype: torch.dtype, scale: float) -> None:
+        super().__init__()
+        self.a = Weight(make(name + ".lora_a"), dtype)
+        self.b = Weight(make(name + ".lora_b"), dtype)
+        self.scale = scale
+
+    def scaled(self, u: Tensor) -> Tensor:
+        """What A made of x, times the scale, which is mostly 1."""
+        return u if self.scale == 1.0 else u * self.scale
 
 
 class Linear(nn.Module):
@@ -225,16 +284,39 @@ class Linear(nn.Module):
         self.bias = make(name + ".bias") if bias else None
         self.tp, self.cut = tp, cut if tp.size > 1 else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
         """[..., in] to [..., out]; cut, one of the two is this rank's share."""
-        if self.cut == "inputs":
-            y = self.tp.leave(product(x, self.weight))
-            return y if self.bias is None else y + self.bias.to(y.dtype)
-        return apply_all((self,), x)[0]
+        if self.cut != "inputs":
+            return apply_all((self,), x, (delta,))[0]
+        y = self.tp.leave(product(x, self.weight))
+        if delta is not None:
+            y = y + product(delta.scaled(self.tp.leave(product(x, delta.a))), delta.b)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def apply_all(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
+def apply_all(
+    layers: Sequence[Linear], x: Tensor, deltas: Sequence[LowRank | None] = ()
+) -> tuple[Tensor, ...]:
     """Each layer's output for the same x, whose gradient is then summed without temporaries."""
-    if layers[0].cut == "outputs":
-        x = layers[0].tp.enter(x)
-    return multiply(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+    tp, cut = layers[0].tp, layers[0].cut
+    added = add_deltas(deltas, x, tp if cut == "outputs" else ALONE)
+    if cut == "outputs":
+        x = tp.enter(x)
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return multiply(x, weights, biases, added)
+
+
+def add_deltas(deltas: Sequence[LowRank | None], x: Tensor, tp: TensorParallel) -> list[Added]:
+    """What `multiply` adds: scale A x [..., r] and B, for each delta there is.
+
+    The factors A are whole on every rank and take x as it is before it enters; what they make of it
+    enters in its place, which is r channels of each, not all of x's.
+    """
+    present = [delta for delta in deltas if delta is not None]
+    if not present:
+        return []
+    us = multiply(x, [delta.a for delta in present], [None] * len(present))
+    if tp.size > 1:
+        us = tp.enter(torch.cat(us, -1)).split([u.shape[-1] for u in us], -1)
+    made = iter(us)
+    return [None if delta is None else (delta.scaled(next(made)), delta.b) for delta in deltas]

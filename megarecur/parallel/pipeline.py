@@ -192,13 +192,14 @@ class Pipeline:
         if kept.x is not None and graph:
             kept.x.requires_grad_(stage.returns_x)
         held.update({n: Held(t) for n, t in zip(stage.receives, arrived[1:], strict=True)})
-        for name in {name for step in stage.steps for name in step.reads} & held.keys():
+        needed = {name for step in stage.steps for name in step.reads} | set(stage.exits)
+        for name in needed & held.keys():
             kept.read[name] = (held[name].value.detach().requires_grad_(graph), held[name])
         kept.arrived = {name: held[name] for name in stage.receives}
         reads = {name: leaf for name, (leaf, _) in kept.read.items()}
         with torch.set_grad_enabled(graph):
             kept.out, kept.objective = self.program.forward(stage, j, kept.x, reads)
-        for name in {name for step in stage.steps for name in step.writes}:
+        for name in {name for step in stage.steps for name in step.writes} | set(stage.leaves):
             held[name] = Held(reads[name].detach())
             kept.written[name] = (reads[name], held[name])
         if not stage.last:

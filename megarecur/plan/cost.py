@@ -15,14 +15,14 @@ from megarecur.config.schema import Config, ModelConfig, ParallelConfig
 from megarecur.recurrence.depth import count_depths
 from megarecur.recurrence.inventory import (
     ParameterSpec,
-    adapter_block,
     build_inventory,
+    injection_block,
     is_embedding,
     is_frozen,
     uses_muon,
 )
-from megarecur.recurrence.layer_map import LayerMap, from_order
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.layer_map import LayerMap, Step, from_order
+from megarecur.recurrence.schemes import build_map
 
 # ----------------------------------------------------------------------------------- parameters
 
@@ -40,16 +40,26 @@ def count_parameters(config: Config) -> ParameterCount:
     return _count(list(build_inventory(config).values()))
 
 
+def count_adapters(config: Config) -> ParameterCount:
+    """Those of them that belong to one loop of a block."""
+    return _count([spec for spec in build_inventory(config).values() if spec.loop is not None])
+
+
 def count_unrolled_parameters(config: Config, steps: LayerMap) -> ParameterCount:
     """Parameters of the untied model that executes the same steps: blocks counted at each use."""
     shared = [s for s in build_inventory(config).values() if s.block is None]
     blocks = _by_block(config)
-    return _count(shared + [spec for step in steps for spec in blocks[step.block]])
+    return _count(shared + [s for step in steps for s in _used(blocks[step.block], step)])
 
 
 def _count(specs: list[ParameterSpec]) -> ParameterCount:
     total = sum(spec.size for spec in specs)
     return ParameterCount(total, total - sum(s.size for s in specs if is_embedding(s.name)))
+
+
+def _used(specs: list[ParameterSpec], step: Step) -> list[ParameterSpec]:
+    """Of a block's parameters, those that a step of the map uses."""
+    return [spec for spec in specs if spec.loop in (None, step.loop_index)]
 
 
 def _by_block(config: Config) -> dict[int, list[ParameterSpec]]:
@@ -68,7 +78,8 @@ class FlopEstimate:
     """FLOPs per token, averaged over a sequence of data.seq_length tokens.
 
     A product of matrices counts 2 per multiply-add. Attention counts all S x S scores, causal or
-    not, as the field does; norms, activations and look-ups are left out.
+    not, as the field does, and all of them in blocks that see a window, as it computes them; norms,
+    activations and look-ups are left out.
     """
 
     forward: int
@@ -93,8 +104,10 @@ def count_flops(config: Config, steps: LayerMap) -> FlopEstimate:
         train += 3 * flops if step.grad else flops
         forward_only += 0 if step.grad else flops
         repeated += flops if step.grad and config.train.recompute else 0
-    head = count_head_flops(config) * (1 + sum(step.exit for step in steps[:-1]))
+    exits = sum(step.exit for step in steps[:-1])
+    head = count_head_flops(config) * (1 + exits)
     train += 3 * head
+    repeated += count_head_flops(config) * exits  # Their logits are made again in backward.
     return FlopEstimate(forward + head, train, forward_only, repeated)
 
 
@@ -102,8 +115,7 @@ def expect_flops(config: Config) -> FlopEstimate:
     """Executed FLOPs per token, averaged over the optimizer steps of the run."""
     shares = count_depths(config.recurrence, config.seed, config.train.steps)
     each = [
-        (share, count_flops(config, layer_map(config.recurrence, depth)))
-        for depth, share in shares.items()
+        (share, count_flops(config, build_map(config, depth))) for depth, share in shares.items()
     ]
 
     totals = (
@@ -116,26 +128,25 @@ def expect_flops(config: Config) -> FlopEstimate:
 def deepest_map(config: Config) -> LayerMap:
     """The map of the run that keeps the most activations."""
     shares = count_depths(config.recurrence, config.seed, config.train.steps)
-    maps = (layer_map(config.recurrence, depth) for depth in shares)
+    maps = (build_map(config, depth) for depth in shares)
     return max(maps, key=lambda steps: (sum(step.grad for step in steps), len(steps)))
 
 
 def count_step_flops(config: Config, steps: LayerMap) -> list[int]:
     """Forward FLOPs per token of each step of the map, in order.
 
-    2 per matrix parameter, 4 S heads head_dim for scores and their sum over values; an injection
-    adapter counts where the step reads what it injects.
+    2 per matrix parameter, 4 S heads head_dim for scores and their sum over values; the matrix of
+    an injection counts where the step reads what it injects.
     """
-    scores = count_score_flops(config)
-    block_flops, adapter_flops = {}, {}
-    for block, specs in _by_block(config).items():
-        matrices = [spec for spec in specs if len(spec.shape) == 2]
-        adapters = [spec for spec in matrices if ".injection." in spec.name]
-        adapter_flops[block] = 2 * sum(spec.size for spec in adapters)
-        block_flops[block] = 2 * sum(s.size for s in matrices) - adapter_flops[block] + scores
-    return [
-        block_flops[step.block] + (adapter_flops[step.block] if step.reads else 0) for step in steps
-    ]
+    blocks, scores, flops = _by_block(config), count_score_flops(config), []
+    for step in steps:
+        sizes = [
+            spec.size
+            for spec in _used(blocks[step.block], step)
+            if len(spec.shape) == 2 and (step.reads or ".injection." not in spec.name)
+        ]
+        flops.append(2 * sum(sizes) + scores)
+    return flops
 
 
 def count_score_flops(config: Config) -> int:
@@ -217,8 +228,11 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     matrices = held(s for s in specs if len(s.shape) == 2 and s.name != "embedding.positions")
     tokens = config.train.micro_batch_size * config.data.seq_length
     kept, recomputed = estimate_activations(config, steps)
-    # Logits, their form in the wide dtype, and the exponentials while they are summed.
+    # Logits, their form in the wide dtype, and the exponentials while they are summed. Of early
+    # exits those of one are there at a time, beside the last loop's; a teacher's are there too.
     logit_bytes = element + wide + (wide if element < wide else 0)
+    logit_bytes += element if config.model.logit_softcap is not None else 0  # tanh's output
+    logit_bytes += element * sum(beside is not None for beside in (config.exits, config.distill))
     return MemoryEstimate(
         parameters=-(-size // parts[3]) * wide,
         gradients=-(-trained // parts[2]) * wide,
@@ -251,10 +265,14 @@ def count_state_bytes(config: Config, specs: Iterable[ParameterSpec]) -> int:
 
 
 def count_mask_heads(config: Config) -> int:
-    """Heads that attention's mask differs for: none without one, as plain causality needs none."""
-    if config.model.positions == "alibi":
-        return config.model.num_heads // config.parallel.tensor
-    return int(config.data.mask_documents)
+    """Heads that attention's mask differs for: none without one, as plain causality needs none.
+    Blocks that see a window have a mask beside that of the others."""
+    model = config.model
+    heads = int(config.data.mask_documents)
+    if model.positions == "alibi":
+        heads = model.num_heads // config.parallel.tensor
+    slides = model.sliding_window is not None and model.sliding_window < config.data.seq_length
+    return heads + max(heads, 1) if slides else heads
 
 
 def estimate_activations(config: Config, steps: LayerMap) -> tuple[int, int]:
@@ -286,17 +304,18 @@ def count_kept_bytes(config: Config, steps: LayerMap, recompute: bool) -> int:
     written = stream * sum(len(step.writes) for step in steps)
     if recompute:
         return stream * len(graded) + written
-    adapter = 2 * stream if has_adapter(config) else 0
-    joined = adapter * sum(bool(step.reads) for step in graded)
-    return (count_step_bytes(config) - adapter) * len(graded) + joined + written
+    pair = 2 * stream if has_injection(config) else 0
+    joined = pair * sum(bool(step.reads) for step in graded)
+    return (count_step_bytes(config) - pair) * len(graded) + joined + written
 
 
 def count_step_bytes(config: Config) -> int:
-    """Bytes per token that one step keeps at most, an injection adapter included."""
+    """Bytes per token that one step keeps at most, what is injected included."""
     model, parallel = config.model, config.parallel
-    kept = count_kept_elements(model, config.data.seq_length, parallel) * element_bytes(config)
+    kept = count_kept_elements(model, config.data.seq_length, parallel) + count_rank(config)
+    kept *= element_bytes(config)
     scores = 4 * model.num_heads // parallel.tensor  # logsumexp of the scores, fp32
-    return kept + scores + (2 * count_stream_bytes(config) if has_adapter(config) else 0)
+    return kept + scores + (2 * count_stream_bytes(config) if has_injection(config) else 0)
 
 
 def count_deferred_bytes(config: Config, steps: LayerMap) -> int:
@@ -308,10 +327,12 @@ def count_deferred_bytes(config: Config, steps: LayerMap) -> int:
     ffn = model.ffn_hidden_size // tp
     entered = 2 * model.hidden_size + queries + ffn
     left = queries + 2 * keys + 2 * model.hidden_size
-    left += (2 if model.feed_forward == "swiglu" else 1) * ffn
+    left += (2 if model.gated else 1) * ffn
     graded = [step for step in steps if step.grad]
-    adapters = sum(bool(step.reads) for step in graded) if has_adapter(config) else 0
-    elements = (entered + left) * len(graded) + 3 * model.hidden_size * adapters
+    # Of an adapter, what A gave and the gradient of that.
+    each = entered + left + 2 * count_rank(config)
+    injections = sum(bool(step.reads) for step in graded) if has_injection(config) else 0
+    elements = each * len(graded) + 3 * model.hidden_size * injections
     return elements * element_bytes(config)
 
 
@@ -322,19 +343,37 @@ def count_kept_elements(model: ModelConfig, seq_length: int, parallel: ParallelC
     queries = model.num_heads // tp * model.head_dim
     keys = max(model.num_kv_heads // tp, 1) * model.head_dim
     inputs = 2  # of two norms; their outputs are gathered where sequences are cut
-    if model.norm_position == "sandwich":
+    if model.norm_position in ("sandwich", "peri"):
         inputs += 2  # what the output norms normalise; their own outputs are only added
+    if model.parallel_residual:
+        inputs -= 1  # both have the same
     norms = 2 + inputs / (tp if parallel.sequence_parallel else 1)
     attention = 2 * queries + 2 * keys  # q, k, v and the output's input
-    feed_forward = (3 if model.feed_forward == "swiglu" else 2) * model.ffn_hidden_size // tp
+    if model.qk_norm:
+        attention += queries + keys  # before their norms
+    feed_forward = (3 if model.gated else 2) * model.ffn_hidden_size // tp
     heads = model.num_heads // tp
-    scores = 2 * heads * seq_length if model.attention_dropout else 0  # the math path
+    # The math path: weights, and what dropout makes of them; before them tanh's output.
+    matrices = 2 if model.attention_dropout else 0
+    if model.attention_softcap is not None:
+        matrices = max(matrices, 1) + 1
+    scores = matrices * heads * seq_length
     return round(norms * model.hidden_size) + attention + feed_forward + scores
 
 
-def has_adapter(config: Config) -> bool:
-    """Whether the map's reads go through a learned adapter."""
-    return adapter_block(config.recurrence) is not None
+def count_rank(config: Config) -> int:
+    """Channels between the factors of all adapters of one step of the map."""
+    pairs = (s for s in build_inventory(config).values() if s.name.endswith(".lora_a"))
+    first = next(pairs, None)
+    if first is None:
+        return 0
+    same = [s for s in pairs if (s.block, s.loop) == (first.block, first.loop)]
+    return sum(spec.shape[0] for spec in (first, *same))
+
+
+def has_injection(config: Config) -> bool:
+    """Whether what the map reads goes through a learned matrix."""
+    return injection_block(config.recurrence) is not None
 
 
 # --------------------------------------------------------------------------------------- tokens

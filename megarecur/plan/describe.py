@@ -23,6 +23,7 @@ from megarecur.config.schema import (
 )
 from megarecur.plan.cost import (
     ParameterCount,
+    count_adapters,
     count_flops,
     count_parameters,
     count_tokens_per_step,
@@ -35,7 +36,7 @@ from megarecur.plan.cost import (
 )
 from megarecur.recurrence.depth import describe_loops, is_sampled
 from megarecur.recurrence.layer_map import LayerMap, Step, count_uses
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 
 MAX_ROWS, MAX_COLUMNS = 16, 48
 """Maps of more blocks or steps are drawn with a chain of blocks as one row and one mark."""
@@ -45,7 +46,7 @@ BLOCK_STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
 
 def describe(config: Config, width: int = 100) -> RenderableType:
     """Everything `check` has to say; `config.model.vocab_size` must be resolved."""
-    steps = layer_map(config.recurrence)
+    steps = build_map(config)
     return Group(
         Text(),
         Text.assemble(("layer map  ", "bold"), describe_scheme(config.recurrence)),
@@ -118,6 +119,8 @@ class _Column:
     position: int
     step: Step
     """The first; only it may read, write or normalise."""
+    exit: bool = False
+    """Of the last."""
 
 
 def draw_layer_map(steps: LayerMap, width: int = 96) -> Text:
@@ -166,7 +169,8 @@ def _columns(steps: LayerMap) -> list[_Column]:
     columns: list[_Column] = []
     for position, step in enumerate(steps):
         if chains[step.block][0] == step.block:
-            columns.append(_Column(chains[step.block], position, step))
+            end = steps[position + len(chains[step.block]) - 1]
+            columns.append(_Column(chains[step.block], position, step, end.exit))
     return columns
 
 
@@ -250,7 +254,7 @@ def _notes(band: list[_Column], names: list[str], margin: int, cell: int) -> lis
             marks.append("◆" if kept else "▲" if read else " ")
         notes.append((name, marks))
     notes.append(("final norm", ["N" if column.step.normalize else " " for column in band]))
-    notes.append(("exit", ["▼" if column.step.exit else " " for column in band]))
+    notes.append(("exit", ["▼" if column.exit else " " for column in band]))
     return [
         Text(f"{name:<{margin}}" + "".join(f"{mark:<{cell}}" for mark in marks).rstrip())
         for name, marks in notes
@@ -300,6 +304,8 @@ def _parameters(config: Config, steps: LayerMap) -> RenderableType:
         table.add_row(name, f"{count.total:,}", f"{count.non_embedding:,}")
 
     row("unique", count_parameters(config))
+    if config.adapters is not None:
+        row("of it adapters", count_adapters(config))
     row("unrolled", count_unrolled_parameters(config, steps))
     return Padding(table, (0, 0, 1, 0))
 

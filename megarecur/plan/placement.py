@@ -16,7 +16,7 @@ from megarecur.plan.cost import count_head_flops, count_state_bytes, count_step_
 from megarecur.recurrence.depth import count_depths, is_sampled
 from megarecur.recurrence.inventory import ParameterSpec, build_inventory
 from megarecur.recurrence.layer_map import LayerMap
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 
 POOR = 0.8
 """Efficiency below which advice is given."""
@@ -64,7 +64,8 @@ def place(config: Config, steps: LayerMap, *, memory_cap: int | None = None) -> 
             there once, however often it runs. Left out: no bound.
 
     Raises:
-        PlacementError: blocks that must stay together do not fit, or the memory does not do.
+        PlacementError: blocks that must stay together do not fit, an early exit is not on the rank
+            of the head, or the memory does not do.
     """
     ranks, units = config.parallel.pipeline, join_blocks(steps)
     owners = config.parallel.placement
@@ -85,6 +86,14 @@ def place(config: Config, steps: LayerMap, *, memory_cap: int | None = None) -> 
             )
         owners = _partition_blocks(config, steps, units, ranks, memory_cap)
     placement = Placement(ranks, owners, owners[steps[0].block], owners[steps[-1].block])
+    for step in steps:
+        if step.exit and owners[step.block] != placement.head:
+            raise PlacementError(
+                f"exits: they come after block {step.block}, on pipeline rank "
+                f"{owners[step.block]}, and the head lives with block {steps[-1].block} on rank "
+                f"{placement.head}; give both blocks one rank by parallel.placement, or make "
+                "recurrence.depth a multiple of recurrence.num_blocks"
+            )
     if memory_cap is not None:
         bytes_of = weigh_blocks(config, steps)
         for rank in range(ranks):
@@ -186,14 +195,15 @@ def count_block_costs(config: Config, steps: LayerMap) -> list[float]:
     maps = [(1.0, steps)]
     if is_sampled(config.recurrence):
         shares = count_depths(config.recurrence, config.seed, config.train.steps)
-        maps = [(share, layer_map(config.recurrence, depth)) for depth, share in shares.items()]
+        maps = [(share, build_map(config, depth)) for depth, share in shares.items()]
     costs = [0.0] * config.recurrence.num_blocks
     for share, some in maps:
         for step, flops in zip(some, count_step_flops(config, some), strict=True):
             times = 3 + config.train.recompute if step.grad else 1
             costs[step.block] += share * times * flops
-    heads = 1 + sum(step.exit for step in steps[:-1])
-    costs[steps[-1].block] += 3 * heads * count_head_flops(config)
+    for share, some in maps:
+        exits = sum(step.exit for step in some[:-1])  # Four passes: logits are made again.
+        costs[steps[-1].block] += share * (3 + 4 * exits) * count_head_flops(config)
     return costs
 
 

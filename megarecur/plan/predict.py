@@ -22,6 +22,7 @@ from megarecur.plan.cost import (
     count_flops,
     count_head_flops,
     count_kept_bytes,
+    count_rank,
     count_score_flops,
     count_step_bytes,
     count_step_flops,
@@ -46,7 +47,7 @@ from megarecur.plan.walk import Stage, Walk, build_walk, cuts_for_v
 from megarecur.recurrence.depth import is_sampled
 from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_frozen, uses_muon
 from megarecur.recurrence.layer_map import LayerMap
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 
 MOST_OPERATIONS = 3_000
 """Of one simulated order, where three rounds of one micro batch per rank are not more."""
@@ -221,7 +222,7 @@ class Plan:
     def mfu(self) -> float:
         """Share of the ranks' peak that the model's FLOPs are, recompute left out."""
         config, cluster = self.draft.config, self.draft.cluster
-        flops = count_flops(config, layer_map(config.recurrence)).train * self.tokens_per_second
+        flops = count_flops(config, build_map(config)).train * self.tokens_per_second
         return flops / (self.layout.world * cluster.peak(config.train.precision))
 
 
@@ -277,7 +278,7 @@ def make_draft(
     """
     check_batch(config, layout.data)
     config = with_layout(config, layout)
-    steps = layer_map(config.recurrence)
+    steps = build_map(config)
     placement = placement or place(config, steps)
     walk = walk_over(config, steps, placement)
     costs = cost_stages(config, walk, layout, cluster)
@@ -430,7 +431,8 @@ def cost_stages(
             activation = tokens * count_kept_bytes(config, stage.steps, config.train.recompute)
             deferred = tokens * count_deferred_bytes(config, stage.steps)
             if stage.last:
-                activation += tokens * ends + logits
+                # An exit keeps the hidden state alone.
+                activation += tokens * (ends + len(stage.exits) * ends // 2) + logits
                 deferred += tokens * ends // 2 + logits
             if stage.rank not in masked:  # The context of a micro batch outlives its stages.
                 masked.add(stage.rank)
@@ -458,14 +460,14 @@ class StageFlops(NamedTuple):
 
 
 def count_stage_flops(config: Config, walk: Walk) -> list[StageFlops]:
-    """FLOPs of every stage: its steps, and the head where it ends in the loss or in an exit."""
+    """FLOPs of every stage: its steps; in the last one the head, for the loss and for all exits,
+    whose logits are made again in backward."""
     scores, head = count_score_flops(config), count_head_flops(config)
     each = iter(count_step_flops(config, tuple(step for stage in walk for step in stage.steps)))
     found = []
     for stage in walk:
-        exits = stage.steps[:-1] if stage.last else stage.steps
-        heads = head * (stage.last + sum(step.exit for step in exits))
-        forward = inputs = weights = heads
+        forward = inputs = weights = head * (stage.last + len(stage.exits))
+        inputs += head * len(stage.exits)
         for step in stage.steps:
             flops = next(each)
             forward += flops
@@ -480,18 +482,20 @@ def count_collectives(config: Config, stage: Stage) -> tuple[int, int]:
     """All-reduces of the residual stream over tensor-parallel ranks: (forward, backward).
 
     Two for every step and direction, forward again under recompute; one where the cut embedding is
-    summed, and one for the gradient that the cut head returns. Under sequence parallelism each is a
-    gather and a scatter of as many bytes.
+    summed, and one for the gradient that the cut head returns, for each exit too. Under sequence
+    parallelism each is a gather and a scatter of as many bytes.
     """
     graded = sum(step.grad for step in stage.steps) if stage.backward else 0
     again = graded if config.train.recompute else 0
-    return 2 * len(stage.steps) + stage.first, 2 * (graded + again) + stage.last
+    return 2 * len(stage.steps) + stage.first, 2 * (graded + again) + stage.last + len(stage.exits)
 
 
 def collective_bytes(config: Config) -> int:
-    """The residual stream of a micro batch, whole."""
+    """The residual stream of a micro batch, whole; with its share of what lies between the factors
+    of adapters, which crosses once in the four collectives of a step of the map."""
     tokens = config.train.micro_batch_size * config.data.seq_length
-    return tokens * config.model.hidden_size * element_bytes(config)
+    channels = config.model.hidden_size + count_rank(config) // 4
+    return tokens * channels * element_bytes(config)
 
 
 def count_hop_bytes(config: Config, values: int) -> int:
@@ -525,7 +529,8 @@ def _kept_logits(config: Config) -> int:
     """Bytes of a micro batch's logits, which become their own gradient."""
     assert config.model.vocab_size is not None
     tokens = config.train.micro_batch_size * config.data.seq_length
-    return tokens * -(-config.model.vocab_size // config.parallel.tensor) * element_bytes(config)
+    kept = tokens * -(-config.model.vocab_size // config.parallel.tensor) * element_bytes(config)
+    return kept if config.model.logit_softcap is None else 2 * kept  # with tanh's output
 
 
 # ------------------------------------------------------------------------------------- the ranks

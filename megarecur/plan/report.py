@@ -27,7 +27,7 @@ from megarecur.plan.predict import Layout, Plan
 from megarecur.plan.search import Search
 from megarecur.plan.walk import Stage, Walk
 from megarecur.recurrence.layer_map import count_uses
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 
 ORDER_NAMES = {
     "1f1b": "1F1B",
@@ -104,7 +104,7 @@ def describe_search(found: Search, world: int, own: Layout | None = None) -> Ren
 def describe_plan(plan: Plan, width: int = 100) -> RenderableType:
     """Everything about one layout: where blocks live, the walk, the ranks, the totals."""
     draft = plan.draft
-    steps = layer_map(draft.config.recurrence)
+    steps = build_map(draft.config)
     advice = balance(draft.config, draft.placement, steps).advice
     return Group(
         Text.assemble(("\nlayout  ", "bold"), f"{draft.layout} on {draft.cluster.name}"),
@@ -123,7 +123,7 @@ def _placement(plan: Plan) -> RenderableType:
     draft = plan.draft
     placement = draft.placement
     table = make_table("where every block lives", "rank", "uses", "share of work", width=6)
-    uses = count_uses(layer_map(draft.config.recurrence))
+    uses = count_uses(build_map(draft.config))
     work = _work_of_blocks(plan)
     runs = [
         list(run) for _, run in groupby(uses, key=lambda b: (placement.owners[b], uses[b], work[b]))
@@ -140,7 +140,7 @@ def _placement(plan: Plan) -> RenderableType:
 def _work_of_blocks(plan: Plan) -> dict[int, float]:
     """Share of the forward FLOPs by block; those of the head under -1."""
     config = plan.draft.config
-    steps = layer_map(config.recurrence)
+    steps = build_map(config)
     shares: dict[int, float] = {-1: count_head_flops(config)}
     for step, flops in zip(steps, count_step_flops(config, steps), strict=True):
         shares[step.block] = shares.get(step.block, 0) + flops

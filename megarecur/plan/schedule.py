@@ -5,16 +5,16 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from megarecur.config.schema import Config
+from megarecur.config.schema import Config, Looped
 from megarecur.plan.cluster import load_cluster
 from megarecur.plan.order import Kind, Op, Order
 from megarecur.plan.placement import Placement, place
 from megarecur.plan.predict import Layout, cost_stages, walk_over
 from megarecur.plan.simulate import check_family, choose_order
 from megarecur.plan.walk import Walk
-from megarecur.recurrence.depth import Depth, count_depths, is_sampled
+from megarecur.recurrence.depth import Depth, count_depths, default_depth, is_sampled
 from megarecur.recurrence.layer_map import LayerMap
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map, layer_map, mark_exits
 
 ALONE: tuple[Kind, ...] = ("F", "B")
 """What one rank does with a micro batch."""
@@ -46,7 +46,7 @@ class Schedules:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.placement: Placement = place(config, layer_map(config.recurrence))
+        self.placement: Placement = place(config, build_map(config))
         self.layout = Layout(config.parallel.tensor, config.parallel.pipeline, 1)
         self.cluster = load_cluster(config.parallel.cluster)
         parallel = config.parallel
@@ -54,7 +54,7 @@ class Schedules:
         if is_sampled(config.recurrence):
             depths += list(count_depths(config.recurrence, config.seed, config.train.steps))
         for depth in depths if parallel.pipeline > 1 else ():  # Not at the step that draws it.
-            walk = walk_over(config, layer_map(config.recurrence, depth), self.placement)
+            walk = walk_over(config, build_map(config, depth), self.placement)
             check_family(walk, parallel.order, parallel.split_backward)
         self.trained: dict[tuple[Depth | None, int], Future[Scheduled]] = {}
         self.thread = ThreadPoolExecutor(1, "orders")
@@ -77,7 +77,7 @@ class Schedules:
     def choose(self, depth: Depth | None, num_microbatches: int) -> Scheduled:
         """The best order, by simulation."""
         parallel = self.config.parallel
-        steps = layer_map(self.config.recurrence, depth)
+        steps = build_map(self.config, depth)
         walk = walk_over(self.config, steps, self.placement)
         if len(walk) == 1:
             ops = (Op(kind, 0, j) for j in range(num_microbatches) for kind in ALONE)
@@ -105,9 +105,15 @@ class Schedules:
             )
         return line
 
-    def forward(self, depth: Depth | int | None = None) -> Scheduled:
-        """One micro batch, forward only: rank after rank."""
-        steps = layer_map(self.config.recurrence, depth)
+    def forward(self, depth: Depth | int | None = None, exits: bool = False) -> Scheduled:
+        """One micro batch, forward only: rank after rank; `exits`: with those of the config, one
+        after every loop but the last."""
+        recurrence = self.config.recurrence
+        steps = layer_map(recurrence, depth)
+        if exits and self.config.exits is not None:
+            if isinstance(recurrence, Looped) and depth is None:
+                depth = default_depth(recurrence).num_loops  # As if all loops carried gradient.
+            steps = mark_exits(layer_map(recurrence, depth))
         walk = walk_over(self.config, steps, self.placement)
         ranks: list[list[Op]] = [[] for _ in range(self.placement.ranks)]
         for before, stage in zip((None, *walk), walk, strict=False):

@@ -4,6 +4,9 @@ Every block has one owner, so the order of blocks is an order of ranks. A stage 
 one rank; between stages travel the hidden state and what later steps read. A value that a rank has
 had once stays there for its later stages of the same micro batch. Gradients travel back along the
 same hops, where any is due: steps without gradient cut their way.
+
+The hidden state after an early exit's step is such a value too, read by the loss. It never travels:
+exits are on the rank of the head.
 """
 
 from __future__ import annotations
@@ -36,6 +39,11 @@ class Stage:
     """Of what arrived for later reads: where a gradient goes back too."""
     backward: bool = False
     """It has a backward pass."""
+    leaves: tuple[str, ...] = ()
+    """Early exits after its steps, whose hidden states stay on its rank for the loss."""
+    exits: tuple[str, ...] = ()
+    """The last stage: all early exits, in order; its loss reads their hidden states, those that
+    earlier stages left and its own."""
 
     @property
     def sends_back(self) -> bool:
@@ -74,7 +82,7 @@ def build_walk(
         Stage(i, rank, tuple(steps[p] for p in positions), i == 0, i == len(runs) - 1)
         for i, (rank, positions) in enumerate(runs)
     ]
-    return tuple(_flow_back(_carry(stages), fresh_core))
+    return tuple(_flow_back(_leave_exits(_carry(stages)), fresh_core))
 
 
 def cuts_for_v(steps: LayerMap, placement: Placement) -> tuple[int, ...]:
@@ -111,6 +119,18 @@ def _carry(stages: list[Stage]) -> list[Stage]:
         replace(stage, receives=tuple(arriving[i]), sends=tuple(sends[i]))
         for i, stage in enumerate(stages)
     ]
+
+
+def _leave_exits(stages: list[Stage]) -> list[Stage]:
+    """Fill in which exits are left for the loss. Those of the last stage itself need not be."""
+    *before, last = stages
+    found = [
+        replace(stage, leaves=tuple(step.exit_name for step in stage.steps if step.exit))
+        for stage in before
+    ]
+    own = tuple(step.exit_name for step in last.steps[:-1] if step.exit)
+    assert all(stage.rank == last.rank for stage in found if stage.leaves), "exit without its head"
+    return [*found, replace(last, exits=(*(name for s in found for name in s.leaves), *own))]
 
 
 def _find_hops(

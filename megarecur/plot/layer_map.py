@@ -21,7 +21,7 @@ from megarecur.plan.cost import (
 from megarecur.plan.describe import count_noun, describe_scheme, format_count
 from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.layer_map import LayerMap, count_uses
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ class Span:
 
 def draw_config(config: Config) -> Figure:
     """The map of a config, titled with its scheme and, if the vocabulary is known, its counts."""
-    steps = layer_map(config.recurrence)
+    steps = build_map(config)
     subtitle = f"{count_noun(len(count_uses(steps)), 'block')}, depth {len(steps)}"
     if config.model.vocab_size is not None:
         unique, unrolled = count_parameters(config), count_unrolled_parameters(config, steps)

@@ -22,7 +22,7 @@ from megarecur.plan.describe import count_noun, describe_scheme
 from megarecur.plot.layer_map import ACCENT, BLOCK_COLOURS, INK, SOFT, draw_config, save
 from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.layer_map import LayerMap
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ def plot_run(run: Path, out: Path | None = None) -> list[Path]:
     if not (run / "config.yaml").is_file():
         raise DataError(f"{run}: is not the folder of a run, it has no config.yaml")
     config = load_config(run / "config.yaml")
-    steps = layer_map(config.recurrence, deepest(rows, config.recurrence))
+    steps = build_map(config, deepest(rows, config.recurrence))
     figures = {
         "loss": draw_loss(rows, config),
         "optimizer": draw_optimizer(rows),

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from megarecur.config.schema import (
     AroundMean,
+    Config,
     DepthCurriculum,
     Looped,
     Poisson,
@@ -61,12 +62,16 @@ def default_depth(recurrence: Looped) -> Depth:
     return Depth(total, min(recurrence.backward_loops or total, total))
 
 
-def refuse_depth(recurrence: RecurrenceConfig, num_loops: int) -> str:
-    """Why a scheme cannot run so many loops; "" if it can."""
+def refuse_depth(config: Config, num_loops: int) -> str:
+    """Why a model cannot run so many loops; "" if it can."""
+    recurrence = config.recurrence
     if num_loops < 1:
         return f"depth {num_loops}: must be at least 1 loop"
     if not isinstance(recurrence, Looped):
         return f"depth {num_loops}: recurrence.kind={recurrence.kind} has no loops; leave it out"
+    most = recurrence.most_loops
+    if config.adapters is not None and most is not None and num_loops > most:
+        return f"depth {num_loops}: adapters are there for {most} loops; ask for at most so many"
     return ""
 
 

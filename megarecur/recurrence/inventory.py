@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from megarecur.config.schema import (
     Config,
     Loop,
+    Looped,
     ModelConfig,
     OptimizerConfig,
     RecurrenceConfig,
 )
 from megarecur.errors import ConfigError
-from megarecur.recurrence.layer_map import LayerMap
+from megarecur.recurrence.layer_map import LayerMap, count_uses
 from megarecur.recurrence.schemes import layer_map
 
 
@@ -29,7 +30,8 @@ class ParameterSpec:
 
     `block` owns it (None: embedding, final norm, head). Initial values are normal with `std`
     around `mean`. Tensor parallelism cuts it along `cut` (None: every rank holds all of it), in
-    units of `unit` rows or columns, such as those of one head.
+    units of `unit` rows or columns, such as those of one head. `partial`: every rank holds all of
+    it and uses it for its own heads alone, so that its gradient is a sum over ranks.
     """
 
     name: str
@@ -39,6 +41,9 @@ class ParameterSpec:
     mean: float = 0.0
     cut: int | None = None
     unit: int = 1
+    loop: int | None = None
+    """The only loop of its block that uses it; None: all do."""
+    partial: bool = False
 
     @property
     def size(self) -> int:
@@ -71,6 +76,8 @@ class ParameterSpec:
 
 
 Inventory = dict[str, ParameterSpec]
+HEAD_NORMS = ("query_norm", "key_norm")
+"""Of attention, where model.qk_norm is set."""
 
 
 def build_inventory(config: Config) -> Inventory:
@@ -79,6 +86,7 @@ def build_inventory(config: Config) -> Inventory:
     `config.model.vocab_size` must be resolved.
     """
     model, steps = config.model, layer_map(config.recurrence)
+    uses = count_most_uses(config.recurrence) if config.adapters else {}
     assert model.vocab_size is not None
     hidden = model.hidden_size
     table = (model.vocab_size, hidden)
@@ -87,7 +95,10 @@ def build_inventory(config: Config) -> Inventory:
         rows = model.max_positions or config.data.seq_length
         specs.append(ParameterSpec("embedding.positions", (rows, hidden), None, model.init_std))
     for block in sorted({step.block for step in steps}):
-        specs += block_parameters(config, block, steps)
+        own = block_parameters(config, block, steps)
+        specs += own
+        for loop in range(uses.get(block, 0)):
+            specs += adapter_parameters(config, own, loop)
     if model.norm_position != "post":
         specs += norm_parameters(model, "final_norm", None)
     if not model.tie_embeddings:
@@ -122,28 +133,93 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
         name = f"{prefix}{name}.bias"
         return [weight, ParameterSpec(name, (rows,), block, cut=along, unit=unit)]
 
+    def norm(name: str) -> list[ParameterSpec]:
+        own = config.adapters is not None and config.adapters.norms  # Of every loop.
+        return [] if own else norm_parameters(model, prefix + name, block)
+
     biased, head, std = biased_projections(model), model.head_dim, model.init_std
     specs = []
-    if block == adapter_block(recurrence):
+    if block == injection_block(recurrence):
         specs += linear("injection", hidden, 2 * hidden, False, model.init_std)
-    specs += norm_parameters(model, prefix + "attention_norm", block)
+    specs += norm("attention_norm")
     specs += linear("attention.query", queries, hidden, "q" in biased, std, 0, head)
     specs += linear("attention.key", keys, hidden, "k" in biased, std, 0, head)
     specs += linear("attention.value", keys, hidden, "v" in biased, std, 0, head)
     specs += linear("attention.output", hidden, queries, "o" in biased, scaled, 1, head)
-    if model.norm_position == "sandwich":
-        specs += norm_parameters(model, prefix + "attention_output_norm", block)
-    specs += norm_parameters(model, prefix + "feed_forward_norm", block)
-    if model.feed_forward == "swiglu":
+    if config.adapters is None or not config.adapters.norms:
+        specs += head_norm_parameters(model, f"{prefix}attention.", block)
+    if model.norm_position in ("sandwich", "peri"):
+        specs += norm("attention_output_norm")
+    specs += norm("feed_forward_norm")
+    if model.gated:
         specs += linear("feed_forward.gate", ffn, hidden, model.feed_forward_bias, std, 0)
     specs += linear("feed_forward.up", ffn, hidden, model.feed_forward_bias, std, 0)
     specs += linear("feed_forward.down", hidden, ffn, model.feed_forward_bias, scaled, 1)
-    if model.norm_position == "sandwich":
-        specs += norm_parameters(model, prefix + "feed_forward_output_norm", block)
+    if model.norm_position in ("sandwich", "peri"):
+        specs += norm("feed_forward_output_norm")
     return specs
 
 
-def adapter_block(recurrence: RecurrenceConfig) -> int | None:
+def adapter_parameters(
+    config: Config, block: list[ParameterSpec], loop: int
+) -> list[ParameterSpec]:
+    """What one loop of a block has of its own, from the parameters of the block: A [r, in] and
+    B [out, r] for each matrix, and norms.
+
+    B starts at zero, A with a deviation that keeps the scale of what it is given.
+    """
+    adapters, targets = config.adapters, adapter_targets(config)
+    assert adapters is not None
+    owner = block[0].block
+    prefix, specs = f"blocks.{owner}.loops.{loop}.", []
+    for matrix in block:
+        target = matrix.name.removesuffix(".weight").rpartition(".")[2]
+        if len(matrix.shape) != 2 or target not in targets:
+            continue
+        (rows, columns), unit = matrix.shape, matrix.unit
+        rank = min(adapters.rank, rows, columns)
+        # Cut as the matrix is: B by its outputs, or A by its inputs.
+        a = ParameterSpec(f"{prefix}{target}.lora_a", (rank, columns), owner, columns**-0.5)
+        b = ParameterSpec(f"{prefix}{target}.lora_b", (rows, rank), owner)
+        if matrix.cut == 0:
+            b = replace(b, cut=0, unit=unit)
+        elif matrix.cut == 1:
+            a = replace(a, cut=1, unit=unit)
+        specs += [a, b]
+    for norm in norm_names(config.model) if adapters.norms else ():
+        specs += norm_parameters(config.model, prefix + norm, owner)
+    if adapters.norms:
+        specs += head_norm_parameters(config.model, prefix, owner)
+    return [replace(spec, loop=loop) for spec in specs]
+
+
+def adapter_targets(config: Config) -> tuple[str, ...]:
+    """The linear layers that every loop adds to."""
+    if config.adapters is None:
+        return ()
+    every = ("query", "key", "value", "output", "gate", "up", "down")
+    return config.adapters.targets or tuple(
+        target for target in every if target != "gate" or config.model.gated
+    )
+
+
+def norm_names(model: ModelConfig) -> tuple[str, ...]:
+    """The norms of a block."""
+    outputs = ("attention_output_norm", "feed_forward_output_norm")
+    return (
+        "attention_norm",
+        "feed_forward_norm",
+        *outputs[: 2 * (model.norm_position in ("sandwich", "peri"))],
+    )
+
+
+def count_most_uses(recurrence: RecurrenceConfig) -> dict[int, int]:
+    """The most uses of each block at any optimizer step."""
+    most = recurrence.most_loops if isinstance(recurrence, Looped) else None
+    return count_uses(layer_map(recurrence, most))
+
+
+def injection_block(recurrence: RecurrenceConfig) -> int | None:
     """The block that owns the learned injection adapter: the first of the core, if there is one."""
     if isinstance(recurrence, Loop) and recurrence.injection == "linear":
         return recurrence.prelude
@@ -161,6 +237,14 @@ def norm_parameters(model: ModelConfig, name: str, block: int | None) -> list[Pa
     if model.norm == "layer":
         specs.append(ParameterSpec(name + ".bias", (model.hidden_size,), block))
     return specs
+
+
+def head_norm_parameters(model: ModelConfig, prefix: str, block: int | None) -> list[ParameterSpec]:
+    """Gains of the norms of queries and keys, over head_dim; none where there are no such norms."""
+    return [
+        ParameterSpec(f"{prefix}{name}.weight", (model.head_dim,), block, mean=1.0, partial=True)
+        for name in (HEAD_NORMS if model.qk_norm else ())
+    ]
 
 
 def is_embedding(name: str) -> bool:

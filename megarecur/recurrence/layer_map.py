@@ -30,6 +30,11 @@ class Step:
     normalize: bool = False
     """The hidden state passes the final norm before it enters this step (Huginn's core to coda)."""
 
+    @property
+    def exit_name(self) -> str:
+        """Of the exit after this step: `exit_1` comes after the first loop."""
+        return f"exit_{self.loop_index + 1}"
+
 
 LayerMap = tuple[Step, ...]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from megarecur.config.schema import (
     BlockRecurrence,
+    Config,
     Custom,
     Cycle,
     CycleReverse,
@@ -39,6 +40,25 @@ def layer_map(recurrence: RecurrenceConfig, depth: Depth | int | None = None) ->
         loops = Depth(depth, depth) if isinstance(depth, int) else depth
         return LOOPED[type(recurrence)](recurrence, loops or default_depth(recurrence))
     return SCHEMES[type(recurrence)](recurrence)
+
+
+def build_map(config: Config, depth: Depth | int | None = None) -> LayerMap:
+    """What a run executes at an optimizer step: the scheme's map, with the config's exits."""
+    steps = layer_map(config.recurrence, depth)
+    return steps if config.exits is None else mark_exits(steps)
+
+
+@lru_cache(maxsize=256)
+def mark_exits(steps: LayerMap) -> LayerMap:
+    """An exit after every loop but the last, where it carries gradient.
+
+    Of the kinds that can have exits, none has a coda: each loop ends with the last block.
+    """
+    end = max(step.block for step in steps)
+    return tuple(
+        replace(step, exit=step.grad and step.block == end and position + 1 < len(steps))
+        for position, step in enumerate(steps)
+    )
 
 
 def dense(config: Dense) -> LayerMap:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megarecur.errors import CheckpointError, MegarecurError
 from megarecur.parallel.shards import Shard, boxes
 from megarecur.train.checkpoint_index import DTYPES, DamagedCheckpoint, Index, read_index, unseal
-from megarecur.train.checkpoint_planning import ShardLoadPlanner, ShardSavePlanner
+from megarecur.train.checkpoint_planning import ShardLoadPlanner, ShardSavePlanner, Values
 from megarecur.train.checkpoint_storage import FolderReader, FolderWriter, find_damage
 
 __all__ = [
@@ -109,12 +109,15 @@ def save(
     *,
     group: dist.ProcessGroup | None = None,
     in_background: bool = False,
+    values: Values | None = None,
 ) -> SaveHandle:
     """`write`, whose errors surface in the handle's `result()`.
 
     In the background, shards must not change and nothing else may use `group` until it is done.
     """
-    return SaveHandle(lambda: write(root, step, shards, state, group=group), in_background)
+    return SaveHandle(
+        lambda: write(root, step, shards, state, group=group, values=values), in_background
+    )
 
 
 def write(
@@ -124,12 +127,14 @@ def write(
     state: dict[str, Any],
     *,
     group: dist.ProcessGroup | None = None,
+    values: Values | None = None,
 ) -> Path:
     """Write `root/step-XXXXXXXX` and let `root/latest` name it; collective over `group` (gloo).
 
     `state` is JSON (keys become strings, tuples lists); that of the group's first rank is written.
     Tensors without elements are left out, here and in `load`. The checkpoints already there are
-    untouched, whatever happens.
+    untouched, whatever happens. Tensors on `meta` are asked of `values`, one after the other in the
+    order of `shards`, so that what is written need not fit into memory.
 
     Raises:
         CheckpointError: the same on every rank, where the disk is full, a shard is wrong or an
@@ -143,7 +148,10 @@ def write(
     try:
         with _one_error(f"cannot save {final}"):
             dcp.save(
-                {}, storage_writer=writer, planner=ShardSavePlanner(shards), process_group=group
+                {},
+                storage_writer=writer,
+                planner=ShardSavePlanner(shards, values),
+                process_group=group,
             )
     except CheckpointError:
         # Raised on all ranks alike, hence none is still writing.
@@ -377,14 +385,14 @@ def _one_error(doing: str) -> Iterator[None]:
     except CheckpointException as failure:
         reasons = {_explain(rank, error) for rank, (error, _) in failure.failures.items()}
         for error, _ in failure.failures.values():
-            if not isinstance(error, CheckpointError | OSError):
+            if not isinstance(error, MegarecurError | OSError):
                 logger.error("%s: %s", doing, failure)  # our bug: keep the tracebacks
                 break
         raise CheckpointError(f"{doing}: " + "; ".join(sorted(reasons))) from None
 
 
 def _explain(rank: int, error: BaseException) -> str:
-    if isinstance(error, CheckpointError):
+    if isinstance(error, MegarecurError):
         return str(error)
     if isinstance(error, OSError):
         where = error.filename or f"rank {rank}"

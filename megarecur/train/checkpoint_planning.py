@@ -4,7 +4,7 @@ torch.distributed.checkpoint does the planning: it writes replicas once and resh
 save or load wrongly without a word is refused here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,14 +29,21 @@ from megarecur.errors import CheckpointError
 from megarecur.parallel.shards import Box, Shard, tiling_fault
 from megarecur.train.checkpoint_index import DTYPE_NAMES
 
+Values = Callable[[str], Tensor]
+"""The values of a tensor that was given without, by its name."""
+
 
 class ShardSavePlanner(DefaultSavePlanner):
-    """Plans to write each rectangle of `shards` once, whichever ranks hold it."""
+    """Plans to write each rectangle of `shards` once, whichever ranks hold it.
+
+    Whole tensors on `meta` get their values from `values` when they are written.
+    """
 
     # Given here and not as the state dict, of which every entry costs a log record or two.
-    def __init__(self, shards: dict[str, Shard]) -> None:
+    def __init__(self, shards: dict[str, Shard], values: Values | None = None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._shards = shards
+        self._values = values
         self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def create_local_plan(self) -> SavePlan:
@@ -65,7 +72,17 @@ class ShardSavePlanner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """The tensor of a rectangle."""
         assert index.offset is not None
-        return self._tensors[index.fqn, tuple(index.offset)]
+        tensor = self._tensors[index.fqn, tuple(index.offset)]
+        if not tensor.is_meta:
+            return tensor
+        assert self._values is not None, index.fqn
+        made = self._values(index.fqn)
+        if made.shape != tensor.shape or made.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{index.fqn}: planned as {tensor.dtype} {list(tensor.shape)}, "
+                f"made as {made.dtype} {list(made.shape)}"
+            )
+        return made
 
 
 class ShardLoadPlanner(DefaultLoadPlanner):

@@ -14,7 +14,7 @@ from megarecur.data.corpus import Corpus
 from megarecur.data.loader import validation_batches
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import MegarecurError
-from megarecur.inference.generate import encode_prompt, generate, run_forward, stream_text
+from megarecur.inference.generate import encode_prompt, generate, run_with_exits, stream_text
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh, raise_first
@@ -34,6 +34,8 @@ class Score:
     """Bytes of text they stand for, by the corpus's mean bytes per token."""
     by_position: tuple[float, ...] = ()
     """Loss at positions 0, 1, 2 to 3, 4 to 7, ... of a document; nan where there is none."""
+    exits: tuple[float, ...] = ()
+    """Nats per counted token at the early exits, after the first loop, the second, ..."""
 
     @property
     def perplexity(self) -> float:
@@ -77,10 +79,11 @@ def score_corpus(
     Raises:
         MegarecurError: on every rank, why one could not read the corpus.
     """
-    scheduled = (schedules or Schedules(config)).forward(num_loops)
-    # Losses and counted tokens of positions of equal bit length; and failures to read.
+    scheduled = (schedules or Schedules(config)).forward(num_loops, exits=True)
+    names = [step.exit_name for step in scheduled.steps if step.exit]
+    # Losses and counted tokens of positions of equal bit length; failures to read; losses of exits.
     buckets = config.data.seq_length.bit_length() + 1
-    sums = torch.zeros(3, buckets, dtype=torch.float64, device=mesh.device)
+    sums = torch.zeros(3 + len(names), buckets, dtype=torch.float64, device=mesh.device)
     failures: list[MegarecurError] = []  # This rank goes on without data: others wait for it.
     batches = validation_batches(
         corpus,
@@ -100,7 +103,7 @@ def score_corpus(
                 return None
         batch = batch.to(mesh.device)
         ctx = model.context(batch, step=0, training=False)
-        x = run_forward(model, mesh, scheduled, batch.tokens_BS, ctx)
+        x, exits = run_with_exits(model, mesh, scheduled, batch.tokens_BS, ctx)
         if x is None:  # It ends on another pipeline rank.
             continue
         losses_N = model.loss(x, batch)["loss"].per_token
@@ -110,14 +113,17 @@ def score_corpus(
         counted_N = (batch.labels_BS != IGNORED).flatten()
         sums[0].index_add_(0, bucket_N, losses_N.to(torch.float64))
         sums[1].index_add_(0, bucket_N, counted_N.to(torch.float64))
+        for row, name in enumerate(names, 3):
+            sums[row, 0] += model.loss(exits[name], batch)["loss"].total
     sums[2] += len(failures)
-    losses, counts, failed = (mesh.sum_over_world(sums) / mesh.tp).tolist()
+    losses, counts, failed, *of_exits = (mesh.sum_over_world(sums) / mesh.tp).tolist()
     if any(failed):
         raise_first(failures[0] if failures else None, mesh)
     total, tokens = sum(losses), sum(counts)
     num_bytes = tokens * corpus.num_bytes / corpus.num_tokens
     parts = tuple(a / n if n else math.nan for a, n in zip(losses, counts, strict=True))
-    return Score(total / max(tokens, 1.0), int(tokens), num_bytes, parts)
+    early = tuple(sum(row) / max(tokens, 1.0) for row in of_exits)
+    return Score(total / max(tokens, 1.0), int(tokens), num_bytes, parts, early)
 
 
 def continue_prompts(
@@ -162,6 +168,9 @@ def score_values(scores: Sequence[Score], paths: Sequence[str]) -> dict[str, flo
     loss = sum(score.loss * score.tokens for score in scores) / max(tokens, 1)
     whole = Score(loss, tokens, sum(score.num_bytes for score in scores))
     values = {"val/loss": whole.loss, "val/bits_per_byte": whole.bits_per_byte}
+    for i in range(len(scores[0].exits)):
+        total = sum(score.exits[i] * score.tokens for score in scores)
+        values[f"val/exit_{i + 1}/loss"] = total / max(tokens, 1)
     if len(scores) > 1:
         for name, score in zip(short_names(paths), scores, strict=True):
             values[f"val/{name}/loss"] = score.loss

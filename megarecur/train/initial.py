@@ -48,8 +48,9 @@ def load_initial(config: Config, engine: Engine, tokenizer: str, mesh: Mesh) -> 
         log.info("parameters of %s", path)
 
 
-def find_source(source: str, mesh: Mesh) -> Path:
-    """The checkpoint that RUN or RUN@STEP names; without a step the newest undamaged one."""
+def find_source(source: str, mesh: Mesh, field: str = "init_from") -> Path:
+    """The checkpoint that RUN or RUN@STEP names in a field of the config; without a step the newest
+    undamaged one."""
     named = (Path(source) / "config.yaml").is_file()  # a folder may have an @ in its name
     match = None if named else RUN_AT_STEP.fullmatch(source)
     run, step = (match[1], int(match[2])) if match else (source, None)
@@ -57,7 +58,7 @@ def find_source(source: str, mesh: Mesh) -> Path:
     with same_error(mesh):
         if not (Path(run) / "config.yaml").is_file():
             raise ConfigError(
-                f"init_from={source}: {run} is no run folder (it has no config.yaml); name the "
+                f"{field}={source}: {run} is no run folder (it has no config.yaml); name the "
                 "run_dir of a training run, or of `megarecur convert`"
             )
     if step is None:
@@ -66,7 +67,7 @@ def find_source(source: str, mesh: Mesh) -> Path:
             log.warning(message)
         if path is None:
             reason = "; ".join(damaged) or "it has none"
-            raise CheckpointError(f"init_from={source}: no checkpoint can be used ({reason})")
+            raise CheckpointError(f"{field}={source}: no checkpoint can be used ({reason})")
         return path
     path = root / f"step-{step:08d}"
     with same_error(mesh):
@@ -75,8 +76,7 @@ def find_source(source: str, mesh: Mesh) -> Path:
                 str(checkpoint.step_of(p.name)) for p in checkpoint.list_checkpoints(root)
             )
             raise CheckpointError(
-                f"init_from={source}: {root} has no checkpoint of step {step}; "
-                f"kept: {kept or 'none'}"
+                f"{field}={source}: {root} has no checkpoint of step {step}; kept: {kept or 'none'}"
             )
     return path
 

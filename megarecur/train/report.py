@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,12 +25,16 @@ from megarecur.plan.cost import FlopEstimate, count_flops, estimate_memory
 from megarecur.plan.describe import format_bytes
 from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.layer_map import LayerMap
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 from megarecur.train.evaluate import short_names
 from megarecur.train.metrics import Metrics, Progress, read_rows
 from megarecur.train.signals import StopFlag
 from megarecur.train.speed import peak_flops, peak_memory
 from megarecur.train.state import TrainState
+
+EXIT_LOSS = re.compile(r"exit_[0-9]+/loss")
+STEPS = "/steps"
+"""Ends the name of the share of an interval's steps that had an exit."""
 
 
 @dataclass
@@ -65,6 +70,13 @@ class StepResult:
         sums[0].index_add_(0, batch.sources_B, losses_B)
         sums[1].index_add_(0, batch.sources_B, counted_BS.sum(1, dtype=torch.float64))
         self.sources = sums if self.sources is None else self.sources + sums
+
+    def count_exits(self, mesh: Mesh) -> None:
+        """Note which exits this step had, where that differs from step to step: beside the losses,
+        so that their mean over an interval is over the steps that had them."""
+        for name in [name for name in self.losses if EXIT_LOSS.fullmatch(name)]:
+            steps = torch.tensor(1.0 / mesh.dp, dtype=torch.float64, device=mesh.device)
+            self.losses[name.replace("/loss", STEPS)] = steps
 
 
 class Interval:
@@ -160,6 +172,10 @@ class Report:
                 self.mesh.sum_over_tp(measures)
             own[key] = measures
         reduced = self.reduce(own)
+        for name in [name for name in reduced if isinstance(name, str) and name.endswith(STEPS)]:
+            share, prefix = reduced.pop(name), name.removesuffix(STEPS) + "/"
+            of_exit = [n for n in reduced if isinstance(n, str) and n.startswith(prefix)]
+            reduced |= {other: reduced[other] / share for other in of_exit}
         sources = reduced.pop("sources", [])
         telemetry = {key: reduced.pop(key) for key in list(reduced) if isinstance(key, tuple)}
         tokens = self.config.train.global_batch_size * self.config.data.seq_length
@@ -174,9 +190,7 @@ class Report:
             "speed/data_wait": interval.data_seconds / interval.seconds,
             "speed/step_seconds": interval.seconds / interval.num_steps,
         }
-        order = [
-            (step.block, step.loop_index) for step in layer_map(self.config.recurrence, last.depth)
-        ]
+        order = [(step.block, step.loop_index) for step in build_map(self.config, last.depth)]
         keys = [key for key in order if key in telemetry]
         values |= name_measures(keys, [telemetry[key] for key in keys], tokens)
         for name, loss, counted in zip(self.sources, *sources, strict=True) if sources else ():
@@ -207,7 +221,7 @@ class Report:
             rate: tokens per second.
         """
         for depth in set(depths) - set(self.flops):
-            steps = layer_map(self.config.recurrence, depth)
+            steps = build_map(self.config, depth)
             self.flops[depth] = count_flops(self.config, steps)
 
         def share(kind: str) -> float:

@@ -18,7 +18,8 @@ from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.parallel.pipeline import Pipeline
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.walk import Stage
-from megarecur.recurrence.depth import sample_depth
+from megarecur.recurrence.depth import is_sampled, sample_depth
+from megarecur.train.distill import Teacher
 from megarecur.train.report import StepResult
 
 
@@ -31,6 +32,7 @@ class Training:
         step: the optimizer step.
         denominators: counts over the global batch, by name.
         result: told of losses and, where `telemetry`, of what steps of the map do.
+        teacher: whom it learns from, on ranks of the head.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class Training:
         denominators: Mapping[str, float],
         result: StepResult,
         telemetry: bool,
+        teacher: Teacher | None = None,
     ) -> None:
+        self.teacher = teacher
         self.model, self.batches, self.step = model, batches, step
         self.denominators, self.result, self.telemetry = denominators, result, telemetry
         self.contexts: dict[int, Context] = {}
@@ -72,13 +76,23 @@ class Training:
             assert x is not None
             x, terms = self.model.run(stage.steps, x, ctx, reads)
             if stage.last:
-                terms = self.model.loss(x, batch) | terms
+                terms = self.loss(x, batch, {n: reads[n] for n in stage.exits}) | terms
         for name, term in terms.items():
             share = term.total.detach() / self.denominators[term.denominator]
             self.result.losses[name] = self.result.losses.get(name, 0.0) + share
         if stage.last:
             self.result.add_sources(batch, terms["loss"].per_token)
         return x, objective(terms, self.denominators) if terms else None
+
+    def loss(
+        self, x: Tensor, batch: MicroBatch, exits: Mapping[str, Tensor]
+    ) -> dict[str, LossTerm]:
+        """The terms of the last stage."""
+        if self.teacher is None:
+            return self.model.loss(x, batch, exits)
+        with named("teacher"):
+            logits_NV = self.teacher.logits(batch)
+        return self.model.loss(x, batch, exits, logits_NV)
 
     def forget(self, microbatch: int) -> None:
         """Let go of masks, and of what telemetry compares visits with."""
@@ -115,6 +129,7 @@ def forward_backward(
     telemetry: bool = False,
     unread: MegarecurError | None = None,
     schedules: Schedules | None = None,
+    teacher: Teacher | None = None,
 ) -> StepResult:
     """Gradients of the objective over the global batch, left in the engine.
 
@@ -129,7 +144,7 @@ def forward_backward(
     denominators = count_denominators(batches, mesh, unread)
     scheduled = (schedules or Schedules(config)).training(depth, len(batches))
     result = StepResult(depth, num_sources=len(config.data.train))
-    program = Training(model, batches, step, denominators, result, telemetry)
+    program = Training(model, batches, step, denominators, result, telemetry, teacher)
 
     def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         with named("backward"):
@@ -138,6 +153,8 @@ def forward_backward(
     pipeline = Pipeline(mesh, scheduled.walk, program, model.dtype, backward, model.deferred)
     pipeline.run(scheduled.order[mesh.pp_rank])
     program.finish()
+    if is_sampled(config.recurrence):
+        result.count_exits(mesh)
     return result
 
 

@@ -23,9 +23,10 @@ from megarecur.parallel.mesh import Mesh, open_mesh, same_error, told_where
 from megarecur.plan.order import order_hash
 from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.depth import Depth, sample_depth
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 from megarecur.train import checkpoint
 from megarecur.train.alarms import Alarms, record_event
+from megarecur.train.distill import load_teacher, with_teacher
 from megarecur.train.evaluate import continue_prompts, score_corpus, score_values
 from megarecur.train.health import check_health
 from megarecur.train.initial import load_initial
@@ -69,12 +70,14 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         run_dir = resources.enter_context(open_run(config, mesh))
         health = check_health(config, run_dir, mesh)
         data = open_data(config, mesh)
-        config, loader = data.config, resources.enter_context(closing(data)).loader
+        loader = resources.enter_context(closing(data)).loader
+        config = with_teacher(data.config, data.tokenizer, mesh)
         schedules = resources.enter_context(closing(open_schedules(config, mesh)))
         model = build_model(config, mesh, schedules)
         engine = build_engine(model, config, mesh)
         saver = resources.enter_context(Saver(run_dir, config, mesh))
         state = resume(run_dir, config, data, engine, schedules, mesh)
+        teacher = load_teacher(config, mesh, model.project is not None)
         left_out = steps_left_out(run_dir, mesh)
         saver.prepare(engine.shards())
         with same_error(mesh):
@@ -124,8 +127,9 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
                 report.note(f"step {state.step + 1} is left out, as skipped_steps.json says")
             else:
                 result = forward_backward(
-                    model, engine, config, batches, state.step, mesh, due, unread, schedules
-                )
+                    model, engine, config, batches, state.step, mesh,
+                    due, unread, schedules, teacher,
+                )  # fmt: skip
                 result.lr = learning_rate(config.optimizer, state.step, config.train.steps)
                 what = f"reduction and update of step {state.step + 1}"
                 with named("optimizer"), told_where(mesh, what):
@@ -137,7 +141,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             if due:
                 values = report.close_interval(state, result) | saver.timings()
                 held = measure_state(model, engine.shards())
-                values |= report.tell_memory(held, layer_map(config.recurrence, result.depth))
+                values |= report.tell_memory(held, build_map(config, result.depth))
                 values |= report.tell_graphs(compiled)
                 reasons = alarms.check(state.step, values)
                 report.write(state, values | {"alarms/raised": len(reasons)}, stop)

@@ -25,6 +25,7 @@ from megarecur.parallel.shards import whole
 from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.train import checkpoint
+from megarecur.train.distill import load_teacher, with_teacher
 from megarecur.train.step import build_model, forward_backward, sum_losses
 from megarecur.train.trainer import open_data
 
@@ -79,6 +80,8 @@ def certified(config: Config, small: bool, dp: int) -> Config:
     if small:
         hidden = config.model.num_heads * 8
         values["model"] |= {"hidden_size": hidden, "head_dim": 8, "ffn_hidden_size": 2 * hidden}
+        if config.adapters is not None:
+            values["adapters"]["rank"] = min(config.adapters.rank, 8)
         length = min(config.data.seq_length, 16 * config.parallel.tensor)
         values["data"]["seq_length"] = length
         if config.model.positions == "learned":
@@ -95,14 +98,15 @@ def record(config: Config, steps: int, folder: Path) -> None:
     """
     with open_mesh(config) as mesh:
         data = open_data(config, mesh)
-        config = data.config
+        config = with_teacher(data.config, data.tokenizer, mesh)
         schedules = Schedules(config)
         model = build_model(config, mesh, schedules)
         engine = build_engine(model, config, mesh)
+        teacher = load_teacher(config, mesh, model.project is not None)
         for step in range(steps):
             batches = [batch.to(mesh.device) for batch in data.loader.batch(step)]
             result = forward_backward(
-                model, engine, config, batches, step, mesh, schedules=schedules
+                model, engine, config, batches, step, mesh, schedules=schedules, teacher=teacher
             )
             loss = sum_losses(result, mesh)
             shards = {name: model.shard(name, g) for name, g in engine.gradients().items()}

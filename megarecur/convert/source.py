@@ -1,0 +1,307 @@
+"""Reading a dense Hugging Face model, one layer at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megarecur.config.load import validate
+from megarecur.config.schema import Config
+from megarecur.convert.architecture import Architecture, Entry
+from megarecur.convert.gemma import GEMMA, GEMMA2, GEMMA3
+from megarecur.convert.llama import LLAMA
+from megarecur.convert.neox import NEOX
+from megarecur.convert.qwen import QWEN2, QWEN3
+from megarecur.errors import ConfigError, DataError
+from megarecur.recurrence.inventory import build_inventory
+
+ARCHITECTURES: dict[str, Architecture] = {
+    a.model_type: a for a in (QWEN2, QWEN3, LLAMA, NEOX, GEMMA, GEMMA2, GEMMA3)
+}
+"""By `model_type` of config.json. An export takes the first that can express the model."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+PICKLE = ".bin"
+
+
+class SourceModel:
+    """A dense Hugging Face folder, of which one layer at a time is in memory.
+
+        source = SourceModel("models/llama")
+        source.config.model                      # our `model` section
+        dict(source.outside())                   # embedding.weight, final_norm.weight, head.weight
+        for i in range(source.num_layers):
+            for name, tensor in source.layer(i): # blocks.{i}.attention.query.weight, ...
+                ...
+
+    Making one checks the whole folder from its headers alone: names, shapes, dtypes. Values come
+    when asked for, always in fp32, under our global names and as our model means them: fused
+    matrices taken apart, gains as what is multiplied with. Nothing is kept: asking twice reads
+    twice.
+
+    Args:
+        hf_dir: with config.json and safetensors.
+        allow_pickles: read pytorch_model.bin where there are no safetensors. Only tensors are taken
+            from it (`torch.load(weights_only=True)`), but a pickle is not a safe format.
+
+    Attributes:
+        architecture: what maps its names to ours.
+        values: of its config.json.
+        config: a dense `Config` around its `model` section; all else in it are placeholders.
+        num_layers: blocks of `config`, each used once.
+        dtype: float32, bfloat16 or float16: of the stored tensors; float32 where they differ.
+
+    Raises:
+        ConfigError: an architecture, or a value of config.json, that we cannot express.
+        DataError: tensors that are missing, damaged, superfluous or of other shapes, all listed.
+    """
+
+    def __init__(self, hf_dir: str | Path, *, allow_pickles: bool = False) -> None:
+        self.folder = Path(hf_dir)
+        path = self.folder / "config.json"
+        self.values = read_json(path)
+        self.architecture = find_architecture(self.values, path)
+        model, self.num_layers = read_model(self.architecture, self.values, path)
+        self.config = placeholder_config(model, self.num_layers, "run", "tokenizer.json", path)
+        self.files = find_weights(self.folder, allow_pickles)
+        self.names = self.architecture.names(self.config.model)
+        self.dtype = self.check()
+        entries = self.names.all(range(self.num_layers))
+        self._entries = {name: e for e in entries for name in e.ours}
+
+    def tensor(self, name: str) -> Tensor:
+        """One of ours by its global name, in fp32."""
+        return next(t for n, t in self.read([self._entries[name]]) if n == name)
+
+    def layer(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """(global name, tensor) of every parameter of `blocks.{index}`, in fp32."""
+        return self.read(self.names.of_layer(index, index))
+
+    def outside(self) -> Iterator[tuple[str, Tensor]]:
+        """(global name, tensor) of what is in no layer: embedding, final norm, untied head."""
+        return self.read([*self.names.first, *self.names.last])
+
+    def read(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Tensor]]:
+        """Ours of some of their tensors, in fp32; each file is opened once."""
+        by_file: dict[Path, list[Entry]] = {}
+        for e in entries:
+            by_file.setdefault(self.files[e.theirs], []).append(e)
+        for path, some in by_file.items():
+            with open_weights(path) as file:
+                for e in some:
+                    stored = file.get_tensor(e.theirs).to(torch.float32)
+                    yield from zip(e.ours, e.read(stored, self.config.model), strict=True)
+
+    def check(self) -> str:
+        """Compare every tensor's name, shape and dtype with config.json; returns the dtype."""
+        inventory, names, files = build_inventory(self.config), self.names, self.files
+        entries = {e.theirs: e for e in names.all(range(self.num_layers))}
+        tied_copy = self.config.model.tie_embeddings and names.head in files
+        extra = sorted(
+            name
+            for name in files.keys() - entries.keys()
+            if not name.endswith(names.ignored or ("\0",))
+            and not (tied_copy and name == names.head)
+        )
+        title = self.architecture.title
+        problems = [f"{name}: missing" for name in sorted(entries.keys() - files.keys())]
+        problems += [f"{name}: not part of a {title} of this config" for name in extra]
+        dtypes = set()
+        for path in sorted({files[name] for name in entries if name in files}):
+            with open_weights(path) as file:
+                held = set(file.keys())
+                for theirs, e in entries.items():
+                    if files.get(theirs) != path:
+                        continue
+                    if theirs not in held:
+                        problems.append(f"{theirs}: not in {path.name}, where the index has it")
+                        continue
+                    shape, dtype = file.describe(theirs)
+                    parts = [inventory[name].shape for name in e.ours]
+                    wanted = [sum(part[0] for part in parts), *parts[0][1:]]
+                    if shape != wanted:
+                        problems.append(f"{theirs}: shape {shape}, config.json: {wanted}")
+                    if dtype not in DTYPES:
+                        problems.append(
+                            f"{theirs}: torch.{dtype} is not one of {', '.join(DTYPES)}"
+                        )
+                    dtypes.add(dtype)
+        if tied_copy and not problems:
+            problems += self.find_tied_fault()
+        if problems:
+            raise DataError(
+                f"{self.folder}: {len(problems)} tensor(s) do not fit config.json; download both "
+                "again" + "".join(f"\n  {problem}" for problem in problems[:20])
+                + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+            )  # fmt: skip
+        return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+    def find_tied_fault(self) -> list[str]:
+        """A head that is stored beside the embedding it is tied to must equal it."""
+        tables = []
+        for name in (self.names.first[0].theirs, self.names.head):
+            with open_weights(self.files[name]) as file:
+                tables.append(file.get_tensor(name).to(torch.float32))
+        if torch.equal(*tables):
+            return []
+        return [
+            f"{self.names.head}: differs from {self.names.first[0].theirs} although "
+            "tie_word_embeddings=true; set tie_word_embeddings to false in config.json"
+        ]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as JSON ({error}); give the folder of a Hugging Face model"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, not an object")
+    return values
+
+
+def find_architecture(values: dict[str, Any], path: Path) -> Architecture:
+    """The one that config.json names.
+
+    Raises:
+        ConfigError: listing the known ones.
+    """
+    kind = values.get("model_type")
+    if kind not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ConfigError(
+            f"{path}: model_type={kind!r} is not supported; convert a model of one of {known}"
+        )
+    return ARCHITECTURES[kind]
+
+
+def read_model(
+    architecture: Architecture, values: dict[str, Any], path: Path
+) -> tuple[dict[str, Any], int]:
+    """Our `model` section, and the number of layers.
+
+    Raises:
+        ConfigError: naming every key whose value is not supported, with the remedy.
+    """
+    problems = architecture.find_problems(values)
+    model = {} if problems else architecture.read_config(values, problems)
+    if problems:
+        raise ConfigError(f"{path}: cannot be converted" + "".join(f"\n  {p}" for p in problems))
+    return model, values["num_hidden_layers"]
+
+
+def placeholder_config(
+    model: dict[str, Any], num_layers: int, run_dir: str, tokenizer: str, origin: Path
+) -> Config:
+    """A valid dense config around a model section."""
+    values = {
+        "run_dir": run_dir,
+        "model": model,
+        "recurrence": {"kind": "dense", "num_layers": num_layers},
+        "data": {
+            "train": [{"path": "data/train"}],
+            "tokenizer": tokenizer,
+            "seq_length": model["max_positions"],
+        },
+        "optimizer": {"lr": 1e-5},
+        "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+    }
+    return validate(values, str(origin))
+
+
+# --------------------------------------------------------------------------------------- weights
+
+
+def find_weights(hf_dir: Path, allow_pickles: bool = False) -> dict[str, Path]:
+    """Every tensor of the folder, with the file that holds it; safetensors before pickles."""
+    for stem, ending in (("model", ".safetensors"), ("pytorch_model", PICKLE)):
+        if ending == PICKLE and not allow_pickles:
+            continue
+        index = hf_dir / f"{stem}{ending}.index.json"
+        if index.is_file():
+            table = read_json(index).get("weight_map")
+            if not isinstance(table, dict) or not all(
+                isinstance(name, str) and Path(name).name == name and name.endswith(ending)
+                for name in table.values()
+            ):
+                raise DataError(f"{index}: its weight_map does not name files of the folder")
+            return {tensor: hf_dir / name for tensor, name in table.items()}
+        single = hf_dir / f"{stem}{ending}"
+        if single.is_file():
+            with open_weights(single) as file:
+                return dict.fromkeys(file.keys(), single)
+    pickles = sorted(p.name for p in hf_dir.glob(f"pytorch_model*{PICKLE}"))
+    if pickles and not allow_pickles:
+        raise ConfigError(
+            f"{hf_dir / pickles[0]}: is a pickle, which can run any code and is not read unless "
+            "asked for; load it with transformers and save it again with safe_serialization=True, "
+            "or pass --allow-pickles, which takes tensors from it and nothing else"
+        )
+    raise ConfigError(f"{hf_dir}: has no model.safetensors (or model.safetensors.index.json)")
+
+
+class Tensors:
+    """An open file of tensors: of safetensors, or what a pickle held."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def keys(self) -> list[str]:
+        """Names."""
+        return list(self.file.keys())
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Its values as stored."""
+        return self.file[name] if isinstance(self.file, dict) else self.file.get_tensor(name)
+
+    def describe(self, name: str) -> tuple[list[int], str]:
+        """Shape and dtype (float32, bfloat16, int8, ...), from the header where there is one."""
+        if isinstance(self.file, dict):
+            tensor = self.file[name]
+            return list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        header = self.file.get_slice(name)
+        code = header.get_dtype()
+        dtype = next((d for d, c in SAFETENSORS_DTYPES.items() if c == code), None)
+        if dtype is None:
+            dtype = str(self.file.get_tensor(name).dtype).removeprefix("torch.")
+        return list(header.get_shape()), dtype
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Tensors]:
+    """Open a file of tensors; errors name it."""
+    if path.suffix == PICKLE:
+        yield Tensors(load_pickle(path))
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield Tensors(file)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); download it again") from None
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, mapped from the file where its format allows it."""
+    try:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Whatever a damaged or hostile file may raise.
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{path}: cannot be read ({line}); download it again") from None
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise DataError(f"{path}: holds something other than tensors by name")
+    return found

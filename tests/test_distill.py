@@ -1,0 +1,165 @@
+"""A frozen teacher: the same losses and gradients on any mesh, and nothing of it is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from harness import Trace, assert_gradients_close, compare
+from test_tensor_parallel import build, config_of, gather_whole, later
+
+from megarecur.config.schema import Config
+from megarecur.data.tokenizer import ByteTokenizer
+from megarecur.errors import ConfigError
+from megarecur.parallel.loss import IGNORED
+from megarecur.parallel.mesh import Mesh
+from megarecur.plan.schedule import Schedules
+from megarecur.recurrence.schemes import build_map
+from megarecur.train import checkpoint
+from megarecur.train.distill import load_teacher, with_teacher
+from megarecur.train.metrics import read_rows
+from megarecur.train.step import forward_backward, sum_losses
+from megarecur.train.trainer import FINISHED, open_data, train, with_vocab_size
+from megarecur.train.verify import certified
+
+CYCLE = {"kind": "cycle", "num_blocks": 2, "depth": 4}
+
+
+@pytest.fixture(scope="module")
+def teacher(corpus, tmp_path_factory) -> Path:
+    """A dense run, wider than its pupils."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    model = {"hidden_size": 48, "ffn_hidden_size": 96, "dropout": 0.1, "tie_embeddings": False}
+    assert train(config_of(corpus, "dense", 1, run_dir=str(run), model=model,
+                           optimizer={"lr": 1e-2}, train={"steps": 3})) == FINISHED  # fmt: skip
+    return run
+
+
+def pupil_of(corpus: Path | str, teacher: Path | str, tensor: int = 1, **sections: Any) -> Config:
+    distill = {"teacher": str(teacher), "weight": 0.6, "temperature": 2.0}
+    distill |= sections.pop("distill", {})
+    sections = {"recurrence": CYCLE, "distill": distill, **sections}
+    return config_of(corpus, "cycle", tensor, **sections)
+
+
+def trace(config: Config, num_steps: int) -> Trace:
+    """(loss, raw gradients of whole tensors, norm, skipped) of each optimizer step; the loss is
+    cross-entropy and divergence together."""
+    config, model, engine, mesh, loader = build(config)
+    taught = load_teacher(config, mesh, model.project is not None)
+    schedules, found = Schedules(config), []
+    for step in range(num_steps):
+        result = forward_backward(
+            model, engine, config, loader.batch(step), step, mesh, False, None, schedules, taught
+        )
+        loss = sum_losses(result, mesh) + sum_losses(result, mesh, "distill")
+        gradients = gather_whole(model, mesh, engine.gradients())
+        norm, skipped = engine.step(config.optimizer.lr)
+        found.append((loss, gradients, norm, skipped))
+    assert (taught is None) == (model.project is None)
+    return found
+
+
+RELAXED = {"exits": {"coefficient": 0.3, "distill": True}, "adapters": {"rank": 3, "norms": True}}
+MESHES = [
+    (2, {"tensor": 2}, {"model": {"z_loss": 1e-3}, "exits": {"distill": True}}),
+    later(2, {"tensor": 2, "sequence_parallel": True}, {"model": {"dropout": 0.1}, **RELAXED}),
+    (2, {"pipeline": 2}, RELAXED),
+    later(2, {"zero_stage": 1}, {"train": {"recompute": True}}),
+    later(2, {"zero_stage": 2}, RELAXED),
+    later(2, {"zero_stage": 3}, {"train": {"recompute": True}, **RELAXED}),
+    later(4, {"pipeline": 2, "tensor": 2, "zero_stage": 1}, RELAXED),
+]
+
+
+@pytest.mark.parametrize(("processes", "parallel", "extra"), MESHES)
+def test_a_pupil_on_any_mesh_equals_one_process(
+    world, corpus, teacher, processes, parallel, extra
+) -> None:
+    size = {"micro_batch_size": 1, "global_batch_size": 4, **extra.get("train", {})}
+    sections = {**extra, "train": size}
+    config = pupil_of(corpus, teacher, parallel.get("tensor", 1), parallel=parallel, **sections)
+    found = world(processes).run(trace, config, 3)[0]
+    compare(found, trace(pupil_of(corpus, teacher, **sections), 3))
+
+
+def test_gradients_are_autograds_and_the_teacher_has_none(corpus, teacher) -> None:
+    values = {"train": {"micro_batch_size": 4, "precision": "fp64"}}
+    config = pupil_of(corpus, teacher, **values)
+    ((_, found, _, _),) = trace(config, 1)
+    config, model, _, mesh, loader = build(config)
+    taught = load_teacher(config, mesh, True)
+    assert taught is not None
+    (batch,) = loader.batch(0)
+    ctx = model.context(batch, 0, training=True)
+    x, _ = model.run(build_map(config), model.embed(batch.tokens_BS, ctx), ctx, {})
+    logits, target = model.logits(x).flatten(0, 1), taught.logits(batch)
+    assert not target.requires_grad and torch.equal(target, taught.logits(batch))  # no dropout
+    labels_N = batch.labels_BS.flatten()
+    hard = F.cross_entropy(logits, labels_N, ignore_index=IGNORED)
+    p, q = (target.double() / 2.0).log_softmax(-1), (logits / 2.0).log_softmax(-1)
+    soft = 4.0 * (p.exp() * (p - q)).sum(-1)[labels_N != IGNORED].mean()
+    for weight in model.weights():
+        weight.sum_in_place = False
+    (0.4 * hard + 0.6 * soft).backward()
+    expected = {n: p.grad for n, p in model.parameters_by_name.items()}
+    assert_gradients_close(found, expected, 1e-11)
+    assert all(p.grad is None and not p.requires_grad for p in taught.model.parameters())
+    assert not {id(p) for p in taught.model.parameters()} & {id(p) for p in model.parameters()}
+
+
+def test_a_run_learns_goes_on_and_keeps_its_teacher(corpus, teacher, tmp_path) -> None:
+    run = tmp_path / "run"
+    sections = {"run_dir": str(run), "train": {"steps": 2}, "exits": {"coefficient": 0.2}}
+    before = (teacher / "checkpoints/step-00000003/index.json").read_bytes()
+    assert train(pupil_of(corpus, f"{teacher}@3", **sections)) == FINISHED
+    made = yaml.safe_load((run / "config.yaml").read_text())["distill"]
+    assert made["teacher"] == f"{teacher}@3" and len(made["fingerprint"]) == 32
+    row = next(row for row in read_rows(run / "metrics.jsonl") if "train/distill" in row)
+    assert row["train/distill"] > 0.0 and {"train/loss", "train/exit_1/loss"} <= row.keys()
+    assert "val/exit_1/loss" in read_rows(run / "metrics.jsonl")[-1]
+    config = pupil_of(corpus, teacher, **{**sections, "train": {"steps": 3}})
+    assert train(config) == FINISHED  # The same checkpoint by another name.
+    _, model, *_ = build(config)
+    names = checkpoint.read_names(run / "checkpoints/step-00000003")
+    parameters = {name for name in names if not name.startswith(("exp_avg", "optimizer."))}
+    assert parameters == set(model.parameters_by_name)
+    assert (teacher / "checkpoints/step-00000003/index.json").read_bytes() == before
+    with pytest.raises(ConfigError, match=r"distill.fingerprint"):
+        train(pupil_of(corpus, run, **{**sections, "train": {"steps": 4}}))
+
+
+def test_certificates_have_the_teacher_too(corpus, teacher) -> None:
+    assert certified(pupil_of(corpus, teacher), small=True, dp=1).distill is not None
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"model": {"vocab_size": 300}}, "vocabulary of 257, this run one of 300"),
+        ({"distill": {"teacher": "nowhere"}}, "distill.teacher=nowhere: nowhere is no run folder"),
+        ({"distill": {"fingerprint": "0" * 32}}, "is another checkpoint's"),
+        ({"distill": {"weight": 0.0}}, "distill.weight"),
+        ({"distill": {"temperature": 0}}, "distill.temperature"),
+        ({"distill": {"kind": "reverse_kl"}}, "distill.kind"),
+    ],
+)
+def test_teachers_that_cannot_be_are_refused(corpus, teacher, sections, told) -> None:
+    with pytest.raises(ConfigError, match=told):
+        config = pupil_of(corpus, teacher, **sections)
+        data = open_data(config, Mesh())
+        with_teacher(data.config, data.tokenizer, Mesh())
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(corpus, teacher) -> None:
+    config = with_vocab_size(pupil_of(corpus, teacher), 257)
+    with pytest.raises(ConfigError, match=r"trained with a tokenizer of fingerprint .* has other"):
+        with_teacher(config, "other", Mesh())
+    parallel = config.parallel.model_copy(update={"tensor": 3})
+    heads = config.model_copy(update={"parallel": parallel})
+    with pytest.raises(ConfigError, match=r"parallel.tensor=3 does not divide model.num_heads=4"):
+        with_teacher(heads, ByteTokenizer().fingerprint, Mesh())
