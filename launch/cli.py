@@ -532,8 +532,15 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
     to: Annotated[str, typer.Option(metavar="FORMAT", help="hf: a Hugging Face folder.")],
     unrolled: Annotated[
-        bool, typer.Option("--unrolled", help="Write shared blocks as often as they run.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--unrolled/--compact",
+            show_default=False,
+            help="--compact: shared blocks once, with a modelling file that transformers loads by "
+            "trust_remote_code=True; the default where blocks are shared. --unrolled: blocks as "
+            "often as they run, adapters added in, as an architecture of transformers' own.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; as trained if left out.")
     ] = None,

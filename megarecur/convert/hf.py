@@ -2,7 +2,8 @@
 
     convert_hf(Path("models/llama"), Path("runs/llama"))        # a dense model at step 0
     export_hf(Path("runs/llama"), Path("models/back"))          # the same bytes of every tensor
-    export_hf(Path("runs/shared"), Path("models/shared"), unrolled=True)
+    export_hf(Path("runs/shared"), Path("models/shared"))               # blocks stored once
+    export_hf(Path("runs/shared"), Path("models/layers"), unrolled=True)
 
 Both write beside their target and rename, so that a target is complete or not there.
 """
@@ -16,17 +17,19 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megarecur.config.load import to_yaml, validate
 from megarecur.config.schema import Config
-from megarecur.convert.architecture import Architecture, to_half_split
+from megarecur.convert import compact
+from megarecur.convert.architecture import Architecture, Entry, to_half_split
 from megarecur.convert.source import (
     ARCHITECTURES,
     DTYPES,
@@ -38,7 +41,7 @@ from megarecur.data.tokenizer import BYTES, load_tokenizer, tokenizer_fingerprin
 from megarecur.errors import ConfigError, DataError
 from megarecur.parallel.shards import Shard, whole
 from megarecur.recurrence.inventory import build_inventory
-from megarecur.recurrence.layer_map import count_uses
+from megarecur.recurrence.layer_map import LayerMap, count_uses
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.checkpoint_planning import Values
@@ -158,44 +161,58 @@ def export_hf(
     run_dir: str | Path,
     out_dir: str | Path,
     *,
-    unrolled: bool = False,
+    unrolled: bool | None = None,
     step: int | None = None,
     dtype: str | None = None,
 ) -> Path:
-    """Write a run's model as a folder that transformers loads without code of ours.
+    """Write a run's model as a folder that transformers loads.
 
-    The architecture is the one that the run was converted from, or else the first of those we know
-    that can express the model.
+    Unrolled, it needs no code of ours: a block is written as often as it runs, with the adapters
+    of each loop added in. The architecture is the one that the run was converted from, or else the
+    first of those we know that can express the model. Compact, a block is written once, and a
+    modelling file with it (see `compact`).
 
     Args:
         run_dir: a run folder.
         out_dir: absent, or an empty folder.
-        unrolled: write a block as often as it runs, which a model without sharing needs.
+        unrolled: True or False (compact); None: compact where blocks are shared.
         step: the checkpoint to export; None: the newest one.
         dtype: float32, bfloat16 or float16; None: float32, or what the run was converted from as
             long as it has not been trained.
 
     Raises:
-        ConfigError: a model that no architecture can express, or a target that is not empty.
+        ConfigError: a model that cannot be expressed, or a target that is not empty.
         CheckpointError: no checkpoint that can be used.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     run = open_run_folder(run_dir, step)
-    origin = run.state.get("hugging_face", {})
-    architecture = choose_architecture(run.config, origin.get("model_type"))
-    blocks = blocks_of_layers(run.config, architecture, unrolled)
+    config, origin = run.config, run.state.get("hugging_face", {})
+    if unrolled is None:
+        unrolled = max(count_uses(layer_map(config.recurrence)).values()) == 1
     dtype = dtype or origin.get("dtype", "float32")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    if unrolled:
+        architecture = choose_architecture(config, origin.get("model_type"))
+        steps = layers_of(config, architecture)
+        values = config_values(config, architecture, [step.block for step in steps], dtype)
+    else:
+        values = compact.config_values(config) | {"torch_dtype": dtype}
     with written_aside(out_dir) as aside:
-        values = config_values(run.config, architecture, blocks, dtype) | special_tokens(run)
+        parameters = Parameters(run)
+        if unrolled:
+            tensors = unrolled_tensors(parameters, architecture, steps)
+        else:
+            tensors = compact_tensors(parameters)
+            write_file(aside / compact.MODELLING, compact.modelling_code())
+        values |= special_tokens(run)
         write_json(aside / "config.json", values)
         copy_hf_tokenizer(run, aside)
         if not (aside / "generation_config.json").exists():
             write_json(
                 aside / "generation_config.json", {key: values[key] for key in SPECIAL_TOKENS}
             )
-        write_tensors(aside / "model.safetensors", run, architecture, blocks, dtype)
+        write_tensors(aside / "model.safetensors", tensors, dtype)
     return out_dir
 
 
@@ -217,12 +234,14 @@ def choose_architecture(config: Config, origin: str | None) -> Architecture:
     nearest, found = min(obstacles, key=lambda pair: len(pair[1]))
     raise ConfigError(
         f"no architecture of {', '.join(ARCHITECTURES)} can express this model; the nearest is "
-        f"{nearest.title}:" + "".join(f"\n  {problem}" for problem in found)
+        f"{nearest.title}:"
+        + "".join(f"\n  {problem}" for problem in found)
+        + "\n--compact writes it with a modelling file of its own"
     )
 
 
-def blocks_of_layers(config: Config, architecture: Architecture, unrolled: bool) -> list[int]:
-    """The block that each layer of the export runs.
+def layers_of(config: Config, architecture: Architecture) -> LayerMap:
+    """The steps of the map, which are the layers of an unrolled export.
 
     Raises:
         ConfigError: naming every key whose value layers in a row cannot express, with the remedy.
@@ -232,22 +251,16 @@ def blocks_of_layers(config: Config, architecture: Architecture, unrolled: bool)
         injection = getattr(config.recurrence, "injection", None)
         problems.append(
             f"recurrence.injection={injection!r}: a {title} layer reads the layer below and "
-            "nothing else; only injection='none' can be exported"
+            "nothing else; only injection='none' can be unrolled, --compact writes any"
         )
     if any(step.normalize for step in steps):
         problems.append(
             f"recurrence.final_norm_after_core=True: {title} has no norm between layers; only "
-            "False can be exported"
-        )
-    shared = {block: uses for block, uses in count_uses(steps).items() if uses > 1}
-    if shared and not unrolled:
-        problems.append(
-            f"recurrence.kind={config.recurrence.kind}: runs {len(shared)} block(s) more than "
-            f"once, {title} layers share nothing; pass --unrolled to write {len(steps)} layers"
+            "False can be unrolled, --compact writes both"
         )
     if problems:
         raise ConfigError(f"cannot export to {title}:" + "".join(f"\n  {p}" for p in problems))
-    return [step.block for step in steps]
+    return steps
 
 
 def config_values(
@@ -266,49 +279,104 @@ def config_values(
     }
 
 
-def write_tensors(
-    path: Path, run: Run, architecture: Architecture, blocks: list[int], dtype: str
-) -> None:
-    """Write the layers in order, one tensor at a time: repeated layers cost no memory."""
-    config = run.config
-    inventory = build_inventory(config)
-    master = torch.float64 if config.train.precision == "fp64" else torch.float32
-    parameters = {name: torch.empty(s.shape, dtype=master) for name, s in inventory.items()}
-    read_parameters(run.checkpoint, parameters)
-    model = config.model
-    entries = architecture.names(model).all(blocks)
+class Stored(NamedTuple):
+    """One tensor of an export; its value is made when it is written."""
 
-    def shape_of(ours: str) -> tuple[int, ...]:
-        # Biases that the architecture has and we lack are zero.
-        if ours in inventory:
-            return inventory[ours].shape
-        return inventory[ours.removesuffix(".bias") + ".weight"].shape[:1]
+    name: str
+    shape: tuple[int, ...]
+    value: Callable[[], Tensor]
 
-    def value_of(ours: str) -> Tensor:
-        tensor = parameters.get(ours)
+
+class Parameters:
+    """A checkpoint's parameters, also as one loop of a block sees them, adapters added in."""
+
+    def __init__(self, run: Run) -> None:
+        self.config, self.inventory = run.config, build_inventory(run.config)
+        master = torch.float64 if run.config.train.precision == "fp64" else torch.float32
+        self.values = {n: torch.empty(s.shape, dtype=master) for n, s in self.inventory.items()}
+        read_parameters(run.checkpoint, self.values)
+
+    def of_loop(self, name: str, loop: int) -> str:
+        """The name of what a loop uses where its block has `name`, or would have it.
+
+        `blocks.0.attention.query_norm.weight` is `blocks.0.loops.1.query_norm.weight` where loops
+        have norms of their own.
+        """
+        _, block, *inner = name.split(".")
+        own = f"blocks.{block}.loops.{loop}.{'.'.join(inner[-2:])}"
+        return own if own in self.inventory else name
+
+    def shape(self, name: str, loop: int = 0) -> tuple[int, ...]:
+        """Biases that an architecture has and we lack are as long as their matrix."""
+        if name.startswith("blocks."):
+            name = self.of_loop(name, loop)
+        if name in self.inventory:
+            return self.inventory[name].shape
+        return self.inventory[name.removesuffix(".bias") + ".weight"].shape[:1]
+
+    def value(self, name: str, loop: int = 0) -> Tensor:
+        """In the order that architectures rotate in; biases that we lack are zero."""
+        rotated = any(f".attention.{kind}" in name for kind in ("query", "key"))
+        used = self.of_loop(name, loop) if name.startswith("blocks.") else name
+        tensor = self.values.get(used)
         if tensor is None:
-            return torch.zeros(shape_of(ours))
-        rotated = any(f".attention.{name}" in ours for name in ("query", "key"))
+            return torch.zeros(self.shape(name, loop))
+        delta = self.of_loop(name.removesuffix("weight") + "lora_a", loop)
+        if delta in self.values and self.config.adapters is not None:
+            a, b = self.values[delta].double(), self.values[delta[:-1] + "b"].double()
+            tensor = (tensor + self.config.adapters.scale * (b @ a)).to(tensor.dtype)
+        model = self.config.model
         return to_half_split(tensor, model) if model.rope_interleaved and rotated else tensor
 
+
+def unrolled_tensors(
+    parameters: Parameters, architecture: Architecture, steps: LayerMap
+) -> list[Stored]:
+    """The layers in order, by the architecture's names."""
+    model = parameters.config.model
+    names = architecture.names(model)
+
+    def stored(e: Entry, loop: int = 0) -> Stored:
+        parts = [parameters.shape(name, loop) for name in e.ours]
+
+        def value() -> Tensor:
+            return e.write(tuple(parameters.value(name, loop) for name in e.ours), model)
+
+        return Stored(e.theirs, (sum(part[0] for part in parts), *parts[0][1:]), value)
+
+    layers = [
+        stored(e, step.loop_index)
+        for layer, step in enumerate(steps)
+        for e in names.of_layer(layer, step.block)
+    ]
+    return [*map(stored, names.first), *layers, *map(stored, names.last)]
+
+
+def compact_tensors(parameters: Parameters) -> list[Stored]:
+    """Every parameter that the map uses, once, by our names."""
+    return [
+        Stored(name, parameters.inventory[name].shape, partial(parameters.values.__getitem__, name))
+        for name in compact.parameter_names(parameters.config)
+    ]
+
+
+def write_tensors(path: Path, tensors: list[Stored], dtype: str) -> None:
+    """Write one tensor at a time: what repeats costs no memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for e in entries:
-        parts = [shape_of(name) for name in e.ours]
-        shape = [sum(part[0] for part in parts), *parts[0][1:]]
-        start, end = end, end + prod(shape) * DTYPES[dtype].itemsize
-        header[e.theirs] = {
+    for tensor in tensors:
+        start, end = end, end + prod(tensor.shape) * DTYPES[dtype].itemsize
+        header[tensor.name] = {
             "dtype": SAFETENSORS_DTYPES[dtype],
-            "shape": shape,
+            "shape": tensor.shape,
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "xb", buffering=0) as file:
         write_all(file, struct.pack("<Q", len(text)) + text, path)
-        for e in entries:
-            tensor = e.write(tuple(value_of(name) for name in e.ours), model)
-            stored = tensor.to(DTYPES[dtype]).contiguous().flatten().view(torch.uint8)
+        for tensor in tensors:
+            stored = tensor.value().to(DTYPES[dtype]).contiguous().flatten().view(torch.uint8)
             write_all(file, stored.numpy().data, path)
         os.fsync(file.fileno())
 
