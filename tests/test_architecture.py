@@ -45,6 +45,7 @@ OWNERS = {
     "pyarrow": ("data_prep.tables",),
     "datasets": ("data_prep.hub",),
     "datasketch": ("data_prep.duplicates",),
+    "transformers": ("megarecur.convert.hub_model",),
     "typer": ("launch",),
 }
 """A library and the only places that may import it."""
@@ -111,6 +112,14 @@ def test_libraries_stay_with_their_owners(path: Path) -> None:
         for library, owners in OWNERS.items():
             if inside(imported, library):
                 assert any(inside(module, owner) for owner in owners), where
+
+
+def test_the_modelling_file_stands_alone() -> None:
+    """It is copied into exported folders, and nobody here imports it."""
+    path = ROOT / "megarecur/convert/hub_model.py"
+    assert not [name for _, name in imports(path) if room(name) or inside(name, "megarecur")]
+    own = module_name(path)
+    assert not [p for p in CODE if any(inside(name, own) for _, name in imports(p))]
 
 
 @pytest.mark.parametrize("name", ["cli.py", "prep.py"])

@@ -37,6 +37,7 @@ from megarecur.convert.source import (
     SourceModel,
     placeholder_config,
 )
+from megarecur.convert.tokenizer import write_hf_tokenizer
 from megarecur.data.tokenizer import BYTES, load_tokenizer, tokenizer_fingerprint
 from megarecur.errors import ConfigError, DataError
 from megarecur.parallel.shards import Shard, whole
@@ -207,7 +208,7 @@ def export_hf(
             write_file(aside / compact.MODELLING, compact.modelling_code())
         values |= special_tokens(run)
         write_json(aside / "config.json", values)
-        copy_hf_tokenizer(run, aside)
+        export_tokenizer(run, aside)
         if not (aside / "generation_config.json").exists():
             write_json(
                 aside / "generation_config.json", {key: values[key] for key in SPECIAL_TOKENS}
@@ -393,19 +394,23 @@ def special_tokens(run: Run) -> dict[str, Any]:
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
-def copy_hf_tokenizer(run: Run, target: Path) -> None:
-    """Copy the tokenizer where it is Hugging Face's, or came from such a folder."""
+def export_tokenizer(run: Run, target: Path) -> None:
+    """Copy the tokenizer where it is Hugging Face's, or came from such a folder; make one of any
+    other. Where that cannot be done a warning says so."""
     source = Path(run.tokenizer)
     if run.tokenizer != BYTES and not source.is_file():
         log.warning("%s is missing; the export has no tokenizer", source)
-    elif run.tokenizer == BYTES or not (
+    elif run.tokenizer != BYTES and (
         "hugging_face" in run.state or source.read_bytes().lstrip()[:1] == b"{"
     ):
-        log.warning("%s is no Hugging Face tokenizer and was not exported", run.tokenizer)
-    else:
         copy_tokenizer(source.parent, target)
         if not (target / source.name).exists():
             write_file(target / "tokenizer.json", source.read_bytes())
+    else:
+        try:
+            write_hf_tokenizer(run.tokenizer, target)
+        except DataError as error:
+            log.warning("%s; the export has no tokenizer", error)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

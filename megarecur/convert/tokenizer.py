@@ -1,0 +1,205 @@
+"""Tokenizers of runs as Hugging Face has them: a sentencepiece model or plain bytes as a
+tokenizer.json with the same ids, checked on text before it is written.
+
+    write_hf_tokenizer("runs/quickstart/tokenizer.model", Path("out"))
+
+As everywhere here, text that spells a special token is text (`split_special_tokens`), and nothing
+is put before or after it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megarecur.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from megarecur.errors import DataError
+from megarecur.train.checkpoint_storage import write_file
+
+NEVER = -1e6
+"""Score of pieces that a unigram search must not choose."""
+END_OF_BYTES = "<|endoftext|>"
+"""What the bytes' end of document is called, which has no name here."""
+SAMPLES = (
+    "",
+    "def f(x):\n\treturn {'a': x[1:-1] ** 2}  # 0123456789 3.14\r\n",
+    "The  quick   brown\n\n\nfox jumps    over \t the lazy dog. ",
+    " leading and trailing ",
+    "naïve café Ångström ﬁ ½ … “quotes” – dashes—em",
+    "Grüße, Привет мир, γειά σου, שלום, مرحبا, नमस्ते, 你好世界, こんにちは, 안녕하세요",
+    "👋🏽 👨‍👩‍👧‍👦 🇫🇷 e\u0301 \u200b\ufeff \u00a0\u3000\u2028 \ufffd ▁ ▁▁x \U0010ffff",
+    "<s>text</s> <unk> <|endoftext|> <0x41><0x0A> [BOS]",
+    "\x00\x01\x07\x1f\x7f\x80",
+)
+"""Text of all kinds that tokenizers are compared on."""
+RUNS = " \n\t▁-=#*_.a0é漢"
+"""Characters that come in runs."""
+LONGEST_RUN, PIECES_AT_ONCE = 40, 12
+
+
+def write_hf_tokenizer(name: str, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json.
+
+    Args:
+        name: path of a sentencepiece model, or `bytes`.
+        folder: to write into.
+
+    Raises:
+        DataError: there is no such tokenizer, or there is none with the same ids in Hugging Face's
+            format; nothing is written.
+    """
+    ours = load_tokenizer(name)
+    if name == BYTES:
+        theirs, specials = from_bytes()
+        samples: Iterator[str] = iter(SAMPLES)
+    else:
+        content = Path(name).read_bytes()
+        try:
+            theirs, specials = from_sentencepiece(content)
+        except Exception as error:  # the library raises plain ones
+            raise DataError(f"{name}: cannot become a tokenizer.json ({error})") from error
+        samples = sample_texts(content)
+    theirs.encode_special_tokens = True
+    unknown = theirs.token_to_id(specials.get("unk_token", ""))
+    difference = find_difference(ours, theirs, unknown, samples)
+    if difference is not None:
+        raise DataError(f"{name}: a tokenizer.json would give other ids or text for {difference}")
+    write_file(folder / "tokenizer.json", theirs.to_str(pretty=True).encode())
+    values = specials | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+    }
+    write_file(folder / "tokenizer_config.json", (json.dumps(values, indent=2) + "\n").encode())
+
+
+def from_bytes() -> tuple[Any, dict[str, str]]:
+    """The 256 bytes and an end of document, with the special tokens' names."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # As GPT-2 spells bytes: printable ones as they are, the others by characters from U+0100 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelled = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab=spelled, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_BYTES, normalized=False, special=True)])
+    return tokenizer, {"eos_token": END_OF_BYTES}
+
+
+def from_sentencepiece(content: bytes) -> tuple[Any, dict[str, str]]:
+    """A sentencepiece model as a tokenizer.json, with the special tokens' names.
+
+    Raises:
+        DataError: parts that the format does not have.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as messages
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
+    proto = messages.ModelProto.FromString(content)  # type: ignore[attr-defined]
+    trainer, spec, kinds = proto.trainer_spec, proto.normalizer_spec, type(proto.pieces[0])
+    if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM):
+        raise DataError("its model_type is neither bpe nor unigram")
+    names = [p.piece for p in proto.pieces]
+    unknown = next((p.piece for p in proto.pieces if p.type == kinds.UNKNOWN), None)
+    if trainer.model_type == trainer.BPE:
+        normal = {p.piece: p.score for p in proto.pieces if p.type == kinds.NORMAL}
+        model = models.BPE(
+            vocab={name: i for i, name in enumerate(names)},
+            merges=find_merges(normal),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
+    else:
+        scores = [p.score if p.type == kinds.NORMAL else NEVER for p in proto.pieces]
+        model = models.Unigram(
+            list(zip(names, scores, strict=True)),
+            names.index(unknown) if unknown is not None else None,
+            trainer.byte_fallback,
+        )
+    tokenizer = Tokenizer(model)
+
+    normalize = []
+    if spec.precompiled_charsmap:
+        normalize.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        normalize.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        normalize.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if spec.add_dummy_prefix:
+        normalize.append(normalizers.Prepend(" "))
+    decode: list[Any] = [decoders.ByteFallback(), decoders.Fuse()]
+    if spec.escape_whitespaces:
+        normalize.append(normalizers.Replace(" ", "▁"))
+        decode.insert(0, decoders.Replace("▁", " "))
+    if spec.add_dummy_prefix:
+        decode.append(decoders.Strip(" ", 1, 0))
+    if normalize:
+        tokenizer.normalizer = normalizers.Sequence(normalize)
+    tokenizer.decoder = decoders.Sequence(decode)
+
+    special = [p.piece for p in proto.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    tokenizer.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in special])
+    given = [p.piece for p in proto.pieces if p.type == kinds.USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(s, normalized=True, special=False) for s in given])
+    roles = {"unk_token": unknown}
+    for role in ("bos", "eos", "pad"):
+        index = getattr(trainer, f"{role}_id")
+        roles[f"{role}_token"] = names[index] if 0 <= index < len(names) else None
+    return tokenizer, {role: name for role, name in roles.items() if name is not None}
+
+
+def find_merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Which neighbours may join, first those whose piece has the highest score.
+
+    sentencepiece joins any two pieces that make one; a merge of tokenizers names both.
+    """
+    numbers = {piece: i for i, piece in enumerate(sorted(scores, key=lambda p: -scores[p]))}
+    merges = []
+    for piece in numbers:
+        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        found = [(a, b) for a, b in cuts if a in numbers and b in numbers]
+        merges += sorted(found, key=lambda pair: (numbers[pair[0]], numbers[pair[1]]))
+    return merges
+
+
+def sample_texts(content: bytes) -> Iterator[str]:
+    """Texts of all kinds, runs of characters, and a sentencepiece model's own pieces, each alone
+    and among others."""
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    proto = messages.ModelProto.FromString(content)  # type: ignore[attr-defined]
+    yield from SAMPLES
+    for character in RUNS:
+        for length in range(1, LONGEST_RUN):
+            yield f"x{character * length}y{character * (length // 3)}"
+    kinds = type(proto.pieces[0])
+    wanted = (kinds.NORMAL, kinds.USER_DEFINED)
+    pieces = [p.piece.replace("▁", " ") for p in proto.pieces if p.type in wanted]
+    yield from pieces
+    chosen = random.Random(0)
+    for _ in range(3):
+        chosen.shuffle(pieces)
+        for start in range(0, len(pieces), PIECES_AT_ONCE):
+            yield "".join(pieces[start : start + PIECES_AT_ONCE])
+
+
+def find_difference(
+    ours: Tokenizer, theirs: Any, unknown: int | None, texts: Iterator[str]
+) -> str | None:
+    """The first text whose ids, or whose text made of the ids, differ; with the ids.
+
+    What is unknown is shown as a sign by one and left out by the other, and not compared.
+    """
+    for text in texts:
+        wanted = ours.encode(text)
+        found = theirs.encode(text, add_special_tokens=False).ids
+        if found != wanted:
+            return f"{text[:80]!r} ({found[:16]} instead of {wanted[:16]})"
+        if unknown not in wanted and theirs.decode(wanted) != ours.decode(wanted):
+            return f"{text[:80]!r} ({theirs.decode(wanted)[:80]!r} read back)"
+    return None
