@@ -9,23 +9,31 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from configs import TEXT, make_config
 from safetensors.torch import load_file, save_file
-from test_convert import DENSE, REUSE_MAP, TOKENS_BS, all_logits, run_logits, write_run
+from test_convert import DENSE, REUSE_MAP, TOKENS_BS, write_run
 from torch import Tensor
 
+from configs import TEXT, make_config
+from data_prep.tokenizer import train_tokenizer
 from megarecur.config.load import to_yaml
 from megarecur.config.schema import ModelConfig
 from megarecur.convert import compact
 from megarecur.convert.hf import export_hf
+from megarecur.convert.tokenizer import SAMPLES
+from megarecur.data.tokenizer import load_tokenizer
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.errors import ConfigError
-from megarecur.inference.generate import generate
+from megarecur.inference.generate import generate, run_forward
+from megarecur.model.context import build_context
+from megarecur.parallel.mesh import Mesh
+from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train.load import load_model, open_tokenizer
 from megarecur.train.trainer import FINISHED, train
@@ -58,8 +66,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
     ),
     "embedding again": (
         REPEATED,
-        {"rank": 40, "norms": True},
-        {"positions": "learned", "norm": "layer", "feed_forward": "gelu", "max_positions": 40},
+        {"rank": 20, "norms": True},
+        {"positions": "learned", "norm": "layer", "feed_forward": "gelu", "max_positions": 80},
     ),
     "cycle_reverse, alibi": (
         {"kind": "cycle_reverse", "num_blocks": 2, "depth": 4},
@@ -100,9 +108,7 @@ def hub_model() -> Any:
 
 def load_compact(hub_model: Any, folder: Path) -> Any:
     """The model of a folder; every tensor has its place."""
-    model, faults = hub_model.MegarecurForCausalLM.from_pretrained(
-        folder, output_loading_info=True
-    )
+    model, faults = hub_model.MegarecurForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(faults.values()), faults
     return model.eval()
 
@@ -112,6 +118,17 @@ def logits_of(model: Any, tokens_BS: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(tokens_BS).logits
     return logits
+
+
+@torch.no_grad()
+def our_logits(run_dir: Path, tokens_BS: Tensor = TOKENS_BS) -> Tensor:
+    """The same of a run, in one pass."""
+    model, run = load_model(run_dir)
+    positions_BS = torch.arange(tokens_BS.shape[1]).expand(tokens_BS.shape)
+    ctx = build_context(run.config.model, positions_BS, model.dtype)
+    x = run_forward(model, Mesh(), Schedules(run.config).forward(), tokens_BS, ctx)
+    assert x is not None
+    return model.all_logits(x)
 
 
 def continue_prompt(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -140,7 +157,7 @@ def test_compact_export_computes_the_same(tmp_path: Path, hub_model: Any, name: 
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: p.shape for n, p in ours.parameters_by_name.items()
     }
-    wanted = all_logits(ours, TOKENS_BS)
+    wanted = our_logits(tmp_path / "run")
     assert wanted.std() > 0.3
     torch.testing.assert_close(logits_of(model, TOKENS_BS), wanted, rtol=1e-5, atol=1e-5)
 
@@ -208,7 +225,7 @@ def test_depths_that_are_drawn_export_the_mean(tmp_path: Path, hub_model: Any) -
     write_run(tmp_path / "run", REPEATED | {"num_loops": loops}, adapters=ADAPTERS)
     model = load_compact(hub_model, export_hf(tmp_path / "run", tmp_path / "hf"))
     assert model.config.num_hidden_layers == 6 and len(model.blocks[0].loops) == 3
-    wanted = run_logits(tmp_path / "run")
+    wanted = our_logits(tmp_path / "run")
     torch.testing.assert_close(logits_of(model, TOKENS_BS), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -243,7 +260,7 @@ def test_unrolled_export_adds_adapters_in(
     out = export_hf(tmp_path / "run", tmp_path / "hf", unrolled=True)
     assert json.loads((out / "config.json").read_text())["model_type"] == kind
     model = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
-    wanted = run_logits(tmp_path / "run")
+    wanted = our_logits(tmp_path / "run")
     torch.testing.assert_close(logits_of(model.eval(), TOKENS_BS), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -256,46 +273,54 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 
 
-def train_run(corpus: Path, run_dir: Path, name: str) -> None:
-    """A few steps, far enough from the start."""
-    config = make_config(
-        corpus,
-        run_dir=str(run_dir),
-        train={"steps": 4},
-        optimizer={"lr": 1e-2},
-        **TRAINED[name],
-    )
-    assert train(config) == FINISHED
-    model, _ = load_model(run_dir)
-    moved = [p.abs().max() for n, p in model.parameters_by_name.items() if n.endswith("lora_b")]
-    assert all(top > 1e-3 for top in moved) and bool(moved) == ("adapters" in TRAINED[name])
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Run folders by name, after a few steps, far enough from the start."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    @cache
+    def run_of(name: str) -> Path:
+        config = make_config(
+            corpus,
+            run_dir=str(folder / name),
+            train={"steps": 3, "global_batch_size": 4, "micro_batch_size": 4},
+            optimizer={"lr": 5e-3},
+            **TRAINED[name],
+        )
+        assert train(config) == FINISHED
+        model, _ = load_model(folder / name)
+        moved = [p.abs().max() for n, p in model.parameters_by_name.items() if "lora_b" in n]
+        assert all(top > 1e-3 for top in moved) and bool(moved) == ("adapters" in TRAINED[name])
+        return folder / name
+
+    return run_of
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_runs(
-    corpus: Path, tmp_path: Path, hub_model: Any, name: str, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[[str], Path], tmp_path: Path, hub_model: Any, name: str
 ) -> None:
     """Both exports give our logits within 1e-5, and our tokens."""
     import transformers
 
-    train_run(corpus, tmp_path / "run", name)
-    ours, run = load_model(tmp_path / "run")
+    run_dir = trained(name)
+    ours, run = load_model(run_dir)
     tokenizer = open_tokenizer(run)
     prompt = tokenizer.encode("str: ")
-    tokens_BS = torch.tensor([tokenizer.encode(TEXT[:40])])
-    wanted = all_logits(ours, tokens_BS)
-    tokens = list(generate(ours, prompt, max_new_tokens=24, temperature=0.0))
-    model = load_compact(hub_model, export_hf(tmp_path / "run", tmp_path / "compact"))
+    tokens_BS = torch.tensor([tokenizer.encode(TEXT[:30])])
+    wanted = our_logits(run_dir, tokens_BS)
+    tokens = list(generate(ours, prompt, max_new_tokens=12, temperature=0.0))
+    model = load_compact(hub_model, export_hf(run_dir, tmp_path / "compact"))
     assert (logits_of(model, tokens_BS) - wanted).abs().max() < 1e-5
-    assert continue_prompt(model, prompt, 24) == tokens
+    assert continue_prompt(model, prompt, 12) == tokens
     if name == "loop":
         with pytest.raises(ConfigError, match="only injection='none' can be unrolled, --compact"):
-            export_hf(tmp_path / "run", tmp_path / "layers", unrolled=True)
+            export_hf(run_dir, tmp_path / "layers", unrolled=True)
         return
-    out = export_hf(tmp_path / "run", tmp_path / "layers", unrolled=True)
+    out = export_hf(run_dir, tmp_path / "layers", unrolled=True)
     layers = transformers.LlamaForCausalLM.from_pretrained(out).eval()
     assert (logits_of(layers, tokens_BS) - wanted).abs().max() < 1e-5
-    assert continue_prompt(layers, prompt, 24) == tokens
+    assert continue_prompt(layers, prompt, 12) == tokens
     # It would be noticed if a loop's deltas were left out.
     if "adapters" in TRAINED[name]:
         tensors = load_file(tmp_path / "compact/model.safetensors")
@@ -303,6 +328,34 @@ def test_trained_runs(
         save_file(tensors, tmp_path / "compact/model.safetensors", {"format": "pt"})
         broken = load_compact(hub_model, tmp_path / "compact")
         assert (logits_of(broken, tokens_BS) - wanted).abs().max() > 1e-4
+
+
+def test_auto_tokenizer_gives_our_ids(tmp_path: Path, hub_model: Any) -> None:
+    """Of a sentencepiece model trained here, and of bytes; both exports carry it."""
+    import transformers
+
+    source = tmp_path / "text.txt"
+    source.write_text(TEXT)
+    train_tokenizer([source], tmp_path / "tokenizer.model", vocab_size=400)
+    write_run(tmp_path / "run", CYCLE, vocab_size=400)
+    plain = (tmp_path / "run/config.yaml").read_text()
+    for name in ("bytes", str(tmp_path / "tokenizer.model")):
+        text = plain.replace("tokenizer: bytes", f"tokenizer: {name}")
+        (tmp_path / "run/config.yaml").write_text(text)
+        ours = load_tokenizer(name)
+        for unrolled in (False, True):
+            out = tmp_path / f"{Path(name).name}-{unrolled}"
+            export_hf(tmp_path / "run", out, unrolled=unrolled)
+            theirs = transformers.AutoTokenizer.from_pretrained(out)
+            assert len(theirs) == ours.vocab_size
+            assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+            values = json.loads((out / "config.json").read_text())
+            assert values["eos_token_id"] == ours.eos_id
+            for sample in (*SAMPLES, TEXT[:2000]):
+                ids = ours.encode(sample)
+                assert theirs(sample)["input_ids"] == ids
+                assert theirs.decode(ids) == ours.decode(ids)
+            assert theirs.decode([ours.eos_id], skip_special_tokens=True) == ""
 
 
 ALONE = """
@@ -329,17 +382,16 @@ print(json.dumps(answers))
 
 @pytest.mark.slow
 def test_a_fresh_process_needs_transformers_and_torch_only(
-    corpus: Path, tmp_path: Path, hub_model: Any
+    trained: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Ids, logits and tokens by the Auto classes, offline, without this package."""
     text, folders, wanted = "str.upper: café \n\t</s>", [], []
     for name in TRAINED:
-        run_dir = tmp_path / name
-        train_run(corpus, run_dir, name)
+        run_dir = trained(name)
         ours, run = load_model(run_dir)
         ids = open_tokenizer(run).encode(text)
         tokens = list(generate(ours, ids, max_new_tokens=16, temperature=0.0))
-        logits = all_logits(ours, torch.tensor([ids]))[0, -1]
+        logits = our_logits(run_dir, torch.tensor([ids]))[0, -1]
         for unrolled in (False,) if name == "loop" else (False, True):
             out = export_hf(run_dir, tmp_path / f"{name}-{unrolled}", unrolled=unrolled)
             folders.append([str(out), text])

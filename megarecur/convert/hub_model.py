@@ -431,7 +431,7 @@ class MegarecurForCausalLM(PreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs
             )
         if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
+            output_hidden_states = getattr(config, "output_hidden_states", False)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
