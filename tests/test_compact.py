@@ -93,7 +93,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
     ),
 }
 """Recurrence, adapters, and our `model` section as `write_run` takes it."""
-FAST = ("cycle", "loop", "reuse_map", "embedding again")
+FAST = ("reuse_map", "embedding again")
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ NATIVE = {
 """Our `model` section by the model_type that it is exported to."""
 
 
-@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("norms", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "kind", [k if k in ("llama", "qwen3") else pytest.param(k, marks=pytest.mark.slow)
              for k in NATIVE],

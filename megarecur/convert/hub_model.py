@@ -96,6 +96,8 @@ class MegarecurConfig(PretrainedConfig):
         self.use_cache = use_cache
         kwargs.pop("num_hidden_layers", None)
         self.num_hidden_layers = len(self.layer_map)
+        # Some versions know it, others do not: set here too.
+        self.tie_word_embeddings = tie_word_embeddings
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
