@@ -26,7 +26,7 @@ from megarecur.config.load import to_yaml
 from megarecur.config.schema import ModelConfig
 from megarecur.convert import compact
 from megarecur.convert.hf import export_hf
-from megarecur.convert.tokenizer import SAMPLES
+from megarecur.convert.tokenizer import SAMPLES, write_hf_tokenizer
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.errors import ConfigError
@@ -331,7 +331,8 @@ def test_trained_runs(
 
 
 def test_auto_tokenizer_gives_our_ids(tmp_path: Path, hub_model: Any) -> None:
-    """Of a sentencepiece model trained here, and of bytes; both exports carry it."""
+    """Of a sentencepiece model trained here, of bytes, and of a tokenizer.json that has no
+    description; both exports carry it."""
     import transformers
 
     source = tmp_path / "text.txt"
@@ -339,7 +340,11 @@ def test_auto_tokenizer_gives_our_ids(tmp_path: Path, hub_model: Any) -> None:
     train_tokenizer([source], tmp_path / "tokenizer.model", vocab_size=400)
     write_run(tmp_path / "run", CYCLE, vocab_size=400)
     plain = (tmp_path / "run/config.yaml").read_text()
-    for name in ("bytes", str(tmp_path / "tokenizer.model")):
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    write_hf_tokenizer(str(tmp_path / "tokenizer.model"), lone)
+    (lone / "tokenizer_config.json").unlink()
+    for name in ("bytes", str(tmp_path / "tokenizer.model"), str(lone / "tokenizer.json")):
         text = plain.replace("tokenizer: bytes", f"tokenizer: {name}")
         (tmp_path / "run/config.yaml").write_text(text)
         ours = load_tokenizer(name)

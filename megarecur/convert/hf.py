@@ -37,7 +37,7 @@ from megarecur.convert.source import (
     SourceModel,
     placeholder_config,
 )
-from megarecur.convert.tokenizer import write_hf_tokenizer
+from megarecur.convert.tokenizer import describe_hf_tokenizer, write_hf_tokenizer
 from megarecur.data.tokenizer import BYTES, load_tokenizer, tokenizer_fingerprint
 from megarecur.errors import ConfigError, DataError
 from megarecur.parallel.shards import Shard, whole
@@ -406,6 +406,14 @@ def export_tokenizer(run: Run, target: Path) -> None:
         copy_tokenizer(source.parent, target)
         if not (target / source.name).exists():
             write_file(target / "tokenizer.json", source.read_bytes())
+        # transformers describes those of its own architectures itself.
+        needs_class = "hugging_face" not in run.state or (target / compact.MODELLING).exists()
+        is_alone = not (target / "tokenizer_config.json").exists()
+        if needs_class and is_alone and (target / "tokenizer.json").exists():
+            try:
+                describe_hf_tokenizer(target)
+            except DataError as error:
+                log.warning("%s; AutoTokenizer will not read it", error)
     else:
         try:
             write_hf_tokenizer(run.tokenizer, target)

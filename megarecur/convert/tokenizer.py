@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megarecur.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from megarecur.data.tokenizer import BYTES, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megarecur.errors import DataError
 from megarecur.train.checkpoint_storage import write_file
 
@@ -68,6 +68,27 @@ def write_hf_tokenizer(name: str, folder: Path) -> None:
     if difference is not None:
         raise DataError(f"{name}: a tokenizer.json would give other ids or text for {difference}")
     write_file(folder / "tokenizer.json", theirs.to_str(pretty=True).encode())
+    write_tokenizer_config(specials, folder)
+
+
+def describe_hf_tokenizer(folder: Path) -> None:
+    """Write the tokenizer_config.json that a lone tokenizer.json lacks, without which AutoTokenizer
+    does not know what to make of it."""
+    ours = load_tokenizer(folder / "tokenizer.json")
+    assert isinstance(ours, HuggingFaceTokenizer)
+    roles = {"bos_token": ours.bos_id, "eos_token": ours.eos_id}
+    write_tokenizer_config(
+        {role: ours.model.id_to_token(i) for role, i in roles.items() if i is not None}, folder
+    )
+
+
+def write_tokenizer_config(specials: dict[str, str], folder: Path) -> None:
+    """Write tokenizer_config.json.
+
+    Args:
+        specials: names of special tokens by role, such as eos_token.
+        folder: to write into.
+    """
     values = specials | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -182,7 +203,7 @@ def sample_texts(content: bytes) -> Iterator[str]:
     pieces = [p.piece.replace("▁", " ") for p in proto.pieces if p.type in wanted]
     yield from pieces
     chosen = random.Random(0)
-    for _ in range(3):
+    for _ in range(2):
         chosen.shuffle(pieces)
         for start in range(0, len(pieces), PIECES_AT_ONCE):
             yield "".join(pieces[start : start + PIECES_AT_ONCE])
