@@ -61,7 +61,7 @@ def adapted(
 
 def noisy(spec: ParameterSpec, seed: int, dtype: torch.dtype) -> Tensor:
     """Initial values whose B is not zero, for what is multiplied by it to matter."""
-    if spec.name.endswith("lora_b"):
+    if spec.name.endswith(("lora_b", "lora_bias")):
         spec = replace(spec, std=0.05)
     return random.initial_values(spec, seed, dtype)
 
@@ -94,6 +94,9 @@ def fold(model: Transformer) -> tuple[Transformer, LayerMap]:
         if own + target + ".lora_a" in ours:
             a, b = (ours[f"{own}{target}.lora_{factor}"].data for factor in "ab")
             parameter.data += scale * b @ a
+        biased = next((t for t, m in MATRICES.items() if rest == m + ".bias"), "")
+        if own + biased + ".lora_bias" in ours:
+            parameter.data += ours[own + biased + ".lora_bias"].data
     twin.refresh()
     return twin, tuple(replace(s, block=i, loop_index=0) for i, s in enumerate(steps))
 
@@ -113,9 +116,10 @@ def expected_gradients(model: Transformer, twin: Transformer) -> dict[str, Tenso
             _, loop, rest = rest.split(".", 2)
             uses = [i for i in uses if steps[i].loop_index == int(loop)]
         target, _, factor = rest.partition(".lora_")
-        matrix = f"{MATRICES[target]}.weight" if factor else rest
+        kind = "bias" if factor == "bias" else "weight"
+        matrix = f"{MATRICES[target]}.{kind}" if factor else rest
         total = sum((of_twin[f"blocks.{i}.{matrix}"] for i in uses), torch.zeros(()))
-        if factor:
+        if factor in ("a", "b"):
             other = ours[f"{name[:-1]}{'b' if factor == 'a' else 'a'}"].data
             total = scale * (other.T @ total if factor == "a" else total @ other.T)
         found[name] = total
@@ -124,10 +128,11 @@ def expected_gradients(model: Transformer, twin: Transformer) -> dict[str, Tenso
 
 VARIANTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (CYCLE, {}, {}),
-    (CYCLE, {"norms": True}, {"norm_position": "sandwich", "attention_bias": "all"}),
+    (CYCLE, {"norms": True, "biases": True},
+     {"norm_position": "sandwich", "attention_bias": "all"}),
     ({"kind": "reuse_map", "reuse_map": [3, 1, 2]}, {"targets": ["query", "down"]},
      {"norm": "layer", "norm_position": "post"}),
-    ({"kind": "custom", "order": [0, 1, 1, 0, 2]}, {"norms": True, "scale": 1.0},
+    ({"kind": "custom", "order": [0, 1, 1, 0, 2]}, {"norms": True, "biases": True, "scale": 1.0},
      {"feed_forward": "gelu", "feed_forward_bias": True, "tie_embeddings": False}),
 ]  # fmt: skip
 
@@ -250,17 +255,23 @@ def noisy_reference(config: Config, num_steps: int) -> Trace:
 
 
 SAMPLED = {**LOOP, "num_loops": {"sampler": "uniform", "min": 1, "max": 3}}
+BIASED = {"model": {"attention_bias": "all", "feed_forward_bias": True}}
 ENGINES = [
     # processes, parallel, recurrence, other sections
-    (2, {"tensor": 2}, CYCLE, {}),
+    (2, {"tensor": 2}, CYCLE, BIASED),
     (2, {"tensor": 2, "sequence_parallel": True}, CYCLE, {"model": {"num_kv_heads": 1}}),
     (2, {"pipeline": 2}, CYCLE, {"train": {"micro_batch_size": 1}}),
     (2, {"zero_stage": 1}, SAMPLED, {}),
     (2, {"zero_stage": 2}, SAMPLED, {"train": {"recompute": True}}),
-    (2, {"zero_stage": 3}, SAMPLED, {}),
+    (2, {"zero_stage": 3}, SAMPLED, BIASED),
     later(4, {"tensor": 2, "pipeline": 2}, CYCLE, {"train": {"precision": "fp64"}}),
     later(4, {"tensor": 2, "zero_stage": 2, "sequence_parallel": True}, SAMPLED, {}),
-    later(4, {"tensor": 4, "sequence_parallel": True}, CYCLE, {"train": {"precision": "fp64"}}),
+    later(
+        4,
+        {"tensor": 4, "sequence_parallel": True},
+        CYCLE,
+        {"train": {"precision": "fp64"}, **BIASED},
+    ),
     later(4, {"tensor": 2, "zero_stage": 3}, SAMPLED, {}),
     later(4, {"pipeline": 2, "zero_stage": 1}, CYCLE, {"train": {"recompute": True}}),
 ]
@@ -270,7 +281,7 @@ ENGINES = [
 def test_ranks_equal_one_process(world, corpus, processes, parallel, recurrence, extra) -> None:
     config = config_of(
         corpus, "dense", 1, recurrence=recurrence, parallel=parallel,
-        adapters={"rank": 4, "norms": True}, **extra,
+        adapters={"rank": 4, "norms": True, "biases": True}, **extra,
     )  # fmt: skip
     tolerances = (1e-11, 1e-11) if config.train.precision == "fp64" else (2e-6, 2e-5)
     traces = world(processes).run(noisy_trace, config, 5)

@@ -45,7 +45,11 @@ ADAPTERS = {"rank": 3, "scale": 0.7, "norms": True}
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] = {
     "cycle": (CYCLE, {"rank": 4, "targets": ["query", "down"]}, {"rope_interleaved": True}),
-    "loop": (LOOP, {"rank": 3}, {"attention_bias": "qkv", "feed_forward_bias": True}),
+    "loop": (
+        LOOP,
+        {"rank": 3, "biases": True},
+        {"attention_bias": "qkv", "feed_forward_bias": True},
+    ),
     "reuse_map": (
         REUSE_MAP,
         ADAPTERS,
@@ -255,7 +259,7 @@ def test_unrolled_export_adds_adapters_in(
     """Every layer is the block with the deltas and norms of its loop."""
     import transformers
 
-    adapters = {"rank": 3, "scale": 0.7, "norms": norms}
+    adapters = {"rank": 3, "scale": 0.7, "norms": norms, "biases": True}
     write_run(tmp_path / "run", CYCLE, adapters=adapters, **NATIVE[kind])
     out = export_hf(tmp_path / "run", tmp_path / "hf", unrolled=True)
     assert json.loads((out / "config.json").read_text())["model_type"] == kind

@@ -49,7 +49,7 @@ from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.errors import CheckpointError, ConfigError, DataError
 from megarecur.model.transformer import Transformer
 from megarecur.plot.fold import plot_fold
-from megarecur.recurrence.inventory import build_inventory
+from megarecur.recurrence.inventory import build_inventory, norm_names
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train.load import load_model
 
@@ -581,23 +581,20 @@ LAYER_NORM = {"norm": "layer", "feed_forward": "gelu", "attention_bias": "all",
               "feed_forward_bias": True}  # fmt: skip
 
 
-@pytest.mark.parametrize("biases", [False, True])
-def test_layer_norms_are_kept_per_loop_and_tied_biases_reported(biases: bool) -> None:
+@pytest.mark.parametrize("norms", ["own", "share"])
+def test_layer_norms_and_biases_are_kept_per_loop_or_reported(norms: str) -> None:
     source = dense_config(4, **LAYER_NORM)
     values = random_values(source)
-    if not biases:
-        for name, value in values.items():
-            if name.endswith("bias") and "norm" not in name:
-                value.zero_()
-    fold = plan_fold(FoldOptions("relaxed", loops=2, lora_rank=32), source)
+    fold = plan_fold(FoldOptions("relaxed", loops=2, lora_rank=32, norms=norms), source)
     config = changed(source, sections_of(fold, source))
     folded = FoldedModel(fold, config, values.__getitem__)
     result = {name: folded.value(name) for name in folded.shards()}
     tokens = TOKENS_BS % 11
     difference = logits(model_of(config, result), tokens) - logits(model_of(source, values), tokens)
-    assert (difference.abs().max() < 1e-4) == (not biases)
+    assert (difference.abs().max() < 1e-4) == (norms == "own")
     tied = {f"{inner}.bias" for t, inner in LINEARS.items() if t != "gate"}
-    assert set(folded.unheld) == (tied if biases else set())
+    tied |= {f"{n}.{k}" for n in norm_names(source.model) for k in ("weight", "bias")}
+    assert set(folded.unheld) == (set() if norms == "own" else tied)
 
 
 @pytest.mark.slow
@@ -606,7 +603,7 @@ def test_layer_norms_are_kept_per_loop_and_tied_biases_reported(biases: bool) ->
 def test_every_architecture_at_full_rank_is_the_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, init: str
 ) -> None:
-    """Every tensor random, but for biases of linears, which stay tied (new models have them 0)."""
+    """Every tensor random, biases too."""
     make_torchvision_importable()
     transformers = pytest.importorskip("transformers")
     kind, shape = test_architectures.SOURCES[name]
@@ -615,13 +612,6 @@ def test_every_architecture_at_full_rank_is_the_source(
         shape |= {"layer_types": ["full_attention", "sliding_attention"] * 2}
     monkeypatch.setitem(test_architectures.SOURCES, name, (kind, shape))
     test_architectures.save_source(transformers, tmp_path / "hf", name)
-    read = SourceModel.tensor
-
-    def without_biases(self: SourceModel, of: str) -> Tensor:
-        inner = of.split(".", 2)[-1].removesuffix(".bias")
-        return read(self, of) * (not of.endswith(".bias") or inner not in LINEARS.values())
-
-    monkeypatch.setattr(SourceModel, "tensor", without_biases)
     options = FoldOptions("relaxed", loops=2, init=init, lora_rank=40)
     fold_hf(tmp_path / "hf", tmp_path / "run", options)
     expected = source_logits(tmp_path / "hf")

@@ -513,6 +513,8 @@ class AdaptersConfig(Section):
     """The linear layers that have one. Left out: all of the block."""
     norms: bool = False
     """Every loop also has norms of its own, in place of the block's."""
+    biases: bool = False
+    """Every loop also adds to the biases of these layers, where they have one."""
 
 
 RecurrenceConfig = Annotated[

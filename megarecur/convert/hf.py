@@ -326,6 +326,9 @@ class Parameters:
         if delta in self.values and self.config.adapters is not None:
             a, b = self.values[delta].double(), self.values[delta[:-1] + "b"].double()
             tensor = (tensor + self.config.adapters.scale * (b @ a)).to(tensor.dtype)
+        added = self.of_loop(name.removesuffix("bias") + "lora_bias", loop)
+        if added in self.values:
+            tensor = tensor + self.values[added]
         model = self.config.model
         return to_half_split(tensor, model) if model.rope_interleaved and rotated else tensor
 

@@ -51,8 +51,8 @@ class MegarecurConfig(PretrainedConfig):
 
     layer_map: the block that every layer runs, from 0.
     block: see `BLOCK`.
-    adapters: None, or {rank, scale, targets, norms}: low-rank deltas of the linear layers (and
-        norms) that each use of a block has of its own.
+    adapters: None, or {rank, scale, targets, norms, biases}: low-rank deltas of the linear layers,
+        and of their biases, and norms that each use of a block has of its own.
     injection: None, or {kind: add | linear, source, steps, initial_state}: what enters layer
         `source` is kept, and enters the layers `steps` again; initial_state zero: the state starts
         anew there.
@@ -123,18 +123,20 @@ class Norm(nn.Module):
 
 
 class LowRank(nn.Module):
-    """scale B A x, which one use of a block adds to a linear layer."""
+    """scale B A x, which one use of a block adds to a linear layer, and a delta of its bias."""
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, biases: bool) -> None:
         super().__init__()
         rows, columns = linear.weight.shape
         rank = min(rank, rows, columns)
         self.lora_a = nn.Parameter(torch.zeros(rank, columns))
         self.lora_b = nn.Parameter(torch.zeros(rows, rank))
+        biases = biases and linear.bias is not None
+        self.lora_bias = nn.Parameter(torch.zeros(rows)) if biases else None
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.lora_a) * self.scale, self.lora_b)
+        return F.linear(F.linear(x, self.lora_a) * self.scale, self.lora_b, self.lora_bias)
 
 
 class View(NamedTuple):
@@ -285,7 +287,12 @@ class Block(nn.Module):
             own = nn.ModuleDict()
             for target in adapters["targets"]:
                 owner = self.feed_forward if target in ("gate", "up", "down") else self.attention
-                own[target] = LowRank(getattr(owner, target), adapters["rank"], adapters["scale"])
+                own[target] = LowRank(
+                    getattr(owner, target),
+                    adapters["rank"],
+                    adapters["scale"],
+                    adapters.get("biases", False),
+                )
             if own_norms:
                 for name in names:
                     own[name] = Norm(config.hidden_size, block["norm"], block["norm_eps"])

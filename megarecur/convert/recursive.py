@@ -104,6 +104,7 @@ def sections_of(fold: Fold, source: Config) -> dict[str, Any]:
             "rank": fold.options.lora_rank,
             "targets": list(linear_shapes(source)),
             "norms": fold.options.norms == "own",
+            "biases": fold.options.norms != "share" and has_biases(source),
         }
     if source.model.sliding_window is not None:
         kinds = window_kinds(fold, source)
@@ -112,6 +113,11 @@ def sections_of(fold: Fold, source: Config) -> dict[str, Any]:
             model |= {"sliding_window": None, "rope_theta_local": None}
         sections["model"] = model
     return sections
+
+
+def has_biases(source: Config) -> bool:
+    """Whether any linear of the source has one."""
+    return source.model.attention_bias != "none" or source.model.feed_forward_bias
 
 
 # ----------------------------------------------------------------------------------------- values
@@ -247,14 +253,14 @@ class FoldedModel:
         if not found:
             return (-1, "", 0)
         block, loop, rest = found.groups()
-        target = rest.removesuffix(".lora_a").removesuffix(".lora_b")
+        target = rest.partition(".lora_")[0]
         return (int(block), LINEARS.get(target, rest.rpartition(".")[0]), int(loop or -1))
 
     def work(self, name: str) -> int:
         """Bytes of a layer that making a parameter takes care of, as a measure of progress."""
         spec = self.inventory[name]
         found = IN_BLOCK.fullmatch(name)
-        if not found or name.endswith(".lora_b"):
+        if not found or name.endswith((".lora_b", ".lora_bias")):
             return 0
         target, _, part = found[3].rpartition(".")
         if part == "lora_a":
@@ -269,6 +275,10 @@ class FoldedModel:
         block, loop, rest = int(found[1]), found[2], found[3]
         if loop is None:
             return self.base(block, rest)
+        if rest.endswith(".lora_bias"):
+            bias = LINEARS[rest.removesuffix(".lora_bias")] + ".bias"
+            layer = self.fold.source_of(block, int(loop))
+            return self.layer_value(layer, bias) - self.base(block, bias)
         if rest.endswith((".lora_a", ".lora_b")):
             target, _, part = rest.rpartition(".")
             a, b = self.pair(block, int(loop), target)
@@ -310,6 +320,8 @@ class FoldedModel:
         linear = kind == "weight" and inner in TARGETS
         if linear and f"blocks.{block}.loops.0.{TARGETS[inner]}.lora_a" in self.inventory:
             return  # Measured with its adapter.
+        if f"blocks.{block}.loops.0.{TARGETS.get(inner)}.lora_bias" in self.inventory:
+            return  # Nothing of it is lost.
         key = f"{block}.{rest}"
         if key in self._measured:
             return

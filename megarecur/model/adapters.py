@@ -11,7 +11,7 @@ from torch import nn
 from megarecur.config.schema import Config
 from megarecur.model.norm import build_norm
 from megarecur.parallel.linear import LowRank, MakeParameter
-from megarecur.recurrence.inventory import HEAD_NORMS, adapter_targets, norm_names
+from megarecur.recurrence.inventory import HEAD_NORMS, adapter_targets, biased_targets, norm_names
 
 
 class Adapter(nn.Module):
@@ -28,9 +28,10 @@ class Adapter(nn.Module):
         super().__init__()
         assert config.adapters is not None
         model, scale = config.model, config.adapters.scale
+        biased = biased_targets(config) if config.adapters.biases else ()
         self.deltas = nn.ModuleDict(
             {
-                target: LowRank(f"{name}.{target}", make, dtype, scale)
+                target: LowRank(f"{name}.{target}", make, dtype, scale, target in biased)
                 for target in adapter_targets(config)
             }
         )

@@ -234,7 +234,8 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 class LowRank(nn.Module):
-    """scale B A x, which one loop of a block adds to a linear layer (Hu et al. 2022, eq. 3).
+    """scale B A x, which one loop of a block adds to a linear layer (Hu et al. 2022, eq. 3), and
+    what it adds to its bias.
 
     With tensor parallelism one factor is cut as the layer's matrix is and the other is whole on
     every rank: B with the outputs, A with the inputs.
@@ -243,13 +244,17 @@ class LowRank(nn.Module):
         name: global, of its parameters.
         make: makes them, those that are cut as this rank holds them.
         dtype: of what products take and give.
-        scale: of what is added.
+        scale: of B A x.
+        bias: whether something is added to the layer's bias.
     """
 
-    def __init__(self, name: str, make: MakeParameter, dtype: torch.dtype, scale: float) -> None:
+    def __init__(
+        self, name: str, make: MakeParameter, dtype: torch.dtype, scale: float, bias: bool = False
+    ) -> None:
         super().__init__()
         self.a = Weight(make(name + ".lora_a"), dtype)
         self.b = Weight(make(name + ".lora_b"), dtype)
+        self.bias = make(name + ".lora_bias") if bias else None
         self.scale = scale
 
     def scaled(self, u: Tensor) -> Tensor:
@@ -291,7 +296,14 @@ class Linear(nn.Module):
         y = self.tp.leave(product(x, self.weight))
         if delta is not None:
             y = y + product(delta.scaled(self.tp.leave(product(x, delta.a))), delta.b)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = self.bias_with(delta)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def bias_with(self, delta: LowRank | None) -> Tensor | None:
+        """[out], or this rank's share."""
+        if self.bias is None or delta is None or delta.bias is None:
+            return self.bias
+        return self.bias + delta.bias
 
 
 def apply_all(
@@ -302,8 +314,9 @@ def apply_all(
     added = add_deltas(deltas, x, tp if cut == "outputs" else ALONE)
     if cut == "outputs":
         x = tp.enter(x)
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    return multiply(x, weights, biases, added)
+    each = zip(layers, deltas or [None] * len(layers), strict=True)
+    biases = [layer.bias_with(delta) for layer, delta in each]
+    return multiply(x, [layer.weight for layer in layers], biases, added)
 
 
 def add_deltas(deltas: Sequence[LowRank | None], x: Tensor, tp: TensorParallel) -> list[Added]:

@@ -59,7 +59,7 @@ def draw_fold(report: dict[str, Any]) -> Figure:
     if panels[1]:
         ranks = sorted({m["rank"] for m in matrices if m["rank"]})
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        title = f"Share of its square that adapters of rank {rank} hold"
+        title = f"Share that adapters of rank {rank} hold"
         _draw_heat(figure.add_subplot(grid[1, 1]), report, energy, title, "viridis", 1.0)
     return figure
 

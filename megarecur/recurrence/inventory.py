@@ -164,17 +164,21 @@ def adapter_parameters(
     config: Config, block: list[ParameterSpec], loop: int
 ) -> list[ParameterSpec]:
     """What one loop of a block has of its own, from the parameters of the block: A [r, in] and
-    B [out, r] for each matrix, and norms.
+    B [out, r] for each matrix, what is added to biases [out], and norms.
 
-    B starts at zero, A with a deviation that keeps the scale of what it is given.
+    A starts with a deviation that keeps the scale of what it is given, B and biases at zero.
     """
     adapters, targets = config.adapters, adapter_targets(config)
     assert adapters is not None
     owner = block[0].block
     prefix, specs = f"blocks.{owner}.loops.{loop}.", []
     for matrix in block:
-        target = matrix.name.removesuffix(".weight").rpartition(".")[2]
-        if len(matrix.shape) != 2 or target not in targets:
+        _, target, kind = matrix.name.rsplit(".", 2)
+        if target not in targets:
+            continue
+        if kind == "bias":
+            added = replace(matrix, name=f"{prefix}{target}.lora_bias")
+            specs += [added] if adapters.biases else []
             continue
         (rows, columns), unit = matrix.shape, matrix.unit
         rank = min(adapters.rank, rows, columns)
@@ -201,6 +205,12 @@ def adapter_targets(config: Config) -> tuple[str, ...]:
     return config.adapters.targets or tuple(
         target for target in every if target != "gate" or config.model.gated
     )
+
+
+def biased_targets(config: Config) -> tuple[str, ...]:
+    """Those of them that have a bias."""
+    initials = biased_projections(config.model) + "gud" * config.model.feed_forward_bias
+    return tuple(target for target in adapter_targets(config) if target[0] in initials)
 
 
 def norm_names(model: ModelConfig) -> tuple[str, ...]:
