@@ -24,7 +24,7 @@ def make_torchvision_importable() -> None:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        for name in [name for name in list(sys.modules) if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         import torch
 
