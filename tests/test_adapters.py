@@ -18,6 +18,7 @@ from torch import Tensor
 
 from configs import make_config
 from megarecur.config.schema import Config
+from megarecur.convert.folding import LINEARS as MATRICES
 from megarecur.errors import ConfigError
 from megarecur.inference.cache import Cache
 from megarecur.model.compile import CompiledModel
@@ -35,15 +36,6 @@ from megarecur.train.verify import certified
 
 CYCLE = {"kind": "cycle", "num_blocks": 2, "depth": 6}
 LOOP = {"kind": "loop", "prelude": 1, "core": 1, "coda": 1, "num_loops": 3}
-MATRICES = {
-    "query": "attention.query",
-    "key": "attention.key",
-    "value": "attention.value",
-    "output": "attention.output",
-    "gate": "feed_forward.gate",
-    "up": "feed_forward.up",
-    "down": "feed_forward.down",
-}
 
 
 def adapted(

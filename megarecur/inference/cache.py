@@ -7,7 +7,11 @@ Shapes: B samples, S new tokens, K tokens so far, N key heads, H head_dim.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from megarecur.model.context import Context, build_context
+from megarecur.model.transformer import Transformer
 
 SMALLEST_CAPACITY = 64
 
@@ -62,3 +66,25 @@ class Cache:
     def advance(self, num_tokens: int) -> None:
         """A forward pass over so many tokens is over."""
         self.length += num_tokens
+
+
+def context_after(
+    model: Transformer,
+    tokens_BS: Tensor,
+    cache: Cache | None,
+    seed: int = 0,
+    samples_B: Tensor | None = None,
+) -> Context:
+    """The context of tokens that follow the cached ones."""
+    batch, length = tokens_BS.shape
+    past = cache.length if cache is not None else 0
+    positions_BS = torch.arange(past, past + length, device=tokens_BS.device).expand(batch, -1)
+    return build_context(
+        model.config.model,
+        positions_BS,
+        model.dtype,
+        sample_ids_B=samples_B,
+        seed=seed,
+        cache=cache,
+        tp=model.tp,
+    )

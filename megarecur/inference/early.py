@@ -18,8 +18,7 @@ from torch import Tensor
 
 from megarecur.config.schema import Config, ExitConfig, Looped, refuse_exits
 from megarecur.errors import ConfigError
-from megarecur.inference.cache import Cache
-from megarecur.model.context import build_context
+from megarecur.inference.cache import Cache, context_after
 from megarecur.model.transformer import Transformer
 from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.layer_map import LayerMap
@@ -100,16 +99,7 @@ def early_logits(
     samples_1: Tensor | None = None,
 ) -> Tensor:
     """Logits [1, V] of the token that follows one new token, from the loop that it leaves after."""
-    positions_11 = torch.full_like(tokens_11, cache.length)
-    ctx = build_context(
-        model.config.model,
-        positions_11,
-        model.dtype,
-        sample_ids_B=samples_1,
-        seed=seed,
-        cache=cache,
-        tp=model.tp,
-    )
+    ctx = context_after(model, tokens_11, cache, seed, samples_1)
     reads: dict[str, Tensor] = {}
     before_V = None
     with model.tp.whole_sequences():

@@ -18,9 +18,9 @@ from torch import Tensor
 from megarecur.config.schema import Config
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.errors import ConfigError
-from megarecur.inference.cache import Cache
+from megarecur.inference.cache import Cache, context_after
 from megarecur.inference.early import ExitRule, cut_loops, early_logits, refuse_rule
-from megarecur.model.context import Context, build_context
+from megarecur.model.context import Context
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh
 from megarecur.parallel.pipeline import Pipeline
@@ -129,22 +129,11 @@ def next_logits(
 ) -> Tensor | None:
     """Logits [B, V] of the token that follows, given tokens that follow the cached ones; on the
     pipeline rank of the head, None on others."""
-    batch, length = tokens_BS.shape
-    past = cache.length if cache is not None else 0
-    positions_BS = torch.arange(past, past + length, device=tokens_BS.device).expand(batch, -1)
-    ctx = build_context(
-        model.config.model,
-        positions_BS,
-        model.dtype,
-        sample_ids_B=samples_B,
-        seed=seed,
-        cache=cache,
-        tp=model.tp,
-    )
+    ctx = context_after(model, tokens_BS, cache, seed, samples_B)
     with model.tp.whole_sequences():
         x = run_forward(model, mesh, scheduled, tokens_BS, ctx)
         if cache is not None:
-            cache.advance(length)
+            cache.advance(tokens_BS.shape[1])
         return None if x is None else model.all_logits(x[:, -1:])[:, 0]
 
 

@@ -11,7 +11,13 @@ from torch import nn
 from megarecur.config.schema import Config
 from megarecur.model.norm import build_norm
 from megarecur.parallel.linear import LowRank, MakeParameter
-from megarecur.recurrence.inventory import HEAD_NORMS, adapter_targets, biased_targets, norm_names
+from megarecur.recurrence.inventory import (
+    HEAD_NORMS,
+    adapter_targets,
+    biased_targets,
+    has_own_norms,
+    norm_names,
+)
 
 
 class Adapter(nn.Module):
@@ -35,12 +41,17 @@ class Adapter(nn.Module):
                 for target in adapter_targets(config)
             }
         )
-        own = norm_names(model) if config.adapters.norms else ()
+        own = norm_names(model) if has_own_norms(config) else ()
         self.norms = nn.ModuleDict(
             {norm: build_norm(model.norm, f"{name}.{norm}", make, model.norm_eps) for norm in own}
         )
         for norm in HEAD_NORMS if own and model.qk_norm else ():
             self.norms[norm] = build_norm("rms", f"{name}.{norm}", make, model.norm_eps)
+
+
+def norms_of(adapter: Adapter | None, shared: nn.ModuleDict) -> nn.ModuleDict:
+    """The loop's own norms, or else those that the block's loops share."""
+    return adapter.norms if adapter is not None and adapter.norms else shared
 
 
 def deltas_of(adapter: Adapter | None, *layers: str) -> list[LowRank | None]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarecur.config.schema import ModelConfig
-from megarecur.model.adapters import Adapter, deltas_of
+from megarecur.model.adapters import Adapter, deltas_of, norms_of
 from megarecur.model.context import Context, Keys
 from megarecur.model.norm import build_norm
 from megarecur.model.positions import rotate
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         deltas = deltas_of(adapter, "query", "key", "value")
         qkv = apply_all((self.query, self.key, self.value), x_BSD, deltas)
         q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
-        norms = adapter.norms if adapter is not None and adapter.norms else self.norms
+        norms = norms_of(adapter, self.norms)
         if "query_norm" in norms:
             q_BSNH, k_BSNH = norms["query_norm"](q_BSNH), norms["key_norm"](k_BSNH)
         if ctx.rotation is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megarecur.config.schema import Config
-from megarecur.model.adapters import Adapter
+from megarecur.model.adapters import Adapter, norms_of
 from megarecur.model.attention import Attention
 from megarecur.model.context import Context, Keys
 from megarecur.model.feed_forward import FEED_FORWARDS
@@ -17,7 +17,7 @@ from megarecur.model.norm import build_norm
 from megarecur.parallel.linear import Linear, MakeParameter, Weight
 from megarecur.parallel.random import dropout
 from megarecur.parallel.regions import ALONE, TensorParallel
-from megarecur.recurrence.inventory import injection_block, norm_names
+from megarecur.recurrence.inventory import has_own_norms, injection_block, norm_names
 from megarecur.recurrence.layer_map import Step
 
 Body = Callable[["Block", Tensor, Context, Step, Keys, Adapter | None], Tensor]
@@ -51,7 +51,7 @@ class Block(nn.Module):
                       "attention": model.attention_dropout}  # fmt: skip
         self.compiled: Body | None = None
         """Runs `body` in training (`model.compile`)."""
-        own_norms = config.adapters is not None and config.adapters.norms
+        own_norms = has_own_norms(config)
         self.norms = nn.ModuleDict(
             {
                 name: build_norm(model.norm, f"{prefix}.{name}", make, model.norm_eps)
@@ -69,8 +69,7 @@ class Block(nn.Module):
         """One step of the map; `injected` is added, or mixed in by the adapter, first."""
         if injected is not None:
             x = self.inject(x, injected)
-        if self.slides and ctx.sliding is not None:
-            ctx = ctx.sliding
+        ctx = self.seen(ctx)
         keys = ctx.keys(step, self.rates)
         adapter = self.adapter(step)
         if self.compiled is None or not ctx.training:
@@ -84,7 +83,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """What is compiled: one graph for all blocks and steps of the map, hence nothing here may
         depend on which of them it is, but for tensors."""
-        norms = self.own_norms(adapter)
+        norms = norms_of(adapter, self.norms)
         if self.norm_position == "pre":
             mixed = self.attention(norms["attention_norm"](x), ctx, step, keys, adapter)
             if self.parallel:
@@ -114,20 +113,19 @@ class Block(nn.Module):
         of x."""
         if injected is not None:
             x = self.inject(x, injected)
-        if self.slides and ctx.sliding is not None:
-            ctx = ctx.sliding
+        ctx = self.seen(ctx)
         adapter = self.adapter(step)
         if self.norm_position != "post":
-            x = self.own_norms(adapter)["attention_norm"](x)
+            x = norms_of(adapter, self.norms)["attention_norm"](x)
         self.attention.project(x, ctx, step, adapter)
+
+    def seen(self, ctx: Context) -> Context:
+        """What tokens see from this block: a window, if it has one."""
+        return ctx.sliding if self.slides and ctx.sliding is not None else ctx
 
     def adapter(self, step: Step) -> Adapter | None:
         """Of this loop, if loops have one."""
         return cast(Adapter, self.adapters[step.loop_index]) if self.adapters else None
-
-    def own_norms(self, adapter: Adapter | None) -> nn.ModuleDict:
-        """Those of the loop, or else the block's."""
-        return adapter.norms if adapter is not None and adapter.norms else self.norms
 
     def inject(self, x: Tensor, injected: Tensor) -> Tensor:
         """x + e, or W [x, e]."""

@@ -10,8 +10,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import get_args
 
 from megarecur.config.schema import (
+    AdapterTarget,
     Config,
     Loop,
     Looped,
@@ -134,8 +136,7 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
         return [weight, ParameterSpec(name, (rows,), block, cut=along, unit=unit)]
 
     def norm(name: str) -> list[ParameterSpec]:
-        own = config.adapters is not None and config.adapters.norms  # Of every loop.
-        return [] if own else norm_parameters(model, prefix + name, block)
+        return [] if has_own_norms(config) else norm_parameters(model, prefix + name, block)
 
     biased, head, std = biased_projections(model), model.head_dim, model.init_std
     specs = []
@@ -146,7 +147,7 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
     specs += linear("attention.key", keys, hidden, "k" in biased, std, 0, head)
     specs += linear("attention.value", keys, hidden, "v" in biased, std, 0, head)
     specs += linear("attention.output", hidden, queries, "o" in biased, scaled, 1, head)
-    if config.adapters is None or not config.adapters.norms:
+    if not has_own_norms(config):
         specs += head_norm_parameters(model, f"{prefix}attention.", block)
     if model.norm_position in ("sandwich", "peri"):
         specs += norm("attention_output_norm")
@@ -201,9 +202,8 @@ def adapter_targets(config: Config) -> tuple[str, ...]:
     """The linear layers that every loop adds to."""
     if config.adapters is None:
         return ()
-    every = ("query", "key", "value", "output", "gate", "up", "down")
     return config.adapters.targets or tuple(
-        target for target in every if target != "gate" or config.model.gated
+        target for target in get_args(AdapterTarget) if target != "gate" or config.model.gated
     )
 
 
@@ -211,6 +211,11 @@ def biased_targets(config: Config) -> tuple[str, ...]:
     """Those of them that have a bias."""
     initials = biased_projections(config.model) + "gud" * config.model.feed_forward_bias
     return tuple(target for target in adapter_targets(config) if target[0] in initials)
+
+
+def has_own_norms(config: Config) -> bool:
+    """Whether every loop has norms of its own, in place of its block's."""
+    return config.adapters is not None and config.adapters.norms
 
 
 def norm_names(model: ModelConfig) -> tuple[str, ...]:
