@@ -477,3 +477,10 @@ def test_many_micro_batches_are_drawn_in_part() -> None:
     words = [text.get_text() for text in figure.texts]
     assert any("6 of 1024 micro batches" in word for word in words), words
     assert figure.get_size_inches()[0] <= 24
+
+
+def test_layouts_of_a_world_have_what_is_given() -> None:
+    assert list(list_layouts(4, pipeline=2)) == [(1, 2, 2), (2, 2, 1)]
+    assert list(list_layouts(4, tensor=2)) == [(2, 1, 2), (2, 2, 1)]
+    assert list(list_layouts(12, pipeline=4)) == [(1, 4, 3), (3, 4, 1)]
+    assert all(tp * pp * dp == 12 for tp, pp, dp in list_layouts(12))

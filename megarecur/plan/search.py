@@ -90,7 +90,7 @@ def list_layouts(
             f"--world-size {world} does not divide into replicas of tensor={tensor or 1} x "
             f"pipeline={pipeline or 1} = {given}; choose a multiple of {given}"
         )
-    for tp in [tensor] if tensor else _divisors(world):
+    for tp in [tensor] if tensor else _divisors(world // (pipeline or 1)):
         for pp in [pipeline] if pipeline else _divisors(world // tp):
             yield tp, pp, world // (tp * pp)
 
