@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 STACKS = signal.SIGRTMIN  # not among the signals that training answers to
-GROUP_TIMEOUT = timedelta(seconds=60)
+GROUP_TIMEOUT = timedelta(seconds=150)
 GRACE_SECONDS = 2.0  # for the other ranks, once one has failed
 SETTLE_SECONDS = 0.3  # for a rank to write its stacks
 
@@ -51,7 +51,7 @@ class World:
         self._ranks: list[tuple[BaseProcess, Connection]] = []
         self._folder = Path()
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
         """Call `function(*args)` on every rank and return the results by rank.
 
         Raises WorldError, with what each rank has to say, if any raises, dies or takes longer than

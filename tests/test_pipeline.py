@@ -154,7 +154,7 @@ def test_all_axes_at_once(world, corpus, name, stage, sequence) -> None:
     train = {"micro_batch_size": 1, "global_batch_size": 6}
     sections = {"parallel": parallel, "train": train, "model": DROPOUT, "recurrence": MAPS[name]}
     config = config_of(corpus, "dense", 2, **sections)
-    traces = world(8).run(trace, config, 5, timeout=120)
+    traces = world(8).run(trace, config, 5)
     compare(traces[0], reference(config, 5))
     assert len({tuple(norm for _, _, norm, _ in each) for each in traces}) == 1
 

@@ -505,6 +505,7 @@ def test_progress_tells_of_every_phase_that_takes_long(
         prepare(inputs, out, **OPTIONS, progress=ProgressReport(console))
         return lines.getvalue()
 
+    monkeypatch.setattr("data_prep.progress.SECONDS_BETWEEN_LINES", 3600.0)
     assert shown(tmp_path / "quick") == ""
     monkeypatch.setattr("data_prep.progress.SECONDS_BETWEEN_LINES", 0.0)
     lines = shown(tmp_path / "slow")

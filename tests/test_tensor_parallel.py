@@ -225,7 +225,7 @@ def test_eight_processes_equal_one(world, corpus, scheme, tensor, stage, sequenc
     parallel = {"zero_stage": stage, "sequence_parallel": sequence}
     train = {"micro_batch_size": 1, "global_batch_size": 8}
     config = config_of(corpus, scheme, tensor, parallel=parallel, model=DROPOUT, train=train)
-    found = world(8).run(trace, config, 5, timeout=120)[0]
+    found = world(8).run(trace, config, 5)[0]
     compare(found, reference(config, 5))
 
 
