@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -94,6 +95,15 @@ def inspect_corpus(
     )
 
 
+def describe_task(task: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the manifest of labelled samples says of them."""
+    counts = zip(task["classes"], task["of_classes"], strict=True)
+    return [
+        ("task", f"{task['name']}, {task['num_samples']:,} samples of kind {task['kind']}"),
+        ("labels", ", ".join(f"{name}: {count:,}" for name, count in counts)),
+    ]
+
+
 def render_inspection(inspection: Inspection) -> RenderableType:
     """An inspection as tables for a terminal."""
     manifest = inspection.manifest
@@ -110,6 +120,7 @@ def render_inspection(inspection: Inspection) -> RenderableType:
         ("tokenizer", f"{manifest.tokenizer}, vocabulary {manifest.vocab_size:,}"),
         ("input files", f"{len(manifest.sources):,}"),
         ("identity", inspection.fingerprint),
+        *(describe_task(manifest.task) if manifest.task else ()),
     ):
         facts.add_row(name, Text(value))
     lengths = Table("tokens", "documents", "", box=None, title="Lengths of documents")

@@ -20,9 +20,10 @@ class ProgressReport:
         self.bar: Progress | None = None
 
     @contextmanager
-    def phase(self, name: str, total_bytes: int) -> Iterator[None]:
-        """Show one phase of the work for as long as the context lasts."""
-        self.name, self.total = name, total_bytes
+    def phase(self, name: str, total_bytes: int, unit: str = "") -> Iterator[None]:
+        """Show one phase of the work for as long as the context lasts; with a `unit`, it is such
+        things that are counted, not bytes."""
+        self.name, self.total, self.unit = name, total_bytes, unit
         self.done = self.resumed = self.tokens = 0
         self.began = self.last_line = time.monotonic()
         if self.console.is_terminal:
@@ -64,6 +65,8 @@ class ProgressReport:
         seconds = max(time.monotonic() - self.began, 1e-6)
         rate = (self.done - self.resumed) / seconds
         text = f"{self.done / 1e6:.1f}/{self.total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
+        if self.unit:
+            text = f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.0f}/s"
         if self.tokens:
             text += f", {self.tokens / seconds / 1e6:.2f} M tokens/s"
         if self.done >= self.total:
@@ -73,11 +76,11 @@ class ProgressReport:
 
 @contextmanager
 def report_phase(
-    report: ProgressReport | None, name: str, total_bytes: int
+    report: ProgressReport | None, name: str, total_bytes: int, unit: str = ""
 ) -> Iterator[Callable[..., None]]:
     """One phase of work; gives the report's `advance`, or with no report one that does nothing."""
     if report is None:
         yield lambda *_, **__: None
         return
-    with report.phase(name, total_bytes):
+    with report.phase(name, total_bytes, unit):
         yield report.advance

@@ -378,13 +378,7 @@ def _assemble(
     """Write one split into `partial/split`: shards, index, document starts, manifest."""
     folder = partial / split
     shutil.rmtree(folder, ignore_errors=True)
-    # Not as a context: after an exception, leaving it would write a valid-looking partial index.
-    writer = _import_writer()(
-        out=str(folder),
-        columns={COLUMN: f"ndarray:{shared['dtype']}:{CHUNK_TOKENS}"},
-        hashes=["xxh64"],
-        size_limit=SHARD_BYTES,
-    )
+    writer = open_writer(folder, shared["dtype"])
     lengths, num_bytes = _write_chunks(writer, split, files, shared, progress)
     if not lengths.size:
         shutil.rmtree(folder, ignore_errors=True)
@@ -397,16 +391,44 @@ def _assemble(
             f"{partial.with_suffix('') / split}: the corpus would be empty, no document of "
             f"{len(shared['sources'])} input file(s) is left for it; {remedy}"
         )
+    finish_split(writer, folder, tokenizer_file, lengths, {**shared, "num_bytes": num_bytes})
+
+
+def open_writer(folder: Path, dtype: str) -> Any:
+    """The library's writer of chunks of tokens.
+
+    Not to be used as a context: after an exception, leaving it would write a valid-looking partial
+    index.
+    """
+    return _import_writer()(
+        out=str(folder),
+        columns={COLUMN: f"ndarray:{dtype}:{CHUNK_TOKENS}"},
+        hashes=["xxh64"],
+        size_limit=SHARD_BYTES,
+    )
+
+
+def finish_split(
+    writer: Any, folder: Path, tokenizer_file: str, lengths: np.ndarray, shared: dict[str, Any]
+) -> None:
+    """End a split whose chunks are written: index, document starts, tokenizer, manifest; on disk.
+
+    Args:
+        writer: of its chunks.
+        folder: with whatever files belong to it as well.
+        tokenizer_file: a copy is put there, unless it is `bytes`.
+        lengths: tokens of each document.
+        shared: the other fields of the manifest.
+    """
     writer.finish()
     np.save(folder / "documents.npy", lengths.cumsum() - lengths)
     if tokenizer_file != BYTES:
         shutil.copyfile(tokenizer_file, folder / Path(tokenizer_file).name)
     manifest = Manifest(
         version=MANIFEST_VERSION,
-        split=split,
+        split=folder.name,
         num_tokens=int(lengths.sum()),
         num_documents=lengths.size,
-        num_bytes=num_bytes,
         files=_hash_written(folder),
         **shared,
     )

@@ -329,7 +329,8 @@ def evaluate_run(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Score a run on its validation corpora: loss, perplexity, bits per byte, early exits."""
+    """Score a run on its validation corpora: loss, perplexity, bits per byte, early exits; of a
+    task its accuracy."""
     from megarecur.config.schema import Source
     from megarecur.data.corpus import open_corpus
     from megarecur.parallel.mesh import Mesh, pick_device
@@ -344,6 +345,11 @@ def evaluate_run(
     if not sources:
         raise ConfigError(f"{run}: its config has no data.val; name a corpus with --data")
     paths = [source.path for source in sources]
+    if loaded.config.task is not None:
+        if draw is not None:
+            raise ConfigError("--draw: draws the loss by position of text; the run has a task")
+        score_task_corpora(loaded, model, paths, depths, samples, mesh)
+        return
     fingerprint = open_tokenizer(loaded).fingerprint
     corpora = [
         open_corpus(s.path, loaded.tokenizer, fingerprint, remote=s.remote, cache_gb=s.cache_gb)
@@ -368,6 +374,38 @@ def evaluate_run(
 
         save(draw_positions(curves), draw)
         print(f"loss by position drawn to {draw}")
+
+
+def score_task_corpora(
+    loaded: Any, model: Any, paths: list[str], depths: list[int | None], samples: int, mesh: Any
+) -> None:
+    """A line for each corpus of a task, and its accuracy by length."""
+    from megarecur.data.corpus import read_manifest
+    from megarecur.data.samples import open_scored
+    from megarecur.train.load import open_tokenizer
+    from megarecur.train.task_scores import score_task
+
+    open_tokenizer(loaded)
+    config = loaded.config
+    if not config.task.truncate and (config.model.positions != "learned" or config.temporal):
+        # Longer samples than those of training are what many tests are for.
+        longest = max((read_manifest(path).task or {}).get("longest", 0) for path in paths)
+        length = max(config.data.seq_length, longest)
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"seq_length": length})}
+        )
+    corpora = open_scored(config, paths, loaded.tokenizer)
+    for loops in depths:
+        at = "" if loops is None else f"  depth {loops}:"
+        for path, corpus in zip(paths, corpora, strict=True):
+            score = score_task(model, corpus, config, mesh, samples, num_loops=loops)
+            assert score is not None
+            values = score.values
+            by_length = {n: values.pop(n) for n in list(values) if n.startswith("accuracy_by")}
+            text = "  ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in values.items())
+            print(f"{path}:{at} {text}  ({score.scored} predictions, step {loaded.state['step']})")
+            for name, value in by_length.items():
+                print(f"{path}:{at} {name.partition('/')[2]} tokens: accuracy {value:.4f}")
 
 
 @app.command()

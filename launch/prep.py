@@ -207,6 +207,75 @@ def shards(
 
 
 @app.command()
+def task(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="listops, logic, flip_flop or labelled.")
+    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[INPUT]...", help="Files to read, instead of drawing samples."),
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="The folder to make: DIR/train, DIR/val, tests.")],
+    seed: Annotated[int, typer.Option(min=0, help="Decides all that is drawn.")] = 1,
+    train: Annotated[
+        int | None, typer.Option(help="Samples to draw; of logic, before they are divided.")
+    ] = None,
+    val: Annotated[int | None, typer.Option(help="Samples to draw for validation.")] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One more corpus. listops: a variant (d8, d14, d20, lra, iid_arg, ood_10arg, "
+            "ood_15arg, 200-300 to 900-1000); flip_flop: p_i or p_i x length, as 0.98x1024; "
+            "labelled: a file."
+        ),
+    ] = None,
+    test_count: Annotated[int | None, typer.Option(help="Samples to draw of each test.")] = None,
+    variant: Annotated[str | None, typer.Option(help="listops, of train and val: d20.")] = None,
+    max_depth: Annotated[
+        int | None, typer.Option(help="listops, instead of the variant's.")
+    ] = None,
+    max_args: Annotated[int | None, typer.Option(help="listops, instead of the variant's.")] = None,
+    min_length: Annotated[int | None, typer.Option(help="listops: tokens at least.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="listops: tokens at most.")] = None,
+    length: Annotated[int | None, typer.Option(help="flip_flop: symbols of a string; 512.")] = None,
+    p_ignore: Annotated[float | None, typer.Option(help="flip_flop: p_i of train; 0.8.")] = None,
+    train_operators: Annotated[
+        int | None, typer.Option(help="logic: train has up to so many operators; 6.")
+    ] = None,
+    text_key: Annotated[
+        list[str] | None, typer.Option(help="labelled: field of the text; twice for pairs.")
+    ] = None,
+    label_key: Annotated[str | None, typer.Option(help="labelled: field of the label.")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="labelled: bytes (the default), words (of train), or a file."),
+    ] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="labelled: share of the samples for validation.")
+    ] = None,
+) -> None:
+    """Draw or read labelled samples: ListOps, logical inference, flip-flop, or your own."""
+    from data_prep.progress import ProgressReport
+    from data_prep.tasks import TaskRequest, prepare_task
+
+    request = TaskRequest(
+        name, tuple(inputs or ()), seed, train=train, val=val, tests=tuple(test or ()),
+        test_count=test_count, variant=variant, max_depth=max_depth, max_args=max_args,
+        min_length=min_length, max_length=max_length, length=length, p_ignore=p_ignore,
+        train_operators=train_operators, text_keys=tuple(text_key) if text_key else None,
+        label_key=label_key, tokenizer=tokenizer, val_fraction=val_fraction,
+    )  # fmt: skip
+    for split, manifest in prepare_task(request, out, ProgressReport()).items():
+        made = manifest.task or {}
+        most = max(made["of_classes"]) / sum(made["of_classes"])
+        print(
+            f"{out / split}: {made['num_samples']} samples, {len(made['classes'])} classes (the "
+            f"largest {100 * most:.1f} %), up to {made['longest']} tokens"
+        )
+
+
+@app.command()
 def inspect(
     corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A folder of shards.")],
     samples: Annotated[int, typer.Option(min=0, help="Documents to decode.")] = 3,
@@ -231,6 +300,50 @@ def quickstart(
     from data_prep.stdlib import prepare_quickstart
 
     report(prepare_quickstart(out, vocab_size=vocab_size, progress=ProgressReport()), out)
+
+
+@app.command()
+def teacher(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A run with distill.teacher.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Changes to it.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("data/teacher"),
+    top_k: Annotated[int, typer.Option(min=1, help="Tokens to keep of each position.")] = 64,
+) -> None:
+    """Store what a teacher says about all samples of a run, for distill.stored."""
+    from data_prep.progress import ProgressReport
+    from megarecur.config.load import load_config
+    from megarecur.config.schema import ParallelConfig
+    from megarecur.parallel.mesh import Mesh, pick_device
+    from megarecur.train.distill import load_teacher, with_teacher
+    from megarecur.train.stored_teacher import ENTRY_BYTES, write_down
+    from megarecur.train.trainer import open_data
+
+    asked = load_config(config, overrides or [])
+    if asked.distill is None or asked.distill.teacher is None:
+        raise ConfigError(f"{config}: names no distill.teacher to ask; add one")
+    mesh = Mesh(device=pick_device(asked.train.device))
+    asked = asked.model_copy(update={"parallel": ParallelConfig()})
+    data = open_data(asked, mesh)
+    loader = data.loader
+    asked = with_teacher(data.config, data.tokenizer, loader.corpora, mesh)
+    model = load_teacher(asked, mesh, has_head=True)
+    assert model is not None
+    progress, length = ProgressReport(), asked.data.seq_length
+    tokens = asked.train.steps * asked.train.global_batch_size * length
+    with progress.phase("teacher", tokens * top_k * ENTRY_BYTES):
+        write_down(
+            asked,
+            data.tokenizer,
+            loader,
+            lambda batch: model.logits(batch.to(mesh.device)),
+            out,
+            top_k,
+            lambda done: progress.advance(done * top_k * ENTRY_BYTES, done),
+        )
+    data.close()
+    print(f"{out}: the {top_k} likeliest tokens of {tokens} positions; use distill.stored={out}")
 
 
 def report(manifests: dict[str, Manifest], out: Path) -> None:

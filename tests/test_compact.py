@@ -211,7 +211,7 @@ def test_what_the_modelling_file_cannot_express_is_refused(
 ) -> None:
     """All of it by key and value, in one message; nothing is written."""
     config = write_run(tmp_path / "run", LOOP | {"initial_state": "random"}, z_loss=0.1)
-    known = {*compact.SHAPES, *compact.BLOCK, *compact.TRAINING}
+    known = {*compact.SHAPES, *compact.BLOCK, *compact.TRAINING, *compact.REFUSED}
     assert known == set(ModelConfig.model_fields), "say where a new option of the model belongs"
     without = tuple(key for key in compact.TRAINING if key != "z_loss")
     monkeypatch.setattr(compact, "TRAINING", without)

@@ -36,6 +36,7 @@ CASES = [
     ("block_recurrence", {"model": {"rope_interleaved": True, "tie_embeddings": False}}),
     ("custom", {"data": {"seq_length": 16, "mask_documents": False}}),
     ("dense", {"optimizer": {"clip_norm": 0.5, "frozen": ["blocks.1.*"]}}),
+    ("cycle", {"exits": {"distill": True}, "adapters": {"rank": 3}}),
 ]  # fmt: skip
 
 

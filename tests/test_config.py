@@ -268,6 +268,7 @@ FREE = {
     "health.min_free_gpu",
     "health.min_free_disk_gb",
     "init_from",
+    "paper",
 }
 
 

@@ -234,6 +234,10 @@ def step_once(config: Config) -> tuple[int, int, int]:
 LOOP = {"kind": "loop", "prelude": 1, "core": 1, "coda": 1, "num_loops": 4}
 
 
+def halting(mode: str) -> dict[str, Any]:
+    return {"kind": "universal", "depth": 4, "halting": {"mode": mode, "threshold": 1.0}}
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
@@ -246,6 +250,10 @@ LOOP = {"kind": "loop", "prelude": 1, "core": 1, "coda": 1, "num_loops": 4}
         (reuse(2, 1), {"norm_position": "peri", "feed_forward": "geglu_tanh", "qk_norm": True}),
         (reuse(2, 1), {"norm": "layer", "feed_forward": "gelu_tanh", "parallel_residual": True}
                       | {"rope_fraction": 0.5}),
+        (reuse(2, 1), {"norm": "layer", "feed_forward": "gelu", "feed_forward_bias": True}
+                      | {"gate": True, "gate_hidden_size": 320, "positions": "xpos"}),
+        (halting("global"), {"norm": "layer", "gate": True}),
+        (halting("token"), {}),
         (reuse(2, 1), {"attention_softcap": 2.0, "sliding_window": 9}
                       | {"attention_types": ["full", "sliding"]}),
     ],

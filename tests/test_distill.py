@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import yaml
 from harness import Trace, assert_gradients_close, compare
 from test_tensor_parallel import build, config_of, gather_whole, later
 
+from launch import prep
+from megarecur.config.load import to_yaml
 from megarecur.config.schema import Config
 from megarecur.data.tokenizer import ByteTokenizer
-from megarecur.errors import ConfigError
+from megarecur.errors import ConfigError, DataError
 from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.schedule import Schedules
@@ -142,7 +145,7 @@ def test_certificates_have_the_teacher_too(corpus, teacher) -> None:
     [
         ({"model": {"vocab_size": 300}}, "vocabulary of 257, this run one of 300"),
         ({"distill": {"teacher": "nowhere"}}, "distill.teacher=nowhere: nowhere is no run folder"),
-        ({"distill": {"fingerprint": "0" * 32}}, "is another checkpoint's"),
+        ({"distill": {"fingerprint": "0" * 32}}, "is another teacher's"),
         ({"distill": {"weight": 0.0}}, "distill.weight"),
         ({"distill": {"temperature": 0}}, "distill.temperature"),
         ({"distill": {"kind": "reverse_kl"}}, "distill.kind"),
@@ -152,14 +155,135 @@ def test_teachers_that_cannot_be_are_refused(corpus, teacher, sections, told) ->
     with pytest.raises(ConfigError, match=told):
         config = pupil_of(corpus, teacher, **sections)
         data = open_data(config, Mesh())
-        with_teacher(data.config, data.tokenizer, Mesh())
+        with_teacher(data.config, data.tokenizer, data.loader.corpora, Mesh())
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(corpus, teacher) -> None:
     config = with_vocab_size(pupil_of(corpus, teacher), 257)
     with pytest.raises(ConfigError, match=r"trained with a tokenizer of fingerprint .* has other"):
-        with_teacher(config, "other", Mesh())
+        with_teacher(config, "other", [], Mesh())
     parallel = config.parallel.model_copy(update={"tensor": 3})
     heads = config.model_copy(update={"parallel": parallel})
     with pytest.raises(ConfigError, match=r"parallel.tensor=3 does not divide model.num_heads=4"):
-        with_teacher(heads, ByteTokenizer().fingerprint, Mesh())
+        with_teacher(heads, ByteTokenizer().fingerprint, [], Mesh())
+
+
+# ------------------------------------------------------------------------- stored beforehand
+
+
+def store(corpus: Path, teacher: Path, out: Path, top_k: int, **sections: Any) -> Path:
+    """What the teacher says about two steps of the pupil, by the command."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    config = out.with_suffix(".yaml")
+    config.write_text(to_yaml(pupil_of(corpus, teacher, **{"train": {"steps": 2}, **sections})))
+    prep.teacher(str(config), [], out, top_k)
+    return out
+
+
+@pytest.fixture(scope="module")
+def stored(corpus, teacher, tmp_path_factory) -> Path:
+    """All of the vocabulary, so that nothing is lost but half precision's rounding."""
+    return store(corpus, teacher, tmp_path_factory.mktemp("stored") / "all", 257)
+
+
+def pupil_of_stored(corpus: Path, folder: Path, tensor: int = 1, **sections: Any) -> Config:
+    distill = {"teacher": None, "stored": str(folder)}
+    sections = {"train": {"steps": 2}, **sections}
+    return pupil_of(corpus, "", tensor, distill=distill, **sections)
+
+
+def test_what_was_stored_teaches_as_the_teacher_does(corpus, teacher, stored) -> None:
+    expected = trace(pupil_of(corpus, teacher, train={"steps": 2}), 2)
+    found = trace(pupil_of_stored(corpus, stored), 2)
+    for (loss, gradients, *_), (other, others, *_) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(other, rel=1e-3)
+        assert_gradients_close(gradients, others, 1e-2)
+    forgotten = trace(pupil_of(corpus, teacher, distill={"weight": 1e-6}, train={"steps": 2}), 1)
+    with pytest.raises(AssertionError):  # What is compared is the teacher's.
+        assert_gradients_close(found[0][1], forgotten[0][1], 1e-2)
+
+
+def test_the_likeliest_are_kept_and_the_rest_is_spread(corpus, teacher, tmp_path) -> None:
+    folder = store(corpus, teacher, tmp_path / "top", 5)
+    config, _, _, mesh, loader = build(pupil_of_stored(corpus, folder))
+    taught = load_teacher(config, mesh, True)
+    live = load_teacher(pupil_of(corpus, teacher).model_copy(update={"model": config.model}), mesh,
+                        True)  # fmt: skip
+    assert taught is not None and live is not None
+    for step in range(2):
+        for batch in loader.batch(step):
+            p, q = (t.logits(batch).double().softmax(-1) for t in (live, taught))
+            top = p.topk(5)
+            torch.testing.assert_close(q.gather(-1, top.indices), top.values, rtol=5e-3, atol=1e-6)
+            rest = q.scatter(-1, top.indices, torch.nan)
+            left = (1.0 - top.values.sum(-1, keepdim=True)) / (257 - 5)
+            torch.testing.assert_close(rest.nanmean(-1, keepdim=True), left, rtol=1e-2, atol=1e-6)
+            assert (rest.nan_to_num(-1).amax(-1) - rest.nan_to_num(2).amin(-1)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallel"),
+    [(2, {"tensor": 2}), later(2, {"pipeline": 2}), later(2, {"zero_stage": 3})],
+)
+def test_a_pupil_of_stored_words_on_any_mesh_equals_one_process(
+    world, corpus, stored, processes, parallel
+) -> None:
+    size = {"micro_batch_size": 1, "global_batch_size": 4, "steps": 2}
+    tensor = parallel.get("tensor", 1)
+    config = pupil_of_stored(corpus, stored, tensor, train=size, parallel=parallel)
+    found = world(processes).run(trace, config, 2)[0]
+    compare(found, trace(pupil_of_stored(corpus, stored, train=size), 2))
+
+
+def test_a_run_takes_its_words_from_the_folder(corpus, stored, tmp_path) -> None:
+    run = tmp_path / "run"
+    config = pupil_of_stored(corpus, stored, run_dir=str(run))
+    assert train(config) == FINISHED
+    made = yaml.safe_load((run / "config.yaml").read_text())["distill"]["fingerprint"]
+    assert made.endswith("-top257") and "train/distill" in read_rows(run / "metrics.jsonl")[0]
+
+
+def test_files_that_are_complete_are_not_made_again(corpus, teacher, tmp_path) -> None:
+    folder = store(corpus, teacher, tmp_path / "words", 3)
+    (file,) = folder.glob("*.safetensors")
+    before = file.stat().st_mtime_ns
+    store(corpus, teacher, folder, 3)
+    assert file.stat().st_mtime_ns == before
+    store(corpus, teacher, folder, 3, train={"steps": 3})  # The file has room for more.
+    assert train(pupil_of_stored(corpus, folder, train={"steps": 3}, run_dir=str(tmp_path / "r")))\
+        == FINISHED  # fmt: skip
+    with pytest.raises(ConfigError, match="was begun with another config"):
+        store(corpus, teacher, folder, 4)
+
+
+def test_words_about_other_samples_are_refused(corpus, stored) -> None:
+    config = pupil_of_stored(corpus, stored, seed=9, train={"steps": 5})
+    with pytest.raises(ConfigError) as caught:
+        build_with_teacher(config)
+    told = str(caught.value)
+    assert "seed is 9" in told and "train.steps=5, they end with step 2" in told
+
+
+def test_damaged_words_are_refused(corpus, stored, tmp_path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(stored, folder)
+    file = folder / "samples-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="does not match its hash"):
+        build_with_teacher(pupil_of_stored(corpus, folder))
+    (folder / "teacher.json").unlink()
+    with pytest.raises(DataError, match="megarecur prep teacher"):
+        build_with_teacher(pupil_of_stored(corpus, folder))
+
+
+def build_with_teacher(config: Config) -> Config:
+    data = open_data(config, Mesh())
+    return with_teacher(data.config, data.tokenizer, data.loader.corpora, Mesh())
+
+
+def test_a_teacher_is_a_run_or_a_folder(corpus) -> None:
+    for distill in ({"teacher": None}, {"teacher": "a", "stored": "b"}):
+        with pytest.raises(ConfigError, match="name one of them"):
+            pupil_of(corpus, "", distill=distill)

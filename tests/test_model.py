@@ -42,7 +42,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
                             "injection": "linear", "initial_state": "prelude"},
     "loop_no_prelude": {"kind": "loop", "prelude": 0, "core": 1, "coda": 1, "num_loops": 3},
 }  # fmt: skip
-POSITIONS = ("rope", "alibi", "learned", "sinusoidal", "none")
+POSITIONS = ("rope", "xpos", "alibi", "learned", "sinusoidal", "none")
 NORM_POSITIONS = ("pre", "post", "sandwich")
 # What a cell of the covering set varies beside scheme, positions and norm position.
 SHAPES: tuple[dict[str, Any], ...] = (
@@ -117,8 +117,11 @@ def make_config(
     """A tiny run. Weights start large, so that every term of the model matters."""
     shape = {"hidden_size": 32, "num_heads": 4, "ffn_hidden_size": 48, "vocab_size": VOCABULARY,
              "max_positions": 32, "init_std": 0.15}  # fmt: skip
+    # An encoder needs a task.
+    task = {"kind": "token", "num_classes": VOCABULARY, "head_size": 0}
+    task = None if model.get("causal", True) else task
     return Config.model_validate({
-        "run_dir": "run", "model": shape | model, "recurrence": recurrence,
+        "run_dir": "run", "model": shape | model, "recurrence": recurrence, "task": task,
         "data": {"train": [{"path": "none"}], "tokenizer": "bytes", "seq_length": 16},
         "optimizer": {"lr": 1e-3},
         "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1,
@@ -432,6 +435,37 @@ def test_packing_does_not_matter(scheme: str, positions: str) -> None:
         total, start = total + term.detach(), start + length
     torch.testing.assert_close(total, loss, rtol=FP64_TOL, atol=0, check_dtype=False)
     assert_gradients_close(actual, gradients(alone), FP64_TOL)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_encoders_see_all_of_their_document_and_no_padding(positions: str) -> None:
+    """A document of 4 tokens, padded to 7: the last one moves the first one's state, padding none,
+    and all is as without padding."""
+    config = make_config(SCHEMES["cycle"], positions=positions, causal=False)
+    whole = make_batch()
+    documents = torch.where(torch.arange(7) < 4, 0, -1).expand(2, 7)
+    padded = replace(whole, documents_BS=documents, single_document=False)
+    short = replace(
+        whole,
+        **{name: getattr(whole, name)[:, :4] for name in vars(whole) if name.endswith("_BS")},
+    )
+
+    def states(batch: Batch) -> Tensor:
+        model = build(config)
+        ctx = model.context(batch, 0, training=False)
+        x = model.embed(batch.tokens_BS, ctx)
+        return model.run(layer_map(config.recurrence), x, ctx, {})[0].detach()
+
+    def changed(batch: Batch, position: int) -> Batch:
+        tokens = batch.tokens_BS.clone()
+        tokens[:, position] = (tokens[:, position] + 1) % VOCABULARY
+        return replace(batch, tokens_BS=tokens)
+
+    expected = states(short)
+    torch.testing.assert_close(states(padded)[:, :4], expected, rtol=FP64_TOL, atol=1e-12)
+    moved = states(changed(padded, 5))[:, :4]
+    torch.testing.assert_close(moved, expected, rtol=FP64_TOL, atol=1e-12)
+    assert (states(changed(short, 3))[:, 0] - expected[:, 0]).abs().max() > 1e-3
 
 
 # ----------------------------------------------------------------------------- parts and values

@@ -290,7 +290,7 @@ class Watch(ProgressReport):
         self.partial, self.marks = partial, dict[str, Mark]()
 
     @contextmanager
-    def phase(self, name: str, total_bytes: int) -> Iterator[None]:
+    def phase(self, name: str, total_bytes: int, unit: str = "") -> Iterator[None]:
         if name == "val":
             self.marks = marks(self.partial)
         with super().phase(name, total_bytes):

@@ -30,7 +30,7 @@ from megarecur.parallel.mesh import Mesh, build_mesh
 from megarecur.parallel.shards import tiling_fault, whole
 from megarecur.plan.cost import estimate_memory
 from megarecur.recurrence.layer_map import LayerMap
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map, layer_map
 from megarecur.train import checkpoint
 from megarecur.train.metrics import read_rows
 from megarecur.train.step import count_denominators, objective
@@ -63,11 +63,13 @@ def run_steps(
         loss = torch.zeros(())
         for batch in batches:
             ctx = model.context(batch, step, training=True)
-            blocks = maps[step] if maps else layer_map(config.recurrence)
-            x, _ = model.run(blocks, model.embed(batch.tokens_BS, ctx), ctx, {})
+            blocks = maps[step] if maps else build_map(config)
+            reads: dict[str, torch.Tensor] = {}
+            x, _ = model.run(blocks, model.embed(batch.tokens_BS, ctx), ctx, reads)
+            exits = {s.exit_name: reads[s.exit_name] for s in blocks if s.exit}
             if fault.startswith("head only") and step == 1:
                 x = x.detach()
-            part = objective(model.loss(x, batch), denominators)
+            part = objective(model.loss(x, batch, exits), denominators)
             broken = fault == "not finite" and mesh.rank == mesh.dp - 1 and step == 1
             engine.backward(part * float("nan") if broken else part)
             loss += part.detach()

@@ -8,10 +8,11 @@ the resolved config of a run folder states every one of them.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -59,7 +60,12 @@ class ModelConfig(Section):
     """Left out: 8/3 hidden_size rounded up to a multiple of 64 if gated, else 4 hidden_size."""
     vocab_size: PositiveInt | None = None
     """Rows of the embedding. Left out: the tokenizer's vocabulary."""
-    positions: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
+    positions: Literal["rope", "xpos", "alibi", "learned", "sinusoidal", "none"] = "rope"
+    """xpos: rotary, with scores that decay by distance where tokens look back (Sun et al. 2023)."""
+    level_encoding: Literal["none", "sinusoidal"] = "none"
+    """sinusoidal: sinusoids of the position and of the level, which is the loop of the block, are
+    added to the state before every step of the map (Dehghani et al. 2019). With one
+    shared block the Universal baseline of RingFormer; `positions: none` then adds no others."""
     rope_theta: PositiveFloat = 10000.0
     rope_interleaved: bool = False
     """Rotate dims (2i, 2i+1) as pairs (Huginn, GPT-J) instead of (i, i + head_dim/2) (Llama)."""
@@ -71,16 +77,34 @@ class ModelConfig(Section):
     rope_theta_local: PositiveFloat | None = None
     """Base of the rotation in sliding blocks (Gemma 3). Left out: as in the others."""
     max_positions: PositiveInt | None = None
-    """Rows of the learned position table. Left out: data.seq_length."""
+    """Rows of the learned position table. Left out: data.seq_length, or temporal.chunk_length."""
+    xpos_scale_base: PositiveFloat = 512.0
+    """Positions after which xpos has scaled once by its whole factor."""
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: PositiveFloat = 1e-5
+    final_norm_eps: PositiveFloat | None = None
+    """Of the final norm (RingFormer's vision model has 1e-6 there). Left out: norm_eps."""
     norm_position: Literal["pre", "post", "sandwich", "peri"] = "pre"
     """pre: x + f(N(x)); post: N(x + f(x)); sandwich: N2(x + f(N1(x))), as in Huginn;
     peri: x + N2(f(N1(x))), as in Gemma 2 (Peri-LN, Kim et al. 2025)."""
+    residual: Literal["plain", "admin"] = "plain"
+    """admin: N(x omega + f(x)), with one trained vector omega for attention and one for the
+    feed-forward of each use of a block (Liu et al. 2020; Takase & Kiyono 2021), so that deep shared
+    stacks train with norm_position post. A pass over the first samples sets their initial values.
+    """
     parallel_residual: bool = False
     """x + attention(N1(x)) + feed_forward(N2(x)), as in GPT-NeoX; needs norm_position pre."""
     feed_forward: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"] = "swiglu"
     """The first three are gated; _tanh: with GELU's approximation by tanh (Gemma)."""
+    shared_feed_forward: bool = False
+    """One feed-forward for all blocks, owned by the first; attention and norms stay each block's
+    own (Pires et al. 2023, One Wide Feedforward)."""
+    gate: bool = False
+    """y = g (a + FFN(N(a))) + (1 - g) x, with x what enters the block, a what leaves attention, and
+    g = sigmoid(W2 gelu(W1 N(a) + b1) + b2) for each channel (Ray Chowdhury & Caragea 2024,
+    section 3); needs norm_position pre. There is no dropout inside of g."""
+    gate_hidden_size: PositiveInt | None = None
+    """Between the gate's two matrices. Left out: ffn_hidden_size."""
     qk_norm: bool = False
     """RMS norms of every head's query and key, before they rotate (Qwen3, Gemma 3)."""
     attention_scale: PositiveFloat | None = None
@@ -89,6 +113,8 @@ class ModelConfig(Section):
     """Scores become cap x tanh(score / cap) (Gemma 2); attention takes the (slower) math path."""
     logit_softcap: PositiveFloat | None = None
     """The same for the logits."""
+    causal: bool = True
+    """false: an encoder, in which a token sees all tokens of its document."""
     sliding_window: PositiveInt | None = None
     """Sliding blocks see so many tokens, the present one among them. All are computed and most
     masked: it saves no time, and the cache of generation keeps all."""
@@ -131,6 +157,8 @@ class ModelConfig(Section):
         values.setdefault("ffn_hidden_size", -(-8 * hidden // 192) * 64 if swiglu else 4 * hidden)
         if values.get("sliding_window") is not None:
             values.setdefault("attention_types", ("sliding",))
+        if values.get("gate") is True and values.get("gate_hidden_size") is None:
+            values["gate_hidden_size"] = values["ffn_hidden_size"]
         return values
 
     @model_validator(mode="after")
@@ -140,10 +168,10 @@ class ModelConfig(Section):
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}"
             )
-        if self.positions == "rope" and self.head_dim % 2:
+        if self.positions in ("rope", "xpos") and self.head_dim % 2:
             raise ValueError(
-                f"positions=rope rotates pairs of dims, head_dim={self.head_dim} is odd; "
-                "choose an even head_dim or other positions"
+                f"positions={self.positions} rotates pairs of dims, "
+                f"head_dim={self.head_dim} is odd; choose an even head_dim or other positions"
             )
         if self.positions == "rope" and (self.rotary_dims % 2 or not self.rotary_dims):
             raise ValueError(
@@ -162,10 +190,30 @@ class ModelConfig(Section):
                         f"{key}={getattr(self, key)} needs positions=rope, not {self.positions}; "
                         "leave it out"
                     )
+        if self.positions != "xpos" and self.xpos_scale_base != 512.0:
+            raise ValueError(
+                f"xpos_scale_base={self.xpos_scale_base} needs positions=xpos, not "
+                f"{self.positions}; leave it out"
+            )
+        if self.gate and (self.norm_position != "pre" or self.parallel_residual):
+            raise ValueError(
+                f"gate=true needs norm_position=pre without parallel_residual, not "
+                f"norm_position={self.norm_position}, "
+                f"parallel_residual={str(self.parallel_residual).lower()}; change one of them"
+            )
+        if not self.gate and self.gate_hidden_size is not None:
+            raise ValueError(
+                f"gate_hidden_size={self.gate_hidden_size} needs gate=true; leave it out"
+            )
         if self.parallel_residual and self.norm_position != "pre":
             raise ValueError(
                 f"parallel_residual=true needs norm_position=pre, not {self.norm_position}; "
                 "change one of them"
+            )
+        if self.residual == "admin" and self.norm_position != "post":
+            raise ValueError(
+                f"residual=admin needs norm_position=post, not {self.norm_position}; change one of "
+                "them"
             )
         sliding = "sliding" in self.attention_types
         if sliding and self.sliding_window is None:
@@ -176,6 +224,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"sliding_window={self.sliding_window} needs a sliding block in attention_types; "
                 "leave one of them out"
+            )
+        if self.sliding_window is not None and not self.causal:
+            raise ValueError(
+                f"sliding_window={self.sliding_window} with causal=false is not available in this "
+                "version; leave one of them out"
             )
         if self.rope_theta_local is not None and not sliding:
             raise ValueError(
@@ -499,6 +552,83 @@ class Custom(Section):
         return self
 
 
+class Ring(Section):
+    """RingFormer (Heo et al. 2025): one block runs depth times. Every use, a level, has norms of
+    its own and low-rank level signals M x = A^T B x: of the block's input, added to queries, keys
+    and values after their projection; and of the feed-forward's input, added to it.
+
+    With model.norm_position post as in their translation model. With pre as in their vision model:
+    the signals of attention read the stream before its norm, and that of the feed-forward is added
+    before the norm, inside the branch.
+    """
+
+    kind: Literal["ring"]
+    depth: PositiveInt
+    """Levels."""
+    level_rank: NonNegativeInt
+    """Of M; hidden_size / 16 in the paper. 0: no signals."""
+    feed_forward_rank: NonNegativeInt
+    """Of the feed-forward's signal. Left out: level_rank."""
+    signal_init: Literal["authors", "scaled"] = "authors"
+    """A starts at 0. B is normal with deviation 1e-6 as the authors' (the first gradients of A may
+    then vanish in AdamW's eps), or scaled: hidden_size ** -0.5."""
+
+    @property
+    def num_blocks(self) -> int:
+        """One, run depth times."""
+        return 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_in(cls, values: Any) -> Any:
+        """Resolve the rank of the feed-forward's signal."""
+        if not isinstance(values, dict):
+            return values
+        return {"feed_forward_rank": values.get("level_rank", 0), **values}
+
+
+class HaltingConfig(Section):
+    """Tokens stop after as many steps as they need: a head gives the probability of stopping before
+    each step, and what leaves is the expected state (Ray Chowdhury & Caragea 2024, section 3)."""
+
+    mode: Literal["none", "token", "global"] = "none"
+    """token: every token by its own state, attention reading the mixture so far (Universal
+    Transformer). global: by means over its document, in a causal model over what comes before it
+    (Gated Universal Transformer). none: all steps run."""
+    transition: bool = True
+    """The head reads the state before and after the step; false: before alone."""
+    threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.999
+    """Probability of having stopped at which no further step is taken."""
+    coefficient: NonNegativeFloat = 0.1
+    """Of the expected number of steps in the objective."""
+
+
+class Universal(Section):
+    """One block, at most depth times: 0 0 0 (Dehghani et al. 2019)."""
+
+    kind: Literal["universal"]
+    depth: PositiveInt
+    """Most steps. Of a document of n tokens at most n + 1 count, where there is halting."""
+    halting: HaltingConfig = HaltingConfig()
+
+    @property
+    def num_blocks(self) -> int:
+        """All steps share it."""
+        return 1
+
+
+def refuse_halting(values: Any) -> Any:
+    """Say so where a section `halting` is given to a map that cannot halt."""
+    if isinstance(values, dict) and "halting" in values:
+        kind = values.get("kind")
+        if kind in KINDS_WITHOUT_HALTING:
+            raise ValueError(
+                f"halting: the map of kind={kind} cannot halt; set kind to universal, or leave "
+                "halting out"
+            )
+    return values
+
+
 AdapterTarget = Literal["query", "key", "value", "output", "gate", "up", "down"]
 
 
@@ -517,10 +647,62 @@ class AdaptersConfig(Section):
     """Every loop also adds to the biases of these layers, where they have one."""
 
 
+class TemporalConfig(Section):
+    """Temporal latent bottleneck (Didolkar et al. 2022; Ray Chowdhury & Caragea 2024): tokens are
+    read in chunks. Every step of the map also attends to a memory, and the memory is written from
+    what a chunk came out as, for the next one. Compute grows linearly with the length of a text.
+
+    Attention and positions stay inside a chunk. Where documents are masked, a document begins with
+    the initial memory.
+    """
+
+    chunk_length: PositiveInt
+    """Tokens of a chunk, whatever the length of a text; only the last one may be shorter."""
+    num_slots: PositiveInt
+    """Vectors of hidden_size that the memory has."""
+    updates: PositiveInt = 1
+    """Layers that write the memory, one after the other: attention to the chunk, feed-forward."""
+    update_ffn_hidden_size: PositiveInt
+    """Width of their feed-forward. Left out: hidden_size."""
+    initial_memory: Literal["random", "zero"] = "random"
+    """The memory before the first chunk, which is learned, starts as. random: standard normal.
+    zero, as the authors have it: all slots then stay alike, as long as nothing is dropped."""
+    backward_chunks: PositiveInt | None = None
+    """Truncated backward: the memory is cut from its past before every so many chunks, counted from
+    the end of a text. Left out: gradients pass through all chunks."""
+    pooling: Literal["mean", "last"] | None = None
+    """What a classifier of sequences or pairs reads in the place of states of tokens, after a norm:
+    the mean over slots, or the last slot. Left out: nothing but later chunks reads the memory."""
+
+    @model_validator(mode="after")
+    def check_truncation(self) -> TemporalConfig:
+        """Refuse truncation that trains no writing."""
+        if self.backward_chunks == 1 and self.pooling is None:
+            raise ValueError(
+                "backward_chunks=1 cuts the memory off wherever it is read, so that what writes it "
+                "would never be trained; set it to 2 or more, or leave it out"
+            )
+        return self
+
+
 RecurrenceConfig = Annotated[
-    Dense | Sequence | Cycle | CycleReverse | ReuseMap | BlockRecurrence | Loop | Custom,
+    Dense
+    | Sequence
+    | Cycle
+    | CycleReverse
+    | ReuseMap
+    | BlockRecurrence
+    | Loop
+    | Custom
+    | Ring
+    | Universal,
     Field(discriminator="kind"),
+    BeforeValidator(refuse_halting),
 ]
+KINDS_WITHOUT_HALTING = (
+    "dense", "sequence", "cycle", "cycle_reverse", "reuse_map", "block_recurrence", "loop",
+    "custom", "ring",
+)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- data
@@ -629,7 +811,17 @@ class WarmupStableDecay(Section):
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
 
 
-ScheduleConfig = Annotated[Constant | Cosine | WarmupStableDecay, Field(discriminator="kind")]
+class InverseSqrt(Section):
+    """Warm up, then fall with the inverse square root of the step (Vaswani et al. 2017)."""
+
+    kind: Literal["inverse_sqrt"]
+    warmup_steps: PositiveInt
+    """lr is the rate at their end."""
+
+
+ScheduleConfig = Annotated[
+    Constant | Cosine | WarmupStableDecay | InverseSqrt, Field(discriminator="kind")
+]
 
 
 class MuonConfig(Section):
@@ -721,9 +913,12 @@ class DistillConfig(Section):
     """Learn from the distributions of a frozen teacher (Hinton et al. 2015), micro batch by micro
     batch. With exits, it teaches the last loop; exits learn from that with exits.distill."""
 
-    teacher: str = free(min_length=1)
+    teacher: str | None = free(None, min_length=1)
     """RUN or RUN@STEP: a run of any kind with the same vocabulary and tokenizer, or a converted
     model. With a pipeline it is whole on the rank of the head."""
+    stored: str | None = free(None, min_length=1)
+    """In its place, the folder of what a teacher said about this run's samples beforehand
+    (`megarecur prep teacher`)."""
     weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """The divergence's share of the loss; cross-entropy has the rest. 1: the teacher alone."""
     temperature: PositiveFloat = 1.0
@@ -733,6 +928,61 @@ class DistillConfig(Section):
     fingerprint: str | None = None
     """Of the teacher's checkpoint. Filled in when a run begins, which cannot go on with another
     teacher."""
+
+    @model_validator(mode="after")
+    def check_source(self) -> DistillConfig:
+        """Refuse no teacher, and two."""
+        if (self.teacher is None) == (self.stored is None):
+            raise ValueError(
+                f"teacher={self.teacher} with stored={self.stored}: name one of them, a run or a "
+                "folder of stored distributions"
+            )
+        return self
+
+
+class TaskConfig(Section):
+    """Classify samples instead of predicting text (`megarecur prep task` makes the corpora). The
+    head is the final norm, a hidden layer with GELU and the classes; two classes are one logit."""
+
+    kind: Literal["sequence", "pair", "token"]
+    """sequence: a class per sample, from its pooled state. pair: a class per two sequences, from
+    [u; v; u*v; |u-v|] of their pooled states. token: a class at each token that has a label."""
+    targets: Literal["labels", "next_token"] = "labels"
+    """next_token: of kind token, predict every next token by the ordinary head; labels say which
+    predictions are scored."""
+    num_classes: PositiveInt | None = None
+    """As the corpora have; left out only with next_token."""
+    pooling: Literal["mean", "end", "first"] = "mean"
+    """Of the states of a sequence: their mean, the last one or the first one."""
+    head_size: NonNegativeInt | None = None
+    """Units of the hidden layer. Left out: model.hidden_size; 0: there is none."""
+    augment: bool = False
+    """A learned START comes before a sequence and a learned END after its last token."""
+    truncate: bool = False
+    """Cut sequences longer than data.seq_length, which are refused otherwise."""
+
+    @model_validator(mode="after")
+    def check_targets(self) -> TaskConfig:
+        """Refuse options that contradict each other or do nothing."""
+        if self.targets == "next_token":
+            if self.kind != "token":
+                raise ValueError(
+                    f"targets=next_token is for kind=token, not {self.kind}; leave targets out"
+                )
+            if self.num_classes is not None:
+                raise ValueError(
+                    f"num_classes={self.num_classes} with targets=next_token: the classes are the "
+                    "vocabulary; leave num_classes out"
+                )
+        elif self.num_classes is None or self.num_classes < 2:
+            raise ValueError(
+                f"num_classes={self.num_classes} must be at least 2, as the corpora have them"
+            )
+        if self.kind == "token" and (self.augment or self.pooling != "mean"):
+            raise ValueError(
+                "augment and pooling are for kind=sequence and pair; with kind=token leave them out"
+            )
+        return self
 
 
 KINDS_WITH_EXITS = "cycle, block_recurrence, or loop with coda=0"
@@ -937,6 +1187,21 @@ class HealthConfig(Section):
     """The least free disk of the run folder, in 10^9 bytes."""
 
 
+class PaperConfig(Section):
+    """The row of a published table that this run is after; `megarecur check` compares."""
+
+    row: Annotated[str, Field(min_length=1)]
+    """Authors, year, table and row."""
+    parameters: PositiveInt
+    """As published, or as the published formula gives."""
+    without_embedding: bool = False
+    """Whether that leaves out embedding, positions and head."""
+    published: str = ""
+    """What else the row says: its score, in words."""
+    difference: str = ""
+    """Why our number is another, where it is."""
+
+
 class Config(Section):
     """A run."""
 
@@ -951,30 +1216,146 @@ class Config(Section):
     recurrence: RecurrenceConfig
     adapters: AdaptersConfig | None = None
     """Left out: loops differ in nothing."""
+    temporal: TemporalConfig | None = None
+    """Left out: a sequence is read in one piece."""
     data: DataConfig
     optimizer: OptimizerConfig
     exits: ExitConfig | None = None
     """Left out: the loss is the last loop's alone."""
     distill: DistillConfig | None = None
     """Left out: there is no teacher."""
+    task: TaskConfig | None = None
+    """Left out: the next token is predicted."""
     parallel: ParallelConfig = free(ParallelConfig())
     train: TrainConfig
     checkpoint: CheckpointConfig = free(CheckpointConfig())
     alarms: AlarmConfig = free(AlarmConfig())
     health: HealthConfig = free(HealthConfig())
+    paper: PaperConfig | None = free(None)
+    """Left out: the run reproduces no published one."""
 
     @model_validator(mode="before")
     @classmethod
     def fill_in(cls, values: Any) -> Any:
-        """Resolve the rows of a learned position table."""
+        """Resolve the rows of a learned position table, and the width of a memory's layers."""
         if not isinstance(values, dict):
             return values
         model, data = values.get("model"), values.get("data")
         if not (isinstance(model, dict) and isinstance(data, dict)):
             return values
+        longest, temporal = data.get("seq_length"), values.get("temporal")
+        if isinstance(temporal, dict):
+            hidden = model.get("hidden_size")
+            hidden = hidden if isinstance(hidden, int) and hidden > 0 else 1  # It is reported.
+            values = {**values, "temporal": {"update_ffn_hidden_size": hidden, **temporal}}
+            longest = temporal.get("chunk_length")
         if model.get("positions") == "learned" and model.get("max_positions") is None:
-            model = {**model, "max_positions": data.get("seq_length")}
+            task = values.get("task")
+            ends = 2 * bool(isinstance(task, dict) and task.get("augment"))
+            if isinstance(longest, int) and not isinstance(temporal, dict):
+                longest += ends
+            model = {**model, "max_positions": longest}
         return {**values, "model": model}
+
+    @property
+    def halting(self) -> HaltingConfig | None:
+        """How tokens halt; None where all steps run."""
+        halting = getattr(self.recurrence, "halting", None)
+        return None if halting is None or halting.mode == "none" else halting
+
+    @model_validator(mode="after")
+    def check_halting(self) -> Config:
+        """Refuse what cannot be done where steps depend on the data."""
+        if self.halting is None:
+            return self
+        halts = f"recurrence.halting.mode={self.halting.mode}"
+        if self.parallel.sequence_parallel:
+            raise ValueError(
+                f"{halts} reads whole sequences, parallel.sequence_parallel=true cuts them; set it "
+                "to false"
+            )
+        if self.train.compile:
+            raise ValueError(
+                f"train.compile={self.train.compile} with {halts} is not available in this "
+                "version; set train.compile to false"
+            )
+        if self.of_loops:
+            key = "adapters" if self.adapters is not None else "model.residual=admin"
+            raise ValueError(
+                f"{self.of_loops} belong to one loop each, and with {halts} replicas may run "
+                f"different ones; leave {key} out"
+            )
+        return self
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a task's head takes the place of the vocabulary's."""
+        return self.task is not None and self.task.targets == "labels"
+
+    @property
+    def reads_memory(self) -> bool:
+        """Whether the task's head reads the temporal memory, not the states of tokens."""
+        pooled = self.temporal is not None and self.temporal.pooling is not None
+        return pooled and self.task is not None and self.task.kind != "token"
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether there is a norm between the map and a head, or a core and its coda."""
+        if self.reads_memory and not getattr(self.recurrence, "final_norm_after_core", False):
+            return False
+        return self.model.norm_position != "post"
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether embedding and head are one table."""
+        return self.model.tie_embeddings and not self.classifies
+
+    @property
+    def num_positions(self) -> int:
+        """The longest sequence, a task's START and END included."""
+        return self.data.seq_length + 2 * (self.task is not None and self.task.augment)
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Places of a sample, two sequences for a pair."""
+        return self.num_positions * (1 + (self.task is not None and self.task.kind == "pair"))
+
+    @model_validator(mode="after")
+    def check_task(self) -> Config:
+        """Refuse encoders without a task, and what makes no sense with one."""
+        model, task = self.model, self.task
+        if task is None:
+            if not model.causal:
+                raise ValueError(
+                    "model.causal=false sees the next token, which it would have to predict; add a "
+                    "task section, or set causal to true"
+                )
+            return self
+        problems = []
+        if not model.causal and task.targets == "next_token":
+            problems.append("model.causal=false sees the next token that task.targets asks for")
+        for name in ("exits", "distill"):
+            if getattr(self, name) is not None:
+                problems.append(f"{name} is for runs that predict text")
+        if model.causal and task.pooling == "first" and task.kind != "token":
+            problems.append("task.pooling=first of a causal model has seen one token alone")
+        if self.classifies and self.train.sample_prompts:
+            problems.append("train.sample_prompts: a classifier writes no text")
+        if self.classifies and model.logit_softcap is not None:
+            problems.append(
+                f"model.logit_softcap={model.logit_softcap} is for the vocabulary's head"
+            )
+        if self.data.shuffle_shards:
+            problems.append(
+                f"data.shuffle_shards={self.data.shuffle_shards} is for corpora of text"
+            )
+        if any(source.remote for source in (*self.data.train, *self.data.val)):
+            problems.append("a remote is for corpora of text: copy the corpus here")
+        if self.train.compile:
+            problems.append(f"train.compile={self.train.compile} is not available with a task")
+        if problems:
+            raise ValueError(f"task: {'; '.join(problems)}; leave these out, or the task section")
+        return self
 
     @model_validator(mode="after")
     def check_depths(self) -> Config:
@@ -994,6 +1375,12 @@ class Config(Section):
         model, targets, rank = self.model, self.adapters.targets or (), self.adapters.rank
         if len(set(targets)) < len(targets):
             raise ValueError(f"adapters.targets={list(targets)}: names a layer twice")
+        fed = {"gate", "up", "down"} & set(targets or get_args(AdapterTarget))
+        if model.shared_feed_forward and fed:
+            raise ValueError(
+                f"adapters.targets: {', '.join(sorted(fed))} of one feed-forward for all blocks "
+                "(model.shared_feed_forward) cannot be adapted in this version; name other targets"
+            )
         if "gate" in targets and not model.gated:
             raise ValueError(
                 f"adapters.targets={list(targets)}: model.feed_forward={model.feed_forward} has no "
@@ -1010,19 +1397,144 @@ class Config(Section):
                 f"adapters.rank={rank} is above the full rank {most} of every matrix it is for; "
                 f"set it to at most {most}"
             )
-        if isinstance(self.recurrence, Looped):
-            loops = self.recurrence.most_loops
-            if loops is None:
+        return self
+
+    @property
+    def of_loops(self) -> str:
+        """What single loops have of their own, in words; "" where all are alike."""
+        if self.adapters is not None:
+            return "adapters"
+        if self.model.residual == "admin":
+            return "residual scales"
+        return "levels" if isinstance(self.recurrence, Ring) else ""
+
+    @model_validator(mode="after")
+    def check_loops(self) -> Config:
+        """Refuse loops without bound where each has parameters of its own."""
+        if not (self.of_loops and isinstance(self.recurrence, Looped)):
+            return self
+        loops = self.recurrence.most_loops
+        if loops is None:
+            raise ValueError(
+                f"{self.of_loops} belong to one loop each, and recurrence.num_loops="
+                f"{self.recurrence.num_loops} has no last one; give its sampler a max"
+            )
+        beyond = [depth for depth in self.train.eval_depths if depth > loops]
+        if beyond:
+            raise ValueError(
+                f"train.eval_depths={beyond}: {self.of_loops} are there for {loops} loops; leave "
+                "out what is above"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_levels(self) -> Config:
+        """Refuse level signals that cannot be, and what levels have already."""
+        ring, model = self.recurrence, self.model
+        if not isinstance(ring, Ring):
+            return self
+        for name in ("level_rank", "feed_forward_rank"):
+            rank = getattr(ring, name)
+            if rank > model.hidden_size:
                 raise ValueError(
-                    f"adapters belong to one loop each, and recurrence.num_loops="
-                    f"{self.recurrence.num_loops} has no last one; give its sampler a max"
+                    f"recurrence.{name}={rank} is above model.hidden_size={model.hidden_size}, the "
+                    "full rank of a level signal; set it to at most that"
                 )
-            beyond = [depth for depth in self.train.eval_depths if depth > loops]
-            if beyond:
-                raise ValueError(
-                    f"train.eval_depths={beyond}: adapters are there for {loops} loops; leave "
-                    "out what is above"
-                )
+        signals = ring.level_rank or ring.feed_forward_rank
+        if signals and model.norm_position not in ("pre", "post"):
+            raise ValueError(
+                f"recurrence.level_rank={ring.level_rank}: level signals are defined for "
+                f"model.norm_position post and pre, not {model.norm_position}; choose one of them, "
+                "or set level_rank and feed_forward_rank to 0"
+            )
+        if signals and model.parallel_residual:
+            raise ValueError(
+                "model.parallel_residual=true: level signals need attention and feed-forward one "
+                "after the other; set it to false, or level_rank and feed_forward_rank to 0"
+            )
+        if self.adapters is None:
+            return self
+        if self.adapters.norms:
+            raise ValueError(
+                "adapters.norms=true: with recurrence.kind=ring every level has norms of its own; "
+                "leave it out"
+            )
+        twice = {"query", "key", "value"} & set(self.adapters.targets or get_args(AdapterTarget))
+        if ring.level_rank and twice:
+            raise ValueError(
+                f"adapters.targets: {', '.join(sorted(twice))} have level signals already "
+                f"(recurrence.level_rank={ring.level_rank}); name other targets, or set level_rank "
+                "to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_temporal(self) -> Config:
+        """Refuse what a memory cannot be carried through, all at once."""
+        if self.temporal is None:
+            return self
+        temporal, model, parallel, length = (
+            self.temporal,
+            self.model,
+            self.parallel,
+            self.data.seq_length,
+        )
+        chunk, problems = temporal.chunk_length, []
+        if chunk > length:
+            problems.append(
+                f"temporal.chunk_length={chunk} is above data.seq_length={length}, so that no "
+                "sequence has a second chunk; lower it, or leave temporal out"
+            )
+        if self.train.compile and length % chunk:
+            problems.append(
+                f"temporal.chunk_length={chunk} must divide data.seq_length={length} for "
+                f"train.compile={self.train.compile}, which takes chunks of one length; change one "
+                "of them, or set train.compile to false"
+            )
+        chunks = -(-length // chunk)
+        if temporal.backward_chunks is not None and temporal.backward_chunks > chunks:
+            problems.append(
+                f"temporal.backward_chunks={temporal.backward_chunks} is more than the {chunks} "
+                "chunk(s) of a sequence; lower it, or leave it out for the full backward"
+            )
+        if model.norm_position != "pre" or model.parallel_residual:
+            problems.append(
+                "temporal memory is read between attention and feed-forward, which needs "
+                f"model.norm_position=pre (it is {model.norm_position}) and parallel_residual=false"
+            )
+        if self.reads_memory and self.task is not None and self.task.pooling != "mean":
+            problems.append(
+                f"task.pooling={self.task.pooling} with temporal.pooling={temporal.pooling}: the "
+                "head reads one of them; leave the other out"
+            )
+        if model.attention_softcap is not None:
+            problems.append(
+                f"model.attention_softcap={model.attention_softcap} with temporal memory is not "
+                "available in this version; leave one of them out"
+            )
+        if self.halting is not None and self.halting.mode == "token":
+            problems.append(
+                "recurrence.halting.mode=token with temporal memory is not available in this "
+                "version; set mode to global or none, or leave temporal out"
+            )
+        if parallel.pipeline > 1:
+            problems.append(
+                f"temporal memory across more than one pipeline stage (parallel.pipeline="
+                f"{parallel.pipeline}) is not available in this version; set pipeline to 1"
+            )
+        if parallel.sequence_parallel:
+            problems.append(
+                "parallel.sequence_parallel=true with temporal memory is not available in this "
+                "version: a chunk is a piece of the sequence already; set it to false"
+            )
+        if temporal.update_ffn_hidden_size % parallel.tensor:
+            problems.append(
+                f"parallel.tensor={parallel.tensor} does not divide "
+                f"temporal.update_ffn_hidden_size={temporal.update_ffn_hidden_size}; choose a size "
+                "that does"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @model_validator(mode="after")
@@ -1070,13 +1582,15 @@ class Config(Section):
             for name, value in (
                 ("num_heads", model.num_heads),
                 ("ffn_hidden_size", model.ffn_hidden_size),
+                ("gate_hidden_size", model.gate_hidden_size),
             )
-            if value % size
+            if value is not None and value % size
         ]
         if model.num_kv_heads % size and size % model.num_kv_heads:
             problems.append(f"model.num_kv_heads={model.num_kv_heads} (nor divides it)")
-        if self.parallel.sequence_parallel and self.data.seq_length % size:
-            problems.append(f"data.seq_length={self.data.seq_length} (sequence_parallel)")
+        if self.parallel.sequence_parallel and self.num_positions % size:
+            ends = " and 2 ends" * (self.num_positions > self.data.seq_length)
+            problems.append(f"data.seq_length={self.data.seq_length}{ends} (sequence_parallel)")
         if problems:
             raise ValueError(
                 f"parallel.tensor={size} does not divide {', '.join(problems)}; choose a size that "
@@ -1107,6 +1621,11 @@ class Config(Section):
                 f"parallel.pipeline={size} is more than the {blocks} block(s) of recurrence.kind="
                 f"{self.recurrence.kind}{stay if together > 1 else ''} have places for; set it to "
                 f"at most {most}"
+            )
+        if size > 1 and self.model.shared_feed_forward:
+            raise ValueError(
+                f"model.shared_feed_forward=true with parallel.pipeline={size} would use one "
+                "feed-forward on several ranks; set pipeline to 1"
             )
         if size > 1 and self.train.compile:
             raise ValueError(
@@ -1192,10 +1711,19 @@ class Config(Section):
                 "recurrence.final_norm_after_core needs a final norm, which "
                 "model.norm_position=post has not; choose pre or sandwich"
             )
-        limit = self.model.max_positions
-        if self.model.positions == "learned" and limit and limit < self.data.seq_length:
+        limit, name, longest = self.model.max_positions, "data.seq_length", self.num_positions
+        ends = " and 2 for START and END" * (self.num_positions > self.data.seq_length)
+        value = f"{self.data.seq_length}{ends}"
+        if self.temporal is not None:
+            name, longest = "temporal.chunk_length", self.temporal.chunk_length
+            value = str(longest)
+        if self.model.positions == "xpos" and longest > 64 * self.model.xpos_scale_base:
             raise ValueError(
-                f"model.max_positions={limit} is below data.seq_length={self.data.seq_length}; "
-                "raise it or leave it out"
+                f"{name}={value} is above 64 x model.xpos_scale_base={self.model.xpos_scale_base}: "
+                "keys would be scaled beyond what floats hold; raise xpos_scale_base"
+            )
+        if self.model.positions == "learned" and limit and limit < longest:
+            raise ValueError(
+                f"model.max_positions={limit} is below {name}={value}; raise it or leave it out"
             )
         return self

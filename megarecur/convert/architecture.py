@@ -142,18 +142,23 @@ class Architecture:
 
 PLAIN: dict[str, tuple[Any, ...]] = {
     "positions": ("rope",),
+    "level_encoding": ("none",),
     "rope_fraction": (1.0,),
     "rope_scaling_factor": (1.0,),
     "rope_theta_local": (None,),
     "norm": ("rms",),
+    "final_norm_eps": (None,),
     "norm_position": ("pre",),
+    "residual": ("plain",),
     "parallel_residual": (False,),
     "feed_forward": ("swiglu",),
+    "shared_feed_forward": (False,),
     "qk_norm": (False,),
     "attention_scale": (None,),
     "attention_softcap": (None,),
     "logit_softcap": (None,),
     "sliding_window": (None,),
+    "gate": (False,),
     "scale_embeddings": (False,),
 }
 """What Llama can express of our `model` section, and where others start from."""

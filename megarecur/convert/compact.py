@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megarecur.config.schema import Config, Loop, ModelConfig
+from megarecur.config.schema import Config, Loop, ModelConfig, Ring
 from megarecur.errors import ConfigError
 from megarecur.recurrence.inventory import adapter_targets, build_inventory, injection_block
 from megarecur.recurrence.layer_map import LayerMap, count_uses
@@ -54,6 +54,17 @@ BLOCK = (
     "scale_embeddings",
 )
 """Keys that its section `block` has."""
+REFUSED = (
+    "causal",
+    "level_encoding",
+    "xpos_scale_base",
+    "final_norm_eps",
+    "residual",
+    "shared_feed_forward",
+    "gate",
+    "gate_hidden_size",
+)
+"""Keys that it lacks: a model with other values than their defaults is refused."""
 TRAINING = ("max_positions", "dropout", "attention_dropout", "z_loss", "init_scaling")
 """Keys that change nothing that a trained model computes, or are written otherwise."""
 
@@ -126,6 +137,12 @@ def find_obstacles(config: Config, steps: LayerMap) -> list[str]:
             "recurrence.initial_state='random': numbers drawn by (seed, sample, position) are not "
             "part of the modelling file; only 'zero' and 'prelude' can be exported"
         )
+    if isinstance(recurrence, Ring):
+        problems.append(
+            "recurrence.kind='ring': norms and signals of levels are not part of the modelling file"
+        )
+    if model.positions == "xpos":
+        problems.append("model.positions='xpos': is not part of the modelling file")
     if any(step.stack != "decoder" for step in steps):
         problems.append(f"recurrence.kind={recurrence.kind!r}: has more than a decoder")
     known = {*SHAPES, *BLOCK, *TRAINING}

@@ -41,7 +41,7 @@ from megarecur.convert.tokenizer import describe_hf_tokenizer, write_hf_tokenize
 from megarecur.data.tokenizer import BYTES, load_tokenizer, tokenizer_fingerprint
 from megarecur.errors import ConfigError, DataError
 from megarecur.parallel.shards import Shard, whole
-from megarecur.recurrence.inventory import build_inventory
+from megarecur.recurrence.inventory import build_inventory, signal_names
 from megarecur.recurrence.layer_map import LayerMap, count_uses
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
@@ -188,6 +188,11 @@ def export_hf(
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     run = open_run_folder(run_dir, step)
     config, origin = run.config, run.state.get("hugging_face", {})
+    if config.task is not None:
+        raise ConfigError(
+            f"{run_dir}: has a task (task.kind={config.task.kind}), for which there is no export; "
+            "use the run here, with `megarecur eval`"
+        )
     if unrolled is None:
         unrolled = max(count_uses(layer_map(config.recurrence)).values()) == 1
     dtype = dtype or origin.get("dtype", "float32")
@@ -258,6 +263,16 @@ def layers_of(config: Config, architecture: Architecture) -> LayerMap:
         problems.append(
             f"recurrence.final_norm_after_core=True: {title} has no norm between layers; only "
             "False can be unrolled, --compact writes both"
+        )
+    if signal_names(config):
+        problems.append(
+            f"recurrence.kind={config.recurrence.kind!r}: {title} has no level signals; only "
+            "level_rank=0 and feed_forward_rank=0 can be unrolled"
+        )
+    if config.halting is not None:
+        problems.append(
+            f"recurrence.halting.mode={config.halting.mode!r}: {title} runs all of its layers; "
+            "such a model stays a megarecur run"
         )
     if problems:
         raise ConfigError(f"cannot export to {title}:" + "".join(f"\n  {p}" for p in problems))

@@ -59,13 +59,16 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     """Bytes and xxh64 of every other file of the corpus."""
     near_duplicates_removed: int = 0
+    task: dict[str, Any] | None = None
+    """Of a corpus of labelled samples: see `data/samples.py`."""
 
     @property
     def fingerprint(self) -> str:
         """The identity of the corpus: xxh3-128 of the manifest's content."""
         content = asdict(self)
-        if not self.near_duplicates_removed:  # Younger than the first corpora.
-            del content["near_duplicates_removed"]
+        for younger in ("near_duplicates_removed", "task"):  # Than the first corpora.
+            if not content[younger]:
+                del content[younger]
         return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 

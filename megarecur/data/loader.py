@@ -116,13 +116,7 @@ class Loader:
         self.mask_documents = mask_documents
         self.orders: list[Order] = []
         for source, corpus in enumerate(self.corpora):
-            place = corpus.starts, corpus.num_tokens, seq_length
-            order: Order = (
-                ShardOrder(*place, shuffle_shards, seed, source)
-                if shuffle and shuffle_shards
-                else WholeOrder(*place, shuffle, seed, source)
-            )
-            _check_length(corpus, order, seq_length)
+            order = self._order(source, corpus, shuffle, shuffle_shards)
             if isinstance(corpus, RemoteCorpus):
                 samples = global_batch_size * self.weights[source] / sum(self.weights)
                 corpus.check_room(order.shards_at_once(samples))
@@ -132,6 +126,17 @@ class Loader:
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._pending: dict[int, Future[list[MicroBatch]]] = {}
         self._pool: ThreadPoolExecutor | None = None
+
+    def _order(self, source: int, corpus: Corpus, shuffle: bool, shuffle_shards: int) -> Order:
+        """The order of a corpus's windows."""
+        place = corpus.starts, corpus.num_tokens, self.seq_length
+        order: Order = (
+            ShardOrder(*place, shuffle_shards, self.seed, source)
+            if shuffle and shuffle_shards
+            else WholeOrder(*place, shuffle, self.seed, source)
+        )
+        _check_length(corpus, order, self.seq_length)
+        return order
 
     def sample_ids(self, step: int) -> np.ndarray:
         """The ids of all samples of a step's global batch, in order: int64."""
@@ -226,6 +231,25 @@ class Loader:
         ids_R, sources_R, numbers_R, windows_R = (
             values.reshape(-1, batch)[:, mine].flatten() for values in (ids, *self._find(ids))
         )
+        found = self._lay_out(ids_R, sources_R, numbers_R, windows_R)
+        while len(self._sample_blocks) > 1:
+            self._sample_blocks.pop(next(iter(self._sample_blocks)), None)
+        self._sample_blocks[block] = found
+        return found
+
+    def first_samples(self, count: int) -> MicroBatch:
+        """The first samples of the run, the same ones on every rank."""
+        ids = np.arange(count)
+        return _cut(self._lay_out(ids, *self._find(ids)), 0, count)
+
+    def _lay_out(
+        self,
+        ids_R: np.ndarray,
+        sources_R: np.ndarray,
+        numbers_R: np.ndarray,
+        windows_R: np.ndarray,
+    ) -> Samples:
+        """Samples by id, source, number among the source's samples, and window."""
         starts_R = np.empty_like(windows_R)
         for source, (corpus, order) in enumerate(zip(self.corpora, self.orders, strict=True)):
             own = sources_R == source
@@ -234,11 +258,7 @@ class Loader:
                 numbers = numbers_R[own]
                 corpus.follow(order.blocks(int(numbers[0]), int(numbers[-1])))
         S, masked = self.seq_length, self.mask_documents
-        found = _lay_out(self.corpora, sources_R, starts_R, ids_R, S, masked)
-        while len(self._sample_blocks) > 1:
-            self._sample_blocks.pop(next(iter(self._sample_blocks)), None)
-        self._sample_blocks[block] = found
-        return found
+        return _lay_out(self.corpora, sources_R, starts_R, ids_R, S, masked)
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint before `step` holds: samples read, in all and of each corpus.

@@ -1,4 +1,5 @@
-"""Tokenizers behind one interface: sentencepiece models, Hugging Face tokenizer.json, plain bytes.
+"""Tokenizers behind one interface: sentencepiece models, Hugging Face tokenizer.json, plain bytes,
+and lists of words.
 
     tokenizer = load_tokenizer("data/quickstart/tokenizer.model")
     tokenizer.encode("def f(x):")     # ids, without special tokens
@@ -8,6 +9,7 @@ Text that spells a special token (`</s>`) is encoded as text, never as the speci
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import string
@@ -83,6 +85,41 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some bytes; what is not UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class WordTokenizer(Tokenizer):
+    """Words between white space, for tasks whose words are known: 0 ends a document, 1 is any
+    unknown word, the others follow in the order of their list.
+
+        {"megarecur": "words", "words": ["[MIN", "[MAX", "]", "0", "1"]}
+    """
+
+    mark = b'{"megarecur": "words"'
+    """How its file begins."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.name = path.name
+        self.fingerprint = xxhash.xxh3_128_hexdigest(content)
+        words = json.loads(content).get("words")
+        if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+            raise DataError(f"{path}: has no list of words; prepare it again")
+        self.words = ("<eos>", "<unk>", *words)
+        self.ids = {word: i for i, word in enumerate(words, 2)}
+        self.vocab_size, self.eos_id, self.bos_id = len(self.words), 0, None
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of the words of a text."""
+        return np.array([self.ids.get(word, 1) for word in text.split()], np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Words with a space between them."""
+        return " ".join(self.words[i] for i in ids if i)
+
+    @classmethod
+    def describe(cls, words: Sequence[str]) -> bytes:
+        """The content of the file of these words."""
+        rest = json.dumps({"words": list(words)}, ensure_ascii=False)
+        return cls.mark + b", " + rest[1:].encode()
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -230,16 +267,19 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a sentencepiece model, a Hugging Face tokenizer.json, or `bytes`.
+    """Load a sentencepiece model, a Hugging Face tokenizer.json, a list of words, or `bytes`.
 
     Raises:
-        DataError: there is no such file, or it is neither of these.
+        DataError: there is no such file, or it is none of these.
     """
     if str(path) == BYTES:
         return ByteTokenizer()
     path = Path(path)
     content = _read(path)
+    build: type[HuggingFaceTokenizer | SentencePieceTokenizer | WordTokenizer]
     build = HuggingFaceTokenizer if content.lstrip()[:1] == b"{" else SentencePieceTokenizer
+    if content.startswith(WordTokenizer.mark):
+        build = WordTokenizer
     try:
         return build(path, content)
     except DataError:

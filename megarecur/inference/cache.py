@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megarecur.model.context import Context, build_context
+from megarecur.model.temporal import Carried, build_chunks
 from megarecur.model.transformer import Transformer
 
 SMALLEST_CAPACITY = 64
@@ -32,6 +33,9 @@ class Cache:
         self.entries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         """(block, loop_index) to keys and values [B, capacity, N, H]."""
         self.capacity = max(capacity, SMALLEST_CAPACITY)
+        self.carried: Carried | None = None
+        """Of a model with a temporal memory: that, and the cache of the chunk that is not complete;
+        entries are then its alone."""
 
     def append(
         self, step: tuple[int, int], k_BSNH: Tensor, v_BSNH: Tensor
@@ -67,6 +71,16 @@ class Cache:
         """A forward pass over so many tokens is over."""
         self.length += num_tokens
 
+    def clear(self) -> None:
+        """Forget all tokens, and keep the room."""
+        self.length = 0
+
+    def carry(self) -> Carried:
+        """What is carried from chunk to chunk."""
+        if self.carried is None:
+            self.carried = Carried(cache=Cache())
+        return self.carried
+
 
 def context_after(
     model: Transformer,
@@ -79,6 +93,16 @@ def context_after(
     batch, length = tokens_BS.shape
     past = cache.length if cache is not None else 0
     positions_BS = torch.arange(past, past + length, device=tokens_BS.device).expand(batch, -1)
+    if model.config.temporal is not None:
+        return build_chunks(
+            model.config,
+            positions_BS,
+            model.dtype,
+            carried=None if cache is None else cache.carry(),
+            sample_ids_B=samples_B,
+            seed=seed,
+            tp=model.tp,
+        )
     return build_context(
         model.config.model,
         positions_BS,

@@ -73,6 +73,11 @@ def refuse_rule(rule: ExitRule, config: Config, num_loops: int | None) -> str:
         return f"exit_threshold={rule.threshold} must be a number of at least 0"
     if rule.kind == "confidence" and not 0.0 < rule.threshold <= 1.0:
         return f"exit_threshold={rule.threshold} is a probability; it must be above 0, at most 1"
+    if config.temporal is not None:
+        return (
+            "exit: a token that left early would not be written to the temporal memory as trained; "
+            "leave exit out"
+        )
     if num_loops == 1:
         return "exit: depth 1 has no earlier loop to leave after; leave exit out"
     return refuse_exits(ExitConfig(), config.recurrence)

@@ -77,6 +77,8 @@ def generate(
         refusal = refuse_rule(exit_rule, model.config, num_loops)
         if mesh.pp > 1 or not use_cache:
             refusal = "exit needs the cache, and a model on one pipeline rank; leave exit out"
+    if use_cache and model.config.halting is not None:
+        refusal = refuse_cache(model.config)
     check_options(
         model.config, tokens, max_new_tokens, temperature, top_k, top_p, num_loops, refusal
     )
@@ -115,6 +117,17 @@ def generate(
 
     # A generator would check nothing before its first item is asked for.
     return continue_prompt()
+
+
+def refuse_cache(config: Config) -> str:
+    """Why a model that halts cannot keep keys and values: those of the steps that a token did not
+    take would be missing when a later one takes them."""
+    halting = config.halting
+    assert halting is not None
+    return (
+        f"recurrence.halting.mode={halting.mode} needs the states of all tokens at every step; "
+        "recompute them (--no-cache)"
+    )
 
 
 @torch.no_grad()
@@ -230,6 +243,11 @@ def check_options(
     """Refuse what cannot be generated; every mistake is one line of one ConfigError, `refusal`, if
     any, among them."""
     model, problems = config.model, [refusal] if refusal else []
+    if config.classifies:
+        problems.append(
+            "task: the run classifies, and has no head that predicts text; score it with "
+            "`megarecur eval`"
+        )
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not 0.0 <= temperature < float("inf"):
@@ -238,6 +256,11 @@ def check_options(
         problems.append(f"top_k={top_k} must be at least 1; leave it out to choose among all")
     if not 0.0 < top_p <= 1.0:
         problems.append(f"top_p={top_p} must be above 0 and at most 1")
+    if config.temporal is not None and not model.causal:
+        problems.append(
+            "model.causal=false with temporal memory: tokens of a chunk see those after them, so "
+            "that no text can be continued; use a run with causal=true"
+        )
     if num_loops is not None and (refusal := refuse_depth(config, num_loops)):
         problems.append(refusal)
     if not tokens:
@@ -251,7 +274,8 @@ def check_options(
     limit = model.max_positions or config.data.seq_length
     # The last new token is never read, hence needs no position.
     most = limit + 1 - len(tokens)
-    if model.positions == "learned" and max_new_tokens > most:
+    restarts = config.temporal is not None  # with every chunk
+    if model.positions == "learned" and max_new_tokens > most and not restarts:
         problems.append(
             f"{len(tokens)} tokens of prompt and max_new_tokens={max_new_tokens} exceed the "
             f"{limit} learned positions of the model; "

@@ -54,10 +54,18 @@ class Attention(nn.Module):
             self.norms[norm] = build_norm("rms", f"{name}.{norm}", make, model.norm_eps)
 
     def forward(
-        self, x_BSD: Tensor, ctx: Context, step: Step, keys: Keys, adapter: Adapter | None
+        self,
+        x_BSD: Tensor,
+        ctx: Context,
+        step: Step,
+        keys: Keys,
+        adapter: Adapter | None,
+        stream_BSD: Tensor | None = None,
     ) -> Tensor:
-        """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache."""
-        q, k, v = (t.transpose(1, 2) for t in self.project(x_BSD, ctx, step, adapter))
+        """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache. The stream
+        is what x is the norm of, which some adapters read; None: x."""
+        qkv = self.project(x_BSD, ctx, step, adapter, stream_BSD)
+        q, k, v = (t.transpose(1, 2) for t in qkv)
         if "attention" in keys or self.softcap is not None:
             out = self.attend_by_hand(q, k, v, ctx, keys.get("attention"))
         else:
@@ -77,19 +85,29 @@ class Attention(nn.Module):
         return self.output(mixed, *deltas_of(adapter, "output"))
 
     def project(
-        self, x_BSD: Tensor, ctx: Context, step: Step, adapter: Adapter | None
+        self,
+        x_BSD: Tensor,
+        ctx: Context,
+        step: Step,
+        adapter: Adapter | None,
+        stream_BSD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, N, H] of these tokens, keys and values [B, K, N, H] of all so far, the new
         ones kept in ctx.cache."""
         deltas = deltas_of(adapter, "query", "key", "value")
-        qkv = apply_all((self.query, self.key, self.value), x_BSD, deltas)
+        if ctx.source_BSD is None:
+            tap = stream_BSD if adapter is not None and adapter.reads_stream else None
+            qkv = apply_all((self.query, self.key, self.value), x_BSD, deltas, tap)
+        else:
+            of_source = apply_all((self.key, self.value), ctx.source_BSD, deltas[1:])
+            qkv = (*apply_all((self.query,), x_BSD, deltas[:1]), *of_source)
         q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
         norms = norms_of(adapter, self.norms)
         if "query_norm" in norms:
             q_BSNH, k_BSNH = norms["query_norm"](q_BSNH), norms["key_norm"](k_BSNH)
         if ctx.rotation is not None:
             q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
-            k_BSNH = rotate(k_BSNH, ctx.rotation, self.interleaved)
+            k_BSNH = rotate(k_BSNH, ctx.key_rotation or ctx.rotation, self.interleaved)
         if ctx.cache is not None:
             k_BSNH, v_BSNH = ctx.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
         return q_BSNH, k_BSNH, v_BSNH

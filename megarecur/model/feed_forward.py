@@ -122,6 +122,22 @@ class GELU(nn.Module):
         return self.down(mixed, *deltas_of(adapter, "down"))
 
 
+class Gate(nn.Module):
+    """sigmoid(down(gelu(up(x)))) per channel (Ray Chowdhury & Caragea 2024, GatedTransformerBlock):
+    how much of a block's output replaces its input."""
+
+    def __init__(
+        self, name: str, make: MakeParameter, dtype: torch.dtype, tp: TensorParallel = ALONE
+    ) -> None:
+        super().__init__()
+        self.up = Linear(f"{name}.up", make, dtype, True, tp, "outputs")
+        self.down = Linear(f"{name}.down", make, dtype, True, tp, "inputs")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D], from 0 to 1."""
+        return torch.sigmoid(self.down(F.gelu(self.up(x))))
+
+
 def approximation(model: ModelConfig) -> str:
     """As torch names it."""
     return "tanh" if model.feed_forward.endswith("_tanh") else "none"

@@ -19,8 +19,16 @@ def rotation(
     return angle.cos(), angle.sin()
 
 
+def decay(positions_BS: Tensor, dims: int, base: float, dtype: torch.dtype) -> Tensor:
+    """What xPos multiplies rotated queries with, and divides rotated keys by: [B, S, 1, dims/2]
+    (Sun et al. 2023, section 3.2, with gamma 0.4)."""
+    first = torch.arange(0, dims, 2, device=positions_BS.device).to(dtype)
+    return ((first + 0.4 * dims) / (1.4 * dims)) ** (positions_BS[..., None, None].to(dtype) / base)
+
+
 class _Rotate(torch.autograd.Function):
-    """Rotation of pairs; its gradient is the rotation back, so that nothing but angles is kept."""
+    """Rotation of pairs, scaled or not; its gradient is the same by the other way round, so that
+    nothing but angles is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -81,7 +89,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 def alibi_bias(slopes_N: Tensor, queries_S: Tensor, keys_K: Tensor) -> Tensor:
     """Score bias [1, N, S, K]: -slope times the distance."""
-    distance = (queries_S[:, None] - keys_K[None, :]).to(torch.float32)
+    distance = (queries_S[:, None] - keys_K[None, :]).abs().to(torch.float32)
     return -slopes_N.to(distance.device)[None, :, None, None] * distance
 
 

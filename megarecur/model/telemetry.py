@@ -35,22 +35,22 @@ class Telemetry:
     """What each block made of the stream at its last visit."""
 
     def record(self, step: Step, before: Tensor, after: Tensor) -> None:
-        """Measure one step of the map; before and after: [B, S, D]."""
+        """Measure one step of the map; before and after: [B, S, D], or a chunk of it at a time."""
         wide = torch.promote_types(after.dtype, torch.float32)
         last = self.visits.get(step.block)
-        sums = torch.zeros(len(MEASURES), dtype=wide, device=after.device)
+        empty = torch.zeros(len(MEASURES), dtype=wide, device=after.device)
+        sums = self.sums.setdefault((step.block, step.loop_index), empty)
         with torch.no_grad():
             x_in, x_out = before.to(wide), after.to(wide)
             norm = rms(x_out)
             # A core may start from zero: its first step then changes everything, by definition.
             scale = rms(x_in)
             scale = torch.where(scale > 0, scale, norm).clamp(min=1e-30)
-            sums[0] = norm.sum()
-            sums[1] = (rms(x_out - x_in) / scale).sum()
-            sums[2] = (norm / scale).sum()
+            sums[0] += norm.sum()
+            sums[1] += (rms(x_out - x_in) / scale).sum()
+            sums[2] += (norm / scale).sum()
             if last is not None:
-                sums[3] = (rms(x_out - last.to(wide)) / norm.clamp(min=1e-30)).sum()
-        self.sums[step.block, step.loop_index] = sums
+                sums[3] += (rms(x_out - last.to(wide)) / norm.clamp(min=1e-30)).sum()
         self.visits[step.block] = after.detach()
         if after.requires_grad:
 

@@ -4,8 +4,9 @@ V vocabulary, N = B S tokens."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,24 @@ from torch.utils.checkpoint import checkpoint
 from megarecur.config.schema import Config, ExitConfig, Loop
 from megarecur.model.block import Block
 from megarecur.model.context import Context, build_context
+from megarecur.model.halting import HaltingHead, Mixture
 from megarecur.model.norm import build_norm
 from megarecur.model.positions import sinusoidal
+from megarecur.model.task_head import END, START, TaskHead
 from megarecur.model.telemetry import Telemetry, named
+from megarecur.model.temporal import Carried, Memory, build_chunks
 from megarecur.parallel.linear import DeferredProducts, MakeParameter, Weight, product
 from megarecur.parallel.loss import EAGER, cross_entropy, distillation
 from megarecur.parallel.random import dropout, initial_values, truncated_normal
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.parallel.shards import Shard
 from megarecur.plan.placement import Placement
-from megarecur.recurrence.inventory import Inventory, build_inventory, count_most_uses
+from megarecur.recurrence.inventory import (
+    Inventory,
+    build_inventory,
+    count_own_loops,
+    feed_forward_owner,
+)
 from megarecur.recurrence.layer_map import Step
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -82,10 +91,20 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        loops = count_most_uses(config.recurrence) if config.adapters else {}
-        self.blocks = nn.ModuleDict(
-            {str(b): Block(b, make, config, dtype, loops.get(b, 0), tp) for b in blocks}
-        )
+        loops = count_own_loops(config)
+        self.blocks = nn.ModuleDict()
+        for b in blocks:
+            owner = str(feed_forward_owner(config.model, b))
+            shared = self.blocks[owner].feed_forward if owner in self.blocks else None
+            block = Block(b, make, config, dtype, loops.get(b, 0), tp, shared)  # type: ignore[arg-type]
+            self.blocks[str(b)] = block
+        self.halting: HaltingHead | None = None
+        if config.halting is not None:
+            self.halting = HaltingHead("blocks.0.halting", make, dtype)
+        self.compact = True
+        """Leave samples behind that have halted; else all are computed and what is too much is
+        thrown away."""
+        self.memory = None if config.temporal is None else Memory(config, make, dtype, tp)
 
     def forward(
         self,
@@ -94,9 +113,82 @@ class Stack(nn.Module):
         ctx: Context,
         reads: dict[str, Tensor],
         final_norm: nn.Module | None,
+        terms: dict[str, LossTerm] | None = None,
+    ) -> Tensor:
+        """Run consecutive steps of the map; with a temporal memory the whole map, chunk by chunk,
+        and `memory` is then among `reads`. Auxiliary losses are put into `terms`."""
+        if self.memory is None:
+            return self.run_steps(steps, x, ctx, reads, final_norm, terms)
+        terms = {} if terms is None else terms
+        return self.run_chunks(self.memory, steps, x, ctx, reads, final_norm, terms)
+
+    def run_chunks(
+        self,
+        memory: Memory,
+        steps: Sequence[Step],
+        x: Tensor,
+        ctx: Context,
+        reads: dict[str, Tensor],
+        final_norm: nn.Module | None,
+        terms: dict[str, LossTerm],
+    ) -> Tensor:
+        """The map for every chunk; the memory is read in every step and written after the last."""
+        assert ctx.chunks is not None, "a temporal memory needs the context of `build_chunks`"
+        carried, chunk_length = ctx.chunks.carried, memory.config.chunk_length
+        memory_BMD = memory.initial(len(x))
+        if carried is not None and carried.memory_BMD is not None:
+            memory_BMD = carried.memory_BMD
+        left: dict[str, list[Tensor]] = {step.exit_name: [] for step in steps if step.exit}
+        left |= {name: [] for step in steps for name in step.writes}
+        outputs = []
+        for number, chunk in enumerate(ctx.chunks.chunks):
+            if ctx.telemetry is not None:
+                ctx.telemetry.visits.clear()  # Those of the chunk before are of other tokens.
+            memory_BMD = memory.cut(chunk, memory_BMD)
+            own: dict[str, Tensor] = {}
+            before = x[:, chunk.start : chunk.stop].contiguous()  # as what steps are given later
+            parts: dict[str, LossTerm] = {}
+            present = memory.given(chunk, memory_BMD)
+            after = self.run_steps(steps, before, present, own, final_norm, parts)
+            for name, part in parts.items():
+                total = terms[name].total + part.total if name in terms else part.total
+                terms[name] = part._replace(total=total)
+            if chunk.real_B is not None:
+                after = torch.where(chunk.real_B[:, None, None], after, before)
+            outputs.append(after)
+            for name, states in left.items():
+                states.append(own[name])
+            if carried is None:
+                memory_BMD = memory.write(memory_BMD, after, chunk, number)
+                continue
+            carried.outputs.append(after.detach())
+            length = chunk.stop - chunk.start
+            complete = chunk.offset + length == chunk_length
+            if complete or carried.cache is None:
+                written = torch.cat(carried.outputs, 1)
+                memory_BMD = memory.write(memory_BMD, written, chunk, number)
+            carried.end_piece(length, complete, memory_BMD)
+        if len(outputs) == 1 and carried is None and torch.is_grad_enabled():
+            # Batches of a task differ in chunks: what writes the memory has a gradient, if of 0, on
+            # every replica, or their reductions would not be of the same parameters.
+            outputs[0] = outputs[0] + 0.0 * memory_BMD.sum()
+        reads |= {name: torch.cat(states, 1) for name, states in left.items()}
+        reads["memory"] = memory_BMD
+        return torch.cat(outputs, 1)
+
+    def run_steps(
+        self,
+        steps: Sequence[Step],
+        x: Tensor,
+        ctx: Context,
+        reads: dict[str, Tensor],
+        final_norm: nn.Module | None,
+        terms: dict[str, LossTerm] | None = None,
     ) -> Tensor:
         """Run consecutive steps of the map; values that steps write, and the hidden states of
-        exits, are put into `reads`."""
+        exits, are put into `reads`, auxiliary losses into `terms`."""
+        if self.halting is not None:
+            return self.halt(steps, x, ctx, {} if terms is None else terms)
         recompute = self.config.train.recompute and torch.is_grad_enabled()
         for step in steps:
             if step.normalize:
@@ -119,12 +211,48 @@ class Stack(nn.Module):
                     )
                 else:
                     x = block(x, ctx, step, injected)
-            if ctx.telemetry is not None:
-                ctx.telemetry.record(step, before, x)
-            if ctx.states is not None:
-                ctx.states.append(x)
+            observe(ctx, step, before, x)
             if step.exit:
                 reads[step.exit_name] = x
+        return x
+
+    def halt(
+        self, steps: Sequence[Step], x: Tensor, ctx: Context, terms: dict[str, LossTerm]
+    ) -> Tensor:
+        """Run the steps of a map that halts as far as any token goes. How far that is may differ
+        between replicas: but for tensor parallelism nothing is communicated here."""
+        halting, block = self.config.halting, self.blocks[str(steps[0].block)]
+        assert halting is not None and self.halting is not None
+        recompute = self.config.train.recompute and torch.is_grad_enabled()
+        whole, watched = x, ctx.telemetry is not None or ctx.states is not None
+        mixture = Mixture(halting, self.halting, x, ctx, self.config.model.causal, len(steps))
+        present = ctx
+        for step in steps:
+            # The first runs always: every parameter is used on every rank.
+            if not (mixture.begin_step() or step.loop_index == 0):
+                break
+            if self.compact and (kept := mixture.drop_halted()) is not None:
+                present = present.select(kept)
+            source, inputs = mixture.source, (mixture.h, present, step, None)
+            if source is not None:
+                inputs = (mixture.h, replace(present, source_BSD=source), step, None)
+            with named(f"block {step.block} loop {step.loop_index}"):
+                if recompute:
+                    candidate = checkpoint(
+                        block, *inputs, use_reentrant=False, preserve_rng_state=False
+                    )
+                else:
+                    candidate = block(*inputs)
+                mixture.advance(candidate)
+            if watched:
+                before, whole = whole, whole.detach().clone()
+                whole[mixture.rows_b] = mixture.h.detach()
+                observe(ctx, step, before, whole)
+        for step in steps[mixture.step :] if watched else ():
+            observe(ctx, step, whole, whole)
+        x, cost, counts = mixture.finish()
+        terms["halting"] = LossTerm(cost, "documents", halting.coefficient)
+        ctx.counts.append(counts)
         return x
 
     def remember(
@@ -163,16 +291,23 @@ class Embedding(nn.Module):
         scale: float,
         tp: TensorParallel = ALONE,
         first: int = 0,
+        ends: Sequence[nn.Parameter] = (),
     ) -> None:
         super().__init__()
         self.table, self.positions, self.scale = weight.parameter, positions, scale
         self.tp, self.first = tp, first
+        self.start: nn.Parameter | None = ends[0] if ends else None
+        self.end: nn.Parameter | None = ends[1] if ends else None
+        """START and END of a task's sequences."""
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """[B, S] ids to [B, S, D], or this rank's positions of it, in the parameters' dtype."""
-        x = self.look_up(tokens_BS)
+        x = self.look_up(tokens_BS if self.start is None else tokens_BS.clamp(min=0))
         if self.scale != 1.0:
             x = x * self.scale
+        if self.start is not None and self.end is not None:
+            own = self.tp.own(tokens_BS).unsqueeze(-1)
+            x = torch.where(own == START, self.start, torch.where(own == END, self.end, x))
         if self.positions is not None:
             x = x + F.embedding(self.tp.own(positions_BS), self.positions)
         return x
@@ -238,12 +373,12 @@ class Transformer(nn.Module):
         if placement is None:
             placement = Placement(1, (0,) * len(blocks), 0, 0)
         has_embedding, has_head = placement.embedding == pp_rank, placement.head == pp_rank
-        tied = model.tie_embeddings and has_head
+        tied = config.ties_embeddings and has_head
         self.tied = ""
         """The table of embedding and head, where they lie on two pipeline ranks."""
         self.tied_peer = placement.embedding if has_head else placement.head
         """Which other rank has it too."""
-        if model.tie_embeddings and placement.embedding != placement.head:
+        if config.ties_embeddings and placement.embedding != placement.head:
             self.tied = "embedding.weight" if has_embedding or has_head else ""
         self.embedding = (
             Weight(make("embedding.weight"), self.dtype) if has_embedding or tied else None
@@ -253,15 +388,27 @@ class Transformer(nn.Module):
         self.stack = Stack(config, make, self.dtype, placement.blocks(pp_rank), tp)
         self.final_norm: nn.Module | None = None
         self.head: Weight | None = None
-        if has_head and model.norm_position != "post":
-            self.final_norm = build_norm(model.norm, "final_norm", make, model.norm_eps)
-        if has_head:
+        self.memory_norm: nn.Module | None = None
+        """Of what a classifier reads of the temporal memory."""
+        if config.temporal is not None and config.temporal.pooling is not None:
+            self.memory_norm = build_norm(model.norm, "temporal.norm", make, model.norm_eps)
+        if has_head and config.has_final_norm:
+            eps = model.final_norm_eps or model.norm_eps
+            self.final_norm = build_norm(model.norm, "final_norm", make, eps)
+        if has_head and not config.classifies:
             self.head = self.embedding if tied else Weight(make("head.weight"), self.dtype)
         self.look_up: Embedding | None = None
         if self.embedding is not None and has_embedding:
             scale = model.hidden_size**0.5 if model.scale_embeddings else 1.0
-            self.look_up = Embedding(self.embedding, positions, scale, tp, self.first_id(tp.rank))
+            names = ("task.start", "task.end") if "task.start" in self.inventory else ()
+            ends = [make(name) for name in names]
+            first = self.first_id(tp.rank)
+            self.look_up = Embedding(self.embedding, positions, scale, tp, first, ends)
         self.project = None if self.head is None else Head(self.head, tp)
+        self.task_head: TaskHead | None = None
+        if has_head and config.classifies and config.task is not None:
+            own = self.inventory["task.output.weight"].place(tp.rank, tp.size)[1]
+            self.task_head = TaskHead(config.task, make, self.dtype, tp, own)
         self.deferred = DeferredProducts()
         for weight in self.weights():
             weight.deferred = self.deferred
@@ -303,19 +450,42 @@ class Transformer(nn.Module):
     ) -> Context:
         """The context of a micro batch; training switches dropout on."""
         masked = not batch.single_document or (training and self.always_mask)
-        return build_context(
-            self.config.model,
-            batch.positions_BS,
-            self.dtype,
-            documents_BS=batch.documents_BS if masked else None,
-            sample_ids_B=batch.sample_ids_B,
-            seed=self.config.seed,
-            step=step,
-            training=training,
-            telemetry=telemetry,
-            states=states,
-            tp=self.tp,
-        )
+        options: dict[str, Any] = {
+            "documents_BS": batch.documents_BS if masked else None,
+            "sample_ids_B": batch.sample_ids_B,
+            "seed": self.config.seed,
+            "step": step,
+            "training": training,
+            "telemetry": telemetry,
+            "states": states,
+            "tp": self.tp,
+        }
+        if self.config.temporal is not None:
+            return build_chunks(self.config, batch.positions_BS, self.dtype, **options)
+        return build_context(self.config.model, batch.positions_BS, self.dtype, **options)
+
+    @torch.no_grad()
+    def read_piece(self, steps: Sequence[Step], tokens_BS: Tensor, carried: Carried) -> Tensor:
+        """Hidden states [B, S, D] of the tokens that follow those which `carried` has, which is
+        then that of these too; a text read piece by piece is as if read in one call.
+
+        Raises:
+            ConfigError: the pieces before were no whole chunks, and no cache was carried.
+        """
+        batch, length = tokens_BS.shape
+        positions_BS = torch.arange(
+            carried.length, carried.length + length, device=tokens_BS.device
+        ).expand(batch, -1)
+        ctx = build_chunks(self.config, positions_BS, self.dtype, carried=carried, tp=self.tp)
+        return self.run(steps, self.embed(tokens_BS, ctx), ctx, {})[0]
+
+    def pool_memory(self, memory_BMD: Tensor) -> Tensor:
+        """[B, D] for a classifier, of `memory` among what a run reads: `temporal.pooling`."""
+        assert self.memory_norm is not None, "temporal.pooling is left out"
+        assert self.config.temporal is not None
+        normed_BMD: Tensor = self.memory_norm(memory_BMD)
+        mean = self.config.temporal.pooling == "mean"
+        return normed_BMD.mean(1) if mean else normed_BMD[:, -1]
 
     def embed(self, tokens_BS: Tensor, ctx: Context) -> Tensor:
         """[B, S] ids to [B, S, D] in the compute dtype."""
@@ -332,8 +502,11 @@ class Transformer(nn.Module):
     def run(
         self, steps: Sequence[Step], x: Tensor, ctx: Context, reads: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, LossTerm]]:
-        """Run consecutive steps of the map. Returns x and auxiliary losses by name."""
-        return self.stack(steps, x, ctx, reads, self.final_norm), {}
+        """Run consecutive steps of the map. Returns x, or [B, D] of the temporal memory where a
+        classifier reads that, and auxiliary losses by name."""
+        terms: dict[str, LossTerm] = {}
+        x = self.stack(steps, x, ctx, reads, self.final_norm, terms)
+        return (self.pool_memory(reads["memory"]) if self.config.reads_memory else x), terms
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, S, D] to [B, S, V], or to this rank's shard of the vocabulary."""
@@ -346,6 +519,15 @@ class Transformer(nn.Module):
         """[B, S, D] to [B, S, V] on every rank; outside of the graph."""
         ids = [self.first_id(rank) for rank in range(self.tp.size + 1)]
         return self.tp.gather_last(self.logits(x), [b - a for a, b in pairwise(ids)])
+
+    def class_logits(self, x: Tensor, batch: Batch) -> Tensor:
+        """[B, S, D], or [B, D] of pooled memories, to [M, C], the classes of what the batch's M
+        labels are of, on every rank."""
+        assert self.task_head is not None
+        if self.config.reads_memory:
+            return self.task_head(x, None)
+        real_BS = None if batch.single_document else batch.documents_BS >= 0
+        return self.task_head(self.final_norm(x) if self.final_norm is not None else x, real_BS)
 
     def loss(
         self,
@@ -363,6 +545,13 @@ class Transformer(nn.Module):
                 `exit_1/loss` and so on.
             teacher_NV: the logits of a teacher, cut as this model's own.
         """
+        if self.task_head is not None:
+            logits_MC = self.class_logits(x, batch)
+            total, square, losses_M = cross_entropy(logits_MC, batch.labels_BS.flatten())
+            terms = {"loss": LossTerm(total, "tokens", 1.0, losses_M)}
+            if self.config.model.z_loss > 0.0:
+                terms["z_loss"] = LossTerm(square, "tokens", self.config.model.z_loss)
+            return terms
         weights = weigh_exits(self.config.exits, len(exits or ()))
         logits_NV = self.logits(x).flatten(0, 1)
         labels_N, first = batch.labels_BS.flatten(), self.first_id(self.tp.rank)
@@ -426,6 +615,14 @@ class Transformer(nn.Module):
             z_weight = weight * self.config.model.z_loss
             terms[f"{name}/z_loss"] = LossTerm(sums[1], "tokens", z_weight)
         return terms
+
+
+def observe(ctx: Context, step: Step, before: Tensor, after: Tensor) -> None:
+    """Tell those who watch the residual stream of a step; before and after: [B, S, D]."""
+    if ctx.telemetry is not None:
+        ctx.telemetry.record(step, before, after)
+    if ctx.states is not None:
+        ctx.states.append(after)
 
 
 def weigh_exits(config: ExitConfig | None, num_exits: int) -> list[float]:

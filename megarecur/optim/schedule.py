@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megarecur.config.schema import Constant, Cosine, OptimizerConfig
+from megarecur.config.schema import Constant, Cosine, InverseSqrt, OptimizerConfig
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -14,6 +14,8 @@ def learning_rate(optimizer: OptimizerConfig, step: int, num_steps: int) -> floa
         return optimizer.lr * (step + 1) / schedule.warmup_steps
     if isinstance(schedule, Constant):
         return optimizer.lr
+    if isinstance(schedule, InverseSqrt):
+        return optimizer.lr * math.sqrt(schedule.warmup_steps / (step + 1))
     lowest = schedule.min_lr_ratio
     if isinstance(schedule, Cosine):
         progress = (step - schedule.warmup_steps) / max(num_steps - schedule.warmup_steps, 1)

@@ -246,14 +246,21 @@ class LowRank(nn.Module):
         dtype: of what products take and give.
         scale: of B A x.
         bias: whether something is added to the layer's bias.
+        factors: what the factor that takes x, and the other one, are called.
     """
 
     def __init__(
-        self, name: str, make: MakeParameter, dtype: torch.dtype, scale: float, bias: bool = False
+        self,
+        name: str,
+        make: MakeParameter,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        bias: bool = False,
+        factors: tuple[str, str] = ("lora_a", "lora_b"),
     ) -> None:
         super().__init__()
-        self.a = Weight(make(name + ".lora_a"), dtype)
-        self.b = Weight(make(name + ".lora_b"), dtype)
+        self.a = Weight(make(f"{name}.{factors[0]}"), dtype)
+        self.b = Weight(make(f"{name}.{factors[1]}"), dtype)
         self.bias = make(name + ".lora_bias") if bias else None
         self.scale = scale
 
@@ -307,11 +314,15 @@ class Linear(nn.Module):
 
 
 def apply_all(
-    layers: Sequence[Linear], x: Tensor, deltas: Sequence[LowRank | None] = ()
+    layers: Sequence[Linear],
+    x: Tensor,
+    deltas: Sequence[LowRank | None] = (),
+    tap: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Each layer's output for the same x, whose gradient is then summed without temporaries."""
+    """Each layer's output for the same x, whose gradient is then summed without temporaries; deltas
+    may read something else than x, the tap."""
     tp, cut = layers[0].tp, layers[0].cut
-    added = add_deltas(deltas, x, tp if cut == "outputs" else ALONE)
+    added = add_deltas(deltas, x if tap is None else tap, tp if cut == "outputs" else ALONE)
     if cut == "outputs":
         x = tp.enter(x)
     each = zip(layers, deltas or [None] * len(layers), strict=True)

@@ -16,9 +16,11 @@ from megarecur.recurrence.depth import count_depths
 from megarecur.recurrence.inventory import (
     ParameterSpec,
     build_inventory,
+    feed_forward_owner,
     injection_block,
     is_embedding,
     is_frozen,
+    signal_names,
     uses_muon,
 )
 from megarecur.recurrence.layer_map import LayerMap, Step, from_order
@@ -41,7 +43,7 @@ def count_parameters(config: Config) -> ParameterCount:
 
 
 def count_adapters(config: Config) -> ParameterCount:
-    """Those of them that belong to one loop of a block."""
+    """Those of them that belong to one loop of a block: adapters, norms, level signals."""
     return _count([spec for spec in build_inventory(config).values() if spec.loop is not None])
 
 
@@ -58,15 +60,22 @@ def _count(specs: list[ParameterSpec]) -> ParameterCount:
 
 
 def _used(specs: list[ParameterSpec], step: Step) -> list[ParameterSpec]:
-    """Of a block's parameters, those that a step of the map uses."""
+    """Of the parameters that a block uses, those that a step of the map does."""
     return [spec for spec in specs if spec.loop in (None, step.loop_index)]
 
 
 def _by_block(config: Config) -> dict[int, list[ParameterSpec]]:
+    """What each block uses, a feed-forward that another one owns included."""
     blocks: dict[int, list[ParameterSpec]] = defaultdict(list)
     for spec in build_inventory(config).values():
         if spec.block is not None:
             blocks[spec.block].append(spec)
+    for block, specs in blocks.items():
+        owner = feed_forward_owner(config.model, block)
+        if owner != block:
+            specs += [
+                s for s in blocks[owner] if s.name.startswith(f"blocks.{owner}.feed_forward.")
+            ]
     return blocks
 
 
@@ -99,11 +108,14 @@ class FlopEstimate:
 def count_flops(config: Config, steps: LayerMap) -> FlopEstimate:
     """Executed FLOPs per token (recurrence.md, section 1.2)."""
     forward = train = forward_only = repeated = 0
+    mixing = count_halting_flops(config)  # Not recomputed.
     for step, flops in zip(steps, count_step_flops(config, steps), strict=True):
         forward += flops
         train += 3 * flops if step.grad else flops
         forward_only += 0 if step.grad else flops
-        repeated += flops if step.grad and config.train.recompute else 0
+        repeated += flops - mixing if step.grad and config.train.recompute else 0
+    written = count_memory_flops(config)
+    forward, train = forward + written, train + 3 * written
     exits = sum(step.exit for step in steps[:-1])
     head = count_head_flops(config) * (1 + exits)
     train += 3 * head
@@ -136,26 +148,85 @@ def count_step_flops(config: Config, steps: LayerMap) -> list[int]:
     """Forward FLOPs per token of each step of the map, in order.
 
     2 per matrix parameter, 4 S heads head_dim for scores and their sum over values; the matrix of
-    an injection counts where the step reads what it injects.
+    an injection counts where the step reads what it injects. Keys and values of a temporal memory
+    are made once a chunk.
     """
     blocks, scores, flops = _by_block(config), count_score_flops(config), []
+    slots = count_slots_per_token(config)
     for step in steps:
         sizes = [
-            spec.size
+            spec.size * (slots if spec.name.endswith(SLOT_PRODUCTS) else 1)
             for spec in _used(blocks[step.block], step)
-            if len(spec.shape) == 2 and (step.reads or ".injection." not in spec.name)
+            if len(spec.shape) == 2
+            and (step.reads or ".injection." not in spec.name)
+            and ".halting." not in spec.name
         ]
-        flops.append(2 * sum(sizes) + scores)
+        flops.append(round(2 * sum(sizes)) + scores + count_halting_flops(config))
     return flops
 
 
+SLOT_PRODUCTS = ("memory_attention.key.weight", "memory_attention.value.weight")
+"""Matrices of a block that a temporal memory goes through, not the tokens."""
+
+
 def count_score_flops(config: Config) -> int:
-    """Forward FLOPs per token of one step's attention scores and the sum over their values."""
-    return 4 * config.data.seq_length * config.model.num_heads * config.model.head_dim
+    """Forward FLOPs per token of one step's attention scores and the sum over their values; with a
+    temporal memory, of those inside the chunks and of those of its slots."""
+    seen, temporal = float(config.num_positions), config.temporal
+    if temporal is not None:
+        whole, rest = divmod(config.num_positions, temporal.chunk_length)
+        seen = (whole * temporal.chunk_length**2 + rest**2) / config.num_positions
+        seen += temporal.num_slots
+    return round(4 * seen * config.model.num_heads * config.model.head_dim)
+
+
+def count_slots_per_token(config: Config) -> float:
+    """Slots of the temporal memory over all chunks of a sequence, by its tokens; 0 without one."""
+    temporal, length = config.temporal, config.num_positions
+    if temporal is None:
+        return 0.0
+    return -(-length // temporal.chunk_length) * temporal.num_slots / length
+
+
+def count_memory_flops(config: Config) -> int:
+    """Forward FLOPs per token of the layers that write the temporal memory; 0 without one.
+
+    Keys and values are of the tokens, everything else is of the slots, once a chunk.
+    """
+    temporal, model = config.temporal, config.model
+    if temporal is None:
+        return 0
+    slots, size = count_slots_per_token(config), 0.0
+    for spec in build_inventory(config).values():
+        if spec.name.startswith("temporal.updates.") and len(spec.shape) == 2:
+            of_tokens = spec.name.endswith(("attention.key.weight", "attention.value.weight"))
+            size += spec.size * (1.0 if of_tokens else slots)
+    scores = 4 * temporal.num_slots * model.num_heads * model.head_dim
+    return round(2 * size) + temporal.updates * scores
+
+
+def count_halting_flops(config: Config) -> int:
+    """Forward FLOPs per token of one application of the halting head, to every token; where means
+    over whole documents decide, to every sequence."""
+    if config.halting is None:
+        return 0
+    sizes = [
+        spec.size
+        for spec in build_inventory(config).values()
+        if ".halting." in spec.name and len(spec.shape) == 2
+    ]
+    once = config.halting.mode == "global" and not config.model.causal
+    return 2 * sum(sizes) // (config.num_positions if once else 1)
 
 
 def count_head_flops(config: Config) -> int:
-    """Forward FLOPs per token of one application of the head."""
+    """Forward FLOPs per token of one application of the head; that of a task, which looks at a
+    sequence once, is shared out over its tokens."""
+    if config.classifies:
+        own = [s for s in build_inventory(config).values() if s.name.startswith("task.")]
+        flops = 2 * sum(spec.size for spec in own if len(spec.shape) == 2)
+        assert config.task is not None
+        return flops if config.task.kind == "token" else flops // config.tokens_per_sample
     return 2 * _vocab_size(config) * config.model.hidden_size
 
 
@@ -225,8 +296,8 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     moving = [spec for spec in specs if not is_frozen(config.optimizer, spec.name)]
     trained = held(moving)
     muon = held(s for s in moving if uses_muon(config.optimizer, s.name, len(s.shape)))
-    matrices = held(s for s in specs if len(s.shape) == 2 and s.name != "embedding.positions")
-    tokens = config.train.micro_batch_size * config.data.seq_length
+    matrices = held(s for s in specs if has_copy(s))
+    tokens = config.train.micro_batch_size * config.tokens_per_sample
     kept, recomputed = estimate_activations(config, steps)
     # Logits, their form in the wide dtype, and the exponentials while they are summed. Of early
     # exits those of one are there at a time, beside the last loop's; a teacher's are there too.
@@ -240,11 +311,20 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
         copies=matrices * element if element < wide else 0,
         activations_kept=tokens * kept,
         activations_recomputed=tokens * recomputed,
-        logits=tokens * -(-_vocab_size(config) // tp) * logit_bytes,
-        mask=tokens * config.data.seq_length * count_mask_heads(config) * element,
+        logits=count_logits(config, tokens) * logit_bytes,
+        mask=tokens * count_mask_elements(config) * element,
         recompute=config.train.recompute,
         gathered=size * wide if parts[3] > 1 else 0,
     )
+
+
+def count_logits(config: Config, tokens: int) -> int:
+    """Logits of so many tokens on one tensor-parallel rank."""
+    if not config.classifies:
+        return tokens * -(-_vocab_size(config) // config.parallel.tensor)
+    task = config.task
+    assert task is not None and task.num_classes is not None
+    return task.num_classes * (tokens if task.kind == "token" else tokens // config.num_positions)
 
 
 def count_state_bytes(config: Config, specs: Iterable[ParameterSpec]) -> int:
@@ -258,21 +338,45 @@ def count_state_bytes(config: Config, specs: Iterable[ParameterSpec]) -> int:
         per_element = wide
         if not is_frozen(config.optimizer, spec.name):
             per_element += 3 * wide - 2 * wide * config.parallel.offload_optimizer
-        if element < wide and len(spec.shape) == 2 and spec.name != "embedding.positions":
+        if element < wide and has_copy(spec):
             per_element += element
         size += per_element * math.prod(spec.part(tp - 1, tp)[1])
     return size
+
+
+def has_copy(spec: ParameterSpec) -> bool:
+    """Whether products take it, so that there is a copy in their dtype."""
+    return len(spec.shape) == 2 and spec.name not in ("embedding.positions", "temporal.memory")
+
+
+def count_span(config: Config) -> int:
+    """Tokens that attention may see at most: a sequence, or a chunk of it."""
+    return config.temporal.chunk_length if config.temporal else config.num_positions
+
+
+def has_documents(config: Config) -> bool:
+    """Whether a sample may be of several documents, or have padding."""
+    return config.data.mask_documents or config.task is not None
 
 
 def count_mask_heads(config: Config) -> int:
     """Heads that attention's mask differs for: none without one, as plain causality needs none.
     Blocks that see a window have a mask beside that of the others."""
     model = config.model
-    heads = int(config.data.mask_documents)
+    heads = int(has_documents(config))
     if model.positions == "alibi":
         heads = model.num_heads // config.parallel.tensor
-    slides = model.sliding_window is not None and model.sliding_window < config.data.seq_length
+    slides = model.sliding_window is not None and model.sliding_window < count_span(config)
     return heads + max(heads, 1) if slides else heads
+
+
+def count_mask_elements(config: Config) -> int:
+    """Of all masks, per token; where documents are masked, of reading and writing a temporal memory
+    too, beside which the initial one lies."""
+    elements = count_span(config) * count_mask_heads(config)
+    if config.temporal is not None and has_documents(config):
+        elements += 2 * config.temporal.num_slots + 1
+    return elements
 
 
 def estimate_activations(config: Config, steps: LayerMap) -> tuple[int, int]:
@@ -282,11 +386,13 @@ def estimate_activations(config: Config, steps: LayerMap) -> tuple[int, int]:
     later steps read are kept in both. With tensor parallelism: those of one of its ranks.
     """
     ends = 2 * count_stream_bytes(config)  # input and output of the final norm
+    ends += count_memory_bytes(config)
     kept = count_kept_bytes(config, steps, recompute=False) + ends
     if not any(step.grad for step in steps):
         return kept, kept
     recomputed = count_kept_bytes(config, steps, recompute=True) + ends
-    return kept, recomputed + count_step_bytes(config)
+    share = count_span(config) / config.num_positions  # One chunk at a time is made again.
+    return kept, recomputed + round(count_step_bytes(config) * share)
 
 
 def count_stream_bytes(config: Config) -> int:
@@ -301,20 +407,41 @@ def count_kept_bytes(config: Config, steps: LayerMap, recompute: bool) -> int:
     it needs, or with recompute the inputs of the steps. Final norm and head are left out."""
     stream = count_stream_bytes(config)
     graded = [step for step in steps if step.grad]
+    mixed = count_mixture_bytes(config) * len(graded)
     written = stream * sum(len(step.writes) for step in steps)
     if recompute:
-        return stream * len(graded) + written
+        return stream * len(graded) + written + mixed
     pair = 2 * stream if has_injection(config) else 0
     joined = pair * sum(bool(step.reads) for step in graded)
-    return (count_step_bytes(config) - pair) * len(graded) + joined + written
+    return (count_step_bytes(config) - pair) * len(graded) + joined + written + mixed
+
+
+def count_mixture_bytes(config: Config) -> int:
+    """Bytes per token that one step of halting keeps beside the block, whether the block recomputes
+    or not: the state that it offers, what the head read and made, and of token-level halting the
+    mixture that attention reads."""
+    halting = config.halting
+    if halting is None:
+        return 0
+    wide, element = max(4, element_bytes(config)), element_bytes(config)
+    kept = wide * (1 if element == wide else 2)
+    if halting.mode == "token" or config.model.causal:
+        own = 0 if halting.mode == "token" and not halting.transition else 1 + halting.transition
+        kept += element * (own + 2)
+    if halting.mode == "token" and not config.train.recompute:
+        kept += 2 * element
+    return kept * config.model.hidden_size
 
 
 def count_step_bytes(config: Config) -> int:
     """Bytes per token that one step keeps at most, what is injected included."""
     model, parallel = config.model, config.parallel
-    kept = count_kept_elements(model, config.data.seq_length, parallel) + count_rank(config)
-    kept *= element_bytes(config)
+    kept = count_kept_elements(model, count_span(config), parallel) + count_rank(config)
+    if "feed_forward" in signal_names(config):  # The sum that enters, beside the stream.
+        kept += model.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
+    kept = (kept + count_read_elements(config)) * element_bytes(config)
     scores = 4 * model.num_heads // parallel.tensor  # logsumexp of the scores, fp32
+    scores *= 2 if config.temporal is not None else 1
     return kept + scores + (2 * count_stream_bytes(config) if has_injection(config) else 0)
 
 
@@ -328,6 +455,9 @@ def count_deferred_bytes(config: Config, steps: LayerMap) -> int:
     entered = 2 * model.hidden_size + queries + ffn
     left = queries + 2 * keys + 2 * model.hidden_size
     left += (2 if model.gated else 1) * ffn
+    if model.gate_hidden_size is not None:
+        entered += model.hidden_size + model.gate_hidden_size // tp
+        left += model.hidden_size + model.gate_hidden_size // tp
     graded = [step for step in steps if step.grad]
     # Of an adapter, what A gave and the gradient of that.
     each = entered + left + 2 * count_rank(config)
@@ -352,6 +482,8 @@ def count_kept_elements(model: ModelConfig, seq_length: int, parallel: ParallelC
     if model.qk_norm:
         attention += queries + keys  # before their norms
     feed_forward = (3 if model.gated else 2) * model.ffn_hidden_size // tp
+    if model.gate_hidden_size is not None:  # Around its GELU; the gate, and what it lets through.
+        feed_forward += 2 * model.gate_hidden_size // tp + 2 * model.hidden_size
     heads = model.num_heads // tp
     # The math path: weights, and what dropout makes of them; before them tanh's output.
     matrices = 2 if model.attention_dropout else 0
@@ -361,9 +493,40 @@ def count_kept_elements(model: ModelConfig, seq_length: int, parallel: ParallelC
     return round(norms * model.hidden_size) + attention + feed_forward + scores
 
 
+def count_read_elements(config: Config) -> int:
+    """Elements per token that one step keeps for backward of reading the temporal memory: what is
+    normed and what comes of it, queries and what they read; of the slots norms, keys, values."""
+    model, tp = config.model, config.parallel.tensor
+    if config.temporal is None:
+        return 0
+    queries = model.num_heads // tp * model.head_dim
+    keys = max(model.num_kv_heads // tp, 1) * model.head_dim
+    matrices = 2 * config.temporal.num_slots * model.num_heads // tp * bool(model.attention_dropout)
+    slots = count_slots_per_token(config) * (model.hidden_size + 2 * keys)
+    return round(2 * model.hidden_size + 2 * queries + matrices + slots)
+
+
+def count_memory_bytes(config: Config) -> int:
+    """Bytes per token that writing the temporal memory keeps for backward; 0 without one."""
+    temporal, model, tp = config.temporal, config.model, config.parallel.tensor
+    if temporal is None:
+        return 0
+    hidden, queries = model.hidden_size, model.num_heads // tp * model.head_dim
+    keys = max(model.num_kv_heads // tp, 1) * model.head_dim
+    feed_forward = (3 if model.gated else 2) * temporal.update_ffn_hidden_size // tp
+    of_slot = 4 * hidden + 2 * queries + feed_forward
+    each = hidden + 2 * keys + count_slots_per_token(config) * of_slot
+    return round(temporal.updates * each * element_bytes(config))
+
+
 def count_rank(config: Config) -> int:
-    """Channels between the factors of all adapters of one step of the map."""
-    pairs = (s for s in build_inventory(config).values() if s.name.endswith(".lora_a"))
+    """Channels between the factors of all adapters and level signals of one step of the map."""
+    # The factors that take what enters.
+    pairs = (
+        spec
+        for spec in build_inventory(config).values()
+        if spec.name.endswith(".lora_a") or (".signal_" in spec.name and spec.name.endswith(".b"))
+    )
     first = next(pairs, None)
     if first is None:
         return 0
@@ -381,7 +544,7 @@ def has_injection(config: Config) -> bool:
 
 def count_tokens_per_step(config: Config) -> int:
     """Tokens of one optimizer step over all processes."""
-    return config.train.global_batch_size * config.data.seq_length
+    return config.train.global_batch_size * config.tokens_per_sample
 
 
 def count_total_tokens(config: Config) -> int:

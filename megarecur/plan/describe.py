@@ -20,11 +20,14 @@ from megarecur.config.schema import (
     Looped,
     RecurrenceConfig,
     ReuseMap,
+    Ring,
+    Universal,
 )
 from megarecur.plan.cost import (
     ParameterCount,
     count_adapters,
     count_flops,
+    count_memory_flops,
     count_parameters,
     count_tokens_per_step,
     count_total_tokens,
@@ -50,8 +53,10 @@ def describe(config: Config, width: int = 100) -> RenderableType:
     return Group(
         Text(),
         Text.assemble(("layer map  ", "bold"), describe_scheme(config.recurrence)),
+        *describe_temporal(config),
         Padding(draw_layer_map(steps, width - 4), (1, 2)),
         _parameters(config, steps),
+        *_paper(config),
         _compute(config, steps),
         _memory(config, deepest_map(config)),
         _tokens(config),
@@ -96,11 +101,37 @@ def describe_scheme(recurrence: RecurrenceConfig) -> str:
                 f"{describe_loops(recurrence)} / coda {recurrence.coda}, "
                 f"injection {recurrence.injection}, initial state {recurrence.initial_state}"
             )
+        case Universal():
+            halting = recurrence.halting
+            halts = "" if halting.mode == "none" else f", halting by {halting.mode} means"
+            if halting.mode == "token":
+                halts = ", halting token by token"
+            return f"universal, 1 block at most {recurrence.depth} times{halts}"
         case Custom():
             return f"custom order, {count_noun(max(recurrence.order) + 1, 'block')}"
+        case Ring():
+            ranks = f"{recurrence.level_rank}, of feed-forward {recurrence.feed_forward_rank}"
+            return f"ring, 1 block at depth {recurrence.depth}, rank of signals {ranks}"
         case _:
             blocks = count_noun(recurrence.num_blocks, "block")
             return f"{recurrence.kind}, {blocks} at depth {recurrence.depth}"
+
+
+def describe_temporal(config: Config) -> list[Text]:
+    """A line about the temporal memory, if there is one."""
+    temporal = config.temporal
+    if temporal is None:
+        return []
+    chunks = -(-config.data.seq_length // temporal.chunk_length)
+    return [
+        Text.assemble(
+            ("memory     ", "bold"),
+            f"{count_noun(temporal.num_slots, 'slot')}, carried over "
+            f"{count_noun(chunks, 'chunk')} of {count_noun(temporal.chunk_length, 'token')}, "
+            f"{temporal.initial_memory} at first, {count_noun(temporal.updates, 'update')} each; "
+            "FLOPs linear in the length",
+        )
+    ]
 
 
 def _loops(recurrence: Looped) -> str:
@@ -304,10 +335,28 @@ def _parameters(config: Config, steps: LayerMap) -> RenderableType:
         table.add_row(name, f"{count.total:,}", f"{count.non_embedding:,}")
 
     row("unique", count_parameters(config))
-    if config.adapters is not None:
-        row("of it adapters", count_adapters(config))
+    if config.of_loops:
+        row(f"of it {config.of_loops}", count_adapters(config))
     row("unrolled", count_unrolled_parameters(config, steps))
     return Padding(table, (0, 0, 1, 0))
+
+
+def _paper(config: Config) -> list[RenderableType]:
+    """Our number of parameters beside the published one."""
+    if config.paper is None:
+        return []
+    paper, count = config.paper, count_parameters(config)
+    ours = count.non_embedding if paper.without_embedding else count.total
+    scope = " without embedding" * paper.without_embedding
+    more = ours - paper.parameters
+    verdict = "equal" if not more else f"{abs(more):,} {'more' if more > 0 else 'fewer'} here"
+    if more and paper.difference:
+        verdict += f": {paper.difference}"
+    table = make_table(f"published: {paper.row}", "")
+    if paper.published:
+        table.add_row("result", paper.published)
+    table.add_row(f"parameters{scope}", f"{paper.parameters:,}; {verdict}")
+    return [Padding(table, (0, 0, 1, 0))]
 
 
 def _compute(config: Config, steps: LayerMap) -> RenderableType:
@@ -320,6 +369,8 @@ def _compute(config: Config, steps: LayerMap) -> RenderableType:
     rows = [("forward", flops.forward, dense.forward), ("training", flops.train, dense.train)]
     if flops.forward_only:
         rows.append(("  of it forward only", flops.forward_only, dense.train))
+    if config.temporal is not None:
+        rows.insert(1, ("  of it writing memory", count_memory_flops(config), dense.forward))
     if flops.recompute:
         rows.append(("with recompute", flops.hardware, dense.train))
     for name, count, other in rows:
@@ -357,7 +408,7 @@ def _memory(config: Config, steps: LayerMap) -> RenderableType:
 
 
 def _tokens(config: Config) -> RenderableType:
-    train, seq_length = config.train, config.data.seq_length
+    train, seq_length = config.train, config.tokens_per_sample
     table = make_table("tokens", "")
     table.add_column()
     micro = train.micro_batch_size
@@ -385,7 +436,9 @@ def _resolved(config: Config) -> RenderableType:
         "model.ffn_hidden_size": model.ffn_hidden_size,
     }
     if model.positions == "learned":
-        values["model.max_positions"] = model.max_positions or config.data.seq_length
+        values["model.max_positions"] = model.max_positions or config.num_positions
+    if config.temporal is not None:
+        values["temporal.update_ffn_hidden_size"] = config.temporal.update_ffn_hidden_size
     if isinstance(recurrence, Loop):
         values["recurrence.initial_state"] = recurrence.initial_state
         if recurrence.initial_state == "random":

@@ -14,7 +14,7 @@ from megarecur.config.schema import Config
 from megarecur.errors import PlacementError
 from megarecur.plan.cost import count_head_flops, count_state_bytes, count_step_flops
 from megarecur.recurrence.depth import count_depths, is_sampled
-from megarecur.recurrence.inventory import ParameterSpec, build_inventory
+from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_with_embedding
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import build_map
 
@@ -214,10 +214,10 @@ def weigh_blocks(config: Config, steps: LayerMap) -> Callable[[Collection[int]],
     the first step's block, final norm and head with the last step's. A tied embedding whose two
     ends are on two ranks is on both.
     """
-    first, last, tied = steps[0].block, steps[-1].block, config.model.tie_embeddings
+    first, last, tied = steps[0].block, steps[-1].block, config.ties_embeddings
     parts: dict[int | str, list[ParameterSpec]] = defaultdict(list)
     for name, spec in build_inventory(config).items():
-        end = "embedding" if name.startswith("embedding.") else "head"
+        end = "embedding" if is_with_embedding(name) else "head"
         parts[end if spec.block is None else spec.block].append(spec)
         if name == "embedding.weight" and tied:
             parts["table"].append(spec)

@@ -22,6 +22,9 @@ from megarecur.plan.cost import (
     count_flops,
     count_head_flops,
     count_kept_bytes,
+    count_logits,
+    count_memory_bytes,
+    count_memory_flops,
     count_rank,
     count_score_flops,
     count_step_bytes,
@@ -31,6 +34,7 @@ from megarecur.plan.cost import (
     deepest_map,
     element_bytes,
     estimate_memory,
+    has_copy,
     parameter_bytes,
 )
 from megarecur.plan.placement import Placement, place
@@ -45,7 +49,13 @@ from megarecur.plan.simulate import (
 )
 from megarecur.plan.walk import Stage, Walk, build_walk, cuts_for_v
 from megarecur.recurrence.depth import is_sampled
-from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_frozen, uses_muon
+from megarecur.recurrence.inventory import (
+    ParameterSpec,
+    build_inventory,
+    is_frozen,
+    is_with_embedding,
+    uses_muon,
+)
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import build_map
 
@@ -308,7 +318,7 @@ def walk_over(config: Config, steps: LayerMap, placement: Placement) -> Walk:
 
 def ends_apart(config: Config, placement: Placement) -> bool:
     """Whether a tied embedding is needed on two ranks."""
-    return config.model.tie_embeddings and placement.embedding != placement.head
+    return config.ties_embeddings and placement.embedding != placement.head
 
 
 def complete(draft: Draft, most_operations: int = MOST_OPERATIONS, squeeze: bool = True) -> Plan:
@@ -414,7 +424,7 @@ def cost_stages(
     config: Config, walk: Walk, layout: Layout, cluster: Cluster
 ) -> tuple[StageCost, ...]:
     """Seconds and bytes of every stage and one micro batch."""
-    tokens = config.train.micro_batch_size * config.data.seq_length
+    tokens = config.train.micro_batch_size * config.tokens_per_sample
     seconds = tokens / (layout.tensor * cluster.rate(config.train.precision))  # per FLOP and token
     link = cluster.link(layout.tensor, 1, layout.world)
     collective = link.reduce_time(collective_bytes(config), layout.tensor)
@@ -433,6 +443,7 @@ def cost_stages(
             if stage.last:
                 # An exit keeps the hidden state alone.
                 activation += tokens * (ends + len(stage.exits) * ends // 2) + logits
+                activation += tokens * count_memory_bytes(config)
                 deferred += tokens * ends // 2 + logits
             if stage.rank not in masked:  # The context of a micro batch outlives its stages.
                 masked.add(stage.rank)
@@ -468,6 +479,8 @@ def count_stage_flops(config: Config, walk: Walk) -> list[StageFlops]:
     for stage in walk:
         forward = inputs = weights = head * (stage.last + len(stage.exits))
         inputs += head * len(stage.exits)
+        written = count_memory_flops(config) * stage.last
+        forward, inputs, weights = forward + written, inputs + written, weights + written
         for step in stage.steps:
             flops = next(each)
             forward += flops
@@ -481,19 +494,22 @@ def count_stage_flops(config: Config, walk: Walk) -> list[StageFlops]:
 def count_collectives(config: Config, stage: Stage) -> tuple[int, int]:
     """All-reduces of the residual stream over tensor-parallel ranks: (forward, backward).
 
-    Two for every step and direction, forward again under recompute; one where the cut embedding is
-    summed, and one for the gradient that the cut head returns, for each exit too. Under sequence
-    parallelism each is a gather and a scatter of as many bytes.
+    Two for every step and direction, a third where it reads a temporal memory, forward again under
+    recompute; one where the cut embedding is summed, and one for the gradient that the cut head
+    returns, for each exit too. Under sequence parallelism each is a gather and a scatter of as many
+    bytes.
     """
     graded = sum(step.grad for step in stage.steps) if stage.backward else 0
     again = graded if config.train.recompute else 0
-    return 2 * len(stage.steps) + stage.first, 2 * (graded + again) + stage.last + len(stage.exits)
+    each = 2 if config.temporal is None else 3
+    backward = each * (graded + again) + stage.last + len(stage.exits)
+    return each * len(stage.steps) + stage.first, backward
 
 
 def collective_bytes(config: Config) -> int:
     """The residual stream of a micro batch, whole; with its share of what lies between the factors
     of adapters, which crosses once in the four collectives of a step of the map."""
-    tokens = config.train.micro_batch_size * config.data.seq_length
+    tokens = config.train.micro_batch_size * config.tokens_per_sample
     channels = config.model.hidden_size + count_rank(config) // 4
     return tokens * channels * element_bytes(config)
 
@@ -501,7 +517,7 @@ def collective_bytes(config: Config) -> int:
 def count_hop_bytes(config: Config, values: int) -> int:
     """What one process sends where the hidden state or other values of a micro batch, so many in
     all, go to another rank."""
-    tokens = config.train.micro_batch_size * config.data.seq_length
+    tokens = config.train.micro_batch_size * config.tokens_per_sample
     return values * tokens * count_stream_bytes(config)
 
 
@@ -527,9 +543,8 @@ def _hop_link(first: int, second: int, layout: Layout, cluster: Cluster) -> Link
 
 def _kept_logits(config: Config) -> int:
     """Bytes of a micro batch's logits, which become their own gradient."""
-    assert config.model.vocab_size is not None
-    tokens = config.train.micro_batch_size * config.data.seq_length
-    kept = tokens * -(-config.model.vocab_size // config.parallel.tensor) * element_bytes(config)
+    tokens = config.train.micro_batch_size * config.tokens_per_sample
+    kept = count_logits(config, tokens) * element_bytes(config)
     return kept if config.model.logit_softcap is None else 2 * kept  # with tanh's output
 
 
@@ -545,7 +560,7 @@ def owner(spec: ParameterSpec, placement: Placement) -> int:
     """The pipeline rank that a parameter lives on."""
     if spec.block is not None:
         return placement.owners[spec.block]
-    return placement.embedding if spec.name.startswith("embedding.") else placement.head
+    return placement.embedding if is_with_embedding(spec.name) else placement.head
 
 
 def count_ranks(
@@ -606,8 +621,8 @@ def _count_state(
     moving = [spec for spec in specs if not is_frozen(config.optimizer, spec.name)]
     trained = held(moving, tensor)
     muon = held((s for s in moving if uses_muon(config.optimizer, s.name, len(s.shape))), tensor)
-    matrices = (s for s in specs if len(s.shape) == 2 and s.name != "embedding.positions")
-    tokens = config.train.micro_batch_size * config.data.seq_length
+    matrices = (s for s in specs if has_copy(s))
+    tokens = config.train.micro_batch_size * config.tokens_per_sample
     workspace = 0
     if config.train.recompute and any(step.grad for s in stages for step in s.steps):
         workspace += tokens * count_step_bytes(config)

@@ -70,8 +70,9 @@ def refuse_depth(config: Config, num_loops: int) -> str:
     if not isinstance(recurrence, Looped):
         return f"depth {num_loops}: recurrence.kind={recurrence.kind} has no loops; leave it out"
     most = recurrence.most_loops
-    if config.adapters is not None and most is not None and num_loops > most:
-        return f"depth {num_loops}: adapters are there for {most} loops; ask for at most so many"
+    own = config.of_loops
+    if own and most is not None and num_loops > most:
+        return f"depth {num_loops}: {own} are there for {most} loops; ask for at most so many"
     return ""
 
 

@@ -20,6 +20,7 @@ from megarecur.config.schema import (
     ModelConfig,
     OptimizerConfig,
     RecurrenceConfig,
+    Ring,
 )
 from megarecur.errors import ConfigError
 from megarecur.recurrence.layer_map import LayerMap, count_uses
@@ -80,6 +81,13 @@ class ParameterSpec:
 Inventory = dict[str, ParameterSpec]
 HEAD_NORMS = ("query_norm", "key_norm")
 """Of attention, where model.qk_norm is set."""
+SIGNALS = ("query", "key", "value", "feed_forward")
+"""What level signals are added to."""
+SCALES = ("attention_residual", "feed_forward_residual")
+"""Of the residual stream, before what attention and the feed-forward give is added, where
+model.residual is admin."""
+SIGNAL_STD = 1e-6
+"""Of the first factor of a level signal, as the authors of RingFormer start it."""
 
 
 def build_inventory(config: Config) -> Inventory:
@@ -88,22 +96,25 @@ def build_inventory(config: Config) -> Inventory:
     `config.model.vocab_size` must be resolved.
     """
     model, steps = config.model, layer_map(config.recurrence)
-    uses = count_most_uses(config.recurrence) if config.adapters else {}
+    loops = count_own_loops(config)
     assert model.vocab_size is not None
     hidden = model.hidden_size
     table = (model.vocab_size, hidden)
     specs = [ParameterSpec("embedding.weight", table, None, model.init_std, cut=0)]
     if model.positions == "learned":
-        rows = model.max_positions or config.data.seq_length
+        rows = model.max_positions or config.num_positions
         specs.append(ParameterSpec("embedding.positions", (rows, hidden), None, model.init_std))
     for block in sorted({step.block for step in steps}):
         own = block_parameters(config, block, steps)
         specs += own
-        for loop in range(uses.get(block, 0)):
-            specs += adapter_parameters(config, own, loop)
-    if model.norm_position != "post":
+        for loop in range(loops.get(block, 0)):
+            specs += loop_parameters(config, own, loop)
+    specs += temporal_parameters(config)
+    if config.has_final_norm:
         specs += norm_parameters(model, "final_norm", None)
-    if not model.tie_embeddings:
+    if config.classifies:
+        specs += task_parameters(config)
+    elif not model.tie_embeddings:
         specs.append(ParameterSpec("head.weight", table, None, model.init_std, cut=0))
     return {spec.name: spec for spec in specs}
 
@@ -112,8 +123,7 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
     """The parameters that live with one block."""
     model, recurrence = config.model, config.recurrence
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    scaled = model.init_std
+    scaled = std = model.init_std
     if model.init_scaling == "depth":
         scaled /= math.sqrt(2 * len(steps))
     prefix = f"blocks.{block}."
@@ -128,55 +138,176 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
         unit: int = 1,
     ) -> list[ParameterSpec]:
         shape = (rows, columns)
-        weight = ParameterSpec(f"{prefix}{name}.weight", shape, block, std, cut=cut, unit=unit)
-        if not bias:
-            return [weight]
-        along = 0 if cut == 0 else None  # A bias is cut with the outputs.
-        name = f"{prefix}{name}.bias"
-        return [weight, ParameterSpec(name, (rows,), block, cut=along, unit=unit)]
+        return linear_parameters(f"{prefix}{name}", shape, block, bias, std, cut, unit)
 
     def norm(name: str) -> list[ParameterSpec]:
         return [] if has_own_norms(config) else norm_parameters(model, prefix + name, block)
 
-    biased, head, std = biased_projections(model), model.head_dim, model.init_std
     specs = []
     if block == injection_block(recurrence):
-        specs += linear("injection", hidden, 2 * hidden, False, model.init_std)
+        specs += linear("injection", hidden, 2 * hidden, False, std)
+    if config.halting is not None:
+        read = hidden * (1 + config.halting.transition)
+        specs += linear("halting.up", hidden, read, True, std)
+        specs += linear("halting.down", 1, hidden, True, std)
     specs += norm("attention_norm")
-    specs += linear("attention.query", queries, hidden, "q" in biased, std, 0, head)
-    specs += linear("attention.key", keys, hidden, "k" in biased, std, 0, head)
-    specs += linear("attention.value", keys, hidden, "v" in biased, std, 0, head)
-    specs += linear("attention.output", hidden, queries, "o" in biased, scaled, 1, head)
+    specs += attention_parameters(model, f"{prefix}attention", block, scaled)
     if not has_own_norms(config):
         specs += head_norm_parameters(model, f"{prefix}attention.", block)
     if model.norm_position in ("sandwich", "peri"):
         specs += norm("attention_output_norm")
+    if config.temporal is not None:
+        specs += norm_parameters(model, f"{prefix}memory_attention_norm", block)
+        specs += norm_parameters(model, f"{prefix}memory_norm", block)
+        specs += attention_parameters(model, f"{prefix}memory_attention", block, scaled)
     specs += norm("feed_forward_norm")
-    if model.gated:
-        specs += linear("feed_forward.gate", ffn, hidden, model.feed_forward_bias, std, 0)
-    specs += linear("feed_forward.up", ffn, hidden, model.feed_forward_bias, std, 0)
-    specs += linear("feed_forward.down", hidden, ffn, model.feed_forward_bias, scaled, 1)
+    if block == feed_forward_owner(model, block):
+        specs += feed_forward_parameters(model, f"{prefix}feed_forward", block, ffn, scaled)
     if model.norm_position in ("sandwich", "peri"):
         specs += norm("feed_forward_output_norm")
+    if model.gate:
+        assert model.gate_hidden_size is not None
+        specs += linear("gate.up", model.gate_hidden_size, hidden, True, std, 0)
+        specs += linear("gate.down", hidden, model.gate_hidden_size, True, std, 1)
     return specs
 
 
-def adapter_parameters(
-    config: Config, block: list[ParameterSpec], loop: int
+def linear_parameters(
+    name: str,
+    shape: tuple[int, int],
+    block: int | None,
+    bias: bool,
+    std: float,
+    cut: int | None = None,
+    unit: int = 1,
 ) -> list[ParameterSpec]:
-    """What one loop of a block has of its own, from the parameters of the block: A [r, in] and
-    B [out, r] for each matrix, what is added to biases [out], and norms.
+    """A matrix [out, in], and its bias if it has one."""
+    weight = ParameterSpec(f"{name}.weight", shape, block, std, cut=cut, unit=unit)
+    if not bias:
+        return [weight]
+    along = 0 if cut == 0 else None  # A bias is cut with the outputs.
+    return [weight, ParameterSpec(f"{name}.bias", shape[:1], block, cut=along, unit=unit)]
+
+
+def attention_parameters(
+    model: ModelConfig, name: str, block: int | None, output_std: float
+) -> list[ParameterSpec]:
+    """The four projections of an attention, norms of heads apart."""
+    hidden, head, std = model.hidden_size, model.head_dim, model.init_std
+    queries, keys = model.num_heads * head, model.num_kv_heads * head
+    biased, specs = biased_projections(model), []
+    for layer, rows in (("query", queries), ("key", keys), ("value", keys)):
+        bias = layer[0] in biased
+        specs += linear_parameters(f"{name}.{layer}", (rows, hidden), block, bias, std, 0, head)
+    shape = (hidden, queries)
+    return specs + linear_parameters(
+        f"{name}.output", shape, block, "o" in biased, output_std, 1, head
+    )
+
+
+def feed_forward_parameters(
+    model: ModelConfig, name: str, block: int | None, ffn: int, output_std: float
+) -> list[ParameterSpec]:
+    """The matrices of a feed-forward of width ffn."""
+    hidden, bias, specs = model.hidden_size, model.feed_forward_bias, []
+    for layer in ("gate", "up") if model.gated else ("up",):
+        shape = (ffn, hidden)
+        specs += linear_parameters(f"{name}.{layer}", shape, block, bias, model.init_std, 0)
+    shape = (hidden, ffn)
+    return specs + linear_parameters(f"{name}.down", shape, block, bias, output_std, 1)
+
+
+def temporal_parameters(config: Config) -> list[ParameterSpec]:
+    """The initial memory and the layers that write it; the norm of what a classifier reads.
+
+    Slots start as far apart as normed tokens are: from nearly equal ones, what each chunk adds to
+    all of them would leave them equal.
+    """
+    model, temporal = config.model, config.temporal
+    if temporal is None:
+        return []
+    shape = (temporal.num_slots, model.hidden_size)
+    std = 1.0 if temporal.initial_memory == "random" else 0.0
+    specs = [ParameterSpec("temporal.memory", shape, None, std)]
+    for layer in range(temporal.updates):
+        name = f"temporal.updates.{layer}."
+        specs += norm_parameters(model, f"{name}memory_norm", None)
+        specs += norm_parameters(model, f"{name}input_norm", None)
+        specs += attention_parameters(model, f"{name}attention", None, model.init_std)
+        specs += norm_parameters(model, f"{name}feed_forward_norm", None)
+        specs += feed_forward_parameters(
+            model,
+            f"{name}feed_forward",
+            None,
+            temporal.update_ffn_hidden_size,
+            model.init_std,
+        )
+    if temporal.pooling is not None:
+        specs += norm_parameters(model, "temporal.norm", None)
+    return specs
+
+
+def task_parameters(config: Config) -> list[ParameterSpec]:
+    """START and END, where there are such, and the head of a task.
+
+    The hidden layer is cut by its outputs and the classes by their inputs, as a feed-forward is.
+    """
+    task, model = config.task, config.model
+    assert task is not None and task.num_classes is not None
+    hidden, std = model.hidden_size, model.init_std
+    ends = ("task.start", "task.end") if task.augment else ()
+    specs = [ParameterSpec(name, (hidden,), None, std) for name in ends]
+    features = hidden * (4 if task.kind == "pair" else 1)
+    size = hidden if task.head_size is None else task.head_size
+    if size:
+        specs.append(ParameterSpec("task.hidden.weight", (size, features), None, std, cut=0))
+        specs.append(ParameterSpec("task.hidden.bias", (size,), None, cut=0))
+    logits = 1 if task.num_classes == 2 else task.num_classes
+    specs.append(ParameterSpec("task.output.weight", (logits, size or features), None, std, cut=1))
+    # Every tensor-parallel rank adds its share of the bias to its share of the sum.
+    specs.append(ParameterSpec("task.output.bias", (logits,), None, partial=True))
+    return specs
+
+
+def feed_forward_owner(model: ModelConfig, block: int) -> int:
+    """The block whose feed-forward a block uses."""
+    return 0 if model.shared_feed_forward else block
+
+
+def loop_parameters(config: Config, block: list[ParameterSpec], loop: int) -> list[ParameterSpec]:
+    """What one loop of a block has of its own, from the parameters of the block: deltas of its
+    matrices, level signals, norms, residual scales."""
+    owner = block[0].block
+    prefix = f"blocks.{owner}.loops.{loop}."
+    specs = adapter_parameters(config, block, prefix) + signal_parameters(config, block, prefix)
+    if has_own_norms(config):
+        for norm in norm_names(config.model):
+            specs += norm_parameters(config.model, prefix + norm, owner)
+        specs += head_norm_parameters(config.model, prefix, owner)
+    shape = (config.model.hidden_size,)
+    specs += [
+        ParameterSpec(f"{prefix}{name}.weight", shape, owner, mean=1.0)
+        for name in scale_names(config.model)
+    ]
+    return [replace(spec, loop=loop) for spec in specs]
+
+
+def adapter_parameters(
+    config: Config, block: list[ParameterSpec], prefix: str
+) -> list[ParameterSpec]:
+    """A [r, in] and B [out, r] for each matrix that adapters are for, and what is added to biases
+    [out].
 
     A starts with a deviation that keeps the scale of what it is given, B and biases at zero.
     """
     adapters, targets = config.adapters, adapter_targets(config)
-    assert adapters is not None
-    owner = block[0].block
-    prefix, specs = f"blocks.{owner}.loops.{loop}.", []
+    if adapters is None:
+        return []
+    owner, specs = block[0].block, []
     for matrix in block:
-        _, target, kind = matrix.name.rsplit(".", 2)
-        if target not in targets:
-            continue
+        _, part, target, kind = f".{matrix.name}".rsplit(".", 3)
+        if part not in ("attention", "feed_forward") or target not in targets:
+            continue  # How a memory is read, or a gate opens, is the same in every loop.
         if kind == "bias":
             added = replace(matrix, name=f"{prefix}{target}.lora_bias")
             specs += [added] if adapters.biases else []
@@ -191,11 +322,38 @@ def adapter_parameters(
         elif matrix.cut == 1:
             a = replace(a, cut=1, unit=unit)
         specs += [a, b]
-    for norm in norm_names(config.model) if adapters.norms else ():
-        specs += norm_parameters(config.model, prefix + norm, owner)
-    if adapters.norms:
-        specs += head_norm_parameters(config.model, prefix, owner)
-    return [replace(spec, loop=loop) for spec in specs]
+    return specs
+
+
+def signal_parameters(
+    config: Config, block: list[ParameterSpec], prefix: str
+) -> list[ParameterSpec]:
+    """The factors of a level's signals a b x: b [r, in] and a [out, r], which is the A of the paper
+    transposed and starts at zero."""
+    ring, hidden, owner = config.recurrence, config.model.hidden_size, block[0].block
+    if not isinstance(ring, Ring):
+        return []
+    std = SIGNAL_STD if ring.signal_init == "authors" else hidden**-0.5
+    matrices = {spec.name.removeprefix(f"blocks.{owner}."): spec for spec in block}
+    specs = []
+    for name in signal_names(config):
+        rank = ring.feed_forward_rank if name == "feed_forward" else ring.level_rank
+        b = ParameterSpec(f"{prefix}signal_{name}.b", (rank, hidden), owner, std)
+        a = ParameterSpec(f"{prefix}signal_{name}.a", (hidden, rank), owner)
+        if name != "feed_forward":  # Cut with the outputs of the matrix, which may be fewer.
+            matrix = matrices[f"attention.{name}.weight"]
+            a = replace(a, shape=(matrix.shape[0], rank), cut=0, unit=matrix.unit)
+        specs += [b, a]
+    return specs
+
+
+def signal_names(config: Config) -> tuple[str, ...]:
+    """The level signals that every loop has."""
+    ring = config.recurrence
+    if not isinstance(ring, Ring):
+        return ()
+    of_attention = SIGNALS[:-1] if ring.level_rank else ()
+    return (*of_attention, *(SIGNALS[-1:] if ring.feed_forward_rank else ()))
 
 
 def adapter_targets(config: Config) -> tuple[str, ...]:
@@ -215,7 +373,8 @@ def biased_targets(config: Config) -> tuple[str, ...]:
 
 def has_own_norms(config: Config) -> bool:
     """Whether every loop has norms of its own, in place of its block's."""
-    return config.adapters is not None and config.adapters.norms
+    adapted = config.adapters is not None and config.adapters.norms
+    return adapted or isinstance(config.recurrence, Ring)
 
 
 def norm_names(model: ModelConfig) -> tuple[str, ...]:
@@ -226,6 +385,16 @@ def norm_names(model: ModelConfig) -> tuple[str, ...]:
         "feed_forward_norm",
         *outputs[: 2 * (model.norm_position in ("sandwich", "peri"))],
     )
+
+
+def scale_names(model: ModelConfig) -> tuple[str, ...]:
+    """The residual scales of every use of a block."""
+    return SCALES if model.residual == "admin" else ()
+
+
+def count_own_loops(config: Config) -> dict[int, int]:
+    """Of each block, the loops that have parameters of their own; none where all are alike."""
+    return count_most_uses(config.recurrence) if config.of_loops else {}
 
 
 def count_most_uses(recurrence: RecurrenceConfig) -> dict[int, int]:
@@ -260,6 +429,11 @@ def head_norm_parameters(model: ModelConfig, prefix: str, block: int | None) -> 
         ParameterSpec(f"{prefix}{name}.weight", (model.head_dim,), block, mean=1.0, partial=True)
         for name in (HEAD_NORMS if model.qk_norm else ())
     ]
+
+
+def is_with_embedding(name: str) -> bool:
+    """Whether a parameter of no block lives where tokens are looked up; else it is the head's."""
+    return name.startswith("embedding.") or name in ("task.start", "task.end")
 
 
 def is_embedding(name: str) -> bool:

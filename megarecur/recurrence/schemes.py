@@ -21,7 +21,9 @@ from megarecur.config.schema import (
     Looped,
     RecurrenceConfig,
     ReuseMap,
+    Ring,
     Sequence,
+    Universal,
 )
 from megarecur.recurrence.depth import Depth, default_depth
 from megarecur.recurrence.layer_map import LayerMap, from_order, mark
@@ -137,9 +139,19 @@ def truncate(steps: LayerMap, start: int, length: int, depth: Depth) -> LayerMap
     )
 
 
+def universal(config: Universal) -> LayerMap:
+    """0 0 0, all steps that there may be."""
+    return from_order([0] * config.depth)
+
+
 def custom(config: Custom) -> LayerMap:
     """Any order."""
     return from_order(config.order)
+
+
+def ring(config: Ring) -> LayerMap:
+    """0 x depth (Heo et al. 2025)."""
+    return from_order([0] * config.depth)
 
 
 SCHEMES: dict[type, Callable[[Any], LayerMap]] = {
@@ -149,6 +161,8 @@ SCHEMES: dict[type, Callable[[Any], LayerMap]] = {
     CycleReverse: cycle_reverse,
     ReuseMap: reuse_map,
     Custom: custom,
+    Ring: ring,
+    Universal: universal,
 }
 LOOPED: dict[type, Callable[[Any, Depth], LayerMap]] = {
     BlockRecurrence: block_recurrence,

@@ -2,16 +2,21 @@
 
 The teacher is another run of the same vocabulary, at one of its checkpoints. It is cut over tensor
 ranks as the run itself. Of a pipeline it lives whole on the rank of the head, where the loss is. No
-optimizer group, no stage of ZeRO and no checkpoint has its parameters.
+optimizer group, no stage of ZeRO and no checkpoint has its parameters. Or what it says was stored
+before the run (`stored_teacher.py`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megarecur.config.load import validate
 from megarecur.config.schema import Config
+from megarecur.data.corpus import Corpus
 from megarecur.errors import ConfigError
 from megarecur.model.transformer import Batch, Transformer
 from megarecur.parallel.mesh import Mesh, same_error
@@ -20,11 +25,19 @@ from megarecur.recurrence.schemes import layer_map
 from megarecur.train import checkpoint
 from megarecur.train.checkpoint_index import Index, read_fingerprint, read_index
 from megarecur.train.initial import find_source
+from megarecur.train.stored_teacher import StoredTeacher, check_stored
 
 FIELD = "distill.teacher"
 
 
-class Teacher:
+class Teacher(Protocol):
+    """Whom a run learns from."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[N, V] of a micro batch's tokens, or this rank's shard of the vocabulary."""
+
+
+class LiveTeacher:
     """A model that is only asked.
 
     Args:
@@ -45,32 +58,49 @@ class Teacher:
         return self.model.logits(x).flatten(0, 1)
 
 
-def with_teacher(config: Config, tokenizer: str, mesh: Mesh) -> Config:
+def with_teacher(config: Config, tokenizer: str, corpora: Sequence[Corpus], mesh: Mesh) -> Config:
     """The config with the fingerprint of its teacher's checkpoint filled in; collective.
 
     Args:
         config: with its vocabulary resolved.
         tokenizer: fingerprint of the run's own.
+        corpora: that it trains on.
         mesh: the processes.
 
     Raises:
         ConfigError: no run, another vocabulary or tokenizer, another checkpoint than the one that
-            the config names by its fingerprint, or a model that the mesh cannot cut.
+            the config names by its fingerprint, or a model that the mesh cannot cut; distributions
+            that were stored for other samples.
         CheckpointError: no checkpoint that can be used.
+        DataError: no stored distributions, or damaged ones.
     """
     if config.distill is None:
         return config
     distill = config.distill
-    path = find_source(distill.teacher, mesh, FIELD)
+    if distill.stored is not None:
+        place = f"distill.stored={distill.stored}"
+        with same_error(mesh):
+            # Sizes on every rank, contents on one.
+            hashed = config.data.verify and mesh.rank == 0
+            found = check_stored(config, tokenizer, corpora, distill.stored, hashed)
+    else:
+        assert distill.teacher is not None
+        place = f"{FIELD}={distill.teacher}"
+        path = find_source(distill.teacher, mesh, FIELD)
+        with same_error(mesh):
+            index, found = read_index(path), read_fingerprint(path)
+            check_vocabulary(config, index, tokenizer)
+            if teacher_config(config, index).classifies:
+                raise ConfigError(
+                    f"{place} classifies (its config has a task), and says nothing of the next "
+                    "token; name a run that predicts text"
+                )
     with same_error(mesh):
-        index, found = read_index(path), read_fingerprint(path)
-        check_vocabulary(config, index, tokenizer)
-        teacher_config(config, index)
         if distill.fingerprint not in (None, found):
             raise ConfigError(
-                f"{FIELD}={distill.teacher}: {path} has fingerprint {found}, "
-                f"distill.fingerprint={distill.fingerprint} is another checkpoint's; name the step "
-                "of the run, or leave fingerprint out for a new run"
+                f"{place} has fingerprint {found}, distill.fingerprint={distill.fingerprint} is "
+                "another teacher's; name the step of the run, or leave fingerprint out for a new "
+                "run"
             )
     distill = distill.model_copy(update={"fingerprint": found})
     return config.model_copy(update={"distill": distill})
@@ -131,6 +161,9 @@ def load_teacher(config: Config, mesh: Mesh, has_head: bool) -> Teacher | None:
     """
     if config.distill is None:
         return None
+    if config.distill.stored is not None:
+        return StoredTeacher(config.distill.stored, mesh.tensor_parallel()) if has_head else None
+    assert config.distill.teacher is not None
     path = find_source(config.distill.teacher, mesh, FIELD)
     shards, model = {}, None
     if has_head:
@@ -143,4 +176,4 @@ def load_teacher(config: Config, mesh: Mesh, has_head: bool) -> Teacher | None:
     if model is None:
         return None
     model.refresh()
-    return Teacher(model)
+    return LiveTeacher(model)

@@ -141,7 +141,9 @@ def continue_prompts(
         ids = encode_prompt(tokenizer, prompt)
         eos = (tokenizer.eos_id,)
         count = config.train.sample_tokens
-        if config.model.positions == "learned":  # The table ends; the text then ends with it.
+        if (
+            config.model.positions == "learned" and config.temporal is None
+        ):  # The table ends; the text then ends with it.
             room = (config.model.max_positions or config.data.seq_length) + 1 - len(ids)
             count = min(count, room)
         if count < 1:
@@ -153,6 +155,7 @@ def continue_prompts(
             seed=config.seed,
             sample=i,
             eos_ids=eos,
+            use_cache=config.halting is None,
             mesh=mesh,
             schedules=schedules,
         )

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +16,10 @@ from megarecur.config.schema import Config
 
 TAIL_BYTES = 1 << 20
 """Of metrics.jsonl: holds all rows of its last step, whatever the depth."""
+
+
+HALTED_AT = "recurrence/halted_at"
+"""Metrics `recurrence/halted_at/03` are the bars of one histogram: shares of tokens by steps."""
 
 
 class Metrics:
@@ -56,7 +60,25 @@ class Metrics:
         for tag, value in values.items():
             if value is not None:
                 self.board.add_scalar(tag, value, step)
+        bars = sorted(tag for tag in values if tag.startswith(HALTED_AT + "/"))
+        if bars:
+            self.draw_histogram(step, HALTED_AT, [values[tag] or 0.0 for tag in bars])
         self.board.flush()
+
+    def draw_histogram(self, step: int, tag: str, shares: Sequence[float]) -> None:
+        """Shares of 0, 1, 2, ..."""
+        numbers = range(len(shares))
+        self.board.add_histogram_raw(
+            tag,
+            min=0.0,
+            max=float(len(shares) - 1),
+            num=1.0,
+            sum=sum(i * share for i, share in enumerate(shares)),
+            sum_squares=sum(i * i * share for i, share in enumerate(shares)),
+            bucket_limits=[i + 0.5 for i in numbers],
+            bucket_counts=list(shares),
+            global_step=step,
+        )
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Texts by tag, shown as they are."""
@@ -149,7 +171,10 @@ class Progress:
             ]
         if "val/loss" in values:
             parts.append(f"val loss {values['val/loss']:.4f}")
-            parts.append(f"bits per byte {values['val/bits_per_byte']:.4f}")
+            if "val/accuracy" in values:
+                parts.append(f"accuracy {values['val/accuracy']:.4f}")
+            else:
+                parts.append(f"bits per byte {values['val/bits_per_byte']:.4f}")
         line = "  ".join([*parts, f"left {duration(left)}"])
         if not self.terminal:
             self.put(line + "\n")

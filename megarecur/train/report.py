@@ -21,18 +21,19 @@ from megarecur.model.compile import CompiledModel
 from megarecur.model.telemetry import name_measures
 from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh
-from megarecur.plan.cost import FlopEstimate, count_flops, estimate_memory
+from megarecur.plan.cost import FlopEstimate, count_flops, count_head_flops, estimate_memory
 from megarecur.plan.describe import format_bytes
 from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import build_map
 from megarecur.train.evaluate import short_names
-from megarecur.train.metrics import Metrics, Progress, read_rows
+from megarecur.train.metrics import HALTED_AT, Metrics, Progress, read_rows
 from megarecur.train.signals import StopFlag
 from megarecur.train.speed import peak_flops, peak_memory
 from megarecur.train.state import TrainState
 
 EXIT_LOSS = re.compile(r"exit_[0-9]+/loss")
+EXECUTED = "recurrence/executed_share"
 STEPS = "/steps"
 """Ends the name of the share of an interval's steps that had an exit."""
 
@@ -52,6 +53,10 @@ class StepResult:
     sources: Tensor | None = None
     """[2, sources]: loss and counted tokens of each corpus, where there are several."""
     num_sources: int = 1
+    counts: Tensor | None = None
+    """Tokens by the steps they took, and what was computed (`Mixture.finish`), where they halt."""
+    places: float = 0.0
+    """Tokens of the global batch that are computed, padding of a task's batches included."""
     lr: float = 0.0
     grad_norm: float = 0.0
     skipped: bool = False
@@ -71,6 +76,12 @@ class StepResult:
         sums[1].index_add_(0, batch.sources_B, counted_BS.sum(1, dtype=torch.float64))
         self.sources = sums if self.sources is None else self.sources + sums
 
+    def add_counts(self, counts: list[Tensor]) -> None:
+        """Add what a micro batch counted, and forget it there."""
+        while counts:
+            own = counts.pop()
+            self.counts = own if self.counts is None else self.counts + own
+
     def count_exits(self, mesh: Mesh) -> None:
         """Note which exits this step had, where that differs from step to step: beside the losses,
         so that their mean over an interval is over the steps that had them."""
@@ -85,19 +96,23 @@ class Interval:
     def __init__(self) -> None:
         self.losses: dict[str, Tensor] = {}
         self.num_losses = self.num_steps = 0
-        self.data_seconds = self.seconds = 0.0
+        self.data_seconds = self.seconds = self.places = 0.0
         self.depths: list[Depth | None] = []
         self.sources: Tensor | None = None
+        self.counts: Tensor | None = None
 
     def add(self, result: StepResult) -> None:
         """One optimizer step."""
         self.num_steps += 1
         self.data_seconds += result.data_seconds
         self.seconds += result.seconds
+        self.places += result.places
         self.depths.append(result.depth)
         if result.skipped:
             return
         self.num_losses += 1
+        if result.counts is not None:
+            self.counts = result.counts if self.counts is None else self.counts + result.counts
         if result.sources is not None:
             self.sources = result.sources if self.sources is None else self.sources + result.sources
         for name, value in result.losses.items():
@@ -108,11 +123,11 @@ class Interval:
         own = {n: mesh.sum_over_dp(v.clone()) for n, v in self.losses.items()}
         if self.sources is not None:
             own["sources"] = mesh.sum_over_dp(self.sources.clone())
+        if self.counts is not None:
+            own["counts"] = mesh.sum_over_dp(self.counts.clone())
         carried = add_up(mesh.gather_over_pp({name: sums.tolist() for name, sums in own.items()}))
-        sources = carried.pop("sources", None)
-        return {"losses": carried, "num_losses": self.num_losses} | (
-            {} if sources is None else {"sources": sources}
-        )
+        apart = {name: carried.pop(name) for name in ("sources", "counts") if name in carried}
+        return {"losses": carried, "num_losses": self.num_losses} | apart
 
     def restore(self, carried: dict[str, Any], mesh: Mesh) -> None:
         """Go on inside an interval. The sums are given to one replica's first pipeline rank, as
@@ -120,9 +135,10 @@ class Interval:
         self.num_losses = carried.get("num_losses", 0)
         if mesh.pp_rank:
             return
-        if "sources" in carried:
-            sums = torch.tensor(carried["sources"], dtype=torch.float64, device=mesh.device)
-            self.sources = sums if mesh.dp_rank == 0 else torch.zeros_like(sums)
+        for name in ("sources", "counts"):
+            if name in carried:
+                sums = torch.tensor(carried[name], dtype=torch.float64, device=mesh.device)
+                setattr(self, name, sums if mesh.dp_rank == 0 else torch.zeros_like(sums))
         for name, value in carried.get("losses", {}).items():
             self.losses[name] = torch.tensor(value if mesh.dp_rank == 0 else 0.0).to(mesh.device)
 
@@ -137,6 +153,21 @@ def add_up(parts: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
             value = both.tolist()
         total[key] = value
     return total
+
+
+def name_counts(counts: Sequence[float]) -> dict[str, float]:
+    """As metrics: mean steps of a token, the share of all steps that was computed, and of tokens
+    the share that took 0, 1, ... steps; none of no counts (`Mixture.finish`)."""
+    *by_steps, executed, possible = counts or [0.0, 0.0]
+    tokens = sum(by_steps)
+    if not tokens:
+        return {}
+    mean = sum(steps * count for steps, count in enumerate(by_steps)) / tokens
+    return {
+        "recurrence/halting_depth": mean,
+        EXECUTED: executed / possible,
+        **{f"{HALTED_AT}/{steps:02d}": n / tokens for steps, n in enumerate(by_steps)},
+    }
 
 
 class Report:
@@ -167,6 +198,8 @@ class Report:
         own: dict[Any, Tensor] = {n: v / interval.num_losses for n, v in interval.losses.items()}
         if interval.sources is not None:
             own["sources"] = interval.sources
+        if interval.counts is not None:
+            own["counts"] = interval.counts
         for key, measures in last.telemetry.items():
             if self.config.parallel.sequence_parallel:  # Each rank measured its own positions.
                 self.mesh.sum_over_tp(measures)
@@ -176,23 +209,23 @@ class Report:
             share, prefix = reduced.pop(name), name.removesuffix(STEPS) + "/"
             of_exit = [n for n in reduced if isinstance(n, str) and n.startswith(prefix)]
             reduced |= {other: reduced[other] / share for other in of_exit}
-        sources = reduced.pop("sources", [])
+        sources, halted = reduced.pop("sources", []), name_counts(reduced.pop("counts", []))
         telemetry = {key: reduced.pop(key) for key in list(reduced) if isinstance(key, tuple)}
-        tokens = self.config.train.global_batch_size * self.config.data.seq_length
-        rate = tokens * interval.num_steps / interval.seconds
+        rate = interval.places / interval.seconds
         values = {f"train/{name}": loss for name, loss in reduced.items()}
         values |= {
             "optim/lr": last.lr,
             "optim/grad_norm": last.grad_norm,
             "optim/skipped": state.skipped,
             "speed/tokens_per_second": rate,
-            **self.count_work(interval.depths, rate),
+            **self.count_work(interval.depths, rate, halted.get(EXECUTED, 1.0)),
+            **halted,
             "speed/data_wait": interval.data_seconds / interval.seconds,
             "speed/step_seconds": interval.seconds / interval.num_steps,
         }
         order = [(step.block, step.loop_index) for step in build_map(self.config, last.depth)]
         keys = [key for key in order if key in telemetry]
-        values |= name_measures(keys, [telemetry[key] for key in keys], tokens)
+        values |= name_measures(keys, [telemetry[key] for key in keys], round(last.places))
         for name, loss, counted in zip(self.sources, *sources, strict=True) if sources else ():
             if counted:
                 values[f"train/loss_of/{name}"] = loss / counted
@@ -212,13 +245,16 @@ class Report:
         }
         return add_up(self.mesh.gather_over_pp(lists))
 
-    def count_work(self, depths: Sequence[Depth | None], rate: float) -> dict[str, float]:
+    def count_work(
+        self, depths: Sequence[Depth | None], rate: float, executed: float = 1.0
+    ) -> dict[str, float]:
         """Shares of the hardware's peak by the FLOPs that steps of these depths executed, apart for
         loops without gradient and for recompute; and their mean depth.
 
         Args:
             depths: of each optimizer step.
             rate: tokens per second.
+            executed: share of the steps of the map that was computed, where tokens halt.
         """
         for depth in set(depths) - set(self.flops):
             steps = build_map(self.config, depth)
@@ -226,6 +262,9 @@ class Report:
 
         def share(kind: str) -> float:
             flops = sum(getattr(self.flops[depth], kind) for depth in depths) / len(depths)
+            head = 3 * count_head_flops(self.config) if kind in ("train", "hardware") else 0
+            if executed < 1.0:  # Such maps have no exits: the head is applied once.
+                flops = head + executed * (flops - head)
             return float(flops * rate / self.peak)
 
         work = {"speed/mfu": share("train")}

@@ -21,6 +21,7 @@ from megarecur.config.schema import Config
 from megarecur.config.write import write_aside
 from megarecur.errors import CheckpointError, ConfigError
 from megarecur.parallel.mesh import Mesh, same_error
+from megarecur.plan.cost import count_tokens_per_step
 from megarecur.recurrence.schemes import layer_map
 
 
@@ -43,7 +44,7 @@ class TrainState:
 
     def advance(self, config: Config, skipped: bool) -> TrainState:
         """One optimizer step later."""
-        tokens = config.train.global_batch_size * config.data.seq_length
+        tokens = count_tokens_per_step(config)
         return replace(
             self,
             step=self.step + 1,

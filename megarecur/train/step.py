@@ -11,6 +11,7 @@ from megarecur.config.schema import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.errors import MegarecurError
 from megarecur.model.context import Context
+from megarecur.model.halting import begin_BS
 from megarecur.model.telemetry import Telemetry, named
 from megarecur.model.transformer import LossTerm, Transformer
 from megarecur.optim.engine import Engine
@@ -75,6 +76,7 @@ class Training:
                 x = self.model.embed(batch.tokens_BS, ctx)
             assert x is not None
             x, terms = self.model.run(stage.steps, x, ctx, reads)
+            self.result.add_counts(ctx.counts)
             if stage.last:
                 terms = self.loss(x, batch, {n: reads[n] for n in stage.exits}) | terms
         for name, term in terms.items():
@@ -143,7 +145,7 @@ def forward_backward(
     depth = sample_depth(config.recurrence, config.seed, step)
     denominators = count_denominators(batches, mesh, unread)
     scheduled = (schedules or Schedules(config)).training(depth, len(batches))
-    result = StepResult(depth, num_sources=len(config.data.train))
+    result = StepResult(depth, num_sources=len(config.data.train), places=denominators["places"])
     program = Training(model, batches, step, denominators, result, telemetry, teacher)
 
     def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -167,18 +169,36 @@ def sum_losses(result: StepResult, mesh: Mesh, name: str = "loss") -> float:
 def count_denominators(
     batches: Sequence[MicroBatch], mesh: Mesh, unread: MegarecurError | None = None
 ) -> dict[str, float]:
-    """Counted tokens of the global batch, at least 1; one all-reduce, of failures to read too.
+    """Counted tokens (labels) and documents of the global batch, at least 1, and `places`, all that
+    is computed, padding included; one all-reduce, of failures to read too.
 
     Raises:
         MegarecurError: on every rank, why one could not read its batches.
     """
-    own = [sum(batch.num_tokens for batch in batches), unread is not None]
+    own = [
+        sum(batch.num_tokens for batch in batches),
+        sum(count_documents(batch) for batch in batches),
+        sum(batch.tokens_BS.numel() for batch in batches),
+        unread is not None,
+    ]
     counts = mesh.sum_over_world(torch.tensor(own, dtype=torch.float64).to(mesh.device))
-    tokens, failures = counts.tolist()
+    tokens, documents, places, failures = counts.tolist()
     if failures:
         raise_first(unread, mesh)
     # Every rank of a replica reads, and counts, the same samples.
-    return {"tokens": max(tokens * mesh.dp / mesh.world, 1.0)}
+    share = mesh.dp / mesh.world
+    return {
+        "tokens": max(tokens * share, 1.0),
+        "documents": max(documents * share, 1.0),
+        "places": places * share,
+    }
+
+
+def count_documents(batch: MicroBatch) -> int:
+    """Documents of a micro batch; what a sample has of one counts as one."""
+    if batch.single_document:
+        return len(batch.documents_BS)
+    return int(begin_BS(batch.documents_BS).sum())
 
 
 def objective(terms: Mapping[str, LossTerm], denominators: Mapping[str, float]) -> Tensor:

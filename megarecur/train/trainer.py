@@ -12,7 +12,8 @@ from pathlib import Path
 from megarecur.config.schema import Config
 from megarecur.data.corpus import Corpus, open_corpus
 from megarecur.data.loader import Loader, MicroBatch
-from megarecur.data.tokenizer import load_tokenizer
+from megarecur.data.samples import TaskCorpus, TaskLoader, open_samples
+from megarecur.data.tokenizer import Tokenizer, load_tokenizer
 from megarecur.errors import CheckpointError, ConfigError, DataError, MegarecurError, MeshError
 from megarecur.model.compile import CompiledModel, find_obstacle
 from megarecur.model.telemetry import named
@@ -27,13 +28,14 @@ from megarecur.recurrence.schemes import build_map
 from megarecur.train import checkpoint
 from megarecur.train.alarms import Alarms, record_event
 from megarecur.train.distill import load_teacher, with_teacher
-from megarecur.train.evaluate import continue_prompts, score_corpus, score_values
+from megarecur.train.evaluate import Score, continue_prompts, score_corpus, score_values
 from megarecur.train.health import check_health
 from megarecur.train.initial import load_initial
 from megarecur.train.mirror import fetch_newest
 from megarecur.train.profile import Profiler
 from megarecur.train.report import Report, StepResult
 from megarecur.train.saving import Saver
+from megarecur.train.scales import profile_scales
 from megarecur.train.signals import StopFlag, watch_signals
 from megarecur.train.speed import measure_state
 from megarecur.train.state import (
@@ -46,6 +48,7 @@ from megarecur.train.state import (
     write_config,
 )
 from megarecur.train.step import build_model, forward_backward
+from megarecur.train.task_scores import TaskScore, score_task, task_values
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +74,11 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         health = check_health(config, run_dir, mesh)
         data = open_data(config, mesh)
         loader = resources.enter_context(closing(data)).loader
-        config = with_teacher(data.config, data.tokenizer, mesh)
+        config = with_teacher(data.config, data.tokenizer, data.loader.corpora, mesh)
         schedules = resources.enter_context(closing(open_schedules(config, mesh)))
         model = build_model(config, mesh, schedules)
+        if config.model.residual == "admin" and not has_checkpoints(run_dir, mesh):
+            profile_scales(model, config, data.loader, mesh)
         engine = build_engine(model, config, mesh)
         saver = resources.enter_context(Saver(run_dir, config, mesh))
         state = resume(run_dir, config, data, engine, schedules, mesh)
@@ -211,6 +216,8 @@ def open_data(config: Config, mesh: Mesh) -> Data:
     """
     with same_error(mesh):
         tokenizer = load_tokenizer(config.data.tokenizer)
+        if config.task is not None:
+            return open_task(with_vocab_size(config, tokenizer.vocab_size), tokenizer, mesh)
         train, validation = (
             [
                 open_corpus(
@@ -241,6 +248,29 @@ def open_data(config: Config, mesh: Mesh) -> Data:
             mask_documents=config.data.mask_documents,
         )
     return Data(config, loader, validation, tokenizer.fingerprint)
+
+
+def open_task(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Data:
+    """The labelled samples of a task.
+
+    Raises:
+        DataError: damage, or corpora that do not fit the task.
+    """
+    assert config.task is not None
+    train, validation = open_samples(config, mesh.dp_rank, mesh.dp)
+    loader = TaskLoader(
+        [(corpus, s.weight) for corpus, s in zip(train, config.data.train, strict=True)],
+        config.task,
+        multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
+        seq_length=config.data.seq_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+    return Data(config, loader, list(validation), tokenizer.fingerprint)
 
 
 def open_schedules(config: Config, mesh: Mesh) -> Schedules:
@@ -339,14 +369,22 @@ def validate(
     values: dict[str, float] = {}
     for depth in (None, *config.train.eval_depths):
         samples = 0 if depth is None and state.step == config.train.steps else some
-        scores = []
+        scores: list[Score] = []
+        of_tasks: list[TaskScore] = []
         for corpus in data.validation:
+            if isinstance(corpus, TaskCorpus):
+                scored = score_task(model, corpus, config, mesh, samples, stop, depth, schedules)
+                if scored is None:
+                    return {}, stop.agreed(mesh)
+                of_tasks.append(scored)
+                continue
             score = score_corpus(model, corpus, config, mesh, samples, stop, depth, schedules)
             if score is None:
                 return {}, stop.agreed(mesh)
             scores.append(score)
         prefix = "val/" if depth is None else f"val/depth_{depth}/"
-        for name, value in score_values(scores, paths).items():
+        found = task_values(of_tasks, paths) if of_tasks else score_values(scores, paths)
+        for name, value in found.items():
             values[prefix + name.removeprefix("val/")] = value
     return values, stop.agreed(mesh)
 
@@ -411,6 +449,12 @@ def resume(
         log.warning("the pipeline's order of operations is not the one %s was saved with, though "
                     "the mesh is: sums will differ in their last bits", path)  # fmt: skip
     return state
+
+
+def has_checkpoints(run_dir: Path, mesh: Mesh) -> bool:
+    """Whether any rank sees some, whatever their state; collective."""
+    found = checkpoint.list_checkpoints(run_dir / "checkpoints")
+    return mesh.max_over_world(len(found)) > 0
 
 
 def load_checkpoint(path: Path, engine: Engine, mesh: Mesh) -> None:

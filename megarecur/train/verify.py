@@ -26,6 +26,7 @@ from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.train import checkpoint
 from megarecur.train.distill import load_teacher, with_teacher
+from megarecur.train.scales import profile_scales
 from megarecur.train.step import build_model, forward_backward, sum_losses
 from megarecur.train.trainer import open_data
 
@@ -80,12 +81,25 @@ def certified(config: Config, small: bool, dp: int) -> Config:
     if small:
         hidden = config.model.num_heads * 8
         values["model"] |= {"hidden_size": hidden, "head_dim": 8, "ffn_hidden_size": 2 * hidden}
+        if config.model.gate:
+            values["model"]["gate_hidden_size"] = 2 * hidden
         if config.adapters is not None:
             values["adapters"]["rank"] = min(config.adapters.rank, 8)
-        length = min(config.data.seq_length, 16 * config.parallel.tensor)
-        values["data"]["seq_length"] = length
+        for key in values["recurrence"].keys() & {"level_rank", "feed_forward_rank"}:
+            values["recurrence"][key] = min(values["recurrence"][key], 8)
+        length = min(config.num_positions, 16 * config.parallel.tensor)
+        values["data"]["seq_length"] = length - config.num_positions + config.data.seq_length
+        if config.task is not None:
+            values["task"]["truncate"] = True
         if config.model.positions == "learned":
             values["model"]["max_positions"] = length
+        if config.temporal is not None:
+            chunk_length = min(config.temporal.chunk_length, -(-length // 4))
+            values["temporal"] |= {"chunk_length": chunk_length, "update_ffn_hidden_size": hidden}
+            if config.temporal.backward_chunks is not None:
+                most = -(-length // chunk_length)
+                backward = min(config.temporal.backward_chunks, most)
+                values["temporal"]["backward_chunks"] = backward
         values["train"] |= {"micro_batch_size": 1, "global_batch_size": 2 * dp}
     return validate(values, "verify")
 
@@ -98,9 +112,10 @@ def record(config: Config, steps: int, folder: Path) -> None:
     """
     with open_mesh(config) as mesh:
         data = open_data(config, mesh)
-        config = with_teacher(data.config, data.tokenizer, mesh)
+        config = with_teacher(data.config, data.tokenizer, data.loader.corpora, mesh)
         schedules = Schedules(config)
         model = build_model(config, mesh, schedules)
+        profile_scales(model, config, data.loader, mesh)
         engine = build_engine(model, config, mesh)
         teacher = load_teacher(config, mesh, model.project is not None)
         for step in range(steps):

@@ -1,0 +1,645 @@
+"""Corpora of labelled samples, `megarecur prep task`: what is drawn or read, and written as shards.
+
+A corpus of a task is one as any other (documents of tokens in MDS shards), with `labels.npy` beside
+it and `task` in its manifest. A sample is one document, or the two of a pair, one after the other.
+Labels are int32 per sample or, of kind `token`, int8 per token of the stream, -1 where there is
+none. Samples flow from a generator to the writers of all splits, whatever their number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_prep import flip_flop, list_ops, logic
+from data_prep.files import explain_os_errors, publish, sync
+from data_prep.labelled import Mistakes, Row, collect, read_labelled, read_list_ops, read_logic
+from data_prep.progress import ProgressReport, report_phase
+from data_prep.readers import find_sources
+from data_prep.shards import finish_split, hold, open_writer, partial_of
+from megarecur.data.corpus import CHUNK_TOKENS, COLUMN, Manifest, hash_file, read_manifest
+from megarecur.data.tokenizer import BYTES, Tokenizer, WordTokenizer, load_tokenizer
+from megarecur.errors import ConfigError, DataError
+
+LABELS, WORDS_FILE = "labels.npy", "tokenizer.words"
+NAMES = ("listops", "logic", "flip_flop", "labelled")
+HEADER = 128
+"""Bytes before the values of an .npy file, in whose header numpy leaves room for any length."""
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """What `megarecur prep task` was asked for. None: the task's own default."""
+
+    name: str
+    inputs: tuple[str, ...] = ()
+    """Files to read instead of drawing samples."""
+    seed: int = 1
+    train: int | None = None
+    val: int | None = None
+    """Samples to draw."""
+    tests: tuple[str, ...] = ()
+    test_count: int | None = None
+    variant: str | None = None
+    max_depth: int | None = None
+    max_args: int | None = None
+    min_length: int | None = None
+    max_length: int | None = None
+    length: int | None = None
+    p_ignore: float | None = None
+    train_operators: int | None = None
+    text_keys: tuple[str, ...] | None = None
+    label_key: str | None = None
+    tokenizer: str | None = None
+    val_fraction: float | None = None
+
+    def refuse_others(self, *allowed: str) -> None:
+        """Refuse options that this task does not have.
+
+        Raises:
+            ConfigError: naming all of them.
+        """
+        always = ("name", "inputs", "seed")
+        given = [
+            "--" + {"tests": "test", "text_keys": "text-key"}.get(k, k.replace("_", "-"))
+            for k, v in asdict(self).items()
+            if v not in (None, ()) and k not in (*always, *allowed)
+        ]
+        if given:
+            how = " read from files" if self.inputs else ""
+            raise ConfigError(f"{', '.join(given)}: not for {self.name}{how}; leave out")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample on its way to a split."""
+
+    split: str
+    texts: tuple[str, ...]
+    """One, or the two of a pair."""
+    label: int | np.ndarray
+    """A class, or int8 per token."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that decides what is written."""
+
+    name: str
+    kind: str
+    classes: Sequence[str]
+    splits: Sequence[str]
+    """In the order in which they appear, train last."""
+    total: int
+    """Samples in all, for the progress; about, where files decide."""
+    samples: Callable[[], Iterator[Sample]]
+    words: Sequence[str] = ()
+    """Of the tokenizer that is made; none: `tokenizer`."""
+    tokenizer: str = ""
+    sources: Sequence[str] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+    """Filled in by the stream: duplicates removed, of all splits together."""
+
+
+def prepare_task(
+    request: TaskRequest, out: str | Path, progress: ProgressReport | None = None
+) -> dict[str, Manifest]:
+    """Make the corpora of a task, OUT/train and so on: a function of the request and its files.
+
+    Args:
+        request: what is asked for.
+        out: folder of the result; OUT.partial holds unfinished work, which is begun anew.
+        progress: told how far the work is.
+
+    Returns:
+        The manifest of each split, by its name.
+
+    Raises:
+        ConfigError: no such task, or options that it does not have.
+        DataError: mistakes in files, nothing to write, or OUT holds something else.
+    """
+    if request.name not in BUILDERS:
+        raise ConfigError(
+            f"task {request.name!r}: there is no such; choose of {', '.join(BUILDERS)}"
+        )
+    out = Path(out)
+    with explain_os_errors(out):
+        task = BUILDERS[request.name](request)
+        stamp = stamp_of(request, task)
+        done = [split for split in task.splits if is_made(out / split, stamp)]
+        if len(done) < len(task.splits):
+            partial = partial_of(out)
+            with hold(partial):
+                write_splits(task, stamp, out, partial, progress)
+            shutil.rmtree(partial)
+    return {split: read_manifest(out / split) for split in task.splits if (out / split).exists()}
+
+
+def stamp_of(request: TaskRequest, task: Task) -> str:
+    """The identity of what is asked for: options, content of files, tokenizer."""
+    facts = asdict(request) | {
+        "inputs": [hash_file(Path(path)) for path in task.sources],
+        "tests": [t for t in request.tests if not Path(t).exists()],
+        "tokenizer": load_tokenizer(task.tokenizer).fingerprint if task.tokenizer else "",
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+
+def is_made(path: Path, stamp: str) -> bool:
+    """Whether a split is there; refuses to replace another one."""
+    if not path.exists():
+        return False
+    if read_manifest(path).preparation != stamp:
+        raise DataError(
+            f"{path}: exists and was prepared with other options or of other files; delete it, or "
+            "choose another --out"
+        )
+    return True
+
+
+# -------------------------------------------------------------------------------------- writing
+
+
+class SplitWriter:
+    """Shards, labels and counts of one split, while samples come in.
+
+    Args:
+        folder: to write into.
+        task: what is written.
+        tokenizer: of its texts.
+    """
+
+    def __init__(self, folder: Path, task: Task, tokenizer: Tokenizer) -> None:
+        self.folder, self.task, self.tokenizer = folder, task, tokenizer
+        self.dtype = np.dtype(tokenizer.dtype)
+        self.writer = open_writer(folder, self.dtype.name)
+        self.rest: list[np.ndarray] = []
+        self.held = self.num_samples = self.num_bytes = self.longest = 0
+        self.lengths = array("q")
+        self.of_classes = np.zeros(len(task.classes), np.int64)
+        self.label_dtype = np.dtype(np.int8 if task.kind == "token" else np.int32)
+        self.labels = open(folder / LABELS, "wb")  # noqa: SIM115 (closed by finish)
+        self.labels.write(bytes(HEADER))
+
+    def add(self, sample: Sample) -> None:
+        """One sample."""
+        end = np.array([self.tokenizer.eos_id], self.dtype)
+        for text in sample.texts:
+            ids = self.tokenizer.encode_array(text).astype(self.dtype)
+            if not ids.size:
+                raise DataError(
+                    f"{self.folder.name}: the text {text[:40]!r} of a sample has no token; leave "
+                    "the sample out"
+                )
+            self.rest += [ids, end]
+            self.held += ids.size + 1
+            self.lengths.append(ids.size + 1)
+            self.longest = max(self.longest, ids.size)
+            self.num_bytes += len(text.encode())
+        if isinstance(sample.label, np.ndarray):
+            self.labels.write(np.append(sample.label, np.int8(-1)).tobytes())
+            counted = sample.label[sample.label >= 0]
+            self.of_classes += np.bincount(counted, minlength=self.of_classes.size)
+        else:
+            self.labels.write(np.int32(sample.label).tobytes())
+            self.of_classes[sample.label] += 1
+        self.num_samples += 1
+        if self.held >= CHUNK_TOKENS:
+            self.flush()
+
+    def flush(self, fill: bool = False) -> None:
+        """Write whole chunks, and with `fill` the last one, filled up."""
+        tokens = np.concatenate([*self.rest, np.empty(0, self.dtype)])
+        if fill and tokens.size % CHUNK_TOKENS:
+            missing = -tokens.size % CHUNK_TOKENS
+            padding = np.full(missing, self.tokenizer.eos_id, self.dtype)
+            tokens = np.concatenate([tokens, padding])
+        whole = tokens.size // CHUNK_TOKENS * CHUNK_TOKENS
+        for chunk in tokens[:whole].reshape(-1, CHUNK_TOKENS):
+            self.writer.write({COLUMN: chunk})
+        self.rest = [tokens[whole:]]
+        self.held = tokens.size - whole
+
+    def finish(self, tokenizer_file: str, shared: Mapping[str, Any]) -> None:
+        """End the split.
+
+        Raises:
+            DataError: it has no sample.
+        """
+        if not self.num_samples:
+            raise DataError(
+                f"{self.folder.name}: would have no sample; give more, or ask for other splits"
+            )
+        self.flush(fill=True)
+        lengths = np.frombuffer(self.lengths, np.int64)
+        shape = (int(lengths.sum()),) if self.task.kind == "token" else (self.num_samples,)
+        self.labels.seek(0)
+        described = {"descr": self.label_dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.labels, described)
+        assert self.labels.tell() == HEADER
+        self.labels.close()
+        task = {
+            "name": self.task.name,
+            "kind": self.task.kind,
+            "classes": list(self.task.classes),
+            "num_samples": self.num_samples,
+            "longest": self.longest,
+            "of_classes": self.of_classes.tolist(),
+        }
+        values = {**shared, "num_bytes": self.num_bytes, "task": task}
+        finish_split(self.writer, self.folder, tokenizer_file, lengths, values)
+
+
+def write_splits(
+    task: Task, stamp: str, out: Path, partial: Path, progress: ProgressReport | None
+) -> None:
+    """Write all splits aside, then give them their names, train last: where it is, all are."""
+    for entry in partial.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            entry.unlink()
+    tokenizer_file = write_tokenizer(task, partial)
+    tokenizer = load_tokenizer(tokenizer_file)
+    writers = {}
+    with report_phase(progress, task.name, task.total, "samples") as advance:
+        writers = {s: SplitWriter(partial / s, task, tokenizer) for s in task.splits}
+        for number, sample in enumerate(task.samples(), 1):
+            writers[sample.split].add(sample)
+            if number % 256 == 0:
+                advance(256)
+    shared = {
+        "tokenizer": tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "dtype": np.dtype(tokenizer.dtype).name,
+        "duplicates_removed": task.counts.get("duplicates", 0),
+        "documents_skipped": 0,
+        "preparation": stamp,
+        "sources": [{"name": Path(p).name, "xxh64": hash_file(Path(p))} for p in task.sources],
+    }
+    for writer in writers.values():
+        writer.finish(tokenizer_file, shared)
+        out.mkdir(parents=True, exist_ok=True)
+    if tokenizer_file != BYTES:
+        with publish(out / Path(tokenizer_file).name) as file:
+            file.write(Path(tokenizer_file).read_bytes())
+    for split in task.splits:
+        if not is_made(out / split, stamp):
+            os.rename(partial / split, out / split)
+    sync(out)
+
+
+def write_tokenizer(task: Task, partial: Path) -> str:
+    """The path of the tokenizer's copy among the unfinished work, or `bytes`."""
+    if task.words:
+        content, name = WordTokenizer.describe(task.words), WORDS_FILE
+    elif task.tokenizer == BYTES:
+        return BYTES
+    else:
+        content = Path(task.tokenizer).read_bytes()
+        name = f"tokenizer{Path(task.tokenizer).suffix}"
+    with publish(partial / name) as file:
+        file.write(content)
+    return str(partial / name)
+
+
+def train_last(splits: Sequence[str]) -> list[str]:
+    """In their order, each once."""
+    unique = list(dict.fromkeys(splits))
+    return [s for s in unique if s != "train"] + [s for s in unique if s == "train"]
+
+
+def count_of(option: str, value: int | None, default: int) -> int:
+    """A number of samples.
+
+    Raises:
+        DataError: a negative one.
+    """
+    if value is not None and value < 0:
+        raise DataError(f"--{option} {value} must be at least 0")
+    return default if value is None else value
+
+
+# -------------------------------------------------------------------------------------- ListOps
+
+
+def build_list_ops(request: TaskRequest) -> Task:
+    """Trees of a variant (d20 unless told otherwise) for train and val, others for tests.
+
+    All trees are distinct. Those of train, val and tests of the same distribution are one set,
+    dealt out at random.
+    """
+    limits = ("max_depth", "max_args", "min_length", "max_length")
+    common: dict[str, Any] = {"name": "listops", "kind": "sequence", "classes": list_ops.DIGITS,
+              "words": list_ops.WORDS}  # fmt: skip
+    if request.inputs:
+        request.refuse_others()
+        paths = [Path(str(path)) for path in find_sources(request.inputs)]
+        return Task(
+            splits=names_of(paths),
+            total=check_list_ops(paths),
+            samples=lambda: _list_ops_of(paths),
+            sources=[str(path) for path in paths],
+            **common,
+        )
+    request.refuse_others("train", "val", "tests", "test_count", "variant", *limits)
+    trees = list_ops.with_limits(
+        list_ops.parse_variant(request.variant or "d20"),
+        **{name: getattr(request, name) for name in limits},
+    )
+    each = count_of("test-count", request.test_count, 2000)
+    wanted = {
+        "train": (trees, count_of("train", request.train, 90_000)),
+        "val": (trees, count_of("val", request.val, 1000)),
+        **{f"test_{name}": (list_ops.parse_variant(name), each) for name in request.tests},
+    }
+    wanted = {split: (kind, n) for split, (kind, n) in wanted.items() if n}
+    groups: dict[list_ops.Trees, dict[str, int]] = {}
+    for split, (kind, n) in wanted.items():
+        groups.setdefault(kind, {})[split] = n
+
+    def samples() -> Iterator[Sample]:
+        seen: set[bytes] = set()
+        for kind, counts in groups.items():
+            rng = random.Random(f"listops {request.seed} {kind}")
+            deal = dealt(counts, request.seed)
+            drawn = list_ops.draw_distinct(rng, kind, seen, ", ".join(counts))
+            for split, (tokens, answer) in zip(deal, drawn, strict=False):
+                yield Sample(split, (" ".join(tokens),), answer)
+
+    total = sum(n for _, n in wanted.values())
+    return Task(splits=train_last(list(wanted)), total=total, samples=samples, **common)
+
+
+def dealt(counts: Mapping[str, int], seed: int) -> Iterator[str]:
+    """Each split as often as its count says, shuffled."""
+    names = list(counts)
+    cards = np.repeat(np.arange(len(names), dtype=np.uint16), list(counts.values()))
+    np.random.Generator(np.random.PCG64([seed, len(cards)])).shuffle(cards)
+    for card in cards:
+        yield names[card]
+
+
+def check_list_ops(paths: Sequence[Path]) -> int:
+    """How many samples some files have.
+
+    Raises:
+        DataError: mistakes in them.
+    """
+    mistakes, count = Mistakes(), 0
+    for path in paths:
+        for tokens, _ in read_list_ops(path, mistakes):
+            count += 1
+            if unknown := [token for token in tokens if token not in list_ops.WORDS]:
+                mistakes.add(
+                    f"{path}: tree {' '.join(tokens)[:40]!r} has {unknown[0]!r}, which is not one "
+                    f"of ListOps' {len(list_ops.WORDS)} symbols; leave the line out"
+                )
+    mistakes.raise_if_any()
+    return count
+
+
+def _list_ops_of(paths: Sequence[Path]) -> Iterator[Sample]:
+    """The samples of files, in their order."""
+    for path in paths:
+        for tokens, answer in read_list_ops(path, Mistakes()):
+            yield Sample(name_of(path), (" ".join(tokens),), answer)
+
+
+def name_of(path: Path) -> str:
+    """The name of a file without its endings."""
+    return path.name.split(".")[0]
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """The splits that files become.
+
+    Raises:
+        DataError: two of one name.
+    """
+    names = [name_of(path) for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"two input files are called {twice[0]}; rename one of them")
+    return train_last(names)
+
+
+# ---------------------------------------------------------------------------------------- logic
+
+
+def build_logic(request: TaskRequest) -> Task:
+    """Pairs of formulas by their most operators of a side: train and val of up to so many, a test
+    of each number.
+
+    Drawn: exact duplicates go, and of each bin the first 85 % train, the rest tests; every tenth of
+    train goes to val. Of files: bins beyond `train_operators` are tests.
+    """
+    most = 6 if request.train_operators is None else request.train_operators
+    if not 0 <= most <= logic.MOST_OPERATORS:
+        raise DataError(
+            f"--train-operators {most} must be between 0 and {logic.MOST_OPERATORS}, the last bin"
+        )
+    common: dict[str, Any] = {
+        "name": "logic",
+        "kind": "pair",
+        "classes": logic.RELATIONS,
+        "words": logic.WORDS,
+    }
+    bins: dict[int, list[tuple[str, str, str]]] = {}
+    counts: dict[str, int] = {}
+    paths = [Path(str(path)) for path in find_sources(request.inputs)] if request.inputs else []
+    if request.inputs:
+        request.refuse_others("train_operators")
+        mistakes = Mistakes()
+        for path in paths:
+            for row in read_logic(path, mistakes):
+                number = max(map(logic.count_operators, row[1:]))
+                bins.setdefault(min(number, logic.MOST_OPERATORS), []).append(row)
+        mistakes.raise_if_any()
+    else:
+        request.refuse_others("train", "train_operators")
+        drawn = count_of("train", request.train, 500_000)
+        rng = random.Random(f"logic {request.seed}")
+        seen: set[tuple[str, str, str]] = set()
+        made = 0
+        while made < drawn:
+            pair = logic.draw_pair(rng)
+            if pair is None:
+                continue
+            made += 1
+            row = pair[:3]
+            if row in seen:
+                continue
+            seen.add(row)
+            bins.setdefault(min(pair[3], logic.MOST_OPERATORS), []).append(row)
+        counts["duplicates"] = made - len(seen)
+    parts: dict[str, list[tuple[str, str, str]]] = {"val": [], "train": []}
+    for number in sorted(bins):
+        rows = bins[number]
+        first = len(rows) if request.inputs else int(0.85 * len(rows))
+        own = rows[:first] if number <= most else []
+        parts["val"] += own[9::10]
+        parts["train"] += [row for i, row in enumerate(own) if i % 10 != 9]
+        parts[f"test_{number:02d}"] = rows if request.inputs and not own else rows[first:]
+    parts = {split: rows for split, rows in parts.items() if rows}
+    index = {relation: i for i, relation in enumerate(logic.RELATIONS)}
+
+    def samples() -> Iterator[Sample]:
+        for split, rows in parts.items():
+            for relation, left, right in rows:
+                yield Sample(split, (left, right), index[relation])
+
+    return Task(
+        splits=train_last(list(parts)),
+        total=sum(map(len, parts.values())),
+        samples=samples,
+        sources=[str(path) for path in paths],
+        counts=counts,
+        **common,
+    )
+
+
+# ------------------------------------------------------------------------------------ flip-flop
+
+
+def build_flip_flop(request: TaskRequest) -> Task:
+    """Strings for train and val, and tests named by p_i, or p_i and a length: 0.98, 0.98x1024."""
+    request.refuse_others("train", "val", "tests", "test_count", "length", "p_ignore")
+    if request.inputs:
+        raise ConfigError("flip_flop: is drawn, not read from files; leave the inputs out")
+    length = 512 if request.length is None else request.length
+    p_ignore = 0.8 if request.p_ignore is None else request.p_ignore
+    each = count_of("test-count", request.test_count, 10_000)
+    wanted: dict[str, tuple[float, int, int]] = {
+        "train": (p_ignore, length, count_of("train", request.train, 160_000)),
+        "val": (p_ignore, length, count_of("val", request.val, 1000)),
+    }
+    for name in request.tests:
+        p, _, size = name.partition("x")
+        try:
+            wanted[f"test_{name}"] = float(p), int(size) if size else length, each
+        except ValueError:
+            raise DataError(
+                f"--test {name}: must be a probability, or one and a length, such as 0.98x1024"
+            ) from None
+    wanted = {split: values for split, values in wanted.items() if values[2]}
+
+    def samples() -> Iterator[Sample]:
+        seen: set[bytes] = set()
+        for i, (split, (p, size, count)) in enumerate(wanted.items()):
+            rng = np.random.Generator(np.random.PCG64([request.seed, i]))
+            drawn = flip_flop.draw_distinct(rng, p, size, seen)
+            for _, (string, targets) in zip(range(count), drawn, strict=False):
+                yield Sample(split, (spell(string),), targets)
+
+    # What cannot be drawn is told before anything is written.
+    for share, most, _ in wanted.values():
+        next(flip_flop.draw_distinct(np.random.default_rng(0), share, most, set()))
+    return Task(
+        name="flip_flop",
+        kind="token",
+        classes=("0", "1"),
+        words=flip_flop.WORDS,
+        splits=train_last(list(wanted)),
+        total=sum(count for _, _, count in wanted.values()),
+        samples=samples,
+    )
+
+
+def spell(string: np.ndarray) -> str:
+    """A string of `flip_flop.draw_strings` as words."""
+    words = string.astype(np.int64)
+    words[1::2] += len(flip_flop.WORDS) - 2
+    return " ".join(np.array(flip_flop.WORDS)[words])
+
+
+# ------------------------------------------------------------------------------------- labelled
+
+
+def build_labelled(request: TaskRequest) -> Task:
+    """Labelled texts of files: train, a share of it as val, tests by the names of their files."""
+    request.refuse_others("text_keys", "label_key", "tokenizer", "val_fraction", "tests")
+    if not request.inputs:
+        raise ConfigError("labelled: give files (jsonl, csv, tsv), or a folder of classes")
+    keys, label_key = request.text_keys or ("text",), request.label_key or "label"
+    if len(keys) > 2:
+        raise ConfigError(f"--text-key {', '.join(keys)}: give one, or two for pairs")
+    share = request.val_fraction or 0.0
+    if not 0 <= share < 1:
+        raise DataError(f"--val-fraction {share} must be at least 0 and below 1")
+    tokenizer = request.tokenizer or BYTES
+
+    def read(inputs: Sequence[str], mistakes: Mistakes) -> Iterator[Row]:
+        return read_labelled(inputs, keys, label_key, mistakes)
+
+    mistakes = Mistakes()
+    classes, total = collect(lambda: read(request.inputs, mistakes), mistakes)
+    index = {label: i for i, label in enumerate(classes)}
+    tests = {f"test_{name_of(Path(entry))}": entry for entry in request.tests}
+    for entry in tests.values():
+        for place, _, label in read([entry], mistakes):
+            total += 1
+            if label not in index:
+                mistakes.add(
+                    f"{place} has label {label!r}, which no training sample has (they have "
+                    f"{', '.join(classes[:12])}); mend it, or leave the row out"
+                )
+    mistakes.raise_if_any()
+    words: list[str] = []
+    if tokenizer == "words":
+        found = {w for _, texts, _ in read(request.inputs, mistakes) for t in texts
+                 for w in t.split()}  # fmt: skip
+        words = sorted(found)
+
+    def samples() -> Iterator[Sample]:
+        bound = int(share * 2**64)
+        for _, texts, label in read(request.inputs, mistakes):
+            key = xxhash.xxh3_64_intdigest("\0".join((str(request.seed), *texts)).encode())
+            yield Sample("val" if key < bound else "train", texts, index[label])
+        for split, entry in tests.items():
+            for _, texts, label in read([entry], mistakes):
+                yield Sample(split, texts, index[label])
+
+    return Task(
+        name="labelled",
+        kind="pair" if len(keys) == 2 else "sequence",
+        classes=classes,
+        splits=train_last([*(["val"] if share else []), *tests, "train"]),
+        total=total,
+        samples=samples,
+        words=words,
+        tokenizer="" if words else tokenizer,
+        sources=files_of([*request.inputs, *tests.values()]),
+    )
+
+
+def files_of(inputs: Sequence[str]) -> list[str]:
+    """All files that are read."""
+    files: list[str] = []
+    for entry in inputs:
+        path = Path(entry)
+        if path.is_dir():
+            files += [str(p) for p in sorted(path.rglob("*")) if p.is_file()]
+        else:
+            files += [str(p) for p in find_sources([entry])]
+    return files
+
+
+BUILDERS: dict[str, Callable[[TaskRequest], Task]] = {
+    "listops": build_list_ops,
+    "logic": build_logic,
+    "flip_flop": build_flip_flop,
+    "labelled": build_labelled,
+}

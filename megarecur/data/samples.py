@@ -1,0 +1,288 @@
+"""Labelled samples of variable length: corpora of `megarecur prep task`, and padded batches.
+
+    data/listops/train/
+      ...            as every corpus: shards, documents.npy, tokenizer.words, manifest.json
+      labels.npy     int32, the class of each sample; of kind `token` int8, one per token of the
+                     stream, -1 where nothing is asked
+
+A sample is a document, or two of a pair, one after the other. The order of samples is that of text:
+a pure function of (seed, epoch, position). Shapes: N samples, B rows (N, or 2 N for pairs, whose
+sides are neighbours), S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megarecur.config.schema import Config, TaskConfig
+from megarecur.data.corpus import MEND, Corpus, check_tokenizer, read_manifest
+from megarecur.data.loader import Loader, MicroBatch
+from megarecur.data.order import Order, WholeOrder
+from megarecur.data.tokenizer import tokenizer_fingerprint
+from megarecur.errors import DataError, MegarecurError
+from megarecur.model.task_head import END, START
+from megarecur.parallel.loss import IGNORED
+
+LABELS = "labels.npy"
+
+
+@dataclass(frozen=True)
+class TaskBatch(MicroBatch):
+    """A micro batch of samples. Padding has document -1. Labels are [N, 1] or, of kind token,
+    [B, S]; sources are of samples, sample ids of rows."""
+
+    lengths_N: Tensor
+    """int64, tokens of each sample, of a pair those of the longer side."""
+    scored: Tensor
+    """bool, the shape of the labels: which predictions are right or wrong."""
+
+    def to(self, device: torch.device | str) -> TaskBatch:
+        """The same on a device."""
+        values: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return TaskBatch(**values)
+
+
+class TaskCorpus(Corpus):
+    """An open corpus of labelled samples; arguments and errors are those of `Corpus`."""
+
+    def __init__(
+        self, path: str | Path, verify: bool = True, part: int = 0, num_parts: int = 1
+    ) -> None:
+        super().__init__(path, verify, part, num_parts)
+        task = self.manifest.task
+        if task is None:
+            raise DataError(
+                f"{self.path}: holds text without labels, and the config has a task; prepare a "
+                "corpus with `megarecur prep task`, or leave the task section out"
+            )
+        self.kind: str = task["kind"]
+        self.classes: list[str] = task["classes"]
+        self.num_samples: int = task["num_samples"]
+        self.longest: int = task["longest"]
+        """Tokens of the longest sequence."""
+        self.sides = 2 if self.kind == "pair" else 1
+        try:
+            self.labels = np.asarray(np.load(self.path / LABELS, mmap_mode="r"))
+        except (ValueError, OSError) as error:
+            raise DataError(f"{self.path / LABELS}: damaged ({error}); {MEND}") from None
+        expected = self.num_tokens if self.kind == "token" else self.num_samples
+        if self.labels.shape != (expected,) or self.num_documents != self.sides * self.num_samples:
+            raise DataError(f"{self.path / LABELS}: has {self.labels.shape} labels; {MEND}")
+
+    def document(self, number: int, most: int) -> tuple[np.ndarray, int]:
+        """(ids, at most so many of them; where in the stream it starts) of a document."""
+        begin = int(self.documents[number])
+        last = number + 1 == self.num_documents
+        end = self.num_tokens if last else int(self.documents[number + 1])
+        return self.read(begin, min(end - begin - 1, most)), begin
+
+
+def open_samples(
+    config: Config, part: int, num_parts: int
+) -> tuple[list[TaskCorpus], list[TaskCorpus]]:
+    """The corpora of data.train and data.val, checked together.
+
+    Raises:
+        DataError: a corpus that is damaged, made with another tokenizer, or does not fit the task;
+            of those that do not fit, all are told.
+    """
+    data = config.data
+    paths = [source.path for source in (*data.train, *data.val)]
+    corpora = open_scored(config, paths, data.tokenizer, part, num_parts)
+    return corpora[: len(data.train)], corpora[len(data.train) :]
+
+
+def open_scored(
+    config: Config, paths: Sequence[str], tokenizer: str, part: int = 0, num_parts: int = 1
+) -> list[TaskCorpus]:
+    """Corpora by their paths; errors as `open_samples`."""
+    assert config.task is not None
+    fingerprint, corpora = tokenizer_fingerprint(tokenizer), []
+    for path in paths:
+        check_tokenizer(path, read_manifest(path), tokenizer, fingerprint)
+        corpora.append(TaskCorpus(path, config.data.verify, part, num_parts))
+    problems = [p for c in corpora for p in misfits(c, config.task, config.data.seq_length)]
+    if problems:
+        raise DataError("\n".join(problems))
+    return corpora
+
+
+def misfits(corpus: TaskCorpus, task: TaskConfig, seq_length: int) -> list[str]:
+    """Why a corpus cannot be read for a task."""
+    problems = []
+    if corpus.kind != task.kind:
+        problems.append(
+            f"{corpus.path}: has samples of kind {corpus.kind}, task.kind={task.kind}; set "
+            f"task.kind to {corpus.kind}, or give another corpus"
+        )
+    if task.num_classes not in (None, len(corpus.classes)):
+        problems.append(
+            f"{corpus.path}: has {len(corpus.classes)} classes "
+            f"({', '.join(corpus.classes[:12])}), task.num_classes={task.num_classes}; set it to "
+            f"{len(corpus.classes)}"
+        )
+    if corpus.longest > seq_length and not task.truncate:
+        problems.append(
+            f"{corpus.path}: its longest sequence has {corpus.longest} tokens, data.seq_length="
+            f"{seq_length}; raise seq_length to {corpus.longest}, or set task.truncate to true"
+        )
+    return problems
+
+
+class TaskLoader(Loader):
+    """The training data of one data-parallel rank; arguments are those of `Loader`.
+
+    A micro batch is padded to its longest sequence, in multiples of `multiple`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[TaskCorpus, float]],
+        task: TaskConfig,
+        *,
+        multiple: int = 1,
+        seq_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        shuffle: bool = True,
+    ) -> None:
+        self.task, self.multiple = task, multiple
+        self.task_corpora = [corpus for corpus, _ in sources]
+        super().__init__(
+            sources, seq_length=seq_length, global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size, seed=seed,
+            shuffle=shuffle,
+        )  # fmt: skip
+
+    def _order(self, source: int, corpus: Corpus, shuffle: bool, shuffle_shards: int) -> Order:
+        """An order whose windows are the samples of the corpus."""
+        n = self.task_corpora[source].num_samples
+        return WholeOrder((0, n), n + 1, 1, shuffle, self.seed, source)
+
+    def _build(self, step: int) -> list[MicroBatch]:
+        first = step * self.global_batch_size + self.dp_rank * self.rank_batch_size
+        rows = range(first, first + self.rank_batch_size, self.micro_batch_size)
+        return [self._collate(np.arange(row, row + self.micro_batch_size)) for row in rows]
+
+    def first_samples(self, count: int) -> MicroBatch:
+        """The first samples of the run, the same ones on every rank."""
+        return self._collate(np.arange(count))
+
+    def _collate(self, ids: np.ndarray) -> MicroBatch:
+        """Samples by their ids, which ascend by one."""
+        sources, numbers = self.windows(ids)
+        pairs = zip(sources.tolist(), numbers.tolist(), strict=True)
+        samples = [(self.task_corpora[source], number) for source, number in pairs]
+        return collate(samples, ids, sources, self.task, self.seq_length, self.multiple)
+
+
+def collate(
+    samples: Sequence[tuple[TaskCorpus, int] | None],
+    ids_N: np.ndarray,
+    sources_N: np.ndarray,
+    task: TaskConfig,
+    seq_length: int,
+    multiple: int = 1,
+) -> TaskBatch:
+    """Samples, by corpus and number, as one padded batch; None is one without a label.
+
+    Args:
+        samples: of one kind.
+        ids_N: their global ids.
+        sources_N: which corpus of the mixture they are of.
+        task: decides what the labels are, and whether START and END are added.
+        seq_length: at most so many tokens of a sequence are read.
+        multiple: the batch's length is a multiple of it.
+    """
+    sides = 2 if task.kind == "pair" else 1
+    ends = (START, END) if task.augment else ()
+    rows: list[tuple[np.ndarray, np.ndarray | None]] = []
+    labels_N = np.full(len(samples), IGNORED, np.int64)
+    lengths_N = np.zeros(len(samples), np.int64)
+    for n, sample in enumerate(samples):
+        for side in range(sides):
+            if sample is None:
+                rows.append((np.zeros(1, np.int64), None))
+                continue
+            corpus, number = sample
+            tokens, begin = corpus.document(sides * number + side, seq_length)
+            lengths_N[n] = max(lengths_N[n], tokens.size)
+            own = corpus.labels[begin : begin + tokens.size] if task.kind == "token" else None
+            tokens = tokens.astype(np.int64)
+            if ends:
+                tokens = np.concatenate([ends[:1], tokens, ends[1:]])
+            rows.append((tokens, own))
+        if sample is not None and task.kind != "token":
+            labels_N[n] = sample[0].labels[sample[1]]
+    length = -(-max(max(tokens.size for tokens, _ in rows), 1) // multiple) * multiple
+    B = len(rows)
+    tokens_BS = np.zeros((B, length), np.int64)
+    documents_BS = np.full((B, length), -1, np.int32)
+    labels = np.full((B, length), IGNORED, np.int64) if task.kind == "token" else labels_N[:, None]
+    scored = labels != IGNORED
+    for b, (tokens, targets) in enumerate(rows):
+        tokens_BS[b, : tokens.size] = tokens
+        documents_BS[b, : tokens.size] = 0
+        if targets is not None:
+            asked = targets >= 0
+            scored[b, : tokens.size] = asked
+            if task.targets == "next_token":
+                labels[b, : tokens.size - 1] = tokens[1:]
+                scored[b, tokens.size - 1] = False
+            else:
+                labels[b, : tokens.size] = np.where(asked, targets, IGNORED)
+    return TaskBatch(
+        tokens_BS=torch.from_numpy(tokens_BS),
+        labels_BS=torch.from_numpy(labels),
+        positions_BS=torch.arange(length).repeat(B, 1),
+        documents_BS=torch.from_numpy(documents_BS),
+        sample_ids_B=torch.from_numpy((sides * ids_N[:, None] + np.arange(sides)).reshape(-1)),
+        sources_B=torch.from_numpy(np.ascontiguousarray(sources_N)),
+        single_document=bool((documents_BS == 0).all()),
+        lengths_N=torch.from_numpy(lengths_N),
+        scored=torch.from_numpy(scored),
+    )
+
+
+def scored_batches(
+    corpus: TaskCorpus,
+    task: TaskConfig,
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    multiple: int = 1,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    max_samples: int = 0,
+    failures: list[MegarecurError],
+) -> Iterator[TaskBatch]:
+    """A corpus in order, cut over data-parallel ranks, each of which yields the same number of
+    micro batches; samples that are missing in the last ones have no label.
+
+    Args:
+        failures: why the corpus cannot be read is appended here; all further batches are empty.
+    """
+    count = min(corpus.num_samples, max_samples or corpus.num_samples)
+    stride = dp_size * micro_batch_size
+    for first in range(0, count, stride):
+        ids = np.arange(micro_batch_size) + first + dp_rank * micro_batch_size
+        samples = [(corpus, int(i)) if i < count and not failures else None for i in ids]
+        sources = np.zeros(len(ids), np.int64)
+        try:
+            yield collate(samples, ids, sources, task, seq_length, multiple)
+        except MegarecurError as error:
+            failures.append(error)
+            yield collate([None] * len(ids), ids, sources, task, seq_length, multiple)
