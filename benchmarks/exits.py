@@ -1,0 +1,127 @@
+"""Leaving early by a real rule: tokens per second and quality against no exits, on one page.
+
+    python benchmarks/exits.py RUN CORPUS [--windows 24] [--out benchmarks/pictures/exits.png]
+
+RUN was trained with exits, CORPUS is a folder of validation shards. Text of the corpus is read
+token by token with the cache: the first 64 tokens of a window are the prompt, each later one runs
+until the rule lets it leave, and the distribution that it leaves with is scored against the token
+that follows. So all rules predict the same tokens, and keys and values of skipped loops are those
+that generation would see. `agrees`: tokens whose likeliest successor is that of all loops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megarecur.data.corpus import open_corpus
+from megarecur.data.loader import validation_batches
+from megarecur.inference.cache import Cache
+from megarecur.inference.early import ExitRule, Kind, cut_loops, early_logits
+from megarecur.inference.generate import next_logits
+from megarecur.model.transformer import Transformer
+from megarecur.parallel.mesh import Mesh
+from megarecur.plan.schedule import Schedules
+from megarecur.train.load import load_model, open_tokenizer
+
+PROMPT = 64
+RULES: list[tuple[Kind, float]] = [
+    *(("confidence", threshold) for threshold in (0.95, 0.9, 0.7, 0.5, 0.3)),
+    *(("entropy", threshold) for threshold in (0.5, 1.0, 2.0, 3.0)),
+]
+
+
+@dataclass
+class Row:
+    """What one rule did."""
+
+    name: str
+    loss: float
+    """Nats per token."""
+    loops: float
+    """Per token."""
+    seconds: float
+    likeliest: torch.Tensor
+
+
+def read_windows(
+    model: Transformer, windows: torch.Tensor, name: str, rule: ExitRule | None
+) -> Row:
+    """Score every token after the prompt of each window [S + 1]."""
+    loops, mesh = cut_loops(model.config, None), Mesh()
+    forward = Schedules(model.config).forward()
+    total, seconds, chosen = 0.0, 0.0, []
+    for window in windows:
+        cache = Cache(len(window))
+        next_logits(model, mesh, forward, window[None, :PROMPT], cache)
+        began = time.perf_counter()
+        for position in range(PROMPT, len(window) - 1):
+            token = window[None, position : position + 1]
+            if rule is None:
+                logits = next_logits(model, mesh, forward, token, cache)
+                assert logits is not None
+            else:
+                logits = early_logits(model, loops, token, cache, rule)
+            total -= float(logits[0].log_softmax(-1)[window[position + 1]])
+            chosen.append(int(logits.argmax()))
+        seconds += time.perf_counter() - began
+    count = len(chosen)
+    ran = sum(rule.loops) / count if rule else len(loops)
+    return Row(name, total / count, ran, seconds / count, torch.tensor(chosen))
+
+
+def draw(rows: list[Row], out: Path) -> None:
+    """Speed against loss, a point per rule."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="tokens/s, all loops = 1", ylabel="loss of the next token (nats)",
+        title="What leaving early buys and costs",
+    )  # fmt: skip
+    for kind in ("always", "confidence", "entropy"):
+        own = [row for row in rows if row.name.startswith(kind)]
+        speeds = [rows[0].seconds / row.seconds for row in own]
+        axes.plot(speeds, [row.loss for row in own], "o-" if kind != "always" else "s", label=kind)
+        for row, speed in zip(own, speeds, strict=True):
+            axes.annotate(row.name.split(" ", 1)[1], (speed, row.loss), (4, 4),
+                          textcoords="offset points", fontsize=8)  # fmt: skip
+    axes.legend()
+    figure.savefig(out, dpi=130)
+
+
+def main() -> None:
+    """All rules in turn, a table and a picture."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    parser.add_argument("corpus")
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/pictures/exits.png"))
+    options = parser.parse_args()
+    model, loaded = load_model(options.run)
+    fingerprint = open_tokenizer(loaded).fingerprint
+    corpus = open_corpus(options.corpus, loaded.tokenizer, fingerprint)
+    batches = validation_batches(
+        corpus, seq_length=loaded.config.data.seq_length, micro_batch_size=1, dp_rank=0, dp_size=1,
+        mask_documents=False, max_samples=options.windows, failures=[],
+    )  # fmt: skip
+    windows = torch.stack([torch.cat((b.tokens_BS[0], b.labels_BS[0, -1:])) for b in batches])
+    read_windows(model, windows[:1], "", None)  # Once, for what only the first call pays.
+    rows = [read_windows(model, windows, "always all loops", None)]
+    for kind, bound in RULES:
+        rows.append(read_windows(model, windows, f"{kind} {bound:g}", ExitRule(kind, bound)))
+    rows.append(read_windows(model, windows, "always one loop", ExitRule("entropy", 1e9)))
+    print("| rule | loops per token | tokens/s | loss | agrees |\n|---|---|---|---|---|")
+    for row in rows:
+        agrees = (row.likeliest == rows[0].likeliest).float().mean()
+        print(f"| {row.name} | {row.loops:.2f} | {rows[0].seconds / row.seconds:.2f}x "
+              f"({1 / row.seconds:.0f}) | {row.loss:.4f} | {agrees:.1%} |")  # fmt: skip
+    draw(rows, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Small studies of published orderings, each on a CPU within hours.
+
+    python benchmarks/study.py NAME --minutes 60 [--jobs 2] [--data FOLDER]
+
+NAME is one of the studies below. A study is a list of cells, each a run; those that are missing are
+done, so many at a time, until the minutes are over, an interrupted one goes on where it was, and
+what there is is printed as a table in Markdown and drawn. Everything is in runs/NAME. FOLDER holds
+the development data (left out: MEGARECUR_DATA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIGS = Path("configs/papers")
+PICTURES = Path("benchmarks/pictures")
+Command = tuple[object, ...]
+THREADS: dict[str, str] = {}
+"""Of a cell, where several run side by side."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study, evaluated at its end alone."""
+
+    row: str
+    """Of the table; runs of several seeds share one."""
+    run: Path
+    commands: tuple[Command, ...]
+    """What makes it, after `megarecur`, in order; the last one trains."""
+    makes: Path | None = None
+    """What the first command makes, which other cells may have made already."""
+    columns: tuple[str, ...] = ("val/loss",)
+    """Keys of metrics.jsonl."""
+
+    def scores(self) -> list[float] | None:
+        """One per column; None for a run that is not finished."""
+        path = self.run / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        found = [[row[key] for row in rows if key in row] for key in self.columns]
+        return [values[-1] for values in found] if all(found) else None
+
+
+def megarecur(root: Path, *words: object) -> None:
+    """Run a command, its output in the log of the study."""
+    with open(root / "study.log", "a") as log:
+        command = [sys.executable, "-m", "launch.cli", *map(str, words)]
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | THREADS)
+
+
+def prepare_books(root: Path, data: Path, vocab_size: int) -> None:
+    """Tokenizer and shards of the books in the development data, each once; to validate, how each
+    of the 14 books that nobody trains on begins."""
+    tokenizer, books = root / "tokenizer.model", data / "lm_en/gutenberg"
+    train, beginnings = sorted(books.glob("train-*")), root / "valid.jsonl"
+    with lzma.open(books / "valid.jsonl.xz", "rt") as lines:
+        texts = [json.loads(line)["text"][:50_000] for line in lines]
+    beginnings.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    if not tokenizer.exists():
+        size = ("--vocab-size", vocab_size)
+        megarecur(root, "prep", "tokenizer", train[0], "--out", tokenizer, *size)
+    for part, files in (("train", train), ("val", [beginnings])):
+        if not (root / "data" / part / "manifest.json").exists():
+            aside = root / f"prep-{part}"
+            megarecur(root, "prep", "shards", *files, "--out", aside, "--tokenizer", tokenizer)
+            (root / "data").mkdir(exist_ok=True)
+            (aside / "train").rename(root / "data" / part)
+
+
+# --------------------------------------------------------------------------------------- relaxed
+
+
+def relaxed(root: Path, data: Path) -> list[Cell]:
+    """Which way of folding a dense model uptrains best (Bae et al. 2025): 8 layers trained on books
+    become 4 blocks that run twice, and each fold is trained on a tenth of the tokens."""
+    configs, dense, exported = CONFIGS / "relaxed_recursive", root / "dense", root / "dense-hf"
+    prepare_books(root, data, 2048)
+    megarecur(root, "train", configs / "dense-small.yaml")  # Returns at once where it is done.
+    if not exported.exists():
+        megarecur(root, "export", dense, "--to", "hf", exported)
+
+    def cell(
+        init: str, rank: int = 0, start: str = "svd", distill: bool = False, seed: int = 1
+    ) -> Cell:
+        fold = root / (f"fold-{init}" + f"-{start}{rank}" * bool(rank))
+        run = root / f"{fold.name.replace('fold', 'up')}{'-distilled' * distill}-seed{seed}"
+        lora = ("--lora-rank", rank, "--lora-init", start) if rank else ()
+        scheme = "relaxed" if rank else "cycle"
+        convert = ("convert", exported, "--to", fold, "--scheme", scheme, "--loops", 2,
+                   "--init", init, *lora)  # fmt: skip
+        overrides = [f"run_dir={run}", f"init_from={fold}", f"seed={seed}"]
+        overrides += [f"adapters={{rank: {rank}}}"] * bool(rank)
+        overrides += [f"distill={{teacher: {dense}, weight: 0.5}}"] * distill
+        row = f"{init}, rank {rank} by {start}" if rank else init
+        train = ("train", configs / "uptrain-small.yaml", *overrides)
+        return Cell(row + ", distilled" * distill, run, (convert, train), fold)
+
+    inits = ("stepwise", "average", "lower", "random")
+    return [
+        *(cell(init, seed=seed) for seed in (1, 2, 3) for init in inits),
+        *(cell("average", rank, start) for rank in (8, 32) for start in ("svd", "zero")),
+        *(cell("stepwise", distill=True, seed=seed) for seed in (1, 2, 3)),
+        *(cell("stepwise", rank, start) for rank in (8, 32) for start in ("svd", "zero")),
+        cell("average", 32, distill=True),
+    ]
+
+
+# ------------------------------------------------------------------------------------------- ilr
+
+
+def ilr(root: Path, data: Path) -> list[Cell]:
+    """Where to repeat layers (Nguyen & Lin 2025), without positions: four maps on books."""
+    prepare_books(root, data, 1024)
+    overrides = (
+        f"data.train=[{{path: {root}/data/train}}]", f"data.val=[{{path: {root}/data/val}}]",
+        f"data.tokenizer={root}/tokenizer.model", "data.seq_length=256", "train.steps=1000",
+        "train.eval_every=0", "train.eval_samples=512", "checkpoint.every=250",
+    )  # fmt: skip
+    names = {"1,1,1,1": "baseline-small", "4,2,1,1": "map-4211-small",
+             "2,2,2,2": "map-2222-small", "1,1,2,4": "map-1124-small"}  # fmt: skip
+    cells = []
+    for seed in (1, 2, 3):
+        for row, name in names.items():
+            run = root / f"{name}-seed{seed}"
+            own = (f"run_dir={run}", f"seed={seed}")
+            cells.append(
+                Cell(row, run, (("train", CONFIGS / f"ilr/{name}.yaml", *overrides, *own),))
+            )
+    return cells
+
+
+# ------------------------------------------------------------------------------ dynamic halting
+
+
+def flip_flop(root: Path, data: Path) -> list[Cell]:
+    """Who remembers a bit (Liu et al. 2023; Ray Chowdhury & Caragea 2024): trained on strings of 64
+    symbols of which a share of 0.8 is noise, tested at 0.8, 0.98 and 0.1."""
+    tests = ("--test", "0.98", "--test", "0.1", "--test-count", 2000)
+    drawn = ("--length", 64, "--train", 50000, "--val", 2000, *tests)
+    return task_cells(
+        root, ("flip_flop", *drawn), "flip-flop", ("transformer", "gut", "tlb"),
+        ("val", "test_0.98", "test_0.1"), "glitch_rate",
+    )  # fmt: skip
+
+
+def logic(root: Path, data: Path) -> list[Cell]:
+    """Who infers beyond the length that was trained (Bowman et al. 2015): up to 6 operators in
+    training, accuracy with 6 to 12."""
+    return task_cells(
+        root, ("logic", "--train", 300000), "logic", ("transformer", "ut", "gut"),
+        ("test_06", "test_08", "test_10", "test_12"), "accuracy",
+    )  # fmt: skip
+
+
+def task_cells(
+    root: Path,
+    drawn: Command,
+    task: str,
+    models: tuple[str, ...],
+    tests: tuple[str, ...],
+    measure: str,
+) -> list[Cell]:
+    """A cell per model and seed; the tests are the run's validation corpora."""
+    if not (root / "data").exists():
+        megarecur(root, "prep", "task", *drawn, "--out", root / "data")
+    paths = ", ".join(f"{{path: {root}/data/{test}}}" for test in tests)
+    overrides = (
+        f"data.train=[{{path: {root}/data/train}}]", f"data.val=[{paths}]",
+        f"data.tokenizer={root}/data/tokenizer.words", "train.steps=2000", "train.eval_every=0",
+        "checkpoint.every=500",
+    )  # fmt: skip
+    cells = []
+    for seed in (1, 2, 3):
+        for model in models:
+            run = root / f"{model}-seed{seed}"
+            config = CONFIGS / f"dynamic_halt/{task}-{model}-small.yaml"
+            own = (f"run_dir={run}", f"seed={seed}")
+            columns = tuple(f"val/{test}/{measure}" for test in tests)
+            train = ("train", config, *overrides, *own)
+            cells.append(Cell(model.upper(), run, (train,), columns=columns))
+    return cells
+
+
+# ---------------------------------------------------------------------------------------- common
+
+STUDIES: dict[str, Callable[[Path, Path], list[Cell]]] = {
+    "relaxed": relaxed, "ilr": ilr, "flip_flop": flip_flop, "logic": logic
+}  # fmt: skip
+
+
+def do(root: Path, cell: Cell) -> None:
+    """The commands of a cell, but for what another cell has made."""
+    made = cell.makes is not None and cell.makes.exists()
+    for command in cell.commands[made:]:
+        megarecur(root, *command)
+
+
+def collect(cells: list[Cell]) -> dict[str, list[list[float]]]:
+    """Scores of finished runs by row, in order."""
+    rows: dict[str, list[list[float]]] = {}
+    for cell in cells:
+        if (scores := cell.scores()) is not None:
+            rows.setdefault(cell.row, []).append(scores)
+    return rows
+
+
+def show(name: str, cells: list[Cell]) -> None:
+    """What there is, as a table in Markdown and as a picture."""
+    rows, columns = collect(cells), cells[0].columns
+    print(f"\n| {name} | {' | '.join(columns)} | seeds |\n|---|{'---|' * len(columns)}---|")
+    for row, runs in rows.items():
+        texts = []
+        for values in zip(*runs, strict=True):
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            texts.append(f"{statistics.mean(values):.4f}{spread}")
+        print(f"| {row} | {' | '.join(texts)} | {len(runs)} |")
+    done = sum(cell.scores() is not None for cell in cells)
+    print(f"\n{done} of {len(cells)} cells")
+    if rows:
+        draw(name, rows, columns)
+
+
+def draw(name: str, rows: dict[str, list[list[float]]], columns: tuple[str, ...]) -> None:
+    """A panel per column, a line per row of the table, a dot per run and a bar at their mean."""
+    from matplotlib.figure import Figure
+
+    size = 2 + 4 * len(columns), 1 + 0.35 * len(rows)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for i, (axes, column) in enumerate(zip(panels, columns, strict=True)):
+        for y, runs in enumerate(rows.values()):
+            values = [scores[i] for scores in runs]
+            axes.plot(values, [y] * len(values), "o", color="tab:blue", alpha=0.6)
+            axes.plot(statistics.mean(values), y, "|", color="black", markersize=14)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_title(column)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURES / f"study_{name}.png", dpi=120)
+
+
+def main() -> None:
+    """The next missing cells, until the minutes are over."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=STUDIES)
+    parser.add_argument("--minutes", type=float, default=60.0, help="0: only show what there is")
+    parser.add_argument("--data", type=Path, default=os.environ.get("MEGARECUR_DATA"))
+    parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
+    options = parser.parse_args()
+    if options.data is None:
+        parser.error("name the development data: --data FOLDER, or MEGARECUR_DATA")
+    began, root = time.monotonic(), Path("runs") / options.name
+    root.mkdir(parents=True, exist_ok=True)
+    cells = STUDIES[options.name](root, options.data)
+    if options.jobs > 1:
+        THREADS["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
+
+    def work(cell: Cell) -> None:
+        if cell.scores() is None and time.monotonic() - began < 60 * options.minutes:
+            do(root, cell)
+            print(f"{cell.run.name}: {cell.scores()}", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for _ in pool.map(work, cells):
+            pass
+    show(options.name, cells)
+
+
+if __name__ == "__main__":
+    main()
