@@ -179,6 +179,30 @@ class _Products(torch.autograd.Function):
         return dx, None, None, *dbs, *dus, *dws, *dvs
 
 
+class _Joined(torch.autograd.Function):
+    """x [W_1; ..; W_n]^T: narrow matrices as one, so that x and dx go through memory once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Sequence[Weight], *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *parameters)
+        ctx.weights = weights
+        wide = x.to(weights[0].product_dtype)
+        return F.linear(wide, torch.cat([weight.value() for weight in weights])).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        weights, (x, *parameters) = ctx.weights, ctx.saved_tensors
+        dtype = weights[0].product_dtype
+        dy, wide = grads[0].flatten(0, -2).to(dtype), x.to(dtype).flatten(0, -2)
+        dx: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ torch.cat([weight.value() for weight in weights])
+            dx = dx.view_as(x).to(x.dtype)
+        parts = dy.split([len(parameter) for parameter in parameters], -1)
+        each = zip(weights, parts, ctx.needs_input_grad[2:], strict=True)
+        return dx, None, *(w.gradient(part, wide) if needed else None for w, part, needed in each)
+
+
 class _Value(torch.autograd.Function):
     """The copy, with the parameter's gradient: dW in the parameter's dtype."""
 
@@ -219,6 +243,14 @@ def multiply(
             y = y + F.linear(u.to(wide.dtype), graph_value(factor))
         values.append(y.to(x.dtype))
     return tuple(values)
+
+
+def multiply_joined(x: Tensor, weights: Sequence[Weight]) -> Tensor:
+    """x times all of these narrow weights [r_i, in], transposed: [..., sum of r_i]."""
+    if not torch.compiler.is_compiling():
+        return _Joined.apply(x, weights, *(weight.parameter for weight in weights))
+    wide = x.to(weights[0].product_dtype)
+    return F.linear(wide, torch.cat([graph_value(weight) for weight in weights])).to(x.dtype)
 
 
 def graph_value(weight: Weight) -> Tensor:
@@ -339,8 +371,6 @@ def add_deltas(deltas: Sequence[LowRank | None], x: Tensor, tp: TensorParallel) 
     present = [delta for delta in deltas if delta is not None]
     if not present:
         return []
-    us = multiply(x, [delta.a for delta in present], [None] * len(present))
-    if tp.size > 1:
-        us = tp.enter(torch.cat(us, -1)).split([u.shape[-1] for u in us], -1)
-    made = iter(us)
+    joined = tp.enter(multiply_joined(x, [delta.a for delta in present]))
+    made = iter(joined.split([len(delta.a.parameter) for delta in present], -1))
     return [None if delta is None else (delta.scaled(next(made)), delta.b) for delta in deltas]
