@@ -58,8 +58,9 @@ def submit(script: str, folder: Path) -> str:
         def _make_submission_file_text(self, command: str, uid: str) -> str:
             return script
 
-    if shutil.which("sbatch") is None:
-        ask("sbatch")
+    for program in ("sbatch", "srun"):  # submitit asks for both.
+        if shutil.which(program) is None:
+            ask(program)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return str(ScriptExecutor(folder)._submit_command("").job_id)

@@ -307,6 +307,7 @@ def slurm_stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "squeue": 'cat "$HERE/queue" 2>/dev/null || '
         "{ echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1; }",
         "scancel": 'echo "$@" >> "$HERE/cancelled"',
+        "srun": "exit 1",
     }
     for name, text in programs.items():
         (folder / name).write_text(f'#!/bin/bash\nHERE="$(dirname "$0")"\n{text}\n')

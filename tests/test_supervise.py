@@ -123,8 +123,9 @@ cp "$last" "$(dirname "$0")/submitted.sh"; echo "Submitted batch job 17"
 def desk(tmp_path, corpus) -> Any:
     """A config, a profile, an sbatch that keeps what it is given, and how to call the command."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/sbatch").write_text(FAKE_SBATCH)
-    (tmp_path / "bin/sbatch").chmod(0o755)
+    for program, text in (("sbatch", FAKE_SBATCH), ("srun", "#!/bin/sh\nexit 1\n")):
+        (tmp_path / "bin" / program).write_text(text)
+        (tmp_path / "bin" / program).chmod(0o755)
     (tmp_path / "profile.yaml").write_text("partition: main\ntime: '60'\n")
     data = {"train": [{"path": str(corpus / "train")}], "tokenizer": "bytes", "seq_length": 32}
     train = {"steps": 4, "global_batch_size": 8, "micro_batch_size": 1}
