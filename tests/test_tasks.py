@@ -377,6 +377,7 @@ def test_configs_that_cannot_be(tasks) -> None:
         ({"kind": "token", "targets": "next_token"}, {"model": ENCODER}, "task.targets asks for"),
         (SEQUENCE, {"model": {"positions": "learned", "max_positions": 28}}, "2 for START and END"),
         (SEQUENCE, {"train": {"compile": True}}, "train.compile=True is not available"),
+        (SEQUENCE, {"data": {"mask_documents": False}}, "samples never read each other"),
     ):
         with pytest.raises(ConfigError) as caught:
             config_of(tasks, "listops", task, **sections)

@@ -1345,6 +1345,8 @@ class Config(Section):
             problems.append(
                 f"model.logit_softcap={model.logit_softcap} is for the vocabulary's head"
             )
+        if not self.data.mask_documents:
+            problems.append("data.mask_documents=false: samples never read each other")
         if self.data.shuffle_shards:
             problems.append(
                 f"data.shuffle_shards={self.data.shuffle_shards} is for corpora of text"
@@ -1506,6 +1508,11 @@ class Config(Section):
             problems.append(
                 f"task.pooling={self.task.pooling} with temporal.pooling={temporal.pooling}: the "
                 "head reads one of them; leave the other out"
+            )
+        if temporal.pooling is not None and not self.reads_memory:
+            problems.append(
+                f"temporal.pooling={temporal.pooling} is for a task of kind sequence or pair, "
+                "whose head then reads the memory; leave it out"
             )
         if model.attention_softcap is not None:
             problems.append(
