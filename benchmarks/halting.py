@@ -5,8 +5,9 @@
 A Gated Universal Transformer (hidden 512, at most 20 steps, as the paper's on flip-flop strings, or
 8; 8 sequences of 256 tokens) takes optimizer steps of the trainer's engine. When sequences stop is
 given, not learned: half of the most in the mean. The step that a sequence turns down is computed
-too, so that 8 steps can gain at most 1.64, 20 at most 1.84. Single optimizer steps of both ways take turns, so that a
-machine's moods meet both; the median ratio of tokens per second is printed (wanted: at least 1.6).
+too, so that 8 steps can gain at most 1.64, 20 at most 1.84. Single optimizer steps of both ways
+take turns, so that a machine's moods meet both; the median ratio of tokens per second is printed
+(wanted: at least 1.6).
 """
 
 from __future__ import annotations

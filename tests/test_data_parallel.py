@@ -78,8 +78,7 @@ def test_processes_equal_one_in_double_precision(world, corpus, scheme, dp) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("dp", [2, 4])
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize(("dp", "precision"), [(2, "fp64"), (4, "fp32")])
 def test_every_scheme_equals_one_process(world, corpus, scheme, dp, precision) -> None:
     config = config_of(corpus, scheme, 1, {"model": {"dropout": 0.1}}, precision)
     first, later = (2e-6, 2e-5) if precision == "fp32" else (1e-11, 1e-11)

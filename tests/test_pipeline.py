@@ -307,7 +307,7 @@ KINDS = ["F", "SEND_F", "RECV_F", "B", "I", "W", "SEND_B", "RECV_B"]
 
 @pytest.mark.parametrize(
     ("kind", "rank"),
-    [("F", 1), ("RECV_B", 0), *[later(kind, rank) for kind in KINDS for rank in (0, 1)]],
+    [("F", 1), ("RECV_B", 0), *[later(kind, i % 2) for i, kind in enumerate(KINDS)]],
 )
 def test_a_rank_that_is_killed_ends_the_job_which_resumes(
     world, corpus, tmp_path, kind, rank
