@@ -47,9 +47,9 @@ class Side:
         self.config = config
         self.model = Transformer(config)
         self.engine = PlainEngine(self.model, config, Mesh())
-        batch = config.train.micro_batch_size
-        tokens = torch.randint(VOCABULARY, (batch, LENGTH + 1))
-        positions = torch.arange(LENGTH).expand(batch, LENGTH)
+        batch, length = config.train.micro_batch_size, config.data.seq_length
+        tokens = torch.randint(VOCABULARY, (batch, length + 1))
+        positions = torch.arange(length).expand(batch, length)
         self.batch = MicroBatch(
             tokens[:, :-1], tokens[:, 1:], positions, torch.zeros_like(positions),
             torch.arange(batch), torch.zeros(batch, dtype=torch.long), True,

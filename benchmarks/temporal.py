@@ -11,20 +11,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
-import torch
+from adapters import VOCABULARY, Side
 
 from megarecur.config.schema import Config
-from megarecur.data.loader import MicroBatch
-from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
-from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_flops
 from megarecur.recurrence.schemes import layer_map
-from megarecur.train.step import forward_backward
-
-VOCABULARY = 2048
 
 
 def make_config(options: argparse.Namespace, in_chunks: bool) -> Config:
@@ -40,30 +32,6 @@ def make_config(options: argparse.Namespace, in_chunks: bool) -> Config:
         "optimizer": {"lr": 1e-4},
         "train": {"steps": 100, "global_batch_size": 1, "micro_batch_size": 1},
     })  # fmt: skip
-
-
-class Side:
-    """A model that is trained on the same random tokens."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.model = Transformer(config)
-        self.engine = PlainEngine(self.model, config, Mesh())
-        length = config.data.seq_length
-        tokens = torch.randint(VOCABULARY, (1, length + 1))
-        positions = torch.arange(length)[None]
-        self.batch = MicroBatch(
-            tokens[:, :-1], tokens[:, 1:], positions, torch.zeros_like(positions),
-            torch.arange(1), torch.zeros(1, dtype=torch.long), True,
-        )  # fmt: skip
-        self.seconds: list[float] = []
-
-    def step(self) -> None:
-        """One optimizer step, timed."""
-        start = time.perf_counter()
-        forward_backward(self.model, self.engine, self.config, [self.batch], 0, Mesh())
-        self.engine.step(1e-4)
-        self.seconds.append(time.perf_counter() - start)
 
 
 def main() -> None:
