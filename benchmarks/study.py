@@ -124,7 +124,7 @@ def ilr(root: Path, data: Path) -> list[Cell]:
     prepare_books(root, data, 1024)
     overrides = (
         f"data.train=[{{path: {root}/data/train}}]", f"data.val=[{{path: {root}/data/val}}]",
-        f"data.tokenizer={root}/tokenizer.model", "data.seq_length=256", "train.steps=1000",
+        f"data.tokenizer={root}/tokenizer.model", "data.seq_length=256", "train.steps=500",
         "train.eval_every=0", "train.eval_samples=512", "checkpoint.every=250",
     )  # fmt: skip
     names = {"1,1,1,1": "baseline-small", "4,2,1,1": "map-4211-small",
@@ -150,7 +150,7 @@ def flip_flop(root: Path, data: Path) -> list[Cell]:
     drawn = ("--length", 64, "--train", 50000, "--val", 2000, *tests)
     return task_cells(
         root, ("flip_flop", *drawn), "flip-flop", ("transformer", "gut", "tlb"),
-        ("val", "test_0.98", "test_0.1"), "glitch_rate",
+        ("val", "test_0.98", "test_0.1"), "glitch_rate", seq_length=64,
     )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def logic(root: Path, data: Path) -> list[Cell]:
     training, accuracy with 6 to 12."""
     return task_cells(
         root, ("logic", "--train", 300000), "logic", ("transformer", "ut", "gut"),
-        ("test_06", "test_08", "test_10", "test_12"), "accuracy",
+        ("test_06", "test_08", "test_10", "test_12"), "accuracy", seq_length=80,
     )  # fmt: skip
 
 
@@ -170,6 +170,7 @@ def task_cells(
     models: tuple[str, ...],
     tests: tuple[str, ...],
     measure: str,
+    seq_length: int,
 ) -> list[Cell]:
     """A cell per model and seed; the tests are the run's validation corpora."""
     if not (root / "data").exists():
@@ -178,7 +179,7 @@ def task_cells(
     overrides = (
         f"data.train=[{{path: {root}/data/train}}]", f"data.val=[{paths}]",
         f"data.tokenizer={root}/data/tokenizer.words", "train.steps=2000", "train.eval_every=0",
-        "checkpoint.every=500",
+        "checkpoint.every=500", f"data.seq_length={seq_length}",
     )  # fmt: skip
     cells = []
     for seed in (1, 2, 3):

@@ -118,7 +118,9 @@ class Weight(nn.Module):
         """Add dy^T x to the gradient."""
         grad = self.parameter.grad
         assert grad is not None
-        if dy.dtype == grad.dtype:
+        if 8 * grad.shape[1] <= grad.shape[0]:  # Tall: a wide product is faster, and small.
+            grad.add_((x.t() @ dy).t())
+        elif dy.dtype == grad.dtype:
             grad.addmm_(dy.t(), x)
         else:
             grad.add_(dy.t() @ x)
@@ -180,25 +182,35 @@ class _Products(torch.autograd.Function):
 
 
 class _Joined(torch.autograd.Function):
-    """x [W_1; ..; W_n]^T: narrow matrices as one, so that x and dx go through memory once."""
+    """(x [W_1; ..; W_n]^T, x): narrow matrices as one product; and x is handed on, so that its
+    gradient from elsewhere comes by here and is added to in place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Sequence[Weight], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weights: Sequence[Weight], *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, *parameters)
         ctx.weights = weights
+        ctx.set_materialize_grads(False)
         wide = x.to(weights[0].product_dtype)
-        return F.linear(wide, torch.cat([weight.value() for weight in weights])).to(x.dtype)
+        u = F.linear(wide, torch.cat([weight.value() for weight in weights]))
+        return u.to(x.dtype), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         weights, (x, *parameters) = ctx.weights, ctx.saved_tensors
         dtype = weights[0].product_dtype
-        dy, wide = grads[0].flatten(0, -2).to(dtype), x.to(dtype).flatten(0, -2)
-        dx: Tensor | None = None
+        du, dx = grads[0].flatten(0, -2).to(dtype), grads[1]
         if ctx.needs_input_grad[0]:
-            dx = dy @ torch.cat([weight.value() for weight in weights])
-            dx = dx.view_as(x).to(x.dtype)
-        parts = dy.split([len(parameter) for parameter in parameters], -1)
+            values = torch.cat([weight.value() for weight in weights])
+            if dx is None:
+                dx = (du @ values).view_as(x).to(x.dtype)
+            elif dx.dtype == dtype:
+                dx.view(-1, dx.shape[-1]).addmm_(du, values)
+            else:
+                dx = dx + (du @ values).view_as(x).to(dx.dtype)
+        wide = x.to(dtype).flatten(0, -2)
+        parts = du.split([len(parameter) for parameter in parameters], -1)
         each = zip(weights, parts, ctx.needs_input_grad[2:], strict=True)
         return dx, None, *(w.gradient(part, wide) if needed else None for w, part, needed in each)
 
@@ -245,12 +257,13 @@ def multiply(
     return tuple(values)
 
 
-def multiply_joined(x: Tensor, weights: Sequence[Weight]) -> Tensor:
-    """x times all of these narrow weights [r_i, in], transposed: [..., sum of r_i]."""
+def multiply_joined(x: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, Tensor]:
+    """x times all of these narrow weights [r_i, in], transposed: [..., sum of r_i]; and x, for all
+    else that reads it."""
     if not torch.compiler.is_compiling():
         return _Joined.apply(x, weights, *(weight.parameter for weight in weights))
     wide = x.to(weights[0].product_dtype)
-    return F.linear(wide, torch.cat([graph_value(weight) for weight in weights])).to(x.dtype)
+    return F.linear(wide, torch.cat([graph_value(weight) for weight in weights])).to(x.dtype), x
 
 
 def graph_value(weight: Weight) -> Tensor:
@@ -354,23 +367,29 @@ def apply_all(
     """Each layer's output for the same x, whose gradient is then summed without temporaries; deltas
     may read something else than x, the tap."""
     tp, cut = layers[0].tp, layers[0].cut
-    added = add_deltas(deltas, x if tap is None else tap, tp if cut == "outputs" else ALONE)
-    if cut == "outputs":
-        x = tp.enter(x)
+    inside = tp if cut == "outputs" else ALONE
+    if tap is None:
+        added, x = add_deltas(deltas, x, inside)
+    else:
+        added, _ = add_deltas(deltas, tap, inside)
     each = zip(layers, deltas or [None] * len(layers), strict=True)
     biases = [layer.bias_with(delta) for layer, delta in each]
-    return multiply(x, [layer.weight for layer in layers], biases, added)
+    return multiply(inside.enter(x), [layer.weight for layer in layers], biases, added)
 
 
-def add_deltas(deltas: Sequence[LowRank | None], x: Tensor, tp: TensorParallel) -> list[Added]:
-    """What `multiply` adds: scale A x [..., r] and B, for each delta there is.
+def add_deltas(
+    deltas: Sequence[LowRank | None], x: Tensor, tp: TensorParallel
+) -> tuple[list[Added], Tensor]:
+    """What `multiply` adds: scale A x [..., r] and B, for each delta there is; and x, for all else
+    that reads it.
 
     The factors A are whole on every rank and take x as it is before it enters; what they make of it
     enters in its place, which is r channels of each, not all of x's.
     """
     present = [delta for delta in deltas if delta is not None]
     if not present:
-        return []
-    joined = tp.enter(multiply_joined(x, [delta.a for delta in present]))
-    made = iter(joined.split([len(delta.a.parameter) for delta in present], -1))
-    return [None if delta is None else (delta.scaled(next(made)), delta.b) for delta in deltas]
+        return [], x
+    joined, x = multiply_joined(x, [delta.a for delta in present])
+    made = iter(tp.enter(joined).split([len(delta.a.parameter) for delta in present], -1))
+    added = [None if d is None else (d.scaled(next(made)), d.b) for d in deltas]
+    return added, x
