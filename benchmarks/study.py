@@ -102,13 +102,15 @@ def relaxed(root: Path, data: Path) -> list[Cell]:
         overrides = [f"run_dir={run}", f"init_from={fold}", f"seed={seed}"]
         overrides += [f"adapters={{rank: {rank}}}"] * bool(rank)
         overrides += [f"distill={{teacher: {dense}, weight: 0.5}}"] * distill
-        row = f"{init}, rank {rank} by {start}" if rank else init
+        row = f"{init}, rank {rank} by {start}" if rank else init.replace("random", "random layers")
         train = ("train", configs / "uptrain-small.yaml", *overrides)
         return Cell(row + ", distilled" * distill, run, (convert, train), fold)
 
     inits = ("stepwise", "average", "lower", "random")
+    alone = ("train", configs / "uptrain-small.yaml", f"run_dir={root}/scratch")
     return [
         *(cell(init, seed=seed) for seed in (1, 2, 3) for init in inits),
+        Cell("from scratch", root / "scratch", (alone,)),
         *(cell("average", rank, start) for rank in (8, 32) for start in ("svd", "zero")),
         *(cell("stepwise", distill=True, seed=seed) for seed in (1, 2, 3)),
         *(cell("stepwise", rank, start) for rank in (8, 32) for start in ("svd", "zero")),

@@ -464,7 +464,6 @@ def test_parameters_are_those_of_the_formula_and_check_tells() -> None:
         ({"backward_chunks": 9}, {}, "backward_chunks=9 is more than the 8 chunk"),
         ({"updates": 0}, {}, "temporal.updates"),
         ({"initial_memory": "ones"}, {}, "temporal.initial_memory"),
-        ({"pooling": "mean"}, {}, "temporal.pooling=mean is for a task of kind sequence or pair"),
         ({}, {"parallel": {"pipeline": 2}}, "temporal memory across more than one pipeline stage"),
         ({}, {"parallel": {"tensor": 2, "sequence_parallel": True}}, "sequence_parallel=true with"),
         ({"update_ffn_hidden_size": 5}, {"parallel": {"tensor": 2}}, "does not divide temporal.up"),

@@ -1509,11 +1509,6 @@ class Config(Section):
                 f"task.pooling={self.task.pooling} with temporal.pooling={temporal.pooling}: the "
                 "head reads one of them; leave the other out"
             )
-        if temporal.pooling is not None and not self.reads_memory:
-            problems.append(
-                f"temporal.pooling={temporal.pooling} is for a task of kind sequence or pair, "
-                "whose head then reads the memory; leave it out"
-            )
         if model.attention_softcap is not None:
             problems.append(
                 f"model.attention_softcap={model.attention_softcap} with temporal memory is not "
