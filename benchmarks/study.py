@@ -126,7 +126,7 @@ def ilr(root: Path, data: Path) -> list[Cell]:
     prepare_books(root, data, 1024)
     overrides = (
         f"data.train=[{{path: {root}/data/train}}]", f"data.val=[{{path: {root}/data/val}}]",
-        f"data.tokenizer={root}/tokenizer.model", "data.seq_length=256", "train.steps=500",
+        f"data.tokenizer={root}/tokenizer.model", "data.seq_length=256", "train.steps=300",
         "train.eval_every=0", "train.eval_samples=512", "checkpoint.every=250",
     )  # fmt: skip
     names = {"1,1,1,1": "baseline-small", "4,2,1,1": "map-4211-small",
