@@ -43,6 +43,8 @@ class Cell:
     """What the first command makes, which other cells may have made already."""
     columns: tuple[str, ...] = ("val/loss",)
     """Keys of metrics.jsonl."""
+    drawn: bool = True
+    """False: too far from the others for one picture."""
 
     def scores(self) -> list[float] | None:
         """One per column; None for a run that is not finished."""
@@ -110,7 +112,7 @@ def relaxed(root: Path, data: Path) -> list[Cell]:
     alone = ("train", configs / "uptrain-small.yaml", f"run_dir={root}/scratch")
     return [
         *(cell(init, seed=seed) for seed in (1, 2, 3) for init in inits),
-        Cell("from scratch", root / "scratch", (alone,)),
+        Cell("from scratch", root / "scratch", (alone,), drawn=False),
         *(cell("average", rank, start) for rank in (8, 32) for start in ("svd", "zero")),
         *(cell("stepwise", distill=True, seed=seed) for seed in (1, 2, 3)),
         *(cell("stepwise", rank, start) for rank in (8, 32) for start in ("svd", "zero")),
@@ -230,8 +232,9 @@ def show(name: str, cells: list[Cell]) -> None:
         print(f"| {row} | {' | '.join(texts)} | {len(runs)} |")
     done = sum(cell.scores() is not None for cell in cells)
     print(f"\n{done} of {len(cells)} cells")
-    if rows:
-        draw(name, rows, columns)
+    near = collect([cell for cell in cells if cell.drawn])
+    if near:
+        draw(name, near, columns)
 
 
 def draw(name: str, rows: dict[str, list[list[float]]], columns: tuple[str, ...]) -> None:
