@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -56,14 +56,14 @@ class MicroBatch:
         """Labels that count."""
         return int((self.labels_BS != IGNORED).sum())
 
-    def to(self, device: torch.device | str) -> MicroBatch:
+    def to(self, device: torch.device | str) -> Self:
         """The same on a device."""
-        names = (
-            "tokens_BS", "labels_BS", "positions_BS", "documents_BS", "sample_ids_B", "sources_B"
-        )  # fmt: skip
-        return replace(
-            self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 class Loader:

@@ -20,8 +20,44 @@ from megarecur.recurrence.inventory import HEAD_NORMS, biased_projections
 from megarecur.recurrence.layer_map import Step
 
 
-class Attention(nn.Module):
-    """Query head i reads key head i // (num_heads / num_kv_heads) (Ainslie et al. 2023)."""
+class Projections(nn.Module):
+    """The four matrices of an attention, with the heads that this rank holds: query head i reads
+    key head i // (num_heads / num_kv_heads) (Ainslie et al. 2023)."""
+
+    def __init__(
+        self,
+        name: str,
+        make: MakeParameter,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        tp: TensorParallel = ALONE,
+    ) -> None:
+        super().__init__()
+        biased = biased_projections(model)
+        self.query = Linear(f"{name}.query", make, dtype, "q" in biased, tp, "outputs")
+        self.key = Linear(f"{name}.key", make, dtype, "k" in biased, tp, "outputs")
+        self.value = Linear(f"{name}.value", make, dtype, "v" in biased, tp, "outputs")
+        self.output = Linear(f"{name}.output", make, dtype, "o" in biased, tp, "inputs")
+        self.head_dim, self.scale = model.head_dim, model.attention_scale
+        self.dropout = model.attention_dropout
+        # A key head may be held by other ranks too.
+        num_heads, num_kv_heads = (
+            len(layer.weight.parameter) // model.head_dim for layer in (self.query, self.key)
+        )
+        self.groups = num_heads // num_kv_heads
+        self.first_head = tp.rank * num_heads
+
+    def drop(self, weights: Tensor, where: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+        """Dropout of attention weights [B, N, S, K] by its key and the (sample, position) of
+        queries: a function of their coordinates, so that no kernel can do it."""
+        heads = torch.arange(weights.shape[1], device=weights.device)[None, :, None]
+        samples, positions = rows
+        places = (samples[:, :, None], heads + self.first_head, positions[:, None, :])
+        return dropout(weights, self.dropout, where, places)
+
+
+class Attention(Projections):
+    """Of a sequence to itself, with positions and a cache."""
 
     def __init__(
         self,
@@ -32,22 +68,9 @@ class Attention(nn.Module):
         tp: TensorParallel = ALONE,
         own_norms: bool = True,
     ) -> None:
-        super().__init__()
-        biased = biased_projections(model)
-        self.query = Linear(f"{name}.query", make, dtype, "q" in biased, tp, "outputs")
-        self.key = Linear(f"{name}.key", make, dtype, "k" in biased, tp, "outputs")
-        self.value = Linear(f"{name}.value", make, dtype, "v" in biased, tp, "outputs")
-        self.output = Linear(f"{name}.output", make, dtype, "o" in biased, tp, "inputs")
-        self.head_dim = model.head_dim
-        # Of this rank, which may hold a key head that others hold too.
-        num_heads, num_kv_heads = (
-            len(layer.weight.parameter) // model.head_dim for layer in (self.query, self.key)
-        )
-        self.groups = num_heads // num_kv_heads
-        self.first_head = tp.rank * num_heads
+        super().__init__(name, make, model, dtype, tp)
         self.interleaved = model.rope_interleaved
-        self.dropout = model.attention_dropout
-        self.scale, self.softcap = model.attention_scale, model.attention_softcap
+        self.softcap = model.attention_softcap
         self.norms = nn.ModuleDict()
         """Of queries and keys, over head_dim, where there are such and no loop has its own."""
         for norm in HEAD_NORMS if model.qk_norm and own_norms else ():
@@ -132,9 +155,5 @@ class Attention(nn.Module):
         weights = scores.softmax(-1)
         if where is None:
             return weights.to(v.dtype) @ v
-        heads = torch.arange(q_BNSH.shape[1], device=scores.device)[None, :, None]
-        heads = heads + self.first_head
-        samples, positions = ctx.all_rows()
-        rows = (samples[:, :, None], heads, positions[:, None, :])
-        weights = dropout(weights, self.dropout, where, rows)
+        weights = self.drop(weights, where, ctx.all_rows())
         return weights.to(v.dtype) @ v

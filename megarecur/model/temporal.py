@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from megarecur.config.schema import Config, ModelConfig, TemporalConfig
 from megarecur.errors import ConfigError
+from megarecur.model.attention import Projections
 from megarecur.model.context import Context, Keys, KeysAndValues, build_context
 from megarecur.model.feed_forward import FEED_FORWARDS
 from megarecur.model.halting import find_documents
 from megarecur.model.norm import build_norm
-from megarecur.parallel.linear import Linear, MakeParameter, apply_all
+from megarecur.parallel.linear import MakeParameter, apply_all
 from megarecur.parallel.random import dropout, key_words
 from megarecur.parallel.regions import ALONE, TensorParallel
-from megarecur.recurrence.inventory import biased_projections
 
 
 class OpenChunk(KeysAndValues, Protocol):
@@ -292,30 +292,8 @@ def cut_past(
     return made
 
 
-class CrossAttention(nn.Module):
-    """Attention of one sequence to another, without positions; grouped heads as in `Attention`."""
-
-    def __init__(
-        self,
-        name: str,
-        make: MakeParameter,
-        model: ModelConfig,
-        dtype: torch.dtype,
-        tp: TensorParallel = ALONE,
-    ) -> None:
-        super().__init__()
-        biased = biased_projections(model)
-        self.query = Linear(f"{name}.query", make, dtype, "q" in biased, tp, "outputs")
-        self.key = Linear(f"{name}.key", make, dtype, "k" in biased, tp, "outputs")
-        self.value = Linear(f"{name}.value", make, dtype, "v" in biased, tp, "outputs")
-        self.output = Linear(f"{name}.output", make, dtype, "o" in biased, tp, "inputs")
-        self.head_dim, self.dropout = model.head_dim, model.attention_dropout
-        num_heads, num_kv_heads = (
-            len(layer.weight.parameter) // model.head_dim for layer in (self.query, self.key)
-        )
-        self.groups, self.first_head = num_heads // num_kv_heads, tp.rank * num_heads
-        scale = model.attention_scale
-        self.scale = 1.0 / math.sqrt(model.head_dim) if scale is None else scale
+class CrossAttention(Projections):
+    """Attention of one sequence to another, without positions."""
 
     def forward(
         self,
@@ -349,12 +327,10 @@ class CrossAttention(nn.Module):
         else:
             k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
             scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
-            scores = scores * self.scale
+            scale = 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
+            scores = scores * scale
             weights = (scores if mask is None else scores + mask).softmax(-1)
-            heads = torch.arange(q.shape[1], device=q.device)[None, :, None] + self.first_head
-            samples, positions = rows
-            places = (samples[:, :, None], heads, positions[:, None, :])
-            out = dropout(weights, self.dropout, where, places).to(v.dtype) @ v
+            out = self.drop(weights, where, rows).to(v.dtype) @ v
         return self.output(out.transpose(1, 2).flatten(2).to(x_BSD.dtype))
 
 

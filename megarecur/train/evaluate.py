@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from megarecur.config.schema import Config
 from megarecur.data.corpus import Corpus
-from megarecur.data.loader import validation_batches
+from megarecur.data.loader import MicroBatch, validation_batches
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import MegarecurError
 from megarecur.inference.generate import encode_prompt, generate, run_with_exits, stream_text
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh, raise_first
-from megarecur.plan.schedule import Schedules
+from megarecur.plan.schedule import Scheduled, Schedules
 from megarecur.train.signals import StopFlag
+
+Batch = TypeVar("Batch", bound=MicroBatch)
 
 
 @dataclass(frozen=True)
@@ -95,15 +99,10 @@ def score_corpus(
         max_samples=max_samples,
         failures=failures,
     )
-    for i, batch in enumerate(batches):
-        if stop is not None and i % 8 == 7:
-            if failures:
-                stop.fail(failures[0])
-            if stop.agreed(mesh):
-                return None
-        batch = batch.to(mesh.device)
-        ctx = model.context(batch, step=0, training=False)
-        x, exits = run_with_exits(model, mesh, scheduled, batch.tokens_BS, ctx)
+    for ran in run_batches(model, mesh, scheduled, batches, failures, stop):
+        if ran is None:
+            return None
+        batch, x, exits = ran
         if x is None:  # It ends on another pipeline rank.
             continue
         losses_N = model.loss(x, batch)["loss"].per_token
@@ -124,6 +123,28 @@ def score_corpus(
     parts = tuple(a / n if n else math.nan for a, n in zip(losses, counts, strict=True))
     early = tuple(sum(row) / max(tokens, 1.0) for row in of_exits)
     return Score(total / max(tokens, 1.0), int(tokens), num_bytes, parts, early)
+
+
+def run_batches(
+    model: Transformer,
+    mesh: Mesh,
+    scheduled: Scheduled,
+    batches: Iterable[Batch],
+    failures: Sequence[MegarecurError],
+    stop: StopFlag | None,
+) -> Iterator[tuple[Batch, Tensor | None, dict[str, Tensor]] | None]:
+    """Each batch with what its tokens come out as, and at exits; None once all ranks agree to stop,
+    which they ask each other every few batches."""
+    for i, batch in enumerate(batches):
+        if stop is not None and i % 8 == 7:
+            if failures:
+                stop.fail(failures[0])
+            if stop.agreed(mesh):
+                yield None
+                return
+        batch = batch.to(mesh.device)
+        ctx = model.context(batch, step=0, training=False)
+        yield batch, *run_with_exits(model, mesh, scheduled, batch.tokens_BS, ctx)
 
 
 def continue_prompts(

@@ -10,11 +10,10 @@ import torch
 from megarecur.config.schema import Config
 from megarecur.data.samples import TaskBatch, TaskCorpus, scored_batches
 from megarecur.errors import MegarecurError
-from megarecur.inference.generate import run_with_exits
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.plan.schedule import Schedules
-from megarecur.train.evaluate import short_names
+from megarecur.train.evaluate import run_batches, short_names
 from megarecur.train.signals import StopFlag
 
 
@@ -101,15 +100,10 @@ def score_task(
         max_samples=max_samples,
         failures=failures,
     )
-    for i, batch in enumerate(batches):
-        if stop is not None and i % 8 == 7:
-            if failures:
-                stop.fail(failures[0])
-            if stop.agreed(mesh):
-                return None
-        batch = batch.to(mesh.device)
-        ctx = model.context(batch, step=0, training=False)
-        x, _ = run_with_exits(model, mesh, scheduled, batch.tokens_BS, ctx)
+    for ran in run_batches(model, mesh, scheduled, batches, failures, stop):
+        if ran is None:
+            return None
+        batch, x, _ = ran
         if x is not None:  # Else it ends on another pipeline rank.
             add_batch(model, x, batch, by_length, sums)
     sums[4] += len(failures)
