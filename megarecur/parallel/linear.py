@@ -50,6 +50,10 @@ class DeferredProducts:
             self.open = None
 
 
+NARROW = 128
+"""Inputs of a matrix whose gradient is small beside what it is made of."""
+
+
 class Weight(nn.Module):
     """A matrix with its compute copy.
 
@@ -118,7 +122,8 @@ class Weight(nn.Module):
         """Add dy^T x to the gradient."""
         grad = self.parameter.grad
         assert grad is not None
-        if 8 * grad.shape[1] <= grad.shape[0]:  # Tall: a wide product is faster, and small.
+        inputs, outputs = grad.shape[1], grad.shape[0]
+        if inputs <= NARROW and 8 * inputs <= outputs:  # Tall: a wide product is faster, and small.
             grad.add_((x.t() @ dy).t())
         elif dy.dtype == grad.dtype:
             grad.addmm_(dy.t(), x)
@@ -261,7 +266,8 @@ def multiply_joined(x: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, Tenso
     """x times all of these narrow weights [r_i, in], transposed: [..., sum of r_i]; and x, for all
     else that reads it."""
     if not torch.compiler.is_compiling():
-        return _Joined.apply(x, weights, *(weight.parameter for weight in weights))
+        u, same = _Joined.apply(x, weights, *(weight.parameter for weight in weights))
+        return u, same if x.requires_grad else x
     wide = x.to(weights[0].product_dtype)
     return F.linear(wide, torch.cat([graph_value(weight) for weight in weights])).to(x.dtype), x
 
