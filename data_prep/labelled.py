@@ -123,7 +123,12 @@ def read_logic(path: Path, mistakes: Mistakes) -> Iterator[tuple[str, str, str]]
 
 
 def read_labelled(
-    inputs: Sequence[str], text_keys: Sequence[str], label_key: str, mistakes: Mistakes
+    inputs: Sequence[str],
+    text_keys: Sequence[str],
+    label_key: str,
+    mistakes: Mistakes,
+    wanted: Sequence[str] = (),
+    columns: Sequence[str] = (),
 ) -> Iterator[Row]:
     """The samples of jsonl, csv and tsv files and of folders with one sub-folder per class, whose
     files are a text each.
@@ -133,6 +138,8 @@ def read_labelled(
         text_keys: one field, or two for pairs.
         label_key: the field of the label.
         mistakes: told of rows without them.
+        wanted: classes that are read; none: all.
+        columns: of csv and tsv files without a header.
     """
     for entry in inputs:
         classes = [p for p in sorted(Path(entry).glob("*/")) if p.is_dir()]
@@ -140,11 +147,12 @@ def read_labelled(
             if len(text_keys) > 1:
                 raise DataError(f"{entry}: a file of a class's folder is one text, not a pair")
             for folder in classes:
-                yield from _read_class(folder)
+                if not wanted or folder.name in wanted:
+                    yield from _read_class(folder)
             continue
         for source in find_sources([entry]):
             assert isinstance(source, Path)
-            for place, row in _read_rows(source):
+            for place, row in _read_rows(source, columns):
                 texts = [look_up(row, key) for key in text_keys]
                 label = look_up(row, label_key)
                 missing = [
@@ -158,7 +166,8 @@ def read_labelled(
                         f"{sorted(row)[:8]}); name the fields by --text-key and --label-key"
                     )
                     continue
-                yield place, tuple(map(str, texts)), str(label)
+                if not wanted or str(label) in wanted:
+                    yield place, tuple(map(str, texts)), str(label)
 
 
 def _read_class(folder: Path) -> Iterator[Row]:
@@ -175,8 +184,8 @@ def _read_class(folder: Path) -> Iterator[Row]:
             yield str(path), (text,), folder.name
 
 
-def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, fields) of the rows of a table."""
+def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, fields) of the rows of a table; columns are those of one without a header."""
     suffix = Path(path.name.removesuffix(".gz").removesuffix(".xz").removesuffix(".zst")).suffix
     if suffix in JSON_SUFFIXES:
         for place, line in read_lines(path):
@@ -202,7 +211,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return content
 
     with open_source(path) as stream:
-        for place, cells in read_csv(path, stream, CSV_DELIMITERS[suffix], decode):
+        for place, cells in read_csv(path, stream, CSV_DELIMITERS[suffix], decode, columns):
             assert cells is not None
             yield place, cells
 

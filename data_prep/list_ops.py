@@ -23,6 +23,10 @@ MOST_IN_VAIN = 20_000_000
 """Draws in a row that give nothing new, after which there is nothing more."""
 
 
+DEEPEST = 200
+"""Trees are drawn and evaluated recursively."""
+
+
 @dataclass(frozen=True)
 class Trees:
     """A distribution of trees."""
@@ -45,6 +49,8 @@ class Trees:
             )
             if value < least
         ]
+        if self.max_depth > DEEPEST:
+            problems.append(f"--max-depth {self.max_depth} must be at most {DEEPEST}")
         if self.max_length is not None and self.max_length < self.min_length:
             problems.append(
                 f"--max-length {self.max_length} is below --min-length {self.min_length}"

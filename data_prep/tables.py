@@ -66,11 +66,16 @@ def fill(template: str, row: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 
 def read_csv(
-    path: Path, stream: BinaryIO, delimiter: str, decode: Callable[[bytes, str, int], bytes | None]
+    path: Path,
+    stream: BinaryIO,
+    delimiter: str,
+    decode: Callable[[bytes, str, int], bytes | None],
+    columns: Sequence[str] = (),
 ) -> Iterator[tuple[str, dict[str, str] | None]]:
-    """(place, row) of a csv or tsv file with a header; None for a row that cannot be decoded.
+    """(place, row) of a csv or tsv file; None for a row that cannot be decoded.
 
     `decode(content, place, offset)` checks the bytes of a line, or gives None to skip its row.
+    `columns` names those of a file without a header.
     """
     skipped, offset = False, 0
 
@@ -84,7 +89,7 @@ def read_csv(
 
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-    header: list[str] = []
+    header = list(columns)
     try:
         for cells in reader:
             place = f"{path}: line {reader.line_num}"
@@ -95,7 +100,7 @@ def read_csv(
                 yield place, None
             elif cells and len(cells) != len(header):
                 raise DataError(
-                    f"{place} has {len(cells)} cells, but the header names {len(header)}: "
+                    f"{place} has {len(cells)} cells, but there are names for {len(header)}: "
                     f"{header[:8]}; quote cells that hold {delimiter!r} or line ends"
                 )
             elif cells:

@@ -25,13 +25,15 @@ from data_prep import flip_flop, list_ops, logic
 from data_prep.files import explain_os_errors, publish, sync
 from data_prep.labelled import Mistakes, Row, collect, read_labelled, read_list_ops, read_logic
 from data_prep.progress import ProgressReport, report_phase
-from data_prep.readers import find_sources
+from data_prep.readers import COMPRESSIONS, find_sources
 from data_prep.shards import finish_split, hold, open_writer, partial_of
 from megarecur.data.corpus import CHUNK_TOKENS, COLUMN, Manifest, hash_file, read_manifest
 from megarecur.data.tokenizer import BYTES, Tokenizer, WordTokenizer, load_tokenizer
 from megarecur.errors import ConfigError, DataError
 
 LABELS, WORDS_FILE = "labels.npy", "tokenizer.words"
+FLAGS = {"tests": "test", "text_keys": "text-key", "classes": "class", "columns": "column"}
+"""Of options whose names differ from theirs."""
 NAMES = ("listops", "logic", "flip_flop", "labelled")
 HEADER = 128
 """Bytes before the values of an .npy file, in whose header numpy leaves room for any length."""
@@ -60,6 +62,10 @@ class TaskRequest:
     train_operators: int | None = None
     text_keys: tuple[str, ...] | None = None
     label_key: str | None = None
+    classes: tuple[str, ...] = ()
+    """Others are left out; none: all are read."""
+    columns: tuple[str, ...] = ()
+    """Of csv and tsv files without a header."""
     tokenizer: str | None = None
     val_fraction: float | None = None
 
@@ -71,7 +77,7 @@ class TaskRequest:
         """
         always = ("name", "inputs", "seed")
         given = [
-            "--" + {"tests": "test", "text_keys": "text-key"}.get(k, k.replace("_", "-"))
+            "--" + FLAGS.get(k, k.replace("_", "-"))
             for k, v in asdict(self).items()
             if v not in (None, ()) and k not in (*always, *allowed)
         ]
@@ -106,7 +112,10 @@ class Task:
     words: Sequence[str] = ()
     """Of the tokenizer that is made; none: `tokenizer`."""
     tokenizer: str = ""
-    sources: Sequence[str] = ()
+    ahead: bool = False
+    """Labels are tokens that follow, which only a causal model does not see."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Files that are read, each with its name below what was asked for, which may be its label."""
     counts: dict[str, int] = field(default_factory=dict)
     """Filled in by the stream: duplicates removed, of all splits together."""
 
@@ -135,6 +144,8 @@ def prepare_task(
     out = Path(out)
     with explain_os_errors(out):
         task = BUILDERS[request.name](request)
+        if not task.splits:
+            raise DataError(f"{request.name}: no sample is asked for; raise --train or --val")
         stamp = stamp_of(request, task)
         done = [split for split in task.splits if is_made(out / split, stamp)]
         if len(done) < len(task.splits):
@@ -147,11 +158,15 @@ def prepare_task(
 
 def stamp_of(request: TaskRequest, task: Task) -> str:
     """The identity of what is asked for: options, content of files, tokenizer."""
+    files = request.name == "labelled"
     facts = asdict(request) | {
-        "inputs": [hash_file(Path(path)) for path in task.sources],
-        "tests": [t for t in request.tests if not Path(t).exists()],
+        "inputs": [(name, hash_file(Path(path))) for path, name in task.sources.items()],
+        "tests": [name_of(Path(test)) if files else test for test in request.tests],
         "tokenizer": load_tokenizer(task.tokenizer).fingerprint if task.tokenizer else "",
     }
+    for younger in ("classes", "columns"):  # Than the first corpora.
+        if not facts[younger]:
+            del facts[younger]
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
@@ -256,6 +271,8 @@ class SplitWriter:
             "longest": self.longest,
             "of_classes": self.of_classes.tolist(),
         }
+        if self.task.ahead:
+            task["ahead"] = True
         values = {**shared, "num_bytes": self.num_bytes, "task": task}
         finish_split(self.writer, self.folder, tokenizer_file, lengths, values)
 
@@ -351,7 +368,7 @@ def build_list_ops(request: TaskRequest) -> Task:
             splits=names_of(paths),
             total=check_list_ops(paths),
             samples=lambda: _list_ops_of(paths),
-            sources=[str(path) for path in paths],
+            sources={str(path): path.name for path in paths},
             **common,
         )
     request.refuse_others("train", "val", "tests", "test_count", "variant", *limits)
@@ -419,8 +436,9 @@ def _list_ops_of(paths: Sequence[Path]) -> Iterator[Sample]:
 
 
 def name_of(path: Path) -> str:
-    """The name of a file without its endings."""
-    return path.name.split(".")[0]
+    """The name of a file without its endings: aan.eval of aan.eval.tsv.xz."""
+    path = Path(path.name)
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).stem
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -505,7 +523,7 @@ def build_logic(request: TaskRequest) -> Task:
         splits=train_last(list(parts)),
         total=sum(map(len, parts.values())),
         samples=samples,
-        sources=[str(path) for path in paths],
+        sources={str(path): path.name for path in paths},
         counts=counts,
         **common,
     )
@@ -551,6 +569,7 @@ def build_flip_flop(request: TaskRequest) -> Task:
         name="flip_flop",
         kind="token",
         classes=("0", "1"),
+        ahead=True,
         words=flip_flop.WORDS,
         splits=train_last(list(wanted)),
         total=sum(count for _, _, count in wanted.values()),
@@ -570,7 +589,9 @@ def spell(string: np.ndarray) -> str:
 
 def build_labelled(request: TaskRequest) -> Task:
     """Labelled texts of files: train, a share of it as val, tests by the names of their files."""
-    request.refuse_others("text_keys", "label_key", "tokenizer", "val_fraction", "tests")
+    request.refuse_others(
+        "text_keys", "label_key", "classes", "columns", "tokenizer", "val_fraction", "tests"
+    )
     if not request.inputs:
         raise ConfigError("labelled: give files (jsonl, csv, tsv), or a folder of classes")
     keys, label_key = request.text_keys or ("text",), request.label_key or "label"
@@ -582,11 +603,12 @@ def build_labelled(request: TaskRequest) -> Task:
     tokenizer = request.tokenizer or BYTES
 
     def read(inputs: Sequence[str], mistakes: Mistakes) -> Iterator[Row]:
-        return read_labelled(inputs, keys, label_key, mistakes)
+        return read_labelled(inputs, keys, label_key, mistakes, request.classes, request.columns)
 
     mistakes = Mistakes()
     classes, total = collect(lambda: read(request.inputs, mistakes), mistakes)
     index = {label: i for i, label in enumerate(classes)}
+    names_of([Path(entry) for entry in request.tests])
     tests = {f"test_{name_of(Path(entry))}": entry for entry in request.tests}
     for entry in tests.values():
         for place, _, label in read([entry], mistakes):
@@ -625,15 +647,16 @@ def build_labelled(request: TaskRequest) -> Task:
     )
 
 
-def files_of(inputs: Sequence[str]) -> list[str]:
-    """All files that are read."""
-    files: list[str] = []
+def files_of(inputs: Sequence[str]) -> dict[str, str]:
+    """All files that are read, with their names below the inputs."""
+    files: dict[str, str] = {}
     for entry in inputs:
         path = Path(entry)
         if path.is_dir():
-            files += [str(p) for p in sorted(path.rglob("*")) if p.is_file()]
+            found = [p for p in sorted(path.rglob("*")) if p.is_file()]
+            files |= {str(p): str(p.relative_to(path)) for p in found}
         else:
-            files += [str(p) for p in find_sources([entry])]
+            files |= {str(p): Path(str(p)).name for p in find_sources([entry])}
     return files
 
 

@@ -247,6 +247,14 @@ def task(
         list[str] | None, typer.Option(help="labelled: field of the text; twice for pairs.")
     ] = None,
     label_key: Annotated[str | None, typer.Option(help="labelled: field of the label.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--class", help="labelled: a class that is read; left out: all are."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="labelled: name of the next column of csv and tsv without a header."),
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="labelled: bytes (the default), words (of train), or a file."),
@@ -264,7 +272,8 @@ def task(
         test_count=test_count, variant=variant, max_depth=max_depth, max_args=max_args,
         min_length=min_length, max_length=max_length, length=length, p_ignore=p_ignore,
         train_operators=train_operators, text_keys=tuple(text_key) if text_key else None,
-        label_key=label_key, tokenizer=tokenizer, val_fraction=val_fraction,
+        label_key=label_key, classes=tuple(only or ()), columns=tuple(column or ()),
+        tokenizer=tokenizer, val_fraction=val_fraction,
     )  # fmt: skip
     for split, manifest in prepare_task(request, out, ProgressReport()).items():
         made = manifest.task or {}

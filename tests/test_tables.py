@@ -74,7 +74,7 @@ def test_compressed_csv_and_a_byte_order_mark(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("a.csv", b"text,n\nx\n", {}, r"a\.csv: line 2 has 1 cells, but the header names 2"),
+        ("a.csv", b"text,n\nx\n", {}, r"a\.csv: line 2 has 1 cells, but there are names for 2"),
         ("a.csv", b'text\n"x\n', {}, r"a\.csv: line 2 is not csv"),
         ("a.csv", b"text\nok\nb\xffd\n", {}, r"a\.csv: line 3: byte 9 \(0xff\) is not UTF-8"),
         ("a.parquet", b"text", {}, r"a\.parquet: is no parquet file, or damaged"),

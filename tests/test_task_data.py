@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +265,28 @@ def test_own_samples_of_rows_and_of_folders(tmp_path: Path) -> None:
     prepare_task(TaskRequest("labelled", (str(tmp_path / "folders"),)), tmp_path / "bytes")
     texts, labels = read_back(tmp_path / "bytes/train")
     assert texts[0] == "neg é 0" and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    # A text that moves to another class is another corpus.
+    (tmp_path / "folders/neg/2.txt").rename(tmp_path / "folders/pos/-1.txt")
+    with pytest.raises(DataError, match="prepared with other options or of other files"):
+        prepare_task(TaskRequest("labelled", (str(tmp_path / "folders"),)), tmp_path / "bytes")
+
+
+def test_chosen_classes_and_tables_without_a_header(tmp_path: Path) -> None:
+    for part, count in (("train", 9), ("eval", 3), ("test", 6)):
+        rows = [f"{'abc'[i % 3]}\tid{i}\tleft {i}\tright {i}\n" for i in range(count)]
+        (tmp_path / f"pairs.{part}.tsv").write_text("".join(rows))
+    request = TaskRequest(
+        "labelled", (str(tmp_path / "pairs.train.tsv"),), text_keys=("u", "v"),
+        tests=tuple(str(tmp_path / f"pairs.{part}.tsv") for part in ("eval", "test")),
+        classes=("a", "c"), columns=("label", "id", "u", "v"),
+    )  # fmt: skip
+    made = prepare_task(request, tmp_path / "out")
+    counts = {split: manifest.task["of_classes"] for split, manifest in made.items()}
+    assert counts == {"test_pairs.eval": [1, 1], "test_pairs.test": [2, 2], "train": [3, 3]}
+    assert read_back(tmp_path / "out/train")[0][:2] == ["left 0", "right 0"]
+    twice = replace(request, tests=(request.tests[0], str(tmp_path / "x/pairs.eval.tsv.gz")))
+    with pytest.raises(DataError, match=r"two input files are called pairs\.eval"):
+        prepare_task(twice, tmp_path / "twice")
 
 
 # ----------------------------------------------------------------------------------- mistakes
@@ -320,6 +343,8 @@ def test_requests_that_cannot_be(tmp_path: Path) -> None:
         (TaskRequest("flip_flop", length=4, train=9), DataError, "no further strings"),
         (TaskRequest("logic", train_operators=13), DataError, "--train-operators 13"),
         (TaskRequest("labelled"), ConfigError, "give files"),
+        (TaskRequest("flip_flop", train=0, val=0), DataError, "no sample is asked for"),
+        (TaskRequest("listops", max_depth=999), DataError, "--max-depth 999 must be at most 200"),
     ):
         with pytest.raises(error) as caught:
             prepare_task(request, tmp_path / "out")

@@ -19,7 +19,7 @@ from megarecur.data.samples import TaskCorpus, TaskLoader, collate
 from megarecur.errors import ConfigError, DataError
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh
-from megarecur.plan.cost import count_flops, count_parameters, estimate_memory
+from megarecur.plan.cost import count_flops, count_logits, count_parameters, estimate_memory
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import layer_map
@@ -281,7 +281,7 @@ def test_a_tiny_model_learns(tasks, tmp_path, name) -> None:
     """Better than always the largest class, and the metrics say how much better, by length too."""
     if name == "listops":
         prepare_task(
-            TaskRequest("listops", train=120, val=100, max_depth=2, max_args=2, min_length=4,
+            TaskRequest("listops", train=240, val=100, max_depth=2, max_args=2, min_length=4,
                         seed=2), tmp_path / name,
         )  # fmt: skip
     else:
@@ -289,7 +289,7 @@ def test_a_tiny_model_learns(tasks, tmp_path, name) -> None:
             TaskRequest("flip_flop", train=600, val=100, length=16, p_ignore=0.3), tmp_path / name
         )
     task, model = (SEQUENCE, ENCODER) if name == "listops" else (TOKEN, {})
-    steps = 150 if name == "listops" else 80
+    steps = 250 if name == "listops" else 80
     run = tmp_path / "run"
     config = config_of(
         tmp_path, name, task, run_dir=str(run), model=model,
@@ -396,6 +396,8 @@ def test_corpora_that_do_not_fit(tasks, corpus) -> None:
     data = {"train": [{"path": f"{corpus}/train"}], "val": [], "tokenizer": "bytes"}
     with pytest.raises(DataError, match="text without labels"):
         open_data(config_of(tasks, "listops", SEQUENCE, data=data), Mesh())
+    with pytest.raises(DataError, match="train: its labels are tokens that follow"):
+        open_data(config_of(tasks, "flip_flop", TOKEN, model=ENCODER), Mesh())
 
 
 def test_costs_count_the_head(tasks) -> None:
@@ -410,6 +412,7 @@ def test_costs_count_the_head(tasks) -> None:
     head = 2 * (32 * 128 + 7 * 32) // config.tokens_per_sample
     assert count_flops(config, steps).forward == body.forward - vocabulary + head
     assert estimate_memory(config, steps).parameters == 4 * total
+    assert count_logits(config, 3 * config.tokens_per_sample) == 3 * 7
 
 
 def test_the_first_samples_are_those_of_the_first_step(tasks) -> None:

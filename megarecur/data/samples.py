@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,14 +42,6 @@ class TaskBatch(MicroBatch):
     scored: Tensor
     """bool, the shape of the labels: which predictions are right or wrong."""
 
-    def to(self, device: torch.device | str) -> TaskBatch:
-        """The same on a device."""
-        values: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return TaskBatch(**values)
-
 
 class TaskCorpus(Corpus):
     """An open corpus of labelled samples; arguments and errors are those of `Corpus`."""
@@ -70,6 +61,8 @@ class TaskCorpus(Corpus):
         self.num_samples: int = task["num_samples"]
         self.longest: int = task["longest"]
         """Tokens of the longest sequence."""
+        self.ahead: bool = task.get("ahead", False)  # Not in the first corpora.
+        """Labels are tokens that follow, which only a causal model does not see."""
         self.sides = 2 if self.kind == "pair" else 1
         try:
             self.labels = np.asarray(np.load(self.path / LABELS, mmap_mode="r"))
@@ -106,20 +99,20 @@ def open_scored(
     config: Config, paths: Sequence[str], tokenizer: str, part: int = 0, num_parts: int = 1
 ) -> list[TaskCorpus]:
     """Corpora by their paths; errors as `open_samples`."""
-    assert config.task is not None
     fingerprint, corpora = tokenizer_fingerprint(tokenizer), []
     for path in paths:
         check_tokenizer(path, read_manifest(path), tokenizer, fingerprint)
         corpora.append(TaskCorpus(path, config.data.verify, part, num_parts))
-    problems = [p for c in corpora for p in misfits(c, config.task, config.data.seq_length)]
+    problems = [p for c in corpora for p in misfits(c, config)]
     if problems:
         raise DataError("\n".join(problems))
     return corpora
 
 
-def misfits(corpus: TaskCorpus, task: TaskConfig, seq_length: int) -> list[str]:
-    """Why a corpus cannot be read for a task."""
-    problems = []
+def misfits(corpus: TaskCorpus, config: Config) -> list[str]:
+    """Why a corpus cannot be read for a config's task."""
+    task, seq_length, problems = config.task, config.data.seq_length, []
+    assert task is not None
     if corpus.kind != task.kind:
         problems.append(
             f"{corpus.path}: has samples of kind {corpus.kind}, task.kind={task.kind}; set "
@@ -135,6 +128,11 @@ def misfits(corpus: TaskCorpus, task: TaskConfig, seq_length: int) -> list[str]:
         problems.append(
             f"{corpus.path}: its longest sequence has {corpus.longest} tokens, data.seq_length="
             f"{seq_length}; raise seq_length to {corpus.longest}, or set task.truncate to true"
+        )
+    if corpus.ahead and not config.model.causal:
+        problems.append(
+            f"{corpus.path}: its labels are tokens that follow, which model.causal=false sees; set "
+            "causal to true, or give another corpus"
         )
     return problems
 

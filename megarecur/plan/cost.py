@@ -324,7 +324,9 @@ def count_logits(config: Config, tokens: int) -> int:
         return tokens * -(-_vocab_size(config) // config.parallel.tensor)
     task = config.task
     assert task is not None and task.num_classes is not None
-    return task.num_classes * (tokens if task.kind == "token" else tokens // config.num_positions)
+    return task.num_classes * (
+        tokens if task.kind == "token" else tokens // config.tokens_per_sample
+    )
 
 
 def count_state_bytes(config: Config, specs: Iterable[ParameterSpec]) -> int:
