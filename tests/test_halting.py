@@ -259,6 +259,19 @@ def test_causal_models_do_not_look_ahead(mode: str) -> None:
     assert ((x - changed).abs().amax((0, 2))[5:] > 1e-6).all()
 
 
+@pytest.mark.parametrize("mode", ["global", "token"])
+def test_a_text_begins_the_same_however_it_goes_on(mode: str) -> None:
+    """Also where it is shorter than the steps are many."""
+    model, batch = halting_model(mode), make_batch(3, 9)
+    settle(model, -4.0)
+    x = forward(model, batch)[0]
+    for length in (1, 2, 4):
+        start = replace(batch, **{name: value[:, :length] for name, value in vars(batch).items()
+                                  if isinstance(value, Tensor) and value.ndim == 2})  # fmt: skip
+        found = forward(model, start)[0]
+        torch.testing.assert_close(found, x[:, :length], rtol=1e-12, atol=1e-12)
+
+
 # ------------------------------------------------------------------------------------- skipping
 
 

@@ -302,3 +302,19 @@ def test_initial_values_scale_with_the_unrolled_depth_when_asked() -> None:
     assert inventory["blocks.0.attention.query.weight"].std == 0.02
     assert inventory["blocks.0.attention.output.weight"].std == pytest.approx(0.02 / 4)
     assert inventory["final_norm.weight"].mean == 1.0
+
+
+def test_initial_values_of_xavier() -> None:
+    gut = {"kind": "universal", "depth": 3, "halting": {"mode": "global"}}
+    gated = config(gut, init_scaling="xavier", gate=True, tie_embeddings=False, final_norm=False)
+    inventory, plain = build_inventory(gated), build_inventory(config(gut))
+    for name, spec in inventory.items():
+        if name in ("embedding.weight", "head.weight"):
+            assert spec.std == 0.02
+        elif len(spec.shape) == 2:
+            narrow = name.split(".")[-2] in ("query", "key", "value")
+            gain = 2**-0.5 if narrow else 1.0
+            assert spec.std == pytest.approx(gain * (2 / (spec.shape[0] + spec.shape[1])) ** 0.5)
+        else:
+            assert spec.std == 0.0
+    assert "final_norm.weight" in plain and "final_norm.weight" not in inventory

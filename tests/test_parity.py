@@ -12,21 +12,22 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from harness import assert_gradients_close
 from safetensors.torch import load_file
 from test_model import Batch
 from torch import Tensor
 
 from megarecur.config.schema import Config
+from megarecur.data.samples import TaskBatch, TaskCorpus, collate
 from megarecur.model.context import Context
 from megarecur.model.halting import Mixture
 from megarecur.model.temporal import Chunk, additive, build_chunks
-from megarecur.model.transformer import Transformer
+from megarecur.model.transformer import LossTerm, Transformer
 from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.recurrence.layer_map import LayerMap
@@ -45,10 +46,6 @@ def cases(system: str, prefix: str = "") -> list[Any]:
         missing = f"no {system} cases under {data / 'parity'}; set MEGARECUR_DATA to the data"
         return [pytest.param(Path(), marks=pytest.mark.skip(reason=missing), id="missing")]
     return [pytest.param(path, id=path.stem) for path in found]
-
-
-ENCODER: dict[str, Any] = {"task": {"kind": "token", "num_classes": 2, "head_size": 0}}
-"""An encoder needs a task; heads are made in the tests, of the cases' weights."""
 
 
 def make_config(
@@ -200,6 +197,90 @@ def relaxed_names(case: Case, name: str) -> list[str]:
     return [ours]
 
 
+def task_of(case: Case) -> Case:
+    """A class per token or sequence, or of pairs."""
+    c = case["config"]
+    if c["causal"]:
+        return {"kind": "token", "num_classes": 2}
+    kind = "pair" if c["batch_pair"] else "sequence"
+    pooling = "end" if c["pooling"] == "last" else c["pooling"]
+    return {"kind": kind, "num_classes": c["classes"], "pooling": pooling, "augment": True}
+
+
+HEADS = {"classifier_block.0": "task.hidden", "classifier_block.2": "task.output"}
+
+
+class Samples:
+    """What `collate` reads of a corpus: the real tokens of a case."""
+
+    def __init__(self, case: Case, arrays: dict[str, Tensor]) -> None:
+        c = case["config"]
+        sides = ["1", "2"] if c["batch_pair"] else [""]
+        read = [(arrays[f"in/sequences{side}_vec" if side else "in/sequences_vec"],
+                 arrays[f"in/input_masks{side}"].bool()) for side in sides]  # fmt: skip
+        pairs = zip(*(zip(*side, strict=True) for side in read), strict=True)
+        self.rows = [tokens[mask].numpy() for sample in pairs for tokens, mask in sample]
+        self.labels = arrays["in/labels"].numpy()
+        if c["causal"]:
+            asked = arrays["in/loss_masks"].bool()
+            labels = torch.where(asked, arrays["in/labels"].long(), -1)
+            self.labels = labels[read[0][1]].numpy()
+
+    def document(self, number: int, most: int) -> tuple[np.ndarray, int]:
+        """As `TaskCorpus.document`."""
+        assert len(self.rows[number]) <= most
+        return self.rows[number], sum(map(len, self.rows[:number]))
+
+    def batch(self, config: Config) -> TaskBatch:
+        """All samples."""
+        assert config.task is not None
+        ids = np.arange(len(self.rows) // (2 if config.task.kind == "pair" else 1))
+        numbered = [(cast(TaskCorpus, self), int(i)) for i in ids]
+        return collate(numbered, ids, np.zeros_like(ids), config.task, config.data.seq_length)
+
+
+def side_by_side(arrays: dict[str, Tensor]) -> None:
+    """Both sides of a pair as neighbours; theirs are all first sides, then all second ones."""
+    order = torch.arange(len(arrays["mid/block_mask"])).view(2, -1).T.flatten()
+    for key in arrays:
+        if key.startswith("halt/"):
+            dim = 0 if key == "halt/num_steps" else 1
+        elif key.startswith(("mid/", "out/")) and arrays[key].shape[:1] == order.shape:
+            dim = 0
+        else:
+            continue
+        arrays[key] = arrays[key].index_select(dim, order)
+
+
+def compare_loss(
+    model: Transformer,
+    o: Tensor,
+    terms: dict[str, LossTerm],
+    batch: TaskBatch,
+    arrays: dict[str, Tensor],
+) -> Tensor:
+    """Logits, and losses as training weighs them, of which the sum is given."""
+    logits = model.class_logits(o, batch)
+    if model.config.task is not None and model.config.task.num_classes == 2:
+        logits = (logits[:, 1] - logits[:, 0])[:, None]
+    expected = arrays["out/logits"]
+    if expected.ndim == 3:  # of tokens
+        real = (batch.documents_BS >= 0).flatten()
+        logits, expected = logits[real], expected.flatten(0, 1)[real]
+    actual = {"out/logits": logits}
+    actual["out/loss_task"] = loss = model.loss(o, batch)["loss"].total / batch.num_tokens
+    if "halting" in terms:
+        actual["out/aux_loss"] = terms["halting"].weight * terms["halting"].total / len(o)
+        loss = loss + actual["out/aux_loss"]
+    actual["out/loss_total"] = loss
+    for name, value in actual.items():
+        torch.testing.assert_close(
+            value.detach().double(), (expected if name == "out/logits" else arrays[name]).double(),
+            rtol=FP32_TOL, atol=FP32_TOL, msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip
+    return loss
+
+
 def temporal_config(case: Case, precision: str) -> Config:
     """Temporal latent bottleneck; their "global positions" change nothing, xPos being relative."""
     c = case["config"]
@@ -218,13 +299,17 @@ def temporal_config(case: Case, precision: str) -> Config:
                    "threshold": case["halt_threshold"]}  # fmt: skip
         recurrence = {"kind": "universal", "depth": c["layers"], "halting": halting}
         model |= {"gate": True, "gate_hidden_size": c["ffn_gate_dim"]}
-    sections = {"temporal": temporal, **({} if c["causal"] else ENCODER)}
-    return make_config(case, precision, model, recurrence, **sections)
+    model["final_norm"] = False
+    task = task_of(case) | {"augment": False}
+    return make_config(case, precision, model, recurrence, temporal=temporal, task=task)
 
 
 def temporal_names(case: Case, name: str) -> list[str]:
     """Our parameters that make theirs."""
     outer = {"encoder.memory": "temporal.memory", "word_embedding.weight": "embedding.weight"}
+    if name.startswith("classifier"):
+        stem, _, kind = name.rpartition(".")
+        return [f"{HEADS[stem]}.{kind}"]
     name = name.replace("halt_layers.0", "TLBBlocks.0.halting.up")
     name = name.replace("halt_layers.2", "TLBBlocks.0.halting.down")
     name = re.sub(r"TLBBlocks\.(?=\D)", "TLBBlocks.0.", name)  # there is one
@@ -245,18 +330,6 @@ def temporal_names(case: Case, name: str) -> list[str]:
     prefix = "blocks" if match[1] == "TLBBlocks" else "temporal.updates"
     ours = f"{prefix}.{match[2]}.{(inner | own)[part]}"
     return [f"{ours}.{layers[layer]}.{match[4]}" if layer else f"{ours}.{match[4]}"]
-
-
-def check_accepted_steps(case: Case, ctx: Context, real_BS: Tensor) -> None:
-    """How many tokens took how many steps, over all chunks."""
-    assert ctx.chunks is not None
-    expected = torch.zeros(case["config"]["layers"] + 1, dtype=torch.long)
-    for number, chunk in enumerate(ctx.chunks.chunks):
-        real_BC = real_BS[:, chunk.start : chunk.stop]
-        steps = torch.tensor(case["halting"][f"num_steps_chunk{number}"])
-        steps = steps.expand_as(real_BC) if steps.ndim == 2 else steps[:, None].expand_as(real_BC)
-        expected += torch.bincount(steps[real_BC], minlength=len(expected))
-    assert torch.equal(sum(ctx.counts)[:-2].long(), expected)
 
 
 def temporal_context(case: Case, model: Transformer, real_BS: Tensor) -> Context:
@@ -427,7 +500,7 @@ def test_parity_relaxed_recursive(path: Path, precision: str) -> None:
 
 def halting_config(case: Case, precision: str, length: int) -> Config:
     """UT and GUT: one pre-norm block with xPos, gated or not, and how it halts."""
-    c = case["config"]
+    c, task = case["config"], task_of(case)
     assert set(case["eps"].values()) == {1e-5} and c["embd_dim"] == c["hidden_size"]
     case = {"config": {"d": c["hidden_size"], "h": c["heads"], "head_dim": c["head_dim"],
                        "ffn": c["ffn_dim"], "V": c["vocab"], "T": length},
@@ -435,15 +508,18 @@ def halting_config(case: Case, precision: str, length: int) -> Config:
     gate = c["block"] == "GatedTransformerBlock"
     model = {"positions": "xpos", "rope_interleaved": True, "norm": "layer", "gate": gate,
              "feed_forward": "gelu", "feed_forward_bias": True, "causal": c["causal"],
-             "gate_hidden_size": c["ffn_gate_dim"] if gate else None}  # fmt: skip
+             "gate_hidden_size": c["ffn_gate_dim"] if gate else None,
+             "final_norm": False}  # fmt: skip
     halting = {"mode": "global" if c["global_halt"] else "token",
                "transition": c["transition_based_halt"], "coefficient": c["penalty_gamma"],
                "threshold": 0.999}  # fmt: skip
     recurrence = {"kind": "universal", "depth": c["layers"], "halting": halting}
-    return make_config(case, precision, model, recurrence, **({} if c["causal"] else ENCODER))
+    return make_config(case, precision, model, recurrence, task=task)
 
 
-HALTING_NAMES = {
+HALTING_NAMES = HEADS | {
+    "encoder.START": "task.start",
+    "encoder.END": "task.end",
     "word_embedding.weight": "embedding.weight",
     "encoder.halt_layers.0": "blocks.0.halting.up",
     "encoder.halt_layers.2": "blocks.0.halting.down",
@@ -460,158 +536,136 @@ HALTING_NAMES = {
 }
 
 
-def halting_parameters(
-    model: Transformer, arrays: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Their weights, loaded: (ours by their names, those of heads that the test makes itself)."""
-    shared, own = {}, {}
+def halting_names(case: Case, name: str) -> list[str]:
+    """Our parameters that make theirs."""
+    stem, _, kind = name.rpartition(".")
+    return [HALTING_NAMES.get(name) or f"{HALTING_NAMES[stem]}.{kind}"]
+
+
+def load_case(
+    case: Case, config: Config, arrays: dict[str, Tensor], names: Callable[[Case, str], list[str]]
+) -> Transformer:
+    """The model with their weights; none is missing."""
+    model, seen = Transformer(config), set()
     for key in [key for key in arrays if key.startswith("w/") and not key.endswith("xpos.scale")]:
-        name = key.removeprefix("w/")
-        stem, _, kind = name.rpartition(".")
-        ours = HALTING_NAMES.get(name) or f"{HALTING_NAMES.get(stem)}.{kind}"
-        if ours in model.parameters_by_name:
-            model.parameters_by_name[ours].data.copy_(arrays[key])
-            shared[name] = model.parameters_by_name[ours]
-        else:
-            assert name.startswith(("classifier", "encoder.START", "encoder.END")), name
-            own[name] = arrays[key].to(model.dtype).requires_grad_()
+        (ours,) = names(case, key.removeprefix("w/"))
+        if ours in ("task.start", "task.end") and case["config"]["causal"]:
+            continue  # Theirs are there, and unused.
+        parameter = model.parameters_by_name[ours]
+        parameter.data.copy_(arrays[key].view_as(parameter))
+        seen.add(ours)
+    assert seen == set(model.parameters_by_name)
     model.refresh()
-    missing = set(model.parameters_by_name) - {n for n, p in model.parameters_by_name.items()
-                                               if any(p is q for q in shared.values())}  # fmt: skip
-    missing = {name for name in missing if not name.startswith("task.")}
-    assert missing == {"final_norm.weight", "final_norm.bias"}
-    return shared, own
+    return model
 
 
-def embed_case(
-    model: Transformer, own: dict[str, Tensor], tokens_BS: Tensor, mask_BS: Tensor, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """h_0 and its mask: START in front and END after the last token, where not causal."""
-    # Their embedding has a padding row, which is read but gets no gradient.
-    table = model.parameters_by_name["embedding.weight"]
-    x = torch.nn.functional.embedding(tokens_BS, table, padding_idx=0)
-    if causal:
-        return x, mask_BS
-    batch, length, _ = x.shape
-    start, end = own["encoder.START"], own["encoder.END"]
-    x = torch.cat([start.expand(batch, 1, -1), x, torch.zeros_like(x[:, :1])], 1)
-    last_B = mask_BS.sum(1).long() + 1
-    is_last = torch.arange(length + 2)[None] == last_B[:, None]
-    x = torch.where(is_last[..., None], end, x)
-    return x, (torch.arange(length + 2)[None] <= last_B[:, None]).to(mask_BS.dtype)
-
-
-def halting_batch(mask_BS: Tensor) -> Batch:
-    """What the model reads of it beside the embeddings."""
-    tokens_BS = torch.zeros_like(mask_BS, dtype=torch.long)
-    documents_BS = torch.where(mask_BS > 0, 0, -1)
-    return replace(make_batch(tokens_BS, tokens_BS), documents_BS=documents_BS,
-                   single_document=False)  # fmt: skip
+def compare_gradients(
+    case: Case,
+    model: Transformer,
+    arrays: dict[str, Tensor],
+    names: Callable[[Case, str], list[str]],
+) -> None:
+    """All that are stored."""
+    stored = {k.removeprefix("grad/"): v for k, v in arrays.items() if k.startswith("grad/")}
+    found = {}
+    for name, value in stored.items():
+        gradient = model.parameters_by_name[names(case, name)[0]].grad
+        assert gradient is not None
+        found[name] = gradient.view_as(value)
+    found["word_embedding.weight"][0] = 0.0  # their padding index
+    assert_gradients_close(found, stored, FP32_TOL)
 
 
 def step_through(
-    model: Transformer, x: Tensor, ctx: Context, arrays: dict[str, Tensor], tol: float
+    model: Transformer,
+    x: Tensor,
+    ctx: Context,
+    arrays: dict[str, Tensor],
+    real: Tensor,
+    part: str = "",
 ) -> Tensor:
-    """Every step of the authors' loop on all samples: probabilities, states, mixtures, costs. Gives
-    the accepted steps of every token."""
+    """Every step of the authors' loop on all samples, or in a chunk of them: probabilities, states,
+    mixtures, costs. Gives the accepted steps of every token, 0 of what is not real."""
     halting, stack = model.config.halting, model.stack
     assert halting is not None and stack.halting is not None
     steps = layer_map(model.config.recurrence)
     mixture = Mixture(halting, stack.halting, x, ctx, model.config.model.causal, len(steps))
-    real = arrays["mid/block_mask"].bool()
 
-    def check(name: str, value: Tensor, index: int | None = None) -> None:
-        expected = arrays[name] if index is None else arrays[name][index]
-        if expected.ndim == 1:  # of a whole sample
-            expected = expected[:, None].expand_as(real)
+    def of_tokens(value: Tensor) -> Tensor:
+        return value[:, None].expand_as(real) if value.ndim == 1 else value
+
+    def check(name: str, value: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(
-            value[real], expected[real].to(value.dtype), rtol=tol, atol=tol,
-            msg=lambda text: f"{name} {index}: {text}",
+            value[real].double(), of_tokens(expected)[real].double(), rtol=FP32_TOL, atol=FP32_TOL,
+            msg=lambda text: f"{part} step {index}, {name}: {text}",
         )  # fmt: skip
 
-    taken = 0
-    for step in steps[: len(arrays["halt/p"])]:
+    halt = {key.rpartition("/")[2]: value for key, value in arrays.items()
+            if key.startswith(f"halt/{part}")}  # fmt: skip
+    for index, step in enumerate(steps[: len(halt["p"])]):
         mixture.begin_step()
         source = mixture.source
         present = ctx if source is None else replace(ctx, source_BSD=source)
         candidate = stack.blocks["0"](mixture.h, present, step, None)
-        if f"mid/step{mixture.step}/candidate" in arrays:
-            check(f"mid/step{mixture.step}/candidate", candidate)
+        mid = f"mid/{part}step{index}/"
+        if f"{mid}candidate" in arrays:
+            check("candidate", candidate, arrays[f"{mid}candidate"])
+        before = mixture.stopped
         mixture.advance(candidate)
-        index = mixture.step - 1
-        check("halt/p", mixture.p, index)
-        check("halt/T", mixture.stopped, index)
-        check(f"mid/step{index}/h", mixture.h)
-        check(f"mid/step{index}/o", mixture.o)
-        expected = arrays["halt/pen"][index] + arrays["halt/slack"][index]
-        if expected.ndim == 1:
-            expected = expected[:, None].expand_as(real)
-        torch.testing.assert_close(
-            mixture.cost[real], expected[real].to(mixture.cost.dtype), rtol=tol, atol=tol
-        )
-        taken = taken + mixture.going.long()
-        assert torch.equal(mixture.taken, taken)
-    return mixture.taken
+        check("p", mixture.p, halt["p"][index])
+        check("c", mixture.stopped - before, halt["c"][index])
+        check("T", mixture.stopped, halt["T"][index])
+        check("h", mixture.h, arrays[f"{mid}h"])
+        check("o", mixture.o, arrays[f"{mid}o"])
+        check("cost", mixture.cost, halt["pen"][index] + halt["slack"][index])
+        assert torch.equal(mixture.going[real], of_tokens(halt["update_flag"][index])[real] > 0)
+    assert torch.equal(mixture.taken * real, of_tokens(halt["num_steps"]) * real)
+    return mixture.taken * real
 
 
+@pytest.fixture
+def halts_as_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of n tokens takes at most n + 1 steps in causal models too, which so look ahead."""
+
+    def begin_step(self: Mixture) -> bool:
+        self.going = self.going & (self.step < self.documents.length_BS + 1)
+        return bool(self.going.any())
+
+    monkeypatch.setattr(Mixture, "begin_step", begin_step)
+
+
+@pytest.mark.usefixtures("halts_as_theirs")
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("path", cases("dynamic_halt"))
 def test_parity_dynamic_halt(path: Path, precision: str, compact: bool) -> None:
-    """States, probabilities, step counts, outputs, losses and gradients; heads, and the tokens that
-    mark start and end, are made here of the case's weights."""
+    """From the tokens of samples to the losses of a task: states, probabilities, step counts,
+    outputs and gradients."""
     case, arrays = read_case(path)
-    c = case["config"]
-    sides = ["1", "2"] if c["batch_pair"] else [""]
-    read = {side: (arrays[f"in/sequences{side}_vec" if side else "in/sequences_vec"],
-                   arrays[f"in/input_masks{side}"]) for side in sides}  # fmt: skip
-    length = arrays["mid/block_mask"].shape[1]
-    config = halting_config(case, precision, length)
-    model = Transformer(config)
-    shared, own = halting_parameters(model, arrays)
+    if case["config"]["batch_pair"]:
+        side_by_side(arrays)
+    config = halting_config(case, precision, arrays["mid/block_mask"].shape[1])
+    model = load_case(case, config, arrays, halting_names)
     model.stack.compact = compact
-    parts = [embed_case(model, own, *read[side], c["causal"]) for side in sides]
-    most = max(x.shape[1] for x, _ in parts)
-    x = torch.cat([torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[1])) for x, _ in parts])
-    mask_BS = torch.cat([torch.nn.functional.pad(m, (0, most - m.shape[1])) for _, m in parts])
-    real = mask_BS.bool()
-    assert torch.equal(mask_BS, arrays["mid/block_mask"])
-
-    def check(name: str, value: Tensor) -> None:
-        torch.testing.assert_close(
-            value.to(arrays[name].dtype), arrays[name], rtol=FP32_TOL, atol=FP32_TOL,
-            msg=lambda text: f"{name}: {text}",
-        )  # fmt: skip
-
-    torch.testing.assert_close(x[real].float(), arrays["mid/h0"][real])
-    batch = halting_batch(mask_BS)
+    batch = Samples(case, arrays).batch(config)
+    real = batch.documents_BS >= 0
+    assert torch.equal(real, arrays["mid/block_mask"].bool())
     ctx = model.context(batch, step=0, training=True)
+    x = model.embed(batch.tokens_BS, ctx)
+    torch.testing.assert_close(x[real].float(), arrays["mid/h0"][real])
     with torch.no_grad():
-        taken = step_through(model, x, ctx, arrays, FP32_TOL)
-    expected_taken = arrays["halt/num_steps"]
-    if expected_taken.ndim == 1:
-        expected_taken = expected_taken[:, None]
-    assert torch.equal(taken * real, expected_taken * real)
+        taken = step_through(model, x, ctx, arrays, real)
 
     o, terms = model.run(layer_map(config.recurrence), x, ctx, {})
     (counts,) = ctx.counts
-    by_steps = torch.bincount(taken[real], minlength=c["layers"] + 1)
+    by_steps = torch.bincount(taken[real], minlength=case["config"]["layers"] + 1)
     assert torch.equal(counts[:-2].long(), by_steps)
     assert (counts[-2] < counts[-1]) if compact else counts[-2] <= counts[-1]
-    aux = terms["halting"].weight * terms["halting"].total / len(x)
-    if "out/sequence" in arrays:
-        torch.testing.assert_close(
-            o[real].float(), arrays["out/sequence"][real], rtol=FP32_TOL, atol=FP32_TOL
-        )
-    check("out/aux_loss", aux)
-    logits, task = classify(case, own, o, mask_BS, arrays, check)
-    check("out/logits", logits)
-    check("out/loss_task", task)
-    check("out/loss_total", task + aux)
-    (task + aux).backward()
-    ours = {name: p.grad for name, p in {**shared, **own}.items() if p.grad is not None}
-    stored = {key.removeprefix("grad/"): v for key, v in arrays.items() if key.startswith("grad/")}
-    assert_gradients_close(ours, stored, FP32_TOL)
+    torch.testing.assert_close(
+        o[real].float(), arrays["out/sequence"][real], rtol=FP32_TOL, atol=FP32_TOL
+    )
+    compare_loss(model, o, terms, batch, arrays).backward()
+    compare_gradients(case, model, arrays, halting_names)
 
 
 def classify(
@@ -655,86 +709,56 @@ def classify(
     return logits, F.cross_entropy(logits, labels)
 
 
+@pytest.mark.usefixtures("halts_as_theirs")
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("path", cases("tlb"))
 def test_parity_temporal_latent_bottleneck(path: Path, precision: str) -> None:
-    """Sequences, memories and states of every chunk; logits and gradients through a classifier that
-    is theirs."""
+    """Sequences, memories and states of every chunk, its probabilities and step counts too where it
+    halts; losses and gradients through our classifier."""
     case, arrays = read_case(path)
     config = temporal_config(case, precision)
-    model = Transformer(config)
-    weights = {k.removeprefix("w/"): v.to(model.dtype) for k, v in arrays.items() if k[:2] == "w/"}
-    for name, value in weights.items():
-        if not name.startswith("classifier") and not name.endswith("xpos.scale"):
-            model.parameters_by_name[temporal_names(case, name)[0]].data.copy_(value)
-    model.refresh()
-    head = {k: v.requires_grad_() for k, v in weights.items() if k.startswith("classifier")}
+    model = load_case(case, config, arrays, temporal_names)
+    batch, steps = Samples(case, arrays).batch(config), layer_map(config.recurrence)
     real_BS = arrays["in/input_masks"].bool()
+    assert torch.equal(batch.documents_BS >= 0, real_BS)
     memories: list[Tensor] = []
-    ours = model.stack.memory
-    assert ours is not None
-    write = ours.write
-    ours.write = lambda *args: memories.append(write(*args)) or memories[-1]  # type: ignore
+    memory = model.stack.memory
+    assert memory is not None
+    write = memory.write
+    memory.write = lambda *args: memories.append(write(*args)) or memories[-1]  # type: ignore
+    sequences: list[Tensor] = []
+    model.stack.register_forward_hook(lambda module, args, out: sequences.append(out))
 
     ctx, reads = temporal_context(case, model, real_BS), {}
-    x = model.embed(arrays["in/sequences_vec"], ctx)
-    x, terms = model.run(layer_map(config.recurrence), x, ctx, reads)
-    pooled = model.pool_memory(reads["memory"])
+    entered = model.embed(batch.tokens_BS, ctx)
+    o, terms = model.run(steps, entered, ctx, reads)
     assert torch.equal(reads["memory"], memories[-1])
-    classified = x if "in/loss_masks" in arrays else pooled
-    hidden = F.linear(
-        classified, head["classifier_block.0.weight"], head["classifier_block.0.bias"]
-    )
-    logits = F.linear(
-        hidden.relu(), head["classifier_block.2.weight"], head["classifier_block.2.bias"]
-    )
-    labels = arrays["in/labels"]
-    if "in/loss_masks" in arrays:
-        counted = arrays["in/loss_masks"].to(logits.dtype)
-        losses = F.binary_cross_entropy_with_logits(
-            logits[..., 0], labels.to(logits.dtype), reduction="none"
-        )
-        loss = (losses * counted).sum() / counted.sum()
-        logits = logits[real_BS]
-        arrays["out/logits"] = arrays["out/logits"][real_BS]
-    else:
-        loss = F.cross_entropy(logits, labels)
-    actual = {"out/sequence": x[real_BS], "out/global_state": pooled, "out/logits": logits}
-    if config.halting is not None:
-        actual["out/aux_loss"] = terms["halting"].weight * terms["halting"].total / len(x)
-        loss = loss + actual["out/aux_loss"]
-    actual["out/loss_total"] = loss
+    actual = {"out/sequence": sequences[0][real_BS],
+              "out/global_state": model.pool_memory(reads["memory"])}  # fmt: skip
     arrays["out/sequence"] = arrays["out/sequence"][real_BS]
     assert ctx.states is not None and ctx.chunks is not None
     states = iter(ctx.states)
     for number, chunk in enumerate(ctx.chunks.chunks):
-        real_BC = real_BS[:, chunk.start : chunk.stop]
-        for layer in range(len(layer_map(config.recurrence))):
-            halts, state = config.halting is not None, next(states)
-            name = f"mid/chunk{number}/" + (f"step{layer}/h" if halts else f"layer{layer}/out")
-            if not halts or name in arrays:  # they stop once all have halted
-                actual[name], arrays[name] = state[real_BC], arrays[name][real_BC]
-        actual[f"mid/chunk{number}/memory_after"] = memories[number]
-    compared = {n for n in arrays if n.startswith(("out/", "mid/chunk")) and n[-2:] != "/o"}
-    beside = {"out/encoder_mask", "out/loss_task", "out/aux_per_sample"}
-    assert compared - actual.keys() - beside == set()
-    if config.halting is not None:
-        check_accepted_steps(case, ctx, real_BS)
+        part, real_BC = f"chunk{number}/", real_BS[:, chunk.start : chunk.stop]
+        actual[f"mid/{part}memory_after"] = memories[number]
+        if config.halting is None:
+            for layer in range(len(steps)):
+                name = f"mid/{part}layer{layer}/out"
+                actual[name], arrays[name] = next(states)[real_BC], arrays[name][real_BC]
+            continue
+        before = memories[number - 1] if number else memory.initial(len(real_BS))
+        with torch.no_grad():
+            x = entered[:, chunk.start : chunk.stop]
+            taken = step_through(model, x, memory.given(chunk, before), arrays, real_BC, part)
+        by_steps = torch.bincount(taken[real_BC], minlength=len(steps) + 1)
+        assert torch.equal(ctx.counts[number][:-2].long(), by_steps)
     for name, value in actual.items():
         torch.testing.assert_close(
-            value.detach().to(torch.float64), arrays[name].to(torch.float64), rtol=FP32_TOL,
-            atol=FP32_TOL, msg=lambda text, name=name: f"{name}: {text}",
+            value.detach().double(), arrays[name].double(), rtol=FP32_TOL, atol=FP32_TOL,
+            msg=lambda text, name=name: f"{name}: {text}",
         )  # fmt: skip
+    stepped = re.compile(r"mid/chunk\d+/step")  # compared by `step_through`
+    assert {n for n in arrays if n.startswith("mid/chunk") and not stepped.match(n)} <= set(actual)
 
-    loss.backward()
-    assert model.embedding is not None
-    stored = {k.removeprefix("grad/"): v for k, v in arrays.items() if k.startswith("grad/")}
-    found = {}
-    for name in stored:
-        gradient = head[name].grad if name in head else None
-        if name not in head:
-            gradient = model.parameters_by_name[temporal_names(case, name)[0]].grad
-        assert gradient is not None
-        found[name] = gradient
-    found["word_embedding.weight"][0] = 0.0  # their padding index
-    assert_gradients_close(found, stored, FP32_TOL)
+    compare_loss(model, o, terms, batch, arrays).backward()
+    compare_gradients(case, model, arrays, temporal_names)

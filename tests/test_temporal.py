@@ -155,10 +155,20 @@ def test_chunk_by_chunk_equals_one_call(positions: str, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[1] * 13, [3, 6, 1, 3], [9, 4]])
-def test_a_decoder_takes_pieces_of_any_length(sizes: list[int]) -> None:
-    batch = make_batch(2, 13)
-    config = small(model={"num_kv_heads": 2})
+@pytest.mark.parametrize("state", ["prelude", "random"])
+def test_a_decoder_takes_pieces_of_any_length(state: str, sizes: list[int]) -> None:
+    """From a random state too, which is another in every chunk."""
+    batch = replace(make_batch(2, 13), sample_ids_B=torch.arange(2))
+    loop = {"kind": "loop", "prelude": 1, "core": 1, "coda": 1, "num_loops": 2}
+    loop |= {"injection": "add", "initial_state": state}
+    config = small(model={"num_kv_heads": 2}, recurrence=loop)
     model, steps = build(config), build_map(config)
+    if state == "random":
+        found = model.context(batch, step=0, training=False).chunks
+        assert found is not None
+        x = torch.zeros(2, CHUNK, config.model.hidden_size, dtype=torch.float64)
+        first, second = (model.stack.initial_state(x, chunk.ctx) for chunk in found.chunks[:2])
+        assert not torch.isclose(first, second).any()
     carried = Cache().carry()
     parts = [model.read_piece(steps, part, carried) for part in batch.tokens_BS.split(sizes, 1)]
     whole = hidden(config, batch, model)[0]
@@ -461,6 +471,7 @@ def test_parameters_are_those_of_the_formula_and_check_tells() -> None:
         ({"chunk_length": 33}, {}, "chunk_length=33 is above data.seq_length=32"),
         ({"chunk_length": 5}, {"train": {"compile": True}}, "chunk_length=5 must divide data.seq_"),
         ({"backward_chunks": 1}, {}, "backward_chunks=1 cuts the memory off wherever it is read"),
+        ({"backward_chunks": 1, "pooling": "mean"}, {}, "backward_chunks=1 cuts the memory off"),
         ({"backward_chunks": 9}, {}, "backward_chunks=9 is more than the 8 chunk"),
         ({"updates": 0}, {}, "temporal.updates"),
         ({"initial_memory": "ones"}, {}, "temporal.initial_memory"),

@@ -82,6 +82,9 @@ class ModelConfig(Section):
     """Positions after which xpos has scaled once by its whole factor."""
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: PositiveFloat = 1e-5
+    final_norm: bool = True
+    """false: the head reads the stream as it is, where norm_position is pre (Ray Chowdhury &
+    Caragea 2024); post never has one."""
     final_norm_eps: PositiveFloat | None = None
     """Of the final norm (RingFormer's vision model has 1e-6 there). Left out: norm_eps."""
     norm_position: Literal["pre", "post", "sandwich", "peri"] = "pre"
@@ -136,9 +139,11 @@ class ModelConfig(Section):
     z_loss: NonNegativeFloat = 0.0
     """Coefficient of mean(logsumexp(logits)^2) (PaLM, section 5)."""
     init_std: PositiveFloat = 0.02
-    init_scaling: Literal["none", "depth"] = "none"
+    init_scaling: Literal["none", "depth", "xavier"] = "none"
     """depth: output projections of attention and feed-forward start at init_std/sqrt(2 x depth),
-    depth being the unrolled one."""
+    depth being the unrolled one. xavier: every matrix that multiplies hidden states starts at
+    sqrt(2/(in + out)) (Glorot & Bengio 2010), queries, keys and values at sqrt(1/(in + out));
+    embeddings and the vocabulary's head at init_std."""
 
     @model_validator(mode="before")
     @classmethod
@@ -608,7 +613,7 @@ class Universal(Section):
 
     kind: Literal["universal"]
     depth: PositiveInt
-    """Most steps. Of a document of n tokens at most n + 1 count, where there is halting."""
+    """Most steps. Where an encoder halts, a document of n tokens takes at most n + 1."""
     halting: HaltingConfig = HaltingConfig()
 
     @property
@@ -673,16 +678,6 @@ class TemporalConfig(Section):
     pooling: Literal["mean", "last"] | None = None
     """What a classifier of sequences or pairs reads in the place of states of tokens, after a norm:
     the mean over slots, or the last slot. Left out: nothing but later chunks reads the memory."""
-
-    @model_validator(mode="after")
-    def check_truncation(self) -> TemporalConfig:
-        """Refuse truncation that trains no writing."""
-        if self.backward_chunks == 1 and self.pooling is None:
-            raise ValueError(
-                "backward_chunks=1 cuts the memory off wherever it is read, so that what writes it "
-                "would never be trained; set it to 2 or more, or leave it out"
-            )
-        return self
 
 
 RecurrenceConfig = Annotated[
@@ -1303,7 +1298,7 @@ class Config(Section):
         """Whether there is a norm between the map and a head, or a core and its coda."""
         if self.reads_memory and not getattr(self.recurrence, "final_norm_after_core", False):
             return False
-        return self.model.norm_position != "post"
+        return self.model.final_norm and self.model.norm_position != "post"
 
     @property
     def ties_embeddings(self) -> bool:
@@ -1498,6 +1493,11 @@ class Config(Section):
             problems.append(
                 f"temporal.backward_chunks={temporal.backward_chunks} is more than the {chunks} "
                 "chunk(s) of a sequence; lower it, or leave it out for the full backward"
+            )
+        if temporal.backward_chunks == 1 and not self.reads_memory:
+            problems.append(
+                "temporal.backward_chunks=1 cuts the memory off wherever it is read, so that what "
+                "writes it would never be trained; set it to 2 or more, or leave it out"
             )
         if model.norm_position != "pre" or model.parallel_residual:
             problems.append(
@@ -1704,14 +1704,11 @@ class Config(Section):
                 f"decay_steps={decay} do not fit in train.steps={train.steps}"
             )
         loop = self.recurrence
-        if (
-            isinstance(loop, Loop)
-            and loop.final_norm_after_core
-            and self.model.norm_position == "post"
-        ):
+        if isinstance(loop, Loop) and loop.final_norm_after_core and not self.has_final_norm:
             raise ValueError(
                 "recurrence.final_norm_after_core needs a final norm, which "
-                "model.norm_position=post has not; choose pre or sandwich"
+                f"model.norm_position={self.model.norm_position} with final_norm="
+                f"{self.model.final_norm} has not; choose pre or sandwich, and leave final_norm out"
             )
         limit, name, longest = self.model.max_positions, "data.seq_length", self.num_positions
         ends = " and 2 for START and END" * (self.num_positions > self.data.seq_length)

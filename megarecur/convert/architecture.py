@@ -147,6 +147,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "rope_scaling_factor": (1.0,),
     "rope_theta_local": (None,),
     "norm": ("rms",),
+    "final_norm": (True,),
     "final_norm_eps": (None,),
     "norm_position": ("pre",),
     "residual": ("plain",),

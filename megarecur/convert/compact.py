@@ -58,6 +58,7 @@ REFUSED = (
     "causal",
     "level_encoding",
     "xpos_scale_base",
+    "final_norm",
     "final_norm_eps",
     "residual",
     "shared_feed_forward",

@@ -7,8 +7,10 @@ probability of stopping before step l, having come so far, and
     c_l = p_l (1 - p_0) ... (1 - p_{l-1}),        T = sum of c_k up to l
     o_{l+1} = sum_k c_k h_k + (1 - T) h_{l+1},    cost = sum_k c_k (k + 1) + (1 - T) (l + 1)
 
-A step with T at the threshold, or beyond length + 1 steps, is discarded: h, o and cost stay what
-they were. Documents that are packed into one sample halt each by themselves.
+A step with T at the threshold is discarded: h, o and cost stay what they were. So is one beyond
+length + 1 steps in an encoder; the authors' causal models have that limit too, and are other models
+of a text's beginning once the text goes on. Documents that are packed into one sample halt each by
+themselves.
 
 Shapes: B samples, S positions, D hidden, U documents of a sample at most.
 """
@@ -174,8 +176,10 @@ class Mixture:
         return self.o if self.config.mode == "token" and self.step else None
 
     def begin_step(self) -> bool:
-        """Halt documents that have taken as many steps as they may. Whether any token goes on."""
-        self.going = self.going & (self.step < self.documents.length_BS + 1)
+        """Halt documents of an encoder that have taken as many steps as they may; a causal model
+        must not know how long they will be. Whether any token goes on."""
+        if not self.causal:
+            self.going = self.going & (self.step < self.documents.length_BS + 1)
         return bool(self.going.any())
 
     def drop_halted(self) -> Tensor | None:

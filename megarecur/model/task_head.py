@@ -58,7 +58,7 @@ class TaskHead(nn.Module):
         if self.hidden is None:
             features = features[:, self.own_features]
         else:
-            features = F.gelu(product(features, self.hidden, self.hidden_bias))
+            features = F.relu(product(features, self.hidden, self.hidden_bias))
         logits = product(features, self.output)
         logits = logits + (self.output_bias / self.tp.size).to(logits.dtype)
         with self.tp.whole_sequences():  # These are no positions.

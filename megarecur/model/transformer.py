@@ -272,8 +272,10 @@ class Stack(nn.Module):
         if recurrence.initial_state == "zero":
             return torch.zeros_like(x)
         where = ctx.where("initial state")
-        samples, _ = ctx.rows()
-        noise = truncated_normal(where, (samples, ctx.tp.own(ctx.positions_BS)), x.shape[-1])
+        samples, places = ctx.rows()
+        if ctx.first is None:  # A cached text goes on where it was; positions of a chunk restart.
+            places = ctx.tp.own(ctx.positions_BS)
+        noise = truncated_normal(where, (samples, places), x.shape[-1])
         return (noise * recurrence.initial_state_std).to(x.dtype)
 
 
@@ -476,7 +478,14 @@ class Transformer(nn.Module):
         positions_BS = torch.arange(
             carried.length, carried.length + length, device=tokens_BS.device
         ).expand(batch, -1)
-        ctx = build_chunks(self.config, positions_BS, self.dtype, carried=carried, tp=self.tp)
+        ctx = build_chunks(
+            self.config,
+            positions_BS,
+            self.dtype,
+            carried=carried,
+            tp=self.tp,
+            seed=self.config.seed,
+        )
         return self.run(steps, self.embed(tokens_BS, ctx), ctx, {})[0]
 
     def pool_memory(self, memory_BMD: Tensor) -> Tensor:

@@ -116,7 +116,19 @@ def build_inventory(config: Config) -> Inventory:
         specs += task_parameters(config)
     elif not model.tie_embeddings:
         specs.append(ParameterSpec("head.weight", table, None, model.init_std, cut=0))
+    if model.init_scaling == "xavier":
+        specs = [with_xavier(spec) for spec in specs]
     return {spec.name: spec for spec in specs}
+
+
+def with_xavier(spec: ParameterSpec) -> ParameterSpec:
+    """The same, a matrix that multiplies hidden states with the standard deviation of Glorot &
+    Bengio 2010, for what attention reads divided by sqrt(2), as in fairseq."""
+    owner, _, kind = spec.name.rpartition(".")
+    if len(spec.shape) != 2 or kind != "weight" or owner in ("embedding", "head"):
+        return spec
+    gain = 0.5 if owner.endswith((".query", ".key", ".value")) else 1.0
+    return replace(spec, std=math.sqrt(2.0 * gain / sum(spec.shape)))
 
 
 def block_parameters(config: Config, block: int, steps: LayerMap) -> list[ParameterSpec]:
