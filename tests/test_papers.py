@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from launch.cli import main
 from megarecur.config.load import load_config
 from megarecur.config.schema import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.task_head import END, START
 from megarecur.model.transformer import Transformer
+from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_parameters
 from megarecur.plan.describe import describe, make_console, resolve_vocab_size
 from megarecur.recurrence.schemes import build_map
+from megarecur.train.trainer import open_data
 
 PAPERS = Path(__file__).parent.parent / "configs/papers"
 FILES = sorted(PAPERS.glob("*/*.yaml"))
@@ -66,6 +70,45 @@ def test_a_twin_learns_from_a_batch(path: Path) -> None:
     for name, parameter in model.parameters_by_name.items():
         assert parameter.grad is not None, name
         assert parameter.grad.any() or ".signal_" in name, name  # A factor beside a zero one.
+
+
+TASKS = ("listops", "listops-lra", "logic", "flip-flop", "text", "retrieval")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_header_prepares_what_its_config_reads(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of every config of a task, on few samples and small files."""
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test"):
+        for label in ("neg", "pos", "unsup") if part == "train" else ("neg", "pos"):
+            folder = Path("data/aclImdb") / part / label
+            folder.mkdir(parents=True)
+            for i in range(20):
+                (folder / f"{i}.txt").write_text(f"{label} {i}")
+    Path("data/lra").mkdir()
+    for part in ("train", "eval", "test"):
+        rows = [f"{i % 2}.0\tP{i}\tQ{i}\tb'one {i}'\tb'two {i}'\n" for i in range(400)]
+        Path(f"data/lra/new_aan_pairs.{part}.tsv").write_text("".join(rows))
+    prepared: set[str] = set()
+    for path in FILES:
+        name = path.stem.removesuffix("-small")
+        if path.parent.name != "dynamic_halt" or name.rpartition("-")[0] != task:
+            continue
+        (line,) = [line for line in path.read_text().splitlines() if "megarecur prep task" in line]
+        command = line.removeprefix("#   megarecur ").split()
+        if line not in prepared:
+            few = [] if "labelled" in command else ["--train", "400" if task == "logic" else "40"]
+            few += ["--test-count", "2"] if task in ("listops", "flip-flop") else []
+            few += ["--val", "4"] if task in ("listops", "listops-lra", "flip-flop") else []
+            monkeypatch.setattr(sys, "argv", ["megarecur", *command, *few])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert not ended.value.code, line
+            prepared.add(line)
+        open_data(load_config(path), Mesh())
+    assert prepared
 
 
 def test_check_shows_both_numbers() -> None:
