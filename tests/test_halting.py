@@ -15,7 +15,7 @@ from harness import assert_gradients_close, compare
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_model import VOCABULARY, Batch, build, gradients, make_batch, make_config
 from test_tensor_parallel import build as build_on_mesh
-from test_tensor_parallel import config_of, reference, step_of, trace
+from test_tensor_parallel import config_of, later, reference, step_of, trace
 from torch import Tensor
 
 from megarecur.config.load import validate
@@ -27,12 +27,12 @@ from megarecur.model.context import build_context
 from megarecur.model.halting import Mixture
 from megarecur.model.transformer import LossTerm, Transformer
 from megarecur.parallel.mesh import Mesh
-from megarecur.plan.cost import count_flops, count_parameters
+from megarecur.plan.cost import count_flops, count_head_flops, count_parameters
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train.metrics import read_rows
 from megarecur.train.report import Interval, StepResult, name_counts
 from megarecur.train.step import count_documents
-from megarecur.train.trainer import FINISHED, train
+from megarecur.train.trainer import FINISHED, open_data, train
 
 DEPTH = 6
 UT = {"positions": "xpos", "norm": "layer", "feed_forward": "gelu", "feed_forward_bias": True}
@@ -408,12 +408,13 @@ def test_generation_keeps_no_cache() -> None:
 
 def mesh_config(corpus: Path, tensor: int, mode: str = "global", **sections: Any) -> Config:
     """Large weights and a low threshold, so that depths differ."""
+    halting = {"threshold": 0.8, **sections.pop("halting", {})}
     model = {**GUT, "init_std": 0.15, **sections.pop("model", {})}
     return config_of(
         corpus,
         "dense",
         tensor,
-        recurrence=universal(mode, 5, threshold=0.8),
+        recurrence=universal(mode, 5, **halting),
         model=model,
         **sections,
     )
@@ -426,8 +427,11 @@ def mesh_config(corpus: Path, tensor: int, mode: str = "global", **sections: Any
         (2, 2, 0, "token", {"model": {"dropout": 0.1, "attention_dropout": 0.1}}),
         (1, 2, 1, "token", {}),
         (1, 2, 3, "global", {"train": {"recompute": True}}),
-        pytest.param(1, 2, 2, "global", {}, marks=pytest.mark.slow),
-        pytest.param(2, 4, 3, "token", {}, marks=pytest.mark.slow),
+        later(2, 2, 0, "global", {"model": {"dropout": 0.1}}),
+        later(1, 2, 0, "token", {"model": {"gate": False}, "halting": {"transition": False}}),
+        later(1, 2, 1, "global", {}),
+        later(1, 2, 2, "global", {}),
+        later(2, 4, 3, "token", {}),
     ],
 )
 def test_ranks_equal_one_process(world, corpus, tensor, processes, stage, mode, extra) -> None:
@@ -523,6 +527,11 @@ def test_runs_resume_and_tell_how_deep_tokens_went(corpus, tmp_path) -> None:
         depth = sum(i * bar for i, bar in enumerate(bars))
         assert whole["recurrence/halting_depth"] == pytest.approx(depth)
         assert 0.0 < whole["recurrence/executed_share"] < 1.0
+        config = open_data(run_config(corpus, tmp_path / "whole", 6), Mesh()).config
+        most, head = count_flops(config, layer_map(config.recurrence)), count_head_flops(config)
+        share = whole["recurrence/executed_share"]
+        expected = 3 * head + share * (most.train - 3 * head)
+        assert whole["speed/flops_per_token"] == pytest.approx(expected)
         assert 0.0 < whole["train/halting"] < 5.0
         for key in whole:
             if key.startswith(("train/", "recurrence/")):

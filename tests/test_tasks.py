@@ -102,6 +102,19 @@ def test_meshes_equal_one_process(world, tasks, name, task, processes, parallel,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pooling", [None, "mean"])
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"zero_stage": 3}])
+def test_encoders_with_a_memory_equal_one_process(world, tasks, pooling, parallel) -> None:
+    """Of a chunk or of several, as the longest sequence of a replica's micro batch has it."""
+    temporal = {"chunk_length": 12, "num_slots": 3, "pooling": pooling}
+    config = config_of(
+        tasks, "listops", {**SEQUENCE, "pooling": "mean"}, temporal=temporal, parallel=parallel,
+        model={**ENCODER, **DROPOUT}, train={"micro_batch_size": 1},
+    )  # fmt: skip
+    compare(world(2).run(trace, config, 3)[0], reference(config, 3))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recurrence", "model", "parallel"),
     [

@@ -347,6 +347,10 @@ def test_recomputed_with_dropout_to_the_last_bit() -> None:
 
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
 LONG = {"chunk_length": 4, "num_slots": 3, "updates": 2}
+GUTLB: dict[str, Any] = {
+    "model": {"gate": True, "positions": "xpos"},
+    "recurrence": {"kind": "universal", "depth": 4, "halting": {"mode": "global"}},
+}
 
 
 @pytest.mark.parametrize(
@@ -359,9 +363,8 @@ LONG = {"chunk_length": 4, "num_slots": 3, "updates": 2}
         later("loop", 1, 2, {"parallel": {"zero_stage": 1}, "train": {"recompute": True}}),
         later("loop", 2, 4, {"parallel": {"zero_stage": 3}, "train": {"recompute": True}}),
         later("cycle", 1, 1, {"train": {"recompute": True}, "adapters": {"rank": 2}}),
-        later("dense", 2, 4, {"model": {"gate": True, "positions": "xpos"},
-                              "recurrence": {"kind": "universal", "depth": 4,
-                                             "halting": {"mode": "global"}}}),
+        *(later("dense", tensor, processes, {**GUTLB, "parallel": {"zero_stage": stage}})
+          for tensor, processes, stage in ((2, 4, 0), (1, 2, 0), (2, 2, 0), (1, 2, 1), (1, 2, 3))),
     ],
 )  # fmt: skip
 def test_ranks_equal_one_process(world, corpus, scheme, tensor, processes, extra) -> None:

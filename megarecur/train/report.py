@@ -21,7 +21,13 @@ from megarecur.model.compile import CompiledModel
 from megarecur.model.telemetry import name_measures
 from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh
-from megarecur.plan.cost import FlopEstimate, count_flops, count_head_flops, estimate_memory
+from megarecur.plan.cost import (
+    FlopEstimate,
+    count_flops,
+    count_head_flops,
+    count_memory_flops,
+    estimate_memory,
+)
 from megarecur.plan.describe import format_bytes
 from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.layer_map import LayerMap
@@ -248,8 +254,8 @@ class Report:
     def count_work(
         self, depths: Sequence[Depth | None], rate: float, executed: float = 1.0
     ) -> dict[str, float]:
-        """Shares of the hardware's peak by the FLOPs that steps of these depths executed, apart for
-        loops without gradient and for recompute; and their mean depth.
+        """FLOPs that steps of these depths executed, and as shares of the hardware's peak, apart
+        for loops without gradient and for recompute; and their mean depth.
 
         Args:
             depths: of each optimizer step.
@@ -260,14 +266,18 @@ class Report:
             steps = build_map(self.config, depth)
             self.flops[depth] = count_flops(self.config, steps)
 
-        def share(kind: str) -> float:
+        def count(kind: str) -> float:
+            """Executed per token. Maps that halt have no exits: the head is applied once."""
             flops = sum(getattr(self.flops[depth], kind) for depth in depths) / len(depths)
-            head = 3 * count_head_flops(self.config) if kind in ("train", "hardware") else 0
-            if executed < 1.0:  # Such maps have no exits: the head is applied once.
-                flops = head + executed * (flops - head)
-            return float(flops * rate / self.peak)
+            always = 0.0
+            if kind in ("train", "hardware"):
+                always = 3 * (count_head_flops(self.config) + count_memory_flops(self.config))
+            return float(always + executed * (flops - always))
 
-        work = {"speed/mfu": share("train")}
+        def share(kind: str) -> float:
+            return count(kind) * rate / self.peak
+
+        work = {"speed/flops_per_token": count("train"), "speed/mfu": share("train")}
         if share("forward_only"):
             work["speed/mfu_forward_only"] = share("forward_only")
         if share("recompute"):
