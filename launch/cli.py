@@ -327,6 +327,10 @@ def evaluate_run(
         Path | None,
         typer.Option(metavar="FILE", help="Also draw the loss by position: .png or .svg."),
     ] = None,
+    streaming: Annotated[
+        bool,
+        typer.Option(help="Read documents to their end, the temporal memory carried along."),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Score a run on its validation corpora: loss, perplexity, bits per byte, early exits; of a
@@ -334,7 +338,7 @@ def evaluate_run(
     from megarecur.config.schema import Source
     from megarecur.data.corpus import open_corpus
     from megarecur.parallel.mesh import Mesh, pick_device
-    from megarecur.train.evaluate import evaluate
+    from megarecur.train.evaluate import evaluate, stream_corpus
     from megarecur.train.load import load_model, open_tokenizer
 
     check_picture(draw)
@@ -348,6 +352,8 @@ def evaluate_run(
     if loaded.config.task is not None:
         if draw is not None:
             raise ConfigError("--draw: draws the loss by position of text; the run has a task")
+        if streaming:
+            raise ConfigError("--streaming: reads text to its end; the run has a task")
         score_task_corpora(loaded, model, paths, depths, samples, mesh)
         return
     fingerprint = open_tokenizer(loaded).fingerprint
@@ -357,7 +363,11 @@ def evaluate_run(
     ]
     curves = {}
     for loops in depths:
-        scores = evaluate(model, corpora, loaded.config, mesh, samples, loops)
+        if streaming:
+            run_on = (loaded.config, mesh, samples, loops)
+            scores = [stream_corpus(model, corpus, *run_on) for corpus in corpora]
+        else:
+            scores = evaluate(model, corpora, loaded.config, mesh, samples, loops)
         at = "" if loops is None else f"  depth {loops}:"
         for path, score in zip(paths, scores, strict=True):
             print(

@@ -6,6 +6,7 @@ Parity with the authors' code is in test_parity.py. Shapes: B samples, S positio
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megarecur.inference.early import ExitRule
 from megarecur.inference.generate import generate
 from megarecur.model.temporal import Carried
 from megarecur.model.transformer import Transformer
+from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import (
     count_flops,
     count_memory_flops,
@@ -36,8 +38,9 @@ from megarecur.plan.cost import (
 )
 from megarecur.plan.describe import describe, make_console
 from megarecur.recurrence.schemes import build_map, layer_map
+from megarecur.train.evaluate import stream_corpus
 from megarecur.train.metrics import read_rows
-from megarecur.train.trainer import FINISHED, train
+from megarecur.train.trainer import FINISHED, open_data, train
 
 CHUNK, SLOTS = 4, 3
 TEMPORAL = {"chunk_length": CHUNK, "num_slots": SLOTS}
@@ -248,6 +251,33 @@ def test_halting_chunks_stream_and_refuse_a_cache() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-11, atol=1e-11)
     with pytest.raises(ConfigError, match="needs the states of all tokens of a chunk"):
         model.read_piece(steps, batch.tokens_BS, Cache().carry())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_streaming_evaluation_reads_documents_to_their_end(corpus: Path, masked: bool) -> None:
+    """As if each was one sequence; without masks all text is one document."""
+    extra = {"data": {"mask_documents": masked, "seq_length": 14}, "train": {"precision": "fp64"}}
+    config = config_of(corpus, "loop", 1, temporal=TEMPORAL, model={"init_std": 0.15}, **extra)
+    opened = open_data(config, Mesh())
+    config, text = opened.config, opened.validation[0]
+    model, losses = build(config), []
+    begins = text.documents.tolist() if masked else [0]
+    for begin, end in pairwise([*begins, text.num_tokens]):
+        tokens = torch.from_numpy(text.read(begin, end - begin).astype("int64"))[None]
+        whole = replace(make_batch(1, end - begin - 1), tokens_BS=tokens[:, :-1])
+        logits = model.logits(hidden(config, whole, model)[0])[0].detach()
+        losses += torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+    score = stream_corpus(model, text, config, Mesh())
+    assert score.tokens == len(losses)
+    assert score.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-11)
+    if masked:
+        first = stream_corpus(model, text, config, Mesh(), max_documents=1)
+        count = begins[1] - begins[0] - 1
+        assert first.tokens == count
+        assert first.loss == pytest.approx(float(torch.stack(losses[:count]).mean()), rel=1e-11)
+    with pytest.raises(ConfigError, match="no temporal memory that could be carried"):
+        plain = config.model_copy(update={"temporal": None})
+        stream_corpus(build(plain), text, plain, Mesh())
 
 
 # ----------------------------------------------------------------------------- padded and packed

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,15 +17,16 @@ from megarecur.config.schema import Config
 from megarecur.data.corpus import Corpus
 from megarecur.data.loader import MicroBatch, validation_batches
 from megarecur.data.tokenizer import load_tokenizer
-from megarecur.errors import MegarecurError
+from megarecur.errors import ConfigError, MegarecurError
 from megarecur.inference.generate import encode_prompt, generate, run_with_exits, stream_text
+from megarecur.model.temporal import Carried
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.plan.schedule import Scheduled, Schedules
 from megarecur.train.signals import StopFlag
 
-Batch = TypeVar("Batch", bound=MicroBatch)
+AnyBatch = TypeVar("AnyBatch", bound=MicroBatch)
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,7 @@ def score_corpus(
             continue
         losses_N = model.loss(x, batch)["loss"].per_token
         assert losses_N is not None
-        # frexp's exponent is the bit length: 0 for 0, 1 for 1, 2 for 2 and 3, ...
-        bucket_N = torch.frexp(batch.positions_BS.flatten().to(torch.float32)).exponent.long()
+        bucket_N = bit_lengths(batch.positions_BS.flatten())
         counted_N = (batch.labels_BS != IGNORED).flatten()
         sums[0].index_add_(0, bucket_N, losses_N.to(torch.float64))
         sums[1].index_add_(0, bucket_N, counted_N.to(torch.float64))
@@ -125,14 +127,83 @@ def score_corpus(
     return Score(total / max(tokens, 1.0), int(tokens), num_bytes, parts, early)
 
 
+@torch.no_grad()
+def stream_corpus(
+    model: Transformer,
+    corpus: Corpus,
+    config: Config,
+    mesh: Mesh,
+    max_documents: int = 0,
+    num_loops: int | None = None,
+) -> Score:
+    """Every document read to its end in pieces, the temporal memory carried along: predicted with
+    all that came before, not with what of it is in a window. In one process.
+
+    Args:
+        model: with a temporal memory.
+        corpus: where documents are not masked, it is one document.
+        config: of the run; pieces are the whole chunks that fit into data.seq_length.
+        mesh: where it runs.
+        max_documents: so many from the start; 0: all.
+        num_loops: as for `score_corpus`.
+
+    Raises:
+        ConfigError: the model has no memory to carry.
+    """
+    if config.temporal is None:
+        raise ConfigError(
+            "--streaming: the run has no temporal memory that could be carried from piece to "
+            "piece; leave it out"
+        )
+    steps = Schedules(config).forward(num_loops, exits=False).steps
+    length = config.data.seq_length // config.temporal.chunk_length * config.temporal.chunk_length
+    begins = corpus.documents if config.data.mask_documents else corpus.documents[:1]
+    edges = [*begins[: max_documents or None].tolist(), corpus.num_tokens]
+    if len(edges) <= len(begins):
+        edges[-1] = int(begins[len(edges) - 1])
+    buckets = corpus.num_tokens.bit_length() + 1
+    sums = torch.zeros(2, buckets, dtype=torch.float64, device=mesh.device)
+    for begin, end in pairwise(edges):
+        carried = Carried()
+        for start in range(begin, end - 1, length):
+            ids = corpus.read(start, min(length + 1, end - start)).astype(np.int64)
+            batch = one_row(torch.from_numpy(ids), start - begin).to(mesh.device)
+            x = model.read_piece(steps, batch.tokens_BS, carried)
+            losses_N = model.loss(x, batch)["loss"].per_token
+            assert losses_N is not None
+            bucket_N = bit_lengths(batch.positions_BS[0])
+            sums[0].index_add_(0, bucket_N, losses_N.to(torch.float64))
+            sums[1].index_add_(0, bucket_N, torch.ones_like(sums[0, 0]).expand(len(bucket_N)))
+    losses, counts = sums.tolist()
+    tokens = sum(counts)
+    parts = tuple(a / n if n else math.nan for a, n in zip(losses, counts, strict=True))
+    num_bytes = tokens * corpus.num_bytes / corpus.num_tokens
+    return Score(sum(losses) / max(tokens, 1.0), int(tokens), num_bytes, parts)
+
+
+def one_row(ids: Tensor, position: int) -> MicroBatch:
+    """Tokens and the next ones, which are a document from a position of it on."""
+    positions_BS = torch.arange(position, position + len(ids) - 1)[None]
+    nothing_B = torch.zeros(1, dtype=torch.long)
+    return MicroBatch(
+        ids[None, :-1], ids[None, 1:], positions_BS, torch.zeros_like(positions_BS), nothing_B,
+        nothing_B, single_document=True,
+    )  # fmt: skip
+
+
+def bit_lengths(numbers: Tensor) -> Tensor:
+    """0 for 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, ..."""
+    return torch.frexp(numbers.to(torch.float64)).exponent.long()  # of a fraction in [1/2, 1)
+
+
 def run_batches(
     model: Transformer,
     mesh: Mesh,
     scheduled: Scheduled,
-    batches: Iterable[Batch],
+    batches: Iterable[AnyBatch],
     failures: Sequence[MegarecurError],
     stop: StopFlag | None,
-) -> Iterator[tuple[Batch, Tensor | None, dict[str, Tensor]] | None]:
+) -> Iterator[tuple[AnyBatch, Tensor | None, dict[str, Tensor]] | None]:
     """Each batch with what its tokens come out as, and at exits; None once all ranks agree to stop,
     which they ask each other every few batches."""
     for i, batch in enumerate(batches):

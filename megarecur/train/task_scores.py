@@ -13,7 +13,7 @@ from megarecur.errors import MegarecurError
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.plan.schedule import Schedules
-from megarecur.train.evaluate import run_batches, short_names
+from megarecur.train.evaluate import bit_lengths, run_batches, short_names
 from megarecur.train.signals import StopFlag
 
 
@@ -131,8 +131,7 @@ def add_batch(
     """Count the predictions of a micro batch."""
     logits = model.class_logits(x, batch) if model.task_head else model.all_logits(x).flatten(0, 1)
     right = (logits.argmax(-1).view_as(batch.labels_BS) == batch.labels_BS) & batch.scored
-    # frexp's exponent is the bit length: 0 for 0, 1 for 1, 2 for 2 and 3, ...
-    bucket_N = torch.frexp(batch.lengths_N.to(torch.float32)).exponent.long()
+    bucket_N = bit_lengths(batch.lengths_N)
     by_length[0].index_add_(0, bucket_N, right.sum(1, dtype=torch.float64))
     by_length[1].index_add_(0, bucket_N, batch.scored.sum(1, dtype=torch.float64))
     sums[0] += model.loss(x, batch)["loss"].total
