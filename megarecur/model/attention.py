@@ -1,8 +1,8 @@
-"""Causal grouped-query attention. Shapes: B samples, S positions, D hidden, N heads, H head_dim."""
+"""Grouped-query attention. Shapes: B samples, S positions, D hidden, N heads, H head_dim."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,9 @@ from megarecur.recurrence.inventory import HEAD_NORMS, biased_projections
 from megarecur.recurrence.layer_map import Step
 
 
-class Projections(nn.Module):
-    """The four matrices of an attention, with the heads that this rank holds: query head i reads
-    key head i // (num_heads / num_kv_heads) (Ainslie et al. 2023)."""
+class MultiHead(nn.Module):
+    """The four matrices of an attention, of the heads that this rank holds, and what queries read
+    of values: query head i reads key head i // (num_heads / num_kv_heads) (Ainslie et al. 2023)."""
 
     def __init__(
         self,
@@ -38,8 +38,9 @@ class Projections(nn.Module):
         self.key = Linear(f"{name}.key", make, dtype, "k" in biased, tp, "outputs")
         self.value = Linear(f"{name}.value", make, dtype, "v" in biased, tp, "outputs")
         self.output = Linear(f"{name}.output", make, dtype, "o" in biased, tp, "inputs")
-        self.head_dim, self.scale = model.head_dim, model.attention_scale
-        self.dropout = model.attention_dropout
+        self.head_dim = model.head_dim
+        self.scale = model.attention_scale or model.head_dim**-0.5
+        self.softcap, self.dropout = model.attention_softcap, model.attention_dropout
         # A key head may be held by other ranks too.
         num_heads, num_kv_heads = (
             len(layer.weight.parameter) // model.head_dim for layer in (self.query, self.key)
@@ -47,16 +48,53 @@ class Projections(nn.Module):
         self.groups = num_heads // num_kv_heads
         self.first_head = tp.rank * num_heads
 
-    def drop(self, weights: Tensor, where: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
-        """Dropout of attention weights [B, N, S, K] by its key and the (sample, position) of
-        queries: a function of their coordinates, so that no kernel can do it."""
-        heads = torch.arange(weights.shape[1], device=weights.device)[None, :, None]
-        samples, positions = rows
-        places = (samples[:, :, None], heads + self.first_head, positions[:, None, :])
-        return dropout(weights, self.dropout, where, places)
+    def attend(
+        self,
+        qkv: Iterable[Tensor],
+        mask: Tensor | None,
+        where: Tensor | None,
+        rows: tuple[Tensor, Tensor],
+        is_causal: bool = False,
+    ) -> Tensor:
+        """[B, S, N H], before the output's matrix.
+
+        Args:
+            qkv: queries [B, S, N, H], keys and values [B, K, N or fewer, H].
+            mask: added to scores, broadcasts to [B, N, S, K].
+            where: the key of dropout of attention weights, if there is any.
+            rows: its coordinates, (sample, position) of queries.
+            is_causal: without a mask, a query sees keys up to its own place.
+        """
+        # In the dtype of products, which a CPU without bf16 instructions takes wider.
+        q, k, v = (t.transpose(1, 2).to(self.query.weight.product_dtype) for t in qkv)
+        mask = None if mask is None else mask.to(q.dtype)
+        if where is None and self.softcap is None:
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=is_causal, scale=self.scale, enable_gqa=self.groups > 1
+            )
+            return out.transpose(1, 2).flatten(2)
+        # The math path: for a cap of scores, or since dropout is a function of coordinates.
+        k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
+        scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
+        scores = scores * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if mask is not None:
+            scores = scores + mask
+        elif is_causal:
+            length = scores.shape[-1]
+            future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        weights = scores.softmax(-1)
+        if where is not None:
+            samples, positions = rows
+            heads = torch.arange(weights.shape[1], device=weights.device)[None, :, None]
+            places = (samples[:, :, None], heads + self.first_head, positions[:, None, :])
+            weights = dropout(weights, self.dropout, where, places)
+        return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
-class Attention(Projections):
+class Attention(MultiHead):
     """Of a sequence to itself, with positions and a cache."""
 
     def __init__(
@@ -70,7 +108,6 @@ class Attention(Projections):
     ) -> None:
         super().__init__(name, make, model, dtype, tp)
         self.interleaved = model.rope_interleaved
-        self.softcap = model.attention_softcap
         self.norms = nn.ModuleDict()
         """Of queries and keys, over head_dim, where there are such and no loop has its own."""
         for norm in HEAD_NORMS if model.qk_norm and own_norms else ():
@@ -88,23 +125,9 @@ class Attention(Projections):
         """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache. The stream
         is what x is the norm of, which some adapters read; None: x."""
         qkv = self.project(x_BSD, ctx, step, adapter, stream_BSD)
-        q, k, v = (t.transpose(1, 2) for t in qkv)
-        if "attention" in keys or self.softcap is not None:
-            out = self.attend_by_hand(q, k, v, ctx, keys.get("attention"))
-        else:
-            # In the dtype of products, which a CPU without bf16 instructions takes wider.
-            q, k, v = (t.to(self.query.weight.product_dtype) for t in (q, k, v))
-            mask = None if ctx.mask is None else ctx.mask.to(q.dtype)
-            out = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=ctx.is_causal,
-                enable_gqa=self.groups > 1,
-                scale=self.scale,
-            )
-        mixed = out.transpose(1, 2).flatten(2).to(x_BSD.dtype)
+        mixed = self.attend(qkv, ctx.mask, keys.get("attention"), ctx.all_rows(), ctx.is_causal).to(
+            x_BSD.dtype
+        )
         return self.output(mixed, *deltas_of(adapter, "output"))
 
     def project(
@@ -122,8 +145,9 @@ class Attention(Projections):
             tap = stream_BSD if adapter is not None and adapter.reads_stream else None
             qkv = apply_all((self.query, self.key, self.value), x_BSD, deltas, tap)
         else:
-            of_source = apply_all((self.key, self.value), ctx.source_BSD, deltas[1:])
-            qkv = (*apply_all((self.query,), x_BSD, deltas[:1]), *of_source)
+            assert adapter is None, "maps that halt have no adapters"
+            of_source = apply_all((self.key, self.value), ctx.source_BSD)
+            qkv = (self.query(x_BSD), *of_source)
         q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
         norms = norms_of(adapter, self.norms)
         if "query_norm" in norms:
@@ -134,26 +158,3 @@ class Attention(Projections):
         if ctx.cache is not None:
             k_BSNH, v_BSNH = ctx.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
         return q_BSNH, k_BSNH, v_BSNH
-
-    def attend_by_hand(
-        self, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, ctx: Context, where: Tensor | None
-    ) -> Tensor:
-        """The math path: weights are materialised, for dropout is a function of their coordinates
-        (`where` is its key), and a cap of scores."""
-        k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k_BNSH, v_BNSH))
-        wide = torch.promote_types(q_BNSH.dtype, torch.float32)
-        scores = (q_BNSH @ k.transpose(-1, -2)).to(wide)
-        scores = scores / math.sqrt(self.head_dim) if self.scale is None else scores * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        if ctx.mask is not None:
-            scores = scores + ctx.mask
-        elif ctx.is_causal:
-            length = scores.shape[-1]
-            future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, float("-inf"))
-        weights = scores.softmax(-1)
-        if where is None:
-            return weights.to(v.dtype) @ v
-        weights = self.drop(weights, where, ctx.all_rows())
-        return weights.to(v.dtype) @ v

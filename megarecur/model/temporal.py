@@ -13,18 +13,16 @@ lies behind the carried one, 2 M slots, and every token reads that of its own do
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarecur.config.schema import Config, ModelConfig, TemporalConfig
 from megarecur.errors import ConfigError
-from megarecur.model.attention import Projections
+from megarecur.model.attention import MultiHead
 from megarecur.model.context import Context, Keys, KeysAndValues, build_context
 from megarecur.model.feed_forward import FEED_FORWARDS
 from megarecur.model.halting import find_documents
@@ -292,7 +290,7 @@ def cut_past(
     return made
 
 
-class CrossAttention(Projections):
+class CrossAttention(MultiHead):
     """Attention of one sequence to another, without positions."""
 
     def forward(
@@ -312,26 +310,9 @@ class CrossAttention(Projections):
             where: the key of dropout of attention weights, if there is any.
             rows: its coordinates, (sample, position) of x.
         """
-        projected = (
-            *apply_all((self.query,), x_BSD),
-            *apply_all((self.key, self.value), source_BKD),
-        )
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
-        # In the dtype of products, as in `Attention`.
-        q, k, v = (t.to(self.query.weight.product_dtype) for t in (q, k, v))
-        mask = None if mask is None else mask.to(q.dtype)
-        if where is None:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, enable_gqa=self.groups > 1, scale=self.scale
-            )
-        else:
-            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
-            scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
-            scale = 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
-            scores = scores * scale
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            out = self.drop(weights, where, rows).to(v.dtype) @ v
-        return self.output(out.transpose(1, 2).flatten(2).to(x_BSD.dtype))
+        made = (self.query(x_BSD), *apply_all((self.key, self.value), source_BKD))
+        qkv = [t.unflatten(-1, (-1, self.head_dim)) for t in made]
+        return self.output(self.attend(qkv, mask, where, rows).to(x_BSD.dtype))
 
 
 class MemoryReader(nn.Module):

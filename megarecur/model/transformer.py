@@ -337,7 +337,7 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder, or the part of one that a subset of blocks makes.
+    """A model, or the part of one that a subset of blocks makes.
 
     Args:
         config: with model.vocab_size resolved.
