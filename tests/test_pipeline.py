@@ -144,6 +144,16 @@ def test_a_larger_sample_equals_one_process(world, corpus, number) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_microbatches", [1, 4, 8])
+@pytest.mark.parametrize("name", ["dense", "reuse_map", "loop"])
+def test_four_ranks_equal_one_process(world, corpus, name, num_microbatches) -> None:
+    """As many micro batches as one, as there are ranks, and twice as many."""
+    train = {"micro_batch_size": 1, "global_batch_size": num_microbatches}
+    config = piped(corpus, "dense", 4, train=train, model=DROPOUT, recurrence=MAPS[name])
+    compare(world(4).run(trace, config, 3)[0], reference(config, 3))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stage", "sequence"),
     [("cycle", 1, True), ("huginn", 0, False), ("cycle_reverse", 2, True)],
