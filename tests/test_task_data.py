@@ -311,6 +311,25 @@ def test_chosen_classes_and_tables_without_a_header(tmp_path: Path) -> None:
         prepare_task(twice, tmp_path / "twice")
 
 
+def test_published_files_are_read_as_they_are(tmp_path: Path) -> None:
+    """ListOps either way round, and pairs of formulas, of which longer ones become tests."""
+    (tmp_path / "train.tsv").write_text("3\t( ( ( [MAX 3 ) 1 ) ] )\n7\t7\n")
+    (tmp_path / "basic_val.tsv").write_text("Source\tTarget\n( ( ( [MIN 7 ) 9 ) ] )\t7\n")
+    files = tuple(str(tmp_path / name) for name in ("train.tsv", "basic_val.tsv"))
+    made = prepare_task(TaskRequest("listops", files), tmp_path / "listops")
+    assert list(made) == ["basic_val", "train"]
+    assert read_back(tmp_path / "listops/train")[0] == ["[MAX 3 1 ]", "7"]
+    texts, labels = read_back(tmp_path / "listops/basic_val")
+    assert texts == ["[MIN 7 9 ]"] and labels.tolist() == [7]
+    pairs = ["#\ta\tb", "=\ta\t( not ( not a ) )", "^\t( not a )\ta", "<\t( a ( and b ) )\ta"]
+    (tmp_path / "pairs").write_text("\n".join(pairs * 20) + "\n")
+    request = TaskRequest("logic", (str(tmp_path / "pairs"),), train_operators=1)
+    made = prepare_task(request, tmp_path / "logic")
+    found = {split: sorted(set(read_back(tmp_path / "logic" / split)[0])) for split in made}
+    assert found["test_02"] == ["( not ( not a ) )", "a"], found
+    assert set(found["train"]) <= {"a", "b", "( not a )", "( a ( and b ) )"}
+
+
 # ----------------------------------------------------------------------------------- mistakes
 
 
