@@ -100,8 +100,8 @@ def test_a_header_prepares_what_its_config_reads(
         command = line.removeprefix("#   megarecur ").split()
         if line not in prepared:
             few = [] if "labelled" in command else ["--train", "400" if task == "logic" else "40"]
-            few += ["--test-count", "2"] if task in ("listops", "flip-flop") else []
-            few += ["--val", "4"] if task in ("listops", "listops-lra", "flip-flop") else []
+            if task in ("listops", "listops-lra", "flip-flop"):
+                few += ["--test-count", "2", "--val", "4"]
             monkeypatch.setattr(sys, "argv", ["megarecur", *command, *few])
             with pytest.raises(SystemExit) as ended:
                 main()

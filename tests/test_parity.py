@@ -727,7 +727,10 @@ def test_parity_temporal_latent_bottleneck(path: Path, precision: str) -> None:
     write = memory.write
     memory.write = lambda *args: memories.append(write(*args)) or memories[-1]  # type: ignore
     sequences: list[Tensor] = []
-    model.stack.register_forward_hook(lambda module, args, out: sequences.append(out))
+    run_chunks = model.stack.run_chunks
+    model.stack.run_chunks = (  # type: ignore[method-assign]
+        lambda *args: sequences.append(run_chunks(*args)) or sequences[-1]
+    )
 
     ctx, reads = temporal_context(case, model, real_BS), {}
     entered = model.embed(batch.tokens_BS, ctx)

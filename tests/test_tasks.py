@@ -102,8 +102,9 @@ def test_meshes_equal_one_process(world, tasks, name, task, processes, parallel,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pooling", [None, "mean"])
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"zero_stage": 3}])
+@pytest.mark.parametrize(
+    ("pooling", "parallel"), [(None, {}), ("mean", {"tensor": 2}), ("mean", {"zero_stage": 3})]
+)
 def test_encoders_with_a_memory_equal_one_process(world, tasks, pooling, parallel) -> None:
     """Of a chunk or of several, as the longest sequence of a replica's micro batch has it."""
     temporal = {"chunk_length": 12, "num_slots": 3, "pooling": pooling}

@@ -394,7 +394,7 @@ GUTLB: dict[str, Any] = {
         later("loop", 2, 4, {"parallel": {"zero_stage": 3}, "train": {"recompute": True}}),
         later("cycle", 1, 1, {"train": {"recompute": True}, "adapters": {"rank": 2}}),
         *(later("dense", tensor, processes, {**GUTLB, "parallel": {"zero_stage": stage}})
-          for tensor, processes, stage in ((2, 4, 0), (1, 2, 0), (2, 2, 0), (1, 2, 1), (1, 2, 3))),
+          for tensor, processes, stage in ((2, 4, 0), (2, 2, 0), (1, 2, 1), (1, 2, 3))),
     ],
 )  # fmt: skip
 def test_ranks_equal_one_process(world, corpus, scheme, tensor, processes, extra) -> None:

@@ -116,11 +116,14 @@ class Stack(nn.Module):
         terms: dict[str, LossTerm] | None = None,
     ) -> Tensor:
         """Run consecutive steps of the map; with a temporal memory the whole map, chunk by chunk,
-        and `memory` is then among `reads`. Auxiliary losses are put into `terms`."""
+        and `memory` is then among `reads`, and is returned if a classifier reads that: ZeRO 3
+        gathers parameters when the gradient of what is returned comes. Auxiliary losses are put
+        into `terms`."""
         if self.memory is None:
             return self.run_steps(steps, x, ctx, reads, final_norm, terms)
         terms = {} if terms is None else terms
-        return self.run_chunks(self.memory, steps, x, ctx, reads, final_norm, terms)
+        x = self.run_chunks(self.memory, steps, x, ctx, reads, final_norm, terms)
+        return reads["memory"] if self.config.reads_memory else x
 
     def run_chunks(
         self,
@@ -489,7 +492,7 @@ class Transformer(nn.Module):
         return self.run(steps, self.embed(tokens_BS, ctx), ctx, {})[0]
 
     def pool_memory(self, memory_BMD: Tensor) -> Tensor:
-        """[B, D] for a classifier, of `memory` among what a run reads: `temporal.pooling`."""
+        """[B, D] for a classifier, of the memory after the last chunk: `temporal.pooling`."""
         assert self.memory_norm is not None, "temporal.pooling is left out"
         assert self.config.temporal is not None
         normed_BMD: Tensor = self.memory_norm(memory_BMD)
@@ -515,7 +518,7 @@ class Transformer(nn.Module):
         classifier reads that, and auxiliary losses by name."""
         terms: dict[str, LossTerm] = {}
         x = self.stack(steps, x, ctx, reads, self.final_norm, terms)
-        return (self.pool_memory(reads["memory"]) if self.config.reads_memory else x), terms
+        return (self.pool_memory(x) if self.config.reads_memory else x), terms
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, S, D] to [B, S, V], or to this rank's shard of the vocabulary."""
