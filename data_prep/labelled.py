@@ -3,16 +3,13 @@ or tsv, and folders of class sub-folders. Mistakes are gathered and told togethe
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from data_prep import list_ops, logic
-from data_prep.readers import find_sources, open_source
+from data_prep.readers import find_sources, open_whole
 from data_prep.tables import CSV_DELIMITERS, look_up, read_csv
 from megarecur.errors import DataError
 
@@ -52,10 +49,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         DataError: it cannot be read, is damaged or is not UTF-8.
     """
-    import zstandard
-
     place = f"{path}"
-    with open_source(path) as stream:
+    with open_whole(path) as stream:
         try:
             for number, content in enumerate(stream, 1):
                 place = f"{path}: line {number}"
@@ -63,10 +58,6 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
                     yield place, line
         except UnicodeDecodeError:
             raise DataError(f"{place} is not UTF-8; convert the file") from None
-        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as e:
-            raise DataError(
-                f"{path}: its compressed data is damaged or cut short ({e}); make it again"
-            ) from None
 
 
 def read_list_ops(path: Path, mistakes: Mistakes) -> Iterator[tuple[list[str], int]]:
@@ -110,7 +101,7 @@ def read_logic(path: Path, mistakes: Mistakes) -> Iterator[tuple[str, str, str]]
         relation, left, right = cells
         try:
             found = logic.relate(logic.evaluate(left), logic.evaluate(right))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             mistakes.add(f"{place} is no pair of formulas: {error}; mend the line")
             continue
         if relation != found:
@@ -173,7 +164,7 @@ def read_labelled(
 def _read_class(folder: Path) -> Iterator[Row]:
     """The texts of one class."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with open_source(path) as stream:
+        with open_whole(path) as stream:
             try:
                 text = stream.read().decode()
             except UnicodeDecodeError as error:
@@ -187,11 +178,16 @@ def _read_class(folder: Path) -> Iterator[Row]:
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, fields) of the rows of a table; columns are those of one without a header."""
     suffix = Path(path.name.removesuffix(".gz").removesuffix(".xz").removesuffix(".zst")).suffix
+    if columns and suffix not in CSV_DELIMITERS:
+        raise DataError(
+            f"{path}: --column names the columns of csv and tsv files, and this is none; leave "
+            "--column out, or give such files alone"
+        )
     if suffix in JSON_SUFFIXES:
         for place, line in read_lines(path):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{place} is not JSON ({error}); mend the line") from None
             if not isinstance(row, dict):
                 raise DataError(f"{place} is no object with fields; mend the line")
@@ -210,7 +206,7 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
             fail(f"{place}: byte {offset + error.start} is not UTF-8; convert the file")
         return content
 
-    with open_source(path) as stream:
+    with open_whole(path) as stream:
         for place, cells in read_csv(path, stream, CSV_DELIMITERS[suffix], decode, columns):
             assert cells is not None
             yield place, cells
@@ -221,17 +217,24 @@ def fail(text: str) -> NoReturn:
     raise DataError(text)
 
 
-def collect(rows: Callable[[], Iterator[Row]], mistakes: Mistakes) -> tuple[list[str], int]:
+def collect(
+    rows: Iterable[Row], mistakes: Mistakes, wanted: Sequence[str] = ()
+) -> tuple[list[str], int]:
     """(classes in order, rows) of some samples; numbers are ordered as numbers.
 
     Raises:
-        DataError: mistakes, no rows, or fewer than two classes.
+        DataError: mistakes, no rows, fewer than two classes, or none of a class that is wanted.
     """
     count, found = 0, set()
-    for _, _, label in rows():
+    for _, _, label in rows:
         found.add(label)
         count += 1
     mistakes.raise_if_any()
+    if missing := sorted(set(wanted) - found):
+        raise DataError(
+            f"--class {', '.join(missing)}: no sample has that label; give labels as the files "
+            "have them"
+        )
     if len(found) < 2:
         raise DataError(
             f"the samples have {len(found)} class(es) ({', '.join(sorted(found)) or 'no sample'}); "

@@ -21,10 +21,8 @@ DIGITS = tuple("0123456789")
 WORDS = (*OPERATORS, "]", *DIGITS)
 MOST_IN_VAIN = 20_000_000
 """Draws in a row that give nothing new, after which there is nothing more."""
-
-
 DEEPEST = 200
-"""Trees are drawn and evaluated recursively."""
+"""Drawing recurses."""
 
 
 @dataclass(frozen=True)

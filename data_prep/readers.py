@@ -16,6 +16,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -234,6 +235,24 @@ class ZstdFile(io.RawIOBase):
         super().close()
 
 
+@contextmanager
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """The same, for reading to the end.
+
+    Raises:
+        DataError: also while it is read, since its compressed data is damaged.
+    """
+    import zstandard
+
+    with open_source(path) as stream:
+        try:
+            yield stream
+        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as e:
+            raise DataError(
+                f"{path}: its compressed data is damaged or cut short ({e}); make it again"
+            ) from None
+
+
 def read_documents(path: Source, reading: Reading) -> Iterator[bytes | None]:
     """The documents of one source in order, as UTF-8; None for one that was skipped.
 
@@ -241,8 +260,6 @@ def read_documents(path: Source, reading: Reading) -> Iterator[bytes | None]:
         DataError: the file is damaged, is not what its name says, or holds bytes that are not
             UTF-8 (with errors=fail); the message names the file and the byte or line.
     """
-    import zstandard
-
     if isinstance(path, HubShard):
         for place, row in read_shard(path, reading.fields):
             yield from _text_of(row, place, reading)
@@ -252,24 +269,19 @@ def read_documents(path: Source, reading: Reading) -> Iterator[bytes | None]:
         for place, row in rows:
             yield from _text_of(row, place, reading)
         return
-    with open_source(path) as stream:
-        try:
-            if _plain_suffix(path) in JSON_SUFFIXES:
-                yield from _read_json_lines(path, stream, reading)
-            elif delimiter := CSV_DELIMITERS.get(_plain_suffix(path)):
+    with open_whole(path) as stream:
+        if _plain_suffix(path) in JSON_SUFFIXES:
+            yield from _read_json_lines(path, stream, reading)
+        elif delimiter := CSV_DELIMITERS.get(_plain_suffix(path)):
 
-                def decode(content: bytes, place: str, offset: int) -> bytes | None:
-                    return _decode(content, place, offset, reading.errors)
+            def decode(content: bytes, place: str, offset: int) -> bytes | None:
+                return _decode(content, place, offset, reading.errors)
 
-                for place, cells in read_csv(path, stream, delimiter, decode):
-                    yield from [None] if cells is None else _text_of(cells, place, reading)
-            else:
-                for offset, content in _split_text(stream, reading):
-                    yield _decode(content, f"{path}", offset, reading.errors)
-        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as e:
-            raise DataError(
-                f"{path}: its compressed data is damaged or cut short ({e}); make it again"
-            ) from None
+            for place, cells in read_csv(path, stream, delimiter, decode):
+                yield from [None] if cells is None else _text_of(cells, place, reading)
+        else:
+            for offset, content in _split_text(stream, reading):
+                yield _decode(content, f"{path}", offset, reading.errors)
 
 
 def _decode(content: bytes, place: str, offset: int, errors: str) -> bytes | None:

@@ -90,23 +90,33 @@ def read_csv(
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header = list(columns)
+    refuse_twice(header, f"{path}: --column")
     try:
         for cells in reader:
             place = f"{path}: line {reader.line_num}"
             bad, skipped = skipped, False
             if not header:
                 header = cells
+                refuse_twice(header, place)
             elif bad:
                 yield place, None
             elif cells and len(cells) != len(header):
+                given = "give a --column for each cell, and " if columns else ""
                 raise DataError(
                     f"{place} has {len(cells)} cells, but there are names for {len(header)}: "
-                    f"{header[:8]}; quote cells that hold {delimiter!r} or line ends"
+                    f"{header[:8]}; {given}quote cells that hold {delimiter!r} or line ends"
                 )
             elif cells:
                 yield place, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num} is not csv ({error})") from None
+
+
+def refuse_twice(header: Sequence[str], place: str) -> None:
+    """Refuse columns of one name."""
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{place} names {', '.join(twice)} twice; give each column its own name")
 
 
 def read_arrow(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

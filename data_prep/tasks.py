@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,8 +115,8 @@ class Task:
     tokenizer: str = ""
     ahead: bool = False
     """Labels are tokens that follow, which only a causal model does not see."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """Files that are read, each with its name below what was asked for, which may be its label."""
+    sources: Sequence[tuple[str, str]] = ()
+    """Files that are read, and what names say of them: a split, a label."""
     counts: dict[str, int] = field(default_factory=dict)
     """Filled in by the stream: duplicates removed, of all splits together."""
 
@@ -145,7 +146,8 @@ def prepare_task(
     with explain_os_errors(out):
         task = BUILDERS[request.name](request)
         if not task.splits:
-            raise DataError(f"{request.name}: no sample is asked for; raise --train or --val")
+            remedy = "give files that do" if request.inputs else "raise --train or --val"
+            raise DataError(f"{request.name}: what is asked for has no sample; {remedy}")
         stamp = stamp_of(request, task)
         done = [split for split in task.splits if is_made(out / split, stamp)]
         if len(done) < len(task.splits):
@@ -158,10 +160,10 @@ def prepare_task(
 
 def stamp_of(request: TaskRequest, task: Task) -> str:
     """The identity of what is asked for: options, content of files, tokenizer."""
-    files = request.name == "labelled"
     facts = asdict(request) | {
-        "inputs": [(name, hash_file(Path(path))) for path, name in task.sources.items()],
-        "tests": [name_of(Path(test)) if files else test for test in request.tests],
+        "inputs": [(name, hash_file(Path(path))) for path, name in task.sources],
+        "tests": [] if request.name == "labelled" else request.tests,  # Else among the sources.
+        "classes": sorted(request.classes),
         "tokenizer": load_tokenizer(task.tokenizer).fingerprint if task.tokenizer else "",
     }
     for younger in ("classes", "columns"):  # Than the first corpora.
@@ -304,7 +306,7 @@ def write_splits(
         "duplicates_removed": task.counts.get("duplicates", 0),
         "documents_skipped": 0,
         "preparation": stamp,
-        "sources": [{"name": Path(p).name, "xxh64": hash_file(Path(p))} for p in task.sources],
+        "sources": [{"name": Path(p).name, "xxh64": hash_file(Path(p))} for p, _ in task.sources],
     }
     for writer in writers.values():
         writer.finish(tokenizer_file, shared)
@@ -368,7 +370,7 @@ def build_list_ops(request: TaskRequest) -> Task:
             splits=names_of(paths),
             total=check_list_ops(paths),
             samples=lambda: _list_ops_of(paths),
-            sources={str(path): path.name for path in paths},
+            sources=[(str(path), path.name) for path in paths],
             **common,
         )
     request.refuse_others("train", "val", "tests", "test_count", "variant", *limits)
@@ -523,7 +525,7 @@ def build_logic(request: TaskRequest) -> Task:
         splits=train_last(list(parts)),
         total=sum(map(len, parts.values())),
         samples=samples,
-        sources={str(path): path.name for path in paths},
+        sources=[(str(path), path.name) for path in paths],
         counts=counts,
         **common,
     )
@@ -606,8 +608,11 @@ def build_labelled(request: TaskRequest) -> Task:
         return read_labelled(inputs, keys, label_key, mistakes, request.classes, request.columns)
 
     mistakes = Mistakes()
-    classes, total = collect(lambda: read(request.inputs, mistakes), mistakes)
+    classes, total = collect(read(request.inputs, mistakes), mistakes, request.classes)
     index = {label: i for i, label in enumerate(classes)}
+    for entry in request.tests:
+        if not re.fullmatch(r"[\w.+-]+", name_of(Path(entry))):
+            raise DataError(f"--test {entry}: its corpus gets a file's name; give a file or folder")
     names_of([Path(entry) for entry in request.tests])
     tests = {f"test_{name_of(Path(entry))}": entry for entry in request.tests}
     for entry in tests.values():
@@ -643,21 +648,28 @@ def build_labelled(request: TaskRequest) -> Task:
         samples=samples,
         words=words,
         tokenizer="" if words else tokenizer,
-        sources=files_of([*request.inputs, *tests.values()]),
+        sources=[
+            *files_of(request.inputs, request.classes),
+            *(
+                (path, f"{split}: {name}")
+                for split, entry in tests.items()
+                for path, name in files_of([entry], request.classes)
+            ),
+        ],
     )
 
 
-def files_of(inputs: Sequence[str]) -> dict[str, str]:
-    """All files that are read, with their names below the inputs."""
-    files: dict[str, str] = {}
+def files_of(inputs: Sequence[str], classes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """All files that are read, and their names below the inputs."""
     for entry in inputs:
         path = Path(entry)
-        if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.is_file()]
-            files |= {str(p): str(p.relative_to(path)) for p in found}
-        else:
-            files |= {str(p): Path(str(p)).name for p in find_sources([entry])}
-    return files
+        if not path.is_dir():
+            yield from ((str(p), Path(str(p)).name) for p in find_sources([entry]))
+            continue
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            label, *rest = file.relative_to(path).parts
+            if not (rest and classes) or label in classes:
+                yield str(file), "/".join((label, *rest))
 
 
 BUILDERS: dict[str, Callable[[TaskRequest], Task]] = {

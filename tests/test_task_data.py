@@ -1,5 +1,6 @@
 """Labelled samples: they are drawn as specified, real files are re-evaluated, mistakes are told."""
 
+import gzip
 import json
 import random
 from collections import Counter
@@ -306,6 +307,18 @@ def test_chosen_classes_and_tables_without_a_header(tmp_path: Path) -> None:
     counts = {split: manifest.task["of_classes"] for split, manifest in made.items()}
     assert counts == {"test_pairs.eval": [1, 1], "test_pairs.test": [2, 2], "train": [3, 3]}
     assert read_back(tmp_path / "out/train")[0][:2] == ["left 0", "right 0"]
+    for change, text in (
+        ({"classes": ("a", "z")}, "--class z: no sample has that label"),
+        ({"columns": ("label", "id", "u", "u")}, "--column names u twice"),
+        ({"columns": ("label", "u", "v")}, "give a --column for each cell"),
+        ({"inputs": (str(tmp_path / "rows.jsonl"),)}, "rows.jsonl: --column names the columns of"),
+        ({"tests": (".",)}, "--test .: its corpus gets a file's name"),
+        ({"inputs": request.inputs + request.tests}, "with other options or of other files"),
+    ):
+        (tmp_path / "rows.jsonl").write_text("{}\n")
+        with pytest.raises(DataError) as caught:
+            prepare_task(replace(request, **change), tmp_path / "out")
+        assert text in str(caught.value), caught.value
     twice = replace(request, tests=(request.tests[0], str(tmp_path / "x/pairs.eval.tsv.gz")))
     with pytest.raises(DataError, match=r"two input files are called pairs\.eval"):
         prepare_task(twice, tmp_path / "twice")
@@ -359,6 +372,16 @@ def test_rows_without_a_label_and_unknown_labels(tmp_path: Path) -> None:
     request = TaskRequest("labelled", (str(tmp_path / "train.jsonl"),))
     with pytest.raises(DataError, match=r"2 mistakes(.|\n)*line 2 has no 'label'(.|\n)*--text-key"):
         prepare_task(request, tmp_path / "out")
+    for name, content in (("rows.csv.gz", b"text,label\na,1\n" * 99), ("neg/a.gz", b"word " * 99)):
+        (tmp_path / "cut" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cut" / name).write_bytes(gzip.compress(content)[:-9])
+    (tmp_path / "cut/deep.jsonl").write_text("[" * 99_999 + "\n")
+    for given in ("cut/rows.csv.gz", "cut", "cut/deep.jsonl"):
+        with pytest.raises(DataError, match=r"damaged or cut short|is not JSON"):
+            prepare_task(TaskRequest("labelled", (str(tmp_path / given),)), tmp_path / "out")
+    (tmp_path / "nots").write_text("#\t" + "( not " * 3000 + "a" + " )" * 3000 + "\tb\n")
+    with pytest.raises(DataError, match="line 1 is no pair of formulas"):
+        prepare_task(TaskRequest("logic", (str(tmp_path / "nots"),)), tmp_path / "out")
     (tmp_path / "good.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n')
     (tmp_path / "test.jsonl").write_text('{"text": "a", "label": 2}\n')
     request = TaskRequest(
@@ -384,7 +407,7 @@ def test_requests_that_cannot_be(tmp_path: Path) -> None:
         (TaskRequest("flip_flop", length=4, train=9), DataError, "no further strings"),
         (TaskRequest("logic", train_operators=13), DataError, "--train-operators 13"),
         (TaskRequest("labelled"), ConfigError, "give files"),
-        (TaskRequest("flip_flop", train=0, val=0), DataError, "no sample is asked for"),
+        (TaskRequest("flip_flop", train=0, val=0), DataError, "raise --train or --val"),
         (TaskRequest("listops", max_depth=999), DataError, "--max-depth 999 must be at most 200"),
     ):
         with pytest.raises(error) as caught:
