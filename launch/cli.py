@@ -329,7 +329,10 @@ def evaluate_run(
     ] = None,
     streaming: Annotated[
         bool,
-        typer.Option(help="Read documents to their end, the temporal memory carried along."),
+        typer.Option(
+            help="Read documents to their end, the temporal memory carried along; --samples are "
+            "documents then, and exits are not scored."
+        ),
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -364,6 +367,11 @@ def evaluate_run(
     curves = {}
     for loops in depths:
         if streaming:
+            if samples and not loaded.config.data.mask_documents:
+                raise ConfigError(
+                    f"--samples {samples} with --streaming: the run was trained with "
+                    "data.mask_documents=false, all text is one document; leave --samples out"
+                )
             run_on = (loaded.config, mesh, samples, loops)
             scores = [stream_corpus(model, corpus, *run_on) for corpus in corpora]
         else:

@@ -668,47 +668,6 @@ def test_parity_dynamic_halt(path: Path, precision: str, compact: bool) -> None:
     compare_gradients(case, model, arrays, halting_names)
 
 
-def classify(
-    case: Case,
-    own: dict[str, Tensor],
-    o: Tensor,
-    mask_BS: Tensor,
-    arrays: dict[str, Tensor],
-    check: Callable[[str, Tensor], None],
-) -> tuple[Tensor, Tensor]:
-    """(logits, task loss) of the authors' heads."""
-    c = case["config"]
-    F = torch.nn.functional
-
-    def head(x: Tensor) -> Tensor:
-        names = [f"classifier_block.{i}" for i in (0, 2)]
-        (w1, b1), (w2, b2) = ((own[f"{n}.weight"], own[f"{n}.bias"]) for n in names)
-        return F.linear(torch.relu(F.linear(x, w1, b1)), w2, b2)
-
-    labels = arrays["in/labels"]
-    if c["causal"]:
-        logits = head(o)
-        losses = F.binary_cross_entropy_with_logits(
-            logits.squeeze(-1), labels.to(o.dtype), reduction="none"
-        )
-        masks = arrays["in/loss_masks"].to(o.dtype)
-        return logits, (losses * masks).sum() / masks.sum()
-    if c["pooling"] == "mean":
-        pooled = (o * mask_BS[..., None]).sum(1) / mask_BS.sum(1, keepdim=True)
-    else:
-        pooled = o[torch.arange(len(o)), mask_BS.sum(1).long() - 1]
-    if c["batch_pair"]:
-        u, v = pooled.chunk(2)
-        pooled = torch.cat([u, v, u * v, (u - v).abs()], -1)
-    elif "out/global_state" in arrays:
-        check("out/global_state", pooled)
-    logits = head(pooled)
-    if c["classes"] == 2 and logits.shape[-1] == 1:
-        losses = F.binary_cross_entropy_with_logits(logits.squeeze(-1), labels.to(o.dtype))
-        return logits, losses
-    return logits, F.cross_entropy(logits, labels)
-
-
 @pytest.mark.usefixtures("halts_as_theirs")
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("path", cases("tlb"))

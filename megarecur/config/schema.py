@@ -83,8 +83,8 @@ class ModelConfig(Section):
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: PositiveFloat = 1e-5
     final_norm: bool = True
-    """false: the head reads the stream as it is, where norm_position is pre (Ray Chowdhury &
-    Caragea 2024); post never has one."""
+    """false: the head reads the stream as it is (Ray Chowdhury & Caragea 2024), as it always does
+    with norm_position post."""
     final_norm_eps: PositiveFloat | None = None
     """Of the final norm (RingFormer's vision model has 1e-6 there). Left out: norm_eps."""
     norm_position: Literal["pre", "post", "sandwich", "peri"] = "pre"
@@ -199,6 +199,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"xpos_scale_base={self.xpos_scale_base} needs positions=xpos, not "
                 f"{self.positions}; leave it out"
+            )
+        if not self.final_norm and (self.norm_position == "post" or self.final_norm_eps):
+            raise ValueError(
+                f"final_norm=false with norm_position={self.norm_position} and final_norm_eps="
+                f"{self.final_norm_eps}: one of them does nothing; leave out what is not meant"
             )
         if self.gate and (self.norm_position != "pre" or self.parallel_residual):
             raise ValueError(
@@ -937,7 +942,7 @@ class DistillConfig(Section):
 
 class TaskConfig(Section):
     """Classify samples instead of predicting text (`megarecur prep task` makes the corpora). The
-    head is the final norm, a hidden layer with GELU and the classes; two classes are one logit."""
+    head is the final norm, a hidden layer with ReLU and the classes; two classes are one logit."""
 
     kind: Literal["sequence", "pair", "token"]
     """sequence: a class per sample, from its pooled state. pair: a class per two sequences, from

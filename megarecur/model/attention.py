@@ -53,7 +53,7 @@ class MultiHead(nn.Module):
         qkv: Iterable[Tensor],
         mask: Tensor | None,
         where: Tensor | None,
-        rows: tuple[Tensor, Tensor],
+        rows: tuple[Tensor, Tensor] | None,
         is_causal: bool = False,
     ) -> Tensor:
         """[B, S, N H], before the output's matrix.
@@ -62,7 +62,7 @@ class MultiHead(nn.Module):
             qkv: queries [B, S, N, H], keys and values [B, K, N or fewer, H].
             mask: added to scores, broadcasts to [B, N, S, K].
             where: the key of dropout of attention weights, if there is any.
-            rows: its coordinates, (sample, position) of queries.
+            rows: its coordinates, (sample, position) of queries; None where there is none.
             is_causal: without a mask, a query sees keys up to its own place.
         """
         # In the dtype of products, which a CPU without bf16 instructions takes wider.
@@ -87,6 +87,7 @@ class MultiHead(nn.Module):
             scores = scores.masked_fill(future, float("-inf"))
         weights = scores.softmax(-1)
         if where is not None:
+            assert rows is not None
             samples, positions = rows
             heads = torch.arange(weights.shape[1], device=weights.device)[None, :, None]
             places = (samples[:, :, None], heads + self.first_head, positions[:, None, :])
@@ -125,10 +126,10 @@ class Attention(MultiHead):
         """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache. The stream
         is what x is the norm of, which some adapters read; None: x."""
         qkv = self.project(x_BSD, ctx, step, adapter, stream_BSD)
-        mixed = self.attend(qkv, ctx.mask, keys.get("attention"), ctx.all_rows(), ctx.is_causal).to(
-            x_BSD.dtype
-        )
-        return self.output(mixed, *deltas_of(adapter, "output"))
+        where = keys.get("attention")
+        rows = None if where is None else ctx.all_rows()
+        mixed = self.attend(qkv, ctx.mask, where, rows, ctx.is_causal)
+        return self.output(mixed.to(x_BSD.dtype), *deltas_of(adapter, "output"))
 
     def project(
         self,

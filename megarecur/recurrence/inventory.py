@@ -127,8 +127,8 @@ def with_xavier(spec: ParameterSpec) -> ParameterSpec:
     owner, _, kind = spec.name.rpartition(".")
     if len(spec.shape) != 2 or kind != "weight" or owner in ("embedding", "head"):
         return spec
-    gain = 0.5 if owner.endswith((".query", ".key", ".value")) else 1.0
-    return replace(spec, std=math.sqrt(2.0 * gain / sum(spec.shape)))
+    gain = 0.5**0.5 if owner.endswith((".query", ".key", ".value")) else 1.0
+    return replace(spec, std=gain * math.sqrt(2.0 / sum(spec.shape)))
 
 
 def block_parameters(config: Config, block: int, steps: LayerMap) -> list[ParameterSpec]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -120,11 +119,21 @@ def score_corpus(
     losses, counts, failed, *of_exits = (mesh.sum_over_world(sums) / mesh.tp).tolist()
     if any(failed):
         raise_first(failures[0] if failures else None, mesh)
-    total, tokens = sum(losses), sum(counts)
+    return make_score(corpus, losses, counts, of_exits)
+
+
+def make_score(
+    corpus: Corpus,
+    losses: Sequence[float],
+    counts: Sequence[float],
+    of_exits: Sequence[Sequence[float]] = (),
+) -> Score:
+    """Of sums of losses, and numbers of tokens, by bit length of the position; losses of exits."""
+    tokens = sum(counts)
     num_bytes = tokens * corpus.num_bytes / corpus.num_tokens
     parts = tuple(a / n if n else math.nan for a, n in zip(losses, counts, strict=True))
     early = tuple(sum(row) / max(tokens, 1.0) for row in of_exits)
-    return Score(total / max(tokens, 1.0), int(tokens), num_bytes, parts, early)
+    return Score(sum(losses) / max(tokens, 1.0), int(tokens), num_bytes, parts, early)
 
 
 @torch.no_grad()
@@ -145,7 +154,7 @@ def stream_corpus(
         config: of the run; pieces are the whole chunks that fit into data.seq_length.
         mesh: where it runs.
         max_documents: so many from the start; 0: all.
-        num_loops: as for `score_corpus`.
+        num_loops: as for `score_corpus`. Early exits are not scored.
 
     Raises:
         ConfigError: the model has no memory to carry.
@@ -157,13 +166,11 @@ def stream_corpus(
         )
     steps = Schedules(config).forward(num_loops, exits=False).steps
     length = config.data.seq_length // config.temporal.chunk_length * config.temporal.chunk_length
-    begins = corpus.documents if config.data.mask_documents else corpus.documents[:1]
-    edges = [*begins[: max_documents or None].tolist(), corpus.num_tokens]
-    if len(edges) <= len(begins):
-        edges[-1] = int(begins[len(edges) - 1])
+    begins = (corpus.documents if config.data.mask_documents else corpus.documents[:1]).tolist()
+    edges = list(zip(begins, [*begins[1:], corpus.num_tokens], strict=True))
     buckets = corpus.num_tokens.bit_length() + 1
     sums = torch.zeros(2, buckets, dtype=torch.float64, device=mesh.device)
-    for begin, end in pairwise(edges):
+    for begin, end in edges[: max_documents or None]:
         carried = Carried()
         for start in range(begin, end - 1, length):
             ids = corpus.read(start, min(length + 1, end - start)).astype(np.int64)
@@ -173,12 +180,9 @@ def stream_corpus(
             assert losses_N is not None
             bucket_N = bit_lengths(batch.positions_BS[0])
             sums[0].index_add_(0, bucket_N, losses_N.to(torch.float64))
-            sums[1].index_add_(0, bucket_N, torch.ones_like(sums[0, 0]).expand(len(bucket_N)))
+            sums[1] += torch.bincount(bucket_N, minlength=buckets)
     losses, counts = sums.tolist()
-    tokens = sum(counts)
-    parts = tuple(a / n if n else math.nan for a, n in zip(losses, counts, strict=True))
-    num_bytes = tokens * corpus.num_bytes / corpus.num_tokens
-    return Score(sum(losses) / max(tokens, 1.0), int(tokens), num_bytes, parts)
+    return make_score(corpus, losses, counts)
 
 
 def one_row(ids: Tensor, position: int) -> MicroBatch:

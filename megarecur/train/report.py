@@ -254,8 +254,9 @@ class Report:
     def count_work(
         self, depths: Sequence[Depth | None], rate: float, executed: float = 1.0
     ) -> dict[str, float]:
-        """FLOPs that steps of these depths executed, and as shares of the hardware's peak, apart
-        for loops without gradient and for recompute; and their mean depth.
+        """FLOPs per token that steps of these depths executed, those of recompute left out; as
+        shares of the hardware's peak, apart for loops without gradient and for recompute; and
+        their mean depth.
 
         Args:
             depths: of each optimizer step.
