@@ -27,7 +27,7 @@ from rich.console import Console
 from data_prep.inspect import inspect_corpus, render_inspection
 from data_prep.progress import ProgressReport
 from data_prep.readers import WHOLE_FILES, Reading, find_sources, read_documents
-from data_prep.shards import prepare_shards
+from data_prep.shards import hold, prepare_shards
 from data_prep.stdlib import prepare_quickstart, standard_library_sources
 from launch.cli import main
 from megarecur.data.corpus import Corpus
@@ -274,12 +274,11 @@ def kill_once(inputs: Sequence[str | Path], out: Path, when: Callable[[], bool])
 
 
 def wait_for_workers(partial: Path) -> None:
-    """Wait until the workers of a killed process have noticed that it is gone."""
-    end = time.monotonic() + 10
-    before = None
-    while before != (before := sorted(p.name for p in partial.glob("*"))):
-        assert time.monotonic() < end
-        time.sleep(0.15)
+    """Wait until the workers of a killed process have noticed that it is gone: they hold its lock,
+    and may still write."""
+    if partial.exists():
+        with hold(partial, patience=60.0):
+            pass
 
 
 class Watch(ProgressReport):
