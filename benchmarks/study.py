@@ -128,7 +128,7 @@ def ilr(root: Path, data: Path) -> list[Cell]:
     prepare_books(root, data, 1024)
     overrides = (
         f"data.train=[{{path: {root}/data/train}}]", f"data.val=[{{path: {root}/data/val}}]",
-        f"data.tokenizer={root}/tokenizer.model", "data.seq_length=256", "train.steps=300",
+        f"data.tokenizer={root}/tokenizer.model", "data.seq_length=256", "train.steps=800",
         "train.eval_every=0", "train.eval_samples=512", "checkpoint.every=250",
     )  # fmt: skip
     names = {"1,1,1,1": "baseline-small", "4,2,1,1": "map-4211-small",
@@ -149,12 +149,13 @@ def ilr(root: Path, data: Path) -> list[Cell]:
 
 def flip_flop(root: Path, data: Path) -> list[Cell]:
     """Who remembers a bit (Liu et al. 2023; Ray Chowdhury & Caragea 2024): trained on strings of 64
-    symbols of which a share of 0.8 is noise, tested at 0.8, 0.98 and 0.1."""
-    tests = ("--test", "0.98", "--test", "0.1", "--test-count", 2000)
+    symbols of which a share of 0.8 is noise, tested at 0.8, 0.98 and 0.1, and on longer ones."""
+    names = ("0.98", "0.1", "0.98x128")
+    tests = (*(word for name in names for word in ("--test", name)), "--test-count", 2000)
     drawn = ("--length", 64, "--train", 50000, "--val", 2000, *tests)
     return task_cells(
         root, ("flip_flop", *drawn), "flip-flop", ("transformer", "gut", "tlb"),
-        ("val", "test_0.98", "test_0.1"), "glitch_rate", seq_length=64,
+        ("val", *(f"test_{name}" for name in names)), "glitch_rate", seq_length=128, steps=2000,
     )  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def logic(root: Path, data: Path) -> list[Cell]:
     training, accuracy with 6 to 12."""
     return task_cells(
         root, ("logic", "--train", 300000), "logic", ("transformer", "ut", "gut"),
-        ("test_06", "test_08", "test_10", "test_12"), "accuracy", seq_length=80,
+        ("test_06", "test_08", "test_10", "test_12"), "accuracy", seq_length=80, steps=10000,
     )  # fmt: skip
 
 
@@ -175,15 +176,16 @@ def task_cells(
     tests: tuple[str, ...],
     measure: str,
     seq_length: int,
+    steps: int,
 ) -> list[Cell]:
     """A cell per model and seed; the tests are the run's validation corpora."""
-    if not (root / "data").exists():
+    if not (root / "data/train").exists():  # It is written last.
         megarecur(root, "prep", "task", *drawn, "--out", root / "data")
     paths = ", ".join(f"{{path: {root}/data/{test}}}" for test in tests)
     overrides = (
         f"data.train=[{{path: {root}/data/train}}]", f"data.val=[{paths}]",
-        f"data.tokenizer={root}/data/tokenizer.words", "train.steps=2000", "train.eval_every=0",
-        "checkpoint.every=500", f"data.seq_length={seq_length}",
+        f"data.tokenizer={root}/data/tokenizer.words", f"train.steps={steps}",
+        "train.eval_every=0", "checkpoint.every=500", f"data.seq_length={seq_length}",
     )  # fmt: skip
     cells = []
     for seed in (1, 2, 3):
