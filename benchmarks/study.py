@@ -243,7 +243,7 @@ def draw(name: str, rows: dict[str, list[list[float]]], columns: tuple[str, ...]
     """A panel per column, a line per row of the table, a dot per run and a bar at their mean."""
     from matplotlib.figure import Figure
 
-    size = 2 + 4 * len(columns), 1 + 0.35 * len(rows)
+    size = 2 + 3 * len(columns), 1 + 0.35 * len(rows)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for i, (axes, column) in enumerate(zip(panels, columns, strict=True)):
@@ -252,7 +252,9 @@ def draw(name: str, rows: dict[str, list[list[float]]], columns: tuple[str, ...]
             axes.plot(values, [y] * len(values), "o", color="tab:blue", alpha=0.6)
             axes.plot(statistics.mean(values), y, "|", color="black", markersize=14)
         axes.set_yticks(range(len(rows)), list(rows))
-        axes.set_title(column)
+        axes.set_title(column.removeprefix("val/").replace("/", ", "))
+        axes.locator_params(axis="x", nbins=4)
+        axes.margins(0.1)
         axes.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()
     PICTURES.mkdir(parents=True, exist_ok=True)
