@@ -1,10 +1,10 @@
-"""What adapters of rank 64 cost: time of an optimizer step with and without, hidden size 1024.
+"""Cost of adapters of rank 64: time of an optimizer step with and without, hidden size 1024.
 
     python benchmarks/adapters.py [--rounds 5] [--rank 64] [--hidden 1024] [--batch 2]
 
 Two blocks, each used twice, sequence length 512, vocabulary 2,048; forward, backward and AdamW of
-one micro batch; the two take turns. Executed FLOPs are printed beside, for what no program could
-spare.
+one micro batch. The two sides alternate. The ratio of executed FLOPs is printed as well: no
+implementation can avoid that cost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
@@ -28,7 +28,7 @@ LENGTH, VOCABULARY = 512, 2048
 
 
 def make_config(hidden: int, batch: int, rank: int | None) -> Config:
-    """A cycle of two blocks at depth 4."""
+    """Return a config with a cycle of two blocks at depth 4."""
     return Config.model_validate({
         "run_dir": "none",
         "model": {"hidden_size": hidden, "num_heads": hidden // 64, "vocab_size": VOCABULARY},
@@ -41,7 +41,7 @@ def make_config(hidden: int, batch: int, rank: int | None) -> Config:
 
 
 class Side:
-    """A model that is trained on the same random tokens."""
+    """A model with its engine, trained on constant random tokens."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -57,7 +57,7 @@ class Side:
         self.seconds: list[float] = []
 
     def step(self) -> None:
-        """One optimizer step, timed."""
+        """Run and time one optimizer step."""
         began = time.perf_counter()
         forward_backward(self.model, self.engine, self.config, [self.batch], 0, Mesh())
         self.engine.step(1e-4)
@@ -65,7 +65,7 @@ class Side:
 
 
 def main() -> None:
-    """Take turns, print medians."""
+    """Alternate both sides, and print medians."""
     parser = argparse.ArgumentParser()
     for name, default in (("rounds", 5), ("rank", 64), ("hidden", 1024), ("batch", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,16 +1,17 @@
-"""Saving beside training, and the speed of saving and loading against a plain copy.
+"""Cost of saving during training, and speed of saving and loading against a plain copy.
 
     python benchmarks/checkpoint.py [beside] [copy] [--steps 200] [--rounds 7] [--folder /dev/shm]
 
 beside: a model of 14M unique parameters (hidden 384, 6 blocks run twice each, fp32 AdamW) takes
-steps of 2 x 64 tokens and saves its 171 MB every 50, in the background. Printed are the share of
-the time for which training was blocked, and the median step while a save was under way against the
-median step at other times of the same run.
+steps of 2 x 64 tokens and saves its 171 MB every 50 steps, in the background. It prints the share
+of the time for which training was blocked, and the median step during a save against the median
+step at other times of the same run.
 
 copy: 1 GiB in 64 tensors, saved with `save` (planned, hashed, fsynced, renamed) and loaded into
-existing tensors with `load` (hashed, compared), against writing the same bytes to one file and
-fsync, and reading that file into the same tensors; `find` only verifies. The sides take turns;
-medians of the rounds are printed. On tmpfs, where the disk costs nothing, the software shows.
+existing tensors with `load` (hashed, compared), against writing the same bytes to one file with
+fsync, and reading that file into the same tensors; `find` only verifies. The sides alternate;
+medians of the rounds are printed. On tmpfs, where the disk costs nothing, the figures show the cost
+of the software.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megarecur.config.schema import Config
+from megarecur.checkpoint import checkpoint
+from megarecur.checkpoint.saving import Saver
+from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.parallel.shards import whole
 from megarecur.recurrence.schemes import layer_map
-from megarecur.train import checkpoint
-from megarecur.train.saving import Saver
 
 EVERY, BATCH, LENGTH, VOCABULARY = 50, 2, 64, 8192
 NUM_TENSORS, ROWS, COLUMNS = 64, 2048, 2048
 
 
 def make_config(run_dir: Path) -> Config:
-    """The run that saves."""
+    """Return the config of the run that saves."""
     return Config.model_validate({
         "run_dir": str(run_dir),
         "model": {"hidden_size": 384, "num_heads": 6, "ffn_hidden_size": 1088,
@@ -56,7 +57,7 @@ def make_config(run_dir: Path) -> Config:
 
 
 def make_step(config: Config, engine: PlainEngine) -> Callable[[], float]:
-    """One optimizer step on random tokens; returns its seconds."""
+    """Return a function that runs one optimizer step on random tokens and returns its seconds."""
     generator = torch.Generator().manual_seed(0)
     tokens_BS, labels_BS = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator)
     positions_BS = torch.arange(LENGTH).expand(BATCH, LENGTH)
@@ -79,7 +80,7 @@ def make_step(config: Config, engine: PlainEngine) -> Callable[[], float]:
 
 
 def measure_beside(folder: Path, steps: int) -> None:
-    """Train and save every so many steps."""
+    """Train for `steps` steps, save every EVERY steps, and print the cost of the saves."""
     config = make_config(folder / "run")
     mesh = Mesh()
     engine = PlainEngine(Transformer(config), config, mesh)
@@ -115,12 +116,12 @@ def measure_beside(folder: Path, steps: int) -> None:
 
 
 def memory(tensor: Tensor) -> memoryview:
-    """A tensor's bytes."""
+    """Return a view of a tensor's bytes."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def write_plainly(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The same bytes in one file, on the disk."""
+    """Write the bytes of the tensors to one file, with fsync."""
     with open(path, "xb", buffering=0) as file:
         for tensor in tensors.values():
             view = memory(tensor)
@@ -130,7 +131,7 @@ def write_plainly(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_plainly(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The bytes of that file, back in the tensors."""
+    """Read the bytes of that file into the tensors."""
     with open(path, "rb", buffering=0) as file:
         for tensor in tensors.values():
             view = memory(tensor)
@@ -139,14 +140,14 @@ def read_plainly(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Return the wall time of one call, in seconds."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def measure_copy(folder: Path, rounds: int) -> None:
-    """Take turns, and print medians."""
+    """Alternate the sides, and print medians."""
     tensors = {f"blocks.{i}.weight": torch.randn(ROWS, COLUMNS) for i in range(NUM_TENSORS)}
     shards = {name: whole(tensor) for name, tensor in tensors.items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -175,7 +176,7 @@ def measure_copy(folder: Path, rounds: int) -> None:
 
 
 def main() -> None:
-    """Run the parts named on the command line, both if none is."""
+    """Run the parts named on the command line, or both if none is named."""
     words = sys.argv[1:]
     given = {"--steps": "200", "--rounds": "7", "--folder": "/dev/shm"}
     given |= {word: words[words.index(word) + 1] for word in given if word in words}

@@ -4,9 +4,9 @@
 
 A loop model (prelude 1, core 2, coda 1, hidden 512, 2 sequences of 256 tokens) takes optimizer
 steps of the trainer's engine. A round is 14 steps with 4 loops each, and 14 steps that run every
-number of loops from 1 to 7 twice, in the order that their sampler draws them: the same executed
-FLOPs to the last one. Single steps take turns, so that a machine's moods meet both; the median
-ratio of the rounds' times is printed (wanted: at most 1.05).
+number of loops from 1 to 7 twice, in the order in which the sampler draws them: exactly equal
+executed FLOPs. Single steps alternate, so that changes in the machine's speed affect both sides;
+the median ratio of the rounds' times is printed (target: at most 1.05).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from training import COMPILE, DEVICE, FFN, HEADS, HIDDEN, VOCABULARY
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
@@ -35,7 +35,7 @@ SAMPLER = {"sampler": "uniform", "min": 1, "max": 7}
 
 
 def make_config(num_loops: object) -> Config:
-    """The model of both sides."""
+    """Return the model's config; both sides use it."""
     return Config.model_validate({
         "run_dir": "run",
         "model": {"hidden_size": HIDDEN, "num_heads": HEADS, "ffn_hidden_size": FFN,
@@ -49,7 +49,7 @@ def make_config(num_loops: object) -> Config:
 
 
 def drawn_depths(config: Config) -> list[int]:
-    """Each of 1 to 7 twice, in the order in which the sampler first draws them."""
+    """Return each of 1 to 7 twice, in the order in which the sampler first draws them."""
     order: list[int] = []
     step = 0
     while len(order) < 14:
@@ -62,7 +62,7 @@ def drawn_depths(config: Config) -> list[int]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both sides, and print the ratio."""
     rounds = int(sys.argv[sys.argv.index("--rounds") + 1]) if "--rounds" in sys.argv else 5
     config = make_config(SAMPLER)
     model = Transformer(config, DEVICE)

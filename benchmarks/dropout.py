@@ -2,9 +2,9 @@
 
     python benchmarks/dropout.py [--cuda]
 
-Each on [4, 512, 512] and [16, 2048, 1024] (the larger on CUDA only) in fp32 and bf16; the two take
-turns, medians are printed. Ours keeps no generator state, and its mask is the same under any cut of
-the batch.
+Each runs on [4, 512, 512] and [16, 2048, 1024] (the larger on CUDA only) in fp32 and bf16. The two
+sides alternate, and medians are printed. Stateless dropout keeps no generator state, and its mask
+does not depend on how the batch is divided.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROBABILITY, ROUNDS = 0.1, 60
 
 
 def compare(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Alternate, and print medians."""
+    """Alternate both sides, and print medians."""
     x_BSD = torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True)
     dy_BSD = torch.randn_like(x_BSD)
     rows = (
@@ -49,7 +49,7 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    """Every shape and dtype."""
+    """Compare both sides at every shape and dtype."""
     shapes = [(4, 512, 512)] + ([(16, 2048, 1024)] if DEVICE.type == "cuda" else [])
     for shape in shapes:
         for dtype in (torch.float32, torch.bfloat16):

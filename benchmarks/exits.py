@@ -1,12 +1,12 @@
-"""Leaving early by a real rule: tokens per second and quality against no exits, on one page.
+"""Early exit by exit rules: tokens per second and quality against no exits.
 
     python benchmarks/exits.py RUN CORPUS [--windows 24] [--out benchmarks/pictures/exits.png]
 
 RUN was trained with exits, CORPUS is a folder of validation shards. Text of the corpus is read
 token by token with the cache: the first 64 tokens of a window are the prompt, each later one runs
-until the rule lets it leave, and the distribution that it leaves with is scored against the token
-that follows. So all rules predict the same tokens, and keys and values of skipped loops are those
-that generation would see. `agrees`: tokens whose likeliest successor is that of all loops.
+until the rule lets it exit, and the distribution at its exit is scored against the next token. So
+all rules predict the same tokens, and keys and values of skipped loops are those that generation
+would see. `agrees` is the share of tokens whose most likely next token is that of all loops.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from megarecur.data.corpus import open_corpus
+from megarecur.checkpoint.load import load_model, open_tokenizer
+from megarecur.data.formats import open_corpus
 from megarecur.data.loader import validation_batches
 from megarecur.inference.cache import Cache
 from megarecur.inference.early import ExitRule, Kind, cut_loops, early_logits
@@ -26,7 +27,6 @@ from megarecur.inference.generate import next_logits
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.schedule import Schedules
-from megarecur.train.load import load_model, open_tokenizer
 
 PROMPT = 64
 RULES: list[tuple[Kind, float]] = [
@@ -37,20 +37,20 @@ RULES: list[tuple[Kind, float]] = [
 
 @dataclass
 class Row:
-    """What one rule did, summed over the tokens it was asked for."""
+    """Results of one rule, summed over its tokens."""
 
     name: str
     rule: ExitRule | None
     loss: float = 0.0
-    """Nats."""
+    """Summed loss, in nats."""
     seconds: float = 0.0
     likeliest: list[int] = field(default_factory=list)
     most: int = 0
-    """Loops that there are."""
+    """Number of loops of the model."""
 
     @property
     def loops(self) -> float:
-        """Per token."""
+        """Mean number of loops per token."""
         return sum(self.rule.loops) / len(self.likeliest) if self.rule else self.most
 
 
@@ -74,7 +74,7 @@ def read_window(model: Transformer, window: torch.Tensor, row: Row) -> None:
 
 
 def draw(rows: list[Row], out: Path) -> None:
-    """Speed against loss, a point per rule."""
+    """Plot loss over speed, with a point per rule."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -95,7 +95,7 @@ def draw(rows: list[Row], out: Path) -> None:
 
 
 def main() -> None:
-    """All rules in turn, a table and a picture."""
+    """Run all rules, print a table and write a picture."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run")
     parser.add_argument("corpus")
@@ -113,8 +113,8 @@ def main() -> None:
     rows = [Row("always all loops", None)]
     rows += [Row(f"{kind} {bound:g}", ExitRule(kind, bound)) for kind, bound in RULES]
     rows.append(Row("always one loop", ExitRule("entropy", 1e9)))
-    read_window(model, windows[0], Row("", None))  # Once, for what only the first call pays.
-    for window in windows:  # The rules take turns, so that a machine's moods meet all.
+    read_window(model, windows[0], Row("", None))  # Warm up.
+    for window in windows:  # Rules alternate, so that changes in the machine's speed affect all.
         for row in rows:
             read_window(model, window, row)
     print("| rule | loops per token | tokens/s | loss | agrees |\n|---|---|---|---|---|")

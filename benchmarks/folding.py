@@ -1,11 +1,12 @@
-"""What it takes to fold a 1B-shaped model: time by part, and the peak of memory against its limit.
+"""Cost of folding a 1B-shaped model: time by part, and peak memory against its limit.
 
     python benchmarks/folding.py FOLDER [--layers 22] [--rank 64] [--init average]
 
-FOLDER gets a Llama of random weights with the shapes of TinyLlama (about 2.2 GB in bf16, kept for
-the next time) and the folded run. `megarecur convert` runs as a process of its own, whose anonymous
-memory (pages that no file stands behind) is read every 20 ms; what it holds once its libraries are
-imported is told apart. The limit is twice the largest layer, in fp32, and one file of the result.
+FOLDER receives a Llama of random weights with the shapes of TinyLlama (about 2.2 GB in bf16, reused
+by later runs) and the folded run. `megarecur convert` runs as a separate process, whose anonymous
+memory (pages without a file) is read every 20 ms; the memory of a process that only imports the
+libraries is reported separately. The limit is twice the largest layer in fp32, plus one file of the
+result.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MIB = 2**20
 
 
 def make_source(folder: Path, layers: int) -> None:
-    """A Llama of random weights, unless it is there."""
+    """Write a Llama of random weights, unless it exists."""
     if (folder / "config.json").exists():
         return
     from megarecur.data.torchvision_stub import make_torchvision_importable
@@ -43,7 +44,7 @@ def make_source(folder: Path, layers: int) -> None:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Memory of a process that no file stands behind; 0 once it is gone."""
+    """Return the anonymous memory of a process in bytes; 0 once the process has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -53,7 +54,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def watch(command: list[str]) -> tuple[int, float]:
-    """(peak of anonymous bytes, seconds) of a command."""
+    """Run a command; return (peak of anonymous bytes, seconds)."""
     began, most = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -65,7 +66,7 @@ def watch(command: list[str]) -> tuple[int, float]:
 
 
 def main() -> None:
-    """Make the source if it is missing, fold it, print what that took."""
+    """Make the source if it is missing, fold it, and print time and memory."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=22)
@@ -75,12 +76,15 @@ def main() -> None:
     source, run = options.folder / f"llama-{options.layers}", options.folder / "folded"
     make_source(source, options.layers)
     shutil.rmtree(run, ignore_errors=True)
-    words = ["-c", "import launch.cli, megarecur.convert.recursive; import time; time.sleep(1)"]
+    words = [
+        "-c",
+        "import megarecur.launch.cli, megarecur.convert.recursive; import time; time.sleep(1)",
+    ]
     idle, _ = watch([sys.executable, *words])
     lora = ["--lora-rank", str(options.rank)] if options.rank else []
     peak, seconds = watch(
-        [sys.executable, "-m", "launch.cli", "convert", str(source), "--to", str(run), "--scheme",
-         "relaxed" if lora else "cycle", "--loops", "2", "--init", options.init, *lora]
+        [sys.executable, "-m", "megarecur.launch.cli", "convert", str(source), "--to", str(run),
+         "--scheme", "relaxed" if lora else "cycle", "--loops", "2", "--init", options.init, *lora]
     )  # fmt: skip
     spent = json.loads((run / "fold.json").read_text())["seconds"]
     config = json.loads((source / "config.json").read_text())

@@ -1,13 +1,13 @@
-"""Skipping samples that have halted against computing all and throwing away what is too much.
+"""Skipping halted samples against computing all samples and discarding the surplus.
 
     python benchmarks/halting.py [--depth 20] [--rounds 5] [--cuda]
 
-A Gated Universal Transformer (hidden 512, at most 20 steps, as the paper's on flip-flop strings, or
-8; 8 sequences of 256 tokens) takes optimizer steps of the trainer's engine. When sequences stop is
-given, not learned: half of the most in the mean. The step that a sequence turns down is computed
-too, so that 8 steps can gain at most 1.64, 20 at most 1.84. Single optimizer steps of both ways
-take turns, so that a machine's moods meet both; the median ratio of tokens per second is printed
-(wanted: at least 1.6).
+A Gated Universal Transformer (hidden 512, at most 20 steps, as in the paper on flip-flop strings,
+or 8; 8 sequences of 256 tokens) takes optimizer steps of the trainer's engine. The steps of each
+sequence are given, not learned: half of the maximum on average. The step that a sequence rejects is
+computed too, so 8 steps can gain at most 1.64, and 20 at most 1.84. Single optimizer steps of both
+sides alternate, so that changes in the machine's speed affect both; the median ratio of tokens per
+second is printed (target: at least 1.6).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from training import DEVICE, FFN, HEADS, HIDDEN, VOCABULARY
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
@@ -34,7 +34,7 @@ TAKEN = {8: (1, 1, 2, 3, 4, 6, 7, 8), 20: (1, 3, 5, 8, 11, 14, 18, 20)}[DEPTH]
 
 
 def make_config() -> Config:
-    """The model."""
+    """Return the config of the model."""
     halting = {"mode": "global"}
     return Config.model_validate({
         "run_dir": "run",
@@ -50,9 +50,9 @@ def make_config() -> Config:
 
 
 class Told(torch.nn.Module):
-    """A head whose answers stop every sequence when TAKEN says; it computes what the real one does.
+    """A head that computes what the real head does, but stops every sequence as TAKEN says.
 
-    Sequences are in the order of TAKEN, so that those that are left are the last ones.
+    Sequences are in the order of TAKEN, so the remaining sequences are the last ones.
     """
 
     def __init__(self, head: torch.nn.Module) -> None:
@@ -60,7 +60,7 @@ class Told(torch.nn.Module):
         self.head, self.step = head, 0
 
     def forward(self, z: Tensor) -> Tensor:
-        """[b, S, 2 D] to [b, S]."""
+        """Map z [b, S, 2 D] to probabilities of stopping [b, S]."""
         p = self.head(z) * 1e-6
         stops_b = torch.tensor(TAKEN[-len(z) :], device=p.device) <= self.step
         self.step += 1
@@ -68,13 +68,13 @@ class Told(torch.nn.Module):
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both sides, and print the ratio."""
     rounds = int(sys.argv[sys.argv.index("--rounds") + 1]) if "--rounds" in sys.argv else 5
     config = make_config()
     model = Transformer(config, DEVICE)
     engine = PlainEngine(model, config, Mesh(device=DEVICE))
-    told = Told(model.stack.halting)
-    model.stack.halting = told  # type: ignore[assignment]
+    told = Told(model.runner.halting)
+    model.runner.halting = told  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     both = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator).to(DEVICE)
     positions_BS = torch.arange(LENGTH, device=DEVICE).expand(BATCH, LENGTH)
@@ -86,13 +86,13 @@ def main() -> None:
 
     def seconds(compact: bool) -> float:
         began = time.perf_counter()
-        model.stack.compact, told.step = compact, 0
+        model.runner.compact, told.step = compact, 0
         ctx = model.context(batch, step=0, training=True)
         x, terms = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
         loss = model.loss(x, batch)["loss"].total / (BATCH * LENGTH)
         engine.backward(loss + terms["halting"].weight * terms["halting"].total / BATCH)
         engine.step(config.optimizer.lr)
-        counts = ctx.counts[0].tolist()
+        counts = ctx.recorder.counts[0].tolist()
         shares[compact] = counts[-2] / counts[-1]
         mean = sum(i * n for i, n in enumerate(counts[:-2])) / (BATCH * LENGTH)
         assert mean == sum(TAKEN) / BATCH, (mean, counts)

@@ -2,13 +2,13 @@
 
     python benchmarks/loading.py [CORPUS]
 
-CORPUS: a prepared corpus; left out, a synthetic one of 24 M tokens with documents of 900 tokens on
-average. Both sides deliver int64 batches of 8 samples in shuffled order from local files, one
-process, one thread, whole epochs; the clock of each starts when its first batch has come, so that
-nobody pays for opening a corpus. StreamingDataset is read twice over: rows of 2,048 tokens, written
-from the same tokens, as its users would write them; and the corpus's own shards (chunks of 16,384
-tokens, 8 samples each). Its side delivers tokens only; ours delivers tokens, shifted labels and, in
-the row "with documents", positions and document numbers.
+CORPUS is a prepared corpus (default: a synthetic one of 24 M tokens with documents of 900 tokens on
+average). Both sides deliver int64 batches of 8 samples in shuffled order from local files, with one
+process, one thread and whole epochs. The clock of each side starts after its first batch, so that
+the time to open a corpus is not counted. StreamingDataset reads two corpora: rows of 2,048 tokens,
+written from the same tokens, as its users would write them; and the corpus's own shards (chunks of
+16,384 tokens, 8 samples each). It delivers tokens only; megarecur delivers tokens, shifted labels
+and, in the row "with documents", positions and document numbers.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SEQ_LENGTH, BATCH, SECONDS = 2048, 8, 4.0
 
 
 def synthetic_corpus(folder: Path) -> Corpus:
-    """24 M random bytes in documents of lognormal length, prepared as any text is."""
-    from data_prep.readers import Reading
-    from data_prep.shards import prepare_shards
+    """Prepare 24 M random bytes, in documents of lognormal length, by `prepare_shards`."""
+    from megarecur.data_prep.readers import Reading
+    from megarecur.data_prep.shards import prepare_shards
 
     rng = np.random.default_rng(0)
     lengths = rng.lognormal(6.3, 1.0, 27_000).astype(int) + 1
@@ -47,7 +47,7 @@ def synthetic_corpus(folder: Path) -> Corpus:
 
 
 def rows_per_second(name: str, epoch: Callable[[], Iterator[int]]) -> float:
-    """Samples of SEQ_LENGTH per second after the first batch of each epoch, for about SECONDS."""
+    """Return samples per second after the first batch of each epoch, for about SECONDS."""
     rows, seconds = 0, 0.0
     while seconds < SECONDS:
         batches = epoch()
@@ -64,7 +64,7 @@ def rows_per_second(name: str, epoch: Callable[[], Iterator[int]]) -> float:
 
 
 def main() -> None:
-    """Measure and print both sides and the ratios."""
+    """Measure both sides, and print their speeds and ratios."""
     warnings.filterwarnings("ignore")
     make_torchvision_importable()
     from streaming import MDSWriter, StreamingDataset

@@ -4,7 +4,8 @@
 
 The n-gram models are counted on exactly the tokens that training consumed, and predict exactly the
 tokens that `megarecur eval` counts. Each order is interpolated with the one below by a weight per
-bucket of context counts, fitted by EM on the validation tokens themselves, in the n-grams' favour.
+bucket of context counts, fitted by EM on the validation tokens themselves, which favours the
+n-grams.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megarecur.checkpoint.load import load_model
 from megarecur.data.loader import validation_batches
+from megarecur.data.open import open_data
 from megarecur.parallel.mesh import Mesh
-from megarecur.train.evaluate import evaluate
-from megarecur.train.load import load_model
-from megarecur.train.trainer import open_data
+from megarecur.train.evaluate import evaluate_corpus
 
 Ints = NDArray[np.int64]
 NO_CONTEXT = -1
 
 
 class Counts:
-    """How often keys occurred."""
+    """Number of occurrences of keys."""
 
     def __init__(self, keys: Ints) -> None:
         self.keys, self.counts = np.unique(keys, return_counts=True)
 
     def of(self, keys: Ints) -> NDArray[np.float64]:
-        """Occurrences of each key."""
+        """Return the number of occurrences of each key."""
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return np.where(self.keys[at] == keys, self.counts[at], 0).astype(np.float64)
 
 
 def predictions(batch: object) -> tuple[Ints, Ints, Ints]:
-    """(token before last, last token, token to predict) of every counted token of a batch.
+    """Return (token before last, last token, token to predict) of every counted token of a batch.
 
     The token before last is NO_CONTEXT at a sample's or a document's first position.
     """
@@ -51,7 +52,7 @@ def predictions(batch: object) -> tuple[Ints, Ints, Ints]:
 
 
 def gather(batches: list[object]) -> tuple[Ints, Ints, Ints]:
-    """The predictions of many batches, end to end."""
+    """Return the predictions of many batches, concatenated."""
     parts = [predictions(batch) for batch in batches]
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
@@ -59,7 +60,10 @@ def gather(batches: list[object]) -> tuple[Ints, Ints, Ints]:
 def interpolate(
     seen: NDArray[np.float64], context: NDArray[np.float64], lower: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """w c(context, token) / c(context) + (1 - w) lower, w per bucket of log2 c(context), by EM."""
+    """Return the interpolation w c(context, token) / c(context) + (1 - w) lower.
+
+    The weight w is fitted by EM, per bucket of log2 c(context).
+    """
     high = np.divide(seen, context, out=np.zeros_like(seen), where=context > 0)
     bucket = np.where(context > 0, 1 + np.log2(np.maximum(context, 1)).astype(int), 0)
     mixed = lower.copy()
@@ -74,7 +78,8 @@ def interpolate(
 
 
 def ngram_losses(train: tuple[Ints, ...], val: tuple[Ints, ...], vocab: int) -> tuple[float, float]:
-    """Mean negative log probability per token of the bigram and the trigram model, in nats."""
+    """Return mean negative log probability per token of the bigram and the trigram model, in
+    nats."""
     (t0, t1, t2), (v0, v1, v2) = train, val
     unigram = (Counts(t2).of(v2) + 1.0) / (len(t2) + vocab)
     bigram = interpolate(Counts(t1 * vocab + t2).of(v1 * vocab + v2), Counts(t1).of(v1), unigram)
@@ -99,7 +104,7 @@ def main(run_dir: Path) -> None:
         micro_batch_size=64,
         mask_documents=config.data.mask_documents,
     )
-    score = evaluate(model, data.validation[:1], config, mesh)[0]
+    score = evaluate_corpus(model, data.validation[0], config, mesh)
     train_tokens, val_tokens = gather(consumed), gather(list(val))
     assert len(val_tokens[0]) == score.tokens, "both must predict the same tokens"
     bigram, trigram = ngram_losses(train_tokens, val_tokens, config.model.vocab_size)

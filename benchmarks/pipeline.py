@@ -1,21 +1,20 @@
-"""Pipelines of shared blocks: one owner against tied replicas, ours and DeepSpeed's; the clock of
-the executor against the simulator's; its overhead.
+"""Pipelines of shared blocks: one owner against tied replicas, accuracy of the simulator, overhead.
 
     python benchmarks/pipeline.py [owner] [crossover] [clock] [overhead] [--rounds 5]
 
 owner: a cycle of 2 blocks run twice (hidden 384, feed-forward 1,536, sequence 256, 8 micro batches
-of 2, vocabulary 1,024, untied, fp32) on 2 processes of one thread each. Three sides take turns in
-the same processes: our placement (walk 0 1 0 1, each block on one rank); our executor with both
-blocks on both ranks, whose gradients are reduced between them; DeepSpeed's PipelineModule with
-TiedLayerSpec. The same blocks compute in all three.
+of 2, vocabulary 1,024, untied, fp32) on 2 processes of one thread each. Three sides, ours and
+DeepSpeed's, alternate in the same processes: our placement (walk 0 1 0 1, each block on one rank);
+our executor with both blocks on both ranks, whose gradients are reduced between them; DeepSpeed's
+PipelineModule with TiedLayerSpec. All three run the same block code.
 
-crossover: the same two placements of ours with more and more micro batches. One owner sends more
-activations, tied replicas reduce the blocks' gradients: 2 (v - 1) T h a bytes against
-2 (v - 1) (M / p) 12 h^2 g, equal at T = 12 h (g / a) (M / p) tokens per step. Bytes are counted.
+crossover: the first two placements with increasing numbers of micro batches. One owner sends more
+activations, tied replicas reduce the blocks' gradients: 2 (v - 1) T h a bytes against 2 (v - 1) (M
+/ p) 12 h^2 g, equal at T = 12 h (g / a) (M / p) tokens per step. Bytes are counted.
 
-clock: 4 processes whose stages sleep (5 ms forward, inputs and weights each) with messages of
-1 MiB: what an optimizer step takes against what the simulator says, once with 5 ms and hops as
-measured before, once with what the stages' operations took in a step of their own, waits left out.
+clock: 4 processes whose stages sleep (5 ms forward, inputs and weights each) with messages of 1
+MiB. The time of an optimizer step is compared with two simulations: one with 5 ms and hops as
+measured before, one with the operations' own times, measured in a separate step without waits.
 
 overhead: the same orders with empty stages against a hand-written loop of the same messages.
 """
@@ -36,7 +35,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.block import Block
 from megarecur.model.context import build_context
@@ -44,10 +43,10 @@ from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.linear import DeferredProducts
 from megarecur.parallel.mesh import Mesh, build_mesh
 from megarecur.parallel.pipeline import Pipeline
-from megarecur.plan.order import Op, Order
+from megarecur.plan.order import Op, PipelineOrder, StageCost
 from megarecur.plan.placement import Placement
 from megarecur.plan.schedule import Schedules
-from megarecur.plan.simulate import StageCost, Timeline, choose_order, lower_bound, simulate
+from megarecur.plan.simulate import Timeline, choose_order, lower_bound, simulate
 from megarecur.plan.walk import Stage, Walk, build_walk
 from megarecur.recurrence.layer_map import Step, from_order
 from megarecur.train.report import StepResult
@@ -57,11 +56,11 @@ LENGTH, MICRO, NUM_MICRO, VOCABULARY = 256, 2, 8, 1024
 WORK, MESSAGE = 0.005, (1, 256, 1024)
 PARTS = ("owner", "crossover", "clock", "overhead")
 CROSSING = (2, 4, 6, 8, 10, 12, 16)
-"""Micro batches."""
+"""Numbers of micro batches."""
 
 
 def start(rank: int, world: int, folder: str, name: str) -> None:
-    """Join a world over loopback, with one thread."""
+    """Join a process group over loopback, with one thread."""
     torch.set_num_threads(1)
     os.environ.update(GLOO_SOCKET_IFNAME="lo", LOCAL_RANK=str(rank), RANK=str(rank),
                       WORLD_SIZE=str(world), DS_ACCELERATOR="cpu")  # fmt: skip
@@ -73,7 +72,7 @@ def start(rank: int, world: int, folder: str, name: str) -> None:
 
 
 def make_config(recurrence: dict[str, Any], placement: tuple[int, ...]) -> Config:
-    """The model, its blocks on these pipeline ranks."""
+    """Return the model's config, with its blocks on these pipeline ranks."""
     return Config.model_validate({
         "run_dir": "run",
         "model": {"hidden_size": 384, "num_heads": 6, "ffn_hidden_size": 1536,
@@ -87,7 +86,7 @@ def make_config(recurrence: dict[str, Any], placement: tuple[int, ...]) -> Confi
 
 
 def make_batch(number: int) -> MicroBatch:
-    """Random tokens."""
+    """Return a micro batch of random tokens."""
     generator = torch.Generator().manual_seed(number)
     both = torch.randint(VOCABULARY, (2, MICRO, LENGTH), generator=generator)
     positions = torch.arange(LENGTH).expand(MICRO, LENGTH)
@@ -96,7 +95,7 @@ def make_batch(number: int) -> MicroBatch:
 
 
 class Ours:
-    """Our executor; `tied`: the blocks of the second loop are copies on the other rank, whose
+    """Our executor. With `tied`, the blocks of the second loop are copies on the other rank, whose
     gradients are reduced with the originals' after the backward passes."""
 
     def __init__(self, tied: bool, num_micro: int = NUM_MICRO) -> None:
@@ -120,7 +119,7 @@ class Ours:
             self.model.refresh()
 
     def step(self) -> float:
-        """One optimizer step; gives the loss, where it is known."""
+        """Run one optimizer step; return the loss on the rank of the head, 0 on the other."""
         batches, result = [make_batch(i) for i in range(self.num_micro)], StepResult(None)
         tokens = {"tokens": float(self.num_micro * MICRO * LENGTH)}
         program = Training(self.model, batches, 0, tokens, result, False)
@@ -141,13 +140,13 @@ class Ours:
         return float(result.losses.get("loss", torch.zeros(())))
 
     def state_bytes(self) -> int:
-        """Of parameters and moments here."""
+        """Return the bytes of parameters and moments on this rank."""
         tensors = [*self.model.parameters(), *self.engine.moments.values()]
         return sum(tensor.nbytes for tensor in tensors)
 
 
 class BlockLayer(nn.Module):
-    """One of our blocks, as DeepSpeed wants its layers."""
+    """One of our blocks as a DeepSpeed layer."""
 
     def __init__(self, config: Config, number: int) -> None:
         super().__init__()
@@ -205,19 +204,22 @@ class DeepSpeed:
         )  # fmt: skip
 
     def step(self) -> float:
-        """One optimizer step."""
+        """Run one optimizer step; return the loss."""
         batches = [make_batch(i) for i in range(NUM_MICRO)]
         return float(self.engine.train_batch(iter([(b.tokens_BS, b.labels_BS) for b in batches])))
 
     def state_bytes(self) -> int:
-        """Of parameters and moments here."""
+        """Return the bytes of parameters and moments on this rank."""
         parameters = {id(p): p for p in self.engine.module.parameters()}.values()
         moments = [t for state in self.optimizer.state.values() for t in state.values()]
         return sum(tensor.nbytes for tensor in (*parameters, *moments) if tensor.numel() > 1)
 
 
 def count_reduced(step: Callable[[], float]) -> int:
-    """Bytes of all-reduces between the two ranks in a step, but for single numbers."""
+    """Return the bytes of all-reduces between the two ranks in a step.
+
+    All-reduces of fewer than 8 numbers are not counted.
+    """
     total, whole = [0], dist.all_reduce
 
     def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -235,7 +237,7 @@ def count_reduced(step: Callable[[], float]) -> int:
 
 
 def run_owner(rank: int, folder: str, rounds: int) -> None:
-    """One process of three sides that take turns."""
+    """Run one of the two processes of `owner`; its three sides alternate."""
     start(rank, 2, folder, "owner")
     sides: dict[str, Any] = {"one owner": Ours(False), "tied replicas": Ours(True),
                              "DeepSpeed": DeepSpeed()}  # fmt: skip
@@ -278,7 +280,7 @@ def run_owner(rank: int, folder: str, rounds: int) -> None:
 
 
 def run_crossover(rank: int, folder: str, rounds: int) -> None:
-    """One process of two placements that take turns, over more and more tokens."""
+    """Run one of the two processes of `crossover`; its two placements alternate."""
     start(rank, 2, folder, "crossover")
     tokens, excess, ratios, reduced = [], [], [], 0.0
     for num_micro in CROSSING:
@@ -293,7 +295,7 @@ def run_crossover(rank: int, folder: str, rounds: int) -> None:
                 took += [time.perf_counter() - began] * bool(i)
         sent = torch.tensor([side.sent_bytes for side in sides], dtype=torch.float64)
         dist.all_reduce(sent)
-        # A ring over two ranks sends from each of them as much as it reduces.
+        # In a ring over two ranks, each of them sends as many bytes as it reduces.
         reduced = float(sides[1].reduced_bytes)
         tokens.append(num_micro * MICRO * LENGTH)
         excess.append(float(sent[0] - sent[1]) / 2)
@@ -320,11 +322,11 @@ WALKS: dict[str, tuple[Sequence[int], int]] = {
     "zbv": ((0, 1, 2, 3, 3, 2, 1, 0), 8),
     "greedy": ((0, 1, 2, 3, 0, 1, 2, 3, 3, 2, 1, 0), 8),
 }
-"""Blocks in their order, block b on rank b; and micro batches."""
+"""Blocks in their order, block b on rank b; and number of micro batches."""
 
 
 class Sleep(torch.autograd.Function):
-    """Work without a processor: backward sleeps for inputs, then for weights, or leaves those."""
+    """Simulated work: backward sleeps for inputs, then for weights, or defers the weights."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, work: float, deferred: DeferredProducts) -> Tensor:
@@ -343,31 +345,31 @@ class Sleep(torch.autograd.Function):
 
 
 class Sleeping:
-    """Stages that sleep (`parallel.pipeline.Program`)."""
+    """Stages that sleep, a `parallel.pipeline.Program`."""
 
     def __init__(self, work: float) -> None:
         self.work, self.deferred = work, DeferredProducts()
         self.first = torch.zeros(MESSAGE, requires_grad=True)
 
     def forget(self, microbatch: int) -> None:
-        """Nothing is kept."""
+        """Do nothing: no state is kept."""
 
     def shape(self, microbatch: int) -> tuple[int, ...]:
-        """Of a message."""
+        """Return the shape of a message."""
         return MESSAGE
 
     def forward(
         self, stage: Stage, microbatch: int, x: Tensor | None, reads: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """Each step sleeps; with no work at all nothing is computed either."""
+        """Sleep once for each step; without work, return the input unchanged."""
         x = self.first if x is None else x
         for _ in stage.steps if self.work else ():
             x = Sleep.apply(x, self.work, self.deferred)
         return x, x.sum() if stage.last else None
 
 
-def make_order(name: str, hop: float, work: float) -> tuple[Walk, Order, Timeline, float]:
-    """(walk, order, what the simulator says of it, the least that any order takes)."""
+def make_order(name: str, hop: float, work: float) -> tuple[Walk, PipelineOrder, Timeline, float]:
+    """Return (walk, order, simulated timeline, lower bound of the time of any order)."""
     blocks, num_microbatches = WALKS[name]
     placement = Placement(4, (0, 1, 2, 3), 0, blocks[-1])
     cuts = [i for i in range(1, len(blocks)) if blocks[i] == blocks[i - 1]]
@@ -383,7 +385,7 @@ def make_order(name: str, hop: float, work: float) -> tuple[Walk, Order, Timelin
 
 
 class Watched(Pipeline):
-    """Notes what each operation takes, waiting left out."""
+    """A pipeline that records the time of each operation, without waits."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -391,21 +393,24 @@ class Watched(Pipeline):
         self.waited = 0.0
 
     def run_one(self, op: Op) -> None:
-        """Run one operation."""
+        """Run one operation, and record its time."""
         self.waited, began = 0.0, time.perf_counter()
         super().run_one(op)
         own = time.perf_counter() - began - self.waited
         self.took.setdefault((op.kind, op.stage), []).append(own)
 
     def wait(self, works: Sequence[Any], op: Op) -> None:
-        """Until messages are through."""
+        """Wait for messages, and record the time."""
         began = time.perf_counter()
         super().wait(works, op)
         self.waited += time.perf_counter() - began
 
 
-def measure_costs(mesh: Mesh, walk: Walk, order: Order, hop: float) -> tuple[StageCost, ...]:
-    """What the stages' operations take, with what their messages take to be handed over."""
+def measure_costs(
+    mesh: Mesh, walk: Walk, order: PipelineOrder, hop: float
+) -> tuple[StageCost, ...]:
+    """Return the measured costs of the stages' operations, including the posting of their
+    messages."""
     program = Sleeping(WORK)
     watched = Watched(mesh, walk, program, torch.float32, torch.autograd.backward, program.deferred)
     watched.run(order[mesh.pp_rank])
@@ -421,8 +426,8 @@ def measure_costs(mesh: Mesh, walk: Walk, order: Order, hop: float) -> tuple[Sta
     return tuple(costs)
 
 
-def run_step(mesh: Mesh, walk: Walk, order: Order, work: float) -> float:
-    """Wall time of one step on all ranks."""
+def run_step(mesh: Mesh, walk: Walk, order: PipelineOrder, work: float) -> float:
+    """Return the wall time of one step on all ranks, in seconds."""
     program = Sleeping(work)
     pipeline = Pipeline(
         mesh, walk, program, torch.float32, torch.autograd.backward, program.deferred
@@ -434,8 +439,8 @@ def run_step(mesh: Mesh, walk: Walk, order: Order, work: float) -> float:
     return time.perf_counter() - began
 
 
-def run_loop(mesh: Mesh, walk: Walk, order: Order) -> float:
-    """Wall time of the same messages, sent and received by hand."""
+def run_loop(mesh: Mesh, walk: Walk, order: PipelineOrder) -> float:
+    """Return the wall time of the same messages in a hand-written loop, in seconds."""
     works: list[Any] = []
     arrived: dict[tuple[str, int, int], Any] = {}
     tensor = torch.zeros(MESSAGE)
@@ -460,7 +465,7 @@ def run_loop(mesh: Mesh, walk: Walk, order: Order) -> float:
 
 
 def measure_hop() -> float:
-    """Seconds for a message to reach the next rank, by sending it to and fro."""
+    """Return the seconds that a message takes to the next rank: half of a round trip."""
     tensor, rank, times = torch.zeros(MESSAGE), dist.get_rank(), []
     for _ in range(50):
         dist.barrier()
@@ -478,7 +483,7 @@ def measure_hop() -> float:
 
 
 def run_clock(rank: int, folder: str, rounds: int) -> None:
-    """One of four processes that sleep."""
+    """Run one of the four processes of `clock`, whose stages sleep."""
     start(rank, 4, folder, "clock")
     config = make_config({"kind": "dense", "num_layers": 4}, (0, 1, 2, 3))
     mesh = build_mesh(config, torch.device("cpu"))
@@ -502,7 +507,7 @@ def run_clock(rank: int, folder: str, rounds: int) -> None:
 
 
 def run_overhead(rank: int, folder: str, rounds: int) -> None:
-    """One of four processes that only send."""
+    """Run one of the four processes of `overhead`, whose stages are empty."""
     start(rank, 4, folder, "overhead")
     config = make_config({"kind": "dense", "num_layers": 4}, (0, 1, 2, 3))
     mesh = build_mesh(config, torch.device("cpu"))
@@ -519,7 +524,7 @@ def run_overhead(rank: int, folder: str, rounds: int) -> None:
 
 
 def main() -> None:
-    """Start the processes."""
+    """Start the processes of the parts named on the command line, or of all parts."""
     rounds = int(sys.argv[sys.argv.index("--rounds") + 1]) if "--rounds" in sys.argv else 5
     parts = [part for part in PARTS if part in sys.argv] or list(PARTS)
     with tempfile.TemporaryDirectory() as folder:

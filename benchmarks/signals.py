@@ -1,11 +1,11 @@
-"""What level signals cost evaluated thin, A^T (B x), against M = A^T B made whole and then used, as
-the authors of RingFormer do.
+"""Cost of level signals in factored form, A^T (B x), against the full matrix M = A^T B.
 
     python benchmarks/signals.py [--rounds 5] [--hidden 512] [--rank 32] [--tokens 2048]
 
-The three signals of attention, forward and backward, beside the products they are added to; the two
-take turns. What the formulas say is printed beside: 4 pairs of rank r take 8 r d multiply-adds per
-token and level, 4 whole matrices 4 d^2, and 4 r d^2 once to make them.
+The authors of RingFormer build M first and then apply it. Both sides compute the three signals of
+attention, forward and backward, together with the products that the signals are added to; the sides
+alternate. The ratio by formula is printed as well: 4 pairs of rank r take 8 r d multiply-adds per
+token and level, 4 full matrices 4 d^2, and 4 r d^2 once to build them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from megarecur.parallel.linear import Linear, LowRank, apply_all
 
 
 def make(shapes: dict[str, tuple[int, int]]) -> Callable[[str], nn.Parameter]:
-    """Parameters by the end of their name."""
+    """Return a function that makes parameters of the shape listed for the last part of their
+    name."""
     return lambda name: nn.Parameter(torch.randn(shapes[name.rsplit(".", 1)[1]]) / 32)
 
 
 def main() -> None:
-    """Take turns, print medians."""
+    """Alternate the sides, and print medians."""
     parser = argparse.ArgumentParser()
     for name, default in (("rounds", 5), ("hidden", 512), ("rank", 32), ("tokens", 2048)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,11 +1,11 @@
-"""Small studies of published orderings, each on a CPU within hours.
+"""Small studies of published rankings, each on a CPU within hours.
 
     python benchmarks/study.py NAME --minutes 60 [--jobs 2] [--data FOLDER]
 
-NAME is one of the studies below. A study is a list of cells, each a run; those that are missing are
-done, so many at a time, until the minutes are over, an interrupted one goes on where it was, and
-what there is is printed as a table in Markdown and drawn. Everything is in runs/NAME. FOLDER holds
-the development data (left out: MEGARECUR_DATA).
+NAME is one of the studies below. A study is a list of cells, each of them a run. Missing cells are
+run, --jobs at a time, until the minutes are over; an interrupted cell resumes. The finished cells
+are then printed as a table in Markdown and plotted. All files are in runs/NAME. FOLDER holds the
+development data (default: MEGARECUR_DATA).
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ CONFIGS = Path("configs/papers")
 PICTURES = Path("benchmarks/pictures")
 Command = tuple[object, ...]
 THREADS: dict[str, str] = {}
-"""Of a cell, where several run side by side."""
+"""Environment variables of a cell if several run in parallel."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study, evaluated at its end alone."""
+    """One run of a study, evaluated only at its end."""
 
     row: str
-    """Of the table; runs of several seeds share one."""
+    """Row of the table; runs with several seeds share one."""
     run: Path
     commands: tuple[Command, ...]
-    """What makes it, after `megarecur`, in order; the last one trains."""
+    """Arguments of the `megarecur` commands that make the run, in order; the last one trains."""
     makes: Path | None = None
-    """What the first command makes, which other cells may have made already."""
+    """Output of the first command, which other cells may have made already."""
     columns: tuple[str, ...] = ("val/loss",)
     """Keys of metrics.jsonl."""
     drawn: bool = True
-    """False: too far from the others for one picture."""
+    """Include the run in the picture. False: its scores are too far from the others."""
 
     def scores(self) -> list[float] | None:
-        """One per column; None for a run that is not finished."""
+        """Return one score per column; None for a run that is not finished."""
         path = self.run / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         found = [[row[key] for row in rows if key in row] for key in self.columns]
@@ -55,15 +55,17 @@ class Cell:
 
 
 def megarecur(root: Path, *words: object) -> None:
-    """Run a command, its output in the log of the study."""
+    """Run a command, with its output in the log of the study."""
     with open(root / "study.log", "a") as log:
-        command = [sys.executable, "-m", "launch.cli", *map(str, words)]
+        command = [sys.executable, "-m", "megarecur.launch.cli", *map(str, words)]
         subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | THREADS)
 
 
 def prepare_books(root: Path, data: Path, vocab_size: int) -> None:
-    """Tokenizer and shards of the books in the development data, each once; to validate, how each
-    of the 14 books that nobody trains on begins."""
+    """Prepare tokenizer and shards of the books in the development data, unless they exist.
+
+    The validation shards hold the beginnings of the 14 held-out books.
+    """
     tokenizer, books = root / "tokenizer.model", data / "lm_en/gutenberg"
     train, beginnings = sorted(books.glob("train-*")), root / "valid.jsonl"
     with lzma.open(books / "valid.jsonl.xz", "rt") as lines:
@@ -84,11 +86,14 @@ def prepare_books(root: Path, data: Path, vocab_size: int) -> None:
 
 
 def relaxed(root: Path, data: Path) -> list[Cell]:
-    """Which way of folding a dense model uptrains best (Bae et al. 2025): 8 layers trained on books
-    become 4 blocks that run twice, and each fold is trained on a tenth of the tokens."""
+    """Return the cells that compare ways to fold a dense model (Bae et al. 2025).
+
+    8 layers trained on books become 4 blocks that run twice, and each fold is uptrained on a tenth
+    of the tokens.
+    """
     configs, dense, exported = CONFIGS / "relaxed_recursive", root / "dense", root / "dense-hf"
     prepare_books(root, data, 2048)
-    megarecur(root, "train", configs / "dense-small.yaml")  # Returns at once where it is done.
+    megarecur(root, "train", configs / "dense-small.yaml")  # Returns at once if it is finished.
     if not exported.exists():
         megarecur(root, "export", dense, "--to", "hf", exported)
 
@@ -124,7 +129,10 @@ def relaxed(root: Path, data: Path) -> list[Cell]:
 
 
 def ilr(root: Path, data: Path) -> list[Cell]:
-    """Where to repeat layers (Nguyen & Lin 2025), without positions: four maps on books."""
+    """Return the cells that compare which layers to repeat (Nguyen & Lin 2025).
+
+    Four maps are trained on books, without positions.
+    """
     prepare_books(root, data, 1024)
     overrides = (
         f"data.train=[{{path: {root}/data/train}}]", f"data.val=[{{path: {root}/data/val}}]",
@@ -148,8 +156,11 @@ def ilr(root: Path, data: Path) -> list[Cell]:
 
 
 def flip_flop(root: Path, data: Path) -> list[Cell]:
-    """Who remembers a bit (Liu et al. 2023; Ray Chowdhury & Caragea 2024): trained on strings of 64
-    symbols of which a share of 0.8 is noise, tested at 0.8, 0.98 and 0.1, and on longer ones."""
+    """Return the cells that compare how well models remember a bit (Liu et al. 2023).
+
+    As in Ray Chowdhury & Caragea 2024, models are trained on strings of 64 symbols with a noise
+    share of 0.8, and tested at 0.8, 0.98 and 0.1, and on longer strings.
+    """
     names = ("0.98", "0.1", "0.98x128")
     tests = (*(word for name in names for word in ("--test", name)), "--test-count", 2000)
     drawn = ("--length", 64, "--train", 50000, "--val", 2000, *tests)
@@ -160,8 +171,10 @@ def flip_flop(root: Path, data: Path) -> list[Cell]:
 
 
 def logic(root: Path, data: Path) -> list[Cell]:
-    """Who infers beyond the length that was trained (Bowman et al. 2015): up to 6 operators in
-    training, accuracy with 6 to 12."""
+    """Return the cells that compare logical inference beyond the trained length.
+
+    Training has up to 6 operators, and accuracy is measured with 6 to 12 (Bowman et al. 2015).
+    """
     return task_cells(
         root, ("logic", "--train", 300000), "logic", ("transformer", "ut", "gut"),
         ("test_06", "test_08", "test_10", "test_12"), "accuracy", seq_length=80, steps=10000,
@@ -178,8 +191,8 @@ def task_cells(
     seq_length: int,
     steps: int,
 ) -> list[Cell]:
-    """A cell per model and seed; the tests are the run's validation corpora."""
-    if not (root / "data/train").exists():  # It is written last.
+    """Return a cell per model and seed; the tests are the run's validation corpora."""
+    if not (root / "data/train").exists():  # The training corpus is written last.
         megarecur(root, "prep", "task", *drawn, "--out", root / "data")
     paths = ", ".join(f"{{path: {root}/data/{test}}}" for test in tests)
     overrides = (
@@ -207,14 +220,14 @@ STUDIES: dict[str, Callable[[Path, Path], list[Cell]]] = {
 
 
 def do(root: Path, cell: Cell) -> None:
-    """The commands of a cell, but for what another cell has made."""
+    """Run the commands of a cell; skip the first one if its output exists."""
     made = cell.makes is not None and cell.makes.exists()
     for command in cell.commands[made:]:
         megarecur(root, *command)
 
 
 def collect(cells: list[Cell]) -> dict[str, list[list[float]]]:
-    """Scores of finished runs by row, in order."""
+    """Return the scores of finished runs by row, in order."""
     rows: dict[str, list[list[float]]] = {}
     for cell in cells:
         if (scores := cell.scores()) is not None:
@@ -223,7 +236,7 @@ def collect(cells: list[Cell]) -> dict[str, list[list[float]]]:
 
 
 def show(name: str, cells: list[Cell]) -> None:
-    """What there is, as a table in Markdown and as a picture."""
+    """Print the finished cells as a table in Markdown, and plot them."""
     rows, columns = collect(cells), cells[0].columns
     print(f"\n| {name} | {' | '.join(columns)} | seeds |\n|---|{'---|' * len(columns)}---|")
     for row, runs in rows.items():
@@ -240,7 +253,8 @@ def show(name: str, cells: list[Cell]) -> None:
 
 
 def draw(name: str, rows: dict[str, list[list[float]]], columns: tuple[str, ...]) -> None:
-    """A panel per column, a line per row of the table, a dot per run and a bar at their mean."""
+    """Plot a panel per column, a line per row of the table, a dot per run and a bar at their
+    mean."""
     from matplotlib.figure import Figure
 
     size = 2 + 3 * len(columns), 1 + 0.35 * len(rows)
@@ -262,10 +276,10 @@ def draw(name: str, rows: dict[str, list[list[float]]], columns: tuple[str, ...]
 
 
 def main() -> None:
-    """The next missing cells, until the minutes are over."""
+    """Run missing cells until the minutes are over, then show the study."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=STUDIES)
-    parser.add_argument("--minutes", type=float, default=60.0, help="0: only show what there is")
+    parser.add_argument("--minutes", type=float, default=60.0, help="0: only print finished cells")
     parser.add_argument("--data", type=Path, default=os.environ.get("MEGARECUR_DATA"))
     parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
     options = parser.parse_args()

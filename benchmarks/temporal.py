@@ -1,10 +1,10 @@
-"""What a temporal memory spares: time of a forward and backward pass over 4,096 tokens, in chunks
-against full attention.
+"""Speed of a temporal memory: forward and backward in chunks against full attention.
 
     python benchmarks/temporal.py [--length 4096] [--chunk 128] [--slots 32] [--hidden 256]
 
-Four blocks and a vocabulary of 2,048; the two take turns. Executed FLOPs are printed beside. The
-CPU has no kernel for attention that would spare masked scores, so that all S x S are computed.
+4,096 tokens, four blocks and a vocabulary of 2,048; the two sides alternate. The ratio of executed
+FLOPs is printed as well. On the CPU no attention kernel skips masked scores, so all S x S are
+computed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import statistics
 
 from adapters import VOCABULARY, Side
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.plan.cost import count_flops
 from megarecur.recurrence.schemes import layer_map
 
 
 def make_config(options: argparse.Namespace, in_chunks: bool) -> Config:
-    """Four blocks, each used once."""
+    """Return a config of four blocks, each used once."""
     temporal = {"chunk_length": options.chunk, "num_slots": options.slots}
     return Config.model_validate({
         "run_dir": "none",
@@ -35,14 +35,14 @@ def make_config(options: argparse.Namespace, in_chunks: bool) -> Config:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both sides, and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, value in (("length", 4096), ("chunk", 128), ("slots", 32), ("hidden", 256),
                         ("rounds", 3)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     sides = {name: Side(make_config(options, name == "chunks")) for name in ("full", "chunks")}
-    for _ in range(options.rounds + 1):  # The first warms up.
+    for _ in range(options.rounds + 1):  # The first round warms up.
         for side in sides.values():
             side.step()
     medians, flops = {}, {}

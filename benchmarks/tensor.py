@@ -4,12 +4,12 @@
 
 Time: hidden 1,024, sequence 512, batch 4, 16 heads, feed-forward 4,096, 4 blocks run twice each,
 8,192 tokens of vocabulary, tied, fp32: forward, backward, clipping, AdamW. One process with one
-thread against two with one thread each; both models live in the same processes and take turns.
-Medians, and the median of the rounds' ratios.
+thread is compared with two with one thread each; both models are in the same processes and
+alternate. It prints medians, and the median of the rounds' ratios.
 
 Memory: the head's product and the loss, forward and backward, of 1,024 tokens of 256 channels at a
-vocabulary of 65,536: how far resident memory rises over what was there before, at its highest.
-Full logits in torch's functions, our loss on one process, and our loss cut over two.
+vocabulary of 65,536: the peak of resident memory above its value before. The sides are full logits
+in torch's functions, our loss on one process, and our loss split over two.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import Engine, build_engine
+from megarecur.optim.build import build_engine
+from megarecur.optim.engine import Engine
 from megarecur.parallel.loss import cross_entropy
 from megarecur.parallel.mesh import Mesh, build_mesh
 from megarecur.parallel.regions import ALONE
@@ -43,7 +44,7 @@ SIZE = 2
 
 
 def make_config(tensor: int, sequence: bool) -> Config:
-    """The model, cut over so many processes."""
+    """Return the model's config for `tensor` processes."""
     return Config.model_validate({
         "run_dir": "run",
         "model": {"hidden_size": 1024, "num_heads": 16, "ffn_hidden_size": 4096,
@@ -57,7 +58,7 @@ def make_config(tensor: int, sequence: bool) -> Config:
 
 
 def make_batch() -> MicroBatch:
-    """Random tokens."""
+    """Return a micro batch of random tokens."""
     generator = torch.Generator().manual_seed(0)
     both = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator)
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
@@ -66,7 +67,7 @@ def make_batch() -> MicroBatch:
 
 
 def step_seconds(model: Transformer, engine: Engine, config: Config) -> float:
-    """Wall time of one optimizer step."""
+    """Return the wall time of one optimizer step, in seconds."""
     batch = make_batch()
     began = time.perf_counter()
     ctx = model.context(batch, 0, training=True)
@@ -77,7 +78,7 @@ def step_seconds(model: Transformer, engine: Engine, config: Config) -> float:
 
 
 def time_steps(rounds: int) -> None:
-    """Print what a step takes on one process, on two, and on two with sequence parallelism."""
+    """Print the time of a step on one process, on two, and on two with sequence parallelism."""
     rank, sides = dist.get_rank(), []
     for tensor, sequence in ((1, False), (SIZE, False), (SIZE, True)):
         config = make_config(tensor, sequence)
@@ -85,10 +86,10 @@ def time_steps(rounds: int) -> None:
         model = Transformer(config, tp=mesh.tensor_parallel(sequence))
         sides.append((model, build_engine(model, config, mesh), config))
     times: list[list[float]] = []
-    for number in range(rounds + 1):  # the first one allocates
+    for number in range(rounds + 1):  # The first round allocates.
         row = []
         for side in sides:
-            dist.barrier()  # who has nothing to do waits here, asleep
+            dist.barrier()  # An idle rank sleeps here.
             alone = side[2].parallel.tensor == 1
             row.append(step_seconds(*side) if rank == 0 or not alone else 0.0)
         times += [row] if number else []
@@ -104,22 +105,22 @@ def time_steps(rounds: int) -> None:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """How far this process's resident memory rises over what it is now."""
+    """Return the peak of resident memory during a call, above its value before, in bytes."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the peak.
     before = read_status("VmRSS")
     call()
     return read_status("VmHWM") - before
 
 
 def read_status(key: str) -> int:
-    """A size in /proc/self/status, in bytes."""
+    """Return a size in /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
 def measure_loss(rounds: int) -> None:
-    """Print the highest rise of memory of each loss."""
+    """Print the median peak of memory of each loss."""
     rank = dist.get_rank()
     mesh = build_mesh(make_config(SIZE, False), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
@@ -167,7 +168,7 @@ def measure_loss(rounds: int) -> None:
 
 
 def run(rank: int, folder: str, rounds: int) -> None:
-    """One process."""
+    """Run one process of both measurements."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{folder}/store", SIZE)

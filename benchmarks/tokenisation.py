@@ -2,12 +2,13 @@
 
     python benchmarks/tokenisation.py [--model MODEL] [--processes N] FILES...
 
-FILES: what `megarecur prep shards` takes (MEGARECUR_DATA's lm_en/gutenberg/train-*.jsonl.xz, say).
-Their side: N processes, each with its own SentencePieceProcessor, each given its share of the
-paragraphs (texts cut at blank lines) in memory; only `encode` is timed, from the first start to the
-last end. Ours, twice: the same N processes encoding whole documents in memory with our tokenizer,
-timed in the same way; and `prepare_shards` with N workers from compressed files to verified shards,
-all of it timed, imports included. Without --model, a BPE model of 8,192 pieces is trained first.
+FILES are inputs of `megarecur prep shards` (MEGARECUR_DATA's lm_en/gutenberg/train-*.jsonl.xz, for
+example). The reference is N processes, each with its own SentencePieceProcessor and its share of
+the paragraphs (texts cut at blank lines) in memory; only `encode` is timed, from the first start to
+the last end. Ours is measured twice: the same N processes encode whole documents in memory with our
+tokenizer, timed in the same way; and `prepare_shards` with N workers runs from compressed files to
+verified shards, timed as a whole, imports included. Without --model, a BPE model of 8,192 pieces is
+trained first.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_prep.readers import Reading, find_sources, read_documents
-from data_prep.shards import prepare_shards
-from data_prep.tokenizer import train_tokenizer
 from megarecur.data.tokenizer import load_tokenizer
+from megarecur.data_prep.readers import Reading, find_sources, read_documents
+from megarecur.data_prep.shards import prepare_shards
+from megarecur.data_prep.tokenizer import train_tokenizer
 
 
 def encode(kind: str, model: str, texts: list[str], barrier: Any, results: Any) -> None:
-    """One process: wait for the others, encode its share, report (begin, end, tokens)."""
+    """Run one process: wait for the others, encode its share, report (begin, end, tokens)."""
     if kind == "paragraphs":
         import sentencepiece
 
@@ -45,7 +46,7 @@ def encode(kind: str, model: str, texts: list[str], barrier: Any, results: Any) 
 
 
 def measure(kind: str, model: str, documents: list[str], processes: int) -> float:
-    """Tokens per second of all processes together."""
+    """Return tokens per second of all processes together."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
     shares = [documents[i::processes] for i in range(processes)]
@@ -64,7 +65,7 @@ def measure(kind: str, model: str, documents: list[str], processes: int) -> floa
 
 
 def main() -> None:
-    """Measure and print both sides and the ratios."""
+    """Measure both sides, and print their speeds and ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))

@@ -1,13 +1,13 @@
-"""Training speed of a reuse-mapped model against Hugging Face Llama of the same executed depth.
+"""Training speed of a reuse-mapped model against Hugging Face Llama of equal executed depth.
 
     python benchmarks/training.py [fp32] [bf16] [--rounds 7] [--compile] [--cuda]
 
 One step is forward, backward, clipping and fused AdamW on 4 sequences of 512 tokens: hidden 512,
-feed-forward 1,408, 8 heads, 8 executed layers, 8,192 tokens of vocabulary, tied. Ours runs 4 blocks
-twice each (the engine's own step), theirs 8 layers (sdpa; in bf16, fp32 weights under autocast).
-With --compile both sides run under torch.compile: ours its block, theirs the model.
-Both sides, and products of the model's shapes, take turns in one run; medians are printed.
-"Share" is executed FLOPs over what the machine's fp32 products (bf16 ones on CUDA) would do in the
+feed-forward 1,408, 8 heads, 8 executed layers, 8,192 tokens of vocabulary, tied. Our model runs 4
+blocks twice each (a step of the engine), theirs 8 layers (sdpa; in bf16, fp32 weights under
+autocast). With --compile both sides run under torch.compile: our block, and their whole model. Both
+sides, and products of the model's shapes, alternate in one run; medians are printed. "Share" is
+executed FLOPs over those that the machine's fp32 products (bf16 ones on CUDA) would execute in the
 same time.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.model.compile import CompiledModel
@@ -38,7 +38,7 @@ Step = Callable[[], float]
 
 
 def make_config(precision: str) -> Config:
-    """Ours: 4 blocks, each run twice in a row."""
+    """Return our config: 4 blocks, each run twice in a row."""
     return Config.model_validate({
         "run_dir": "run",
         "model": {"hidden_size": HIDDEN, "num_heads": HEADS, "ffn_hidden_size": FFN,
@@ -53,7 +53,8 @@ def make_config(precision: str) -> Config:
 
 
 def our_step(config: Config) -> Step:
-    """One optimizer step of the trainer's engine; returns the loss."""
+    """Return a function that runs one optimizer step of the trainer's engine and returns the
+    loss."""
     model = Transformer(config, DEVICE)
     engine = PlainEngine(model, config, Mesh(device=DEVICE))
     if COMPILE:
@@ -78,7 +79,7 @@ def our_step(config: Config) -> Step:
 
 
 def their_step(precision: str) -> Step:
-    """The same with transformers, as its users write it."""
+    """Return a function that runs one step with transformers, as its users write it."""
     make_torchvision_importable()
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -106,14 +107,17 @@ def their_step(precision: str) -> Step:
 
 
 def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels [B, S], the same for both sides."""
+    """Return tokens and labels [B, S], equal for both sides."""
     generator = torch.Generator().manual_seed(0)
     both = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator).to(DEVICE)
     return both[0], both[1]
 
 
 def products_step() -> tuple[Step, float]:
-    """The feed-forward's product, forward and both backward ones; and its FLOPs."""
+    """Return a function that computes the feed-forward's three products, and its FLOPs.
+
+    The products are the forward one and both backward ones.
+    """
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     x = torch.randn(TOKENS, HIDDEN, device=DEVICE, dtype=dtype)
     weight = torch.randn(FFN, HIDDEN, device=DEVICE, dtype=dtype)
@@ -129,7 +133,7 @@ def products_step() -> tuple[Step, float]:
 
 
 def seconds(step: Step) -> float:
-    """Wall time of one call."""
+    """Return the wall time of one call, in seconds."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -140,7 +144,7 @@ def seconds(step: Step) -> float:
 
 
 def compare(precision: str, rounds: int) -> None:
-    """Alternate, and print medians."""
+    """Alternate the sides, and print medians."""
     config = make_config(precision)
     flops = count_flops(config, layer_map(config.recurrence)).train * TOKENS
     products, product_flops = products_step()
@@ -164,7 +168,7 @@ def compare(precision: str, rounds: int) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Compare both sides in the precisions named on the command line, or in fp32 and bf16."""
     rounds = int(sys.argv[sys.argv.index("--rounds") + 1]) if "--rounds" in sys.argv else 7
     for precision in [p for p in ("fp32", "bf16") if p in sys.argv] or ["fp32", "bf16"]:
         compare(precision, rounds)

@@ -3,11 +3,11 @@
     python benchmarks/zero.py [--rounds 5] [--stage 1] [--cuda]
 
 Two processes, one thread each (with --cuda: one process on one GPU), 48.8M unique parameters:
-hidden 768, feed-forward 2,048, 12 heads, 6 blocks of which the first two run twice, 8,192 tokens
-of vocabulary, tied, fp32. A step is 2 micro batches of 2 sequences of 256 tokens per process,
-clipping, AdamW. Both engines hold their own copy of the model in the same processes and take
-turns; medians, and the median of the rounds' ratios. Optimizer memory is every tensor that the
-optimizer keeps beside parameters and gradients, measured.
+hidden 768, feed-forward 2,048, 12 heads, 6 blocks of which the first two run twice, 8,192 tokens of
+vocabulary, tied, fp32. A step is 2 micro batches of 2 sequences of 256 tokens per process,
+clipping, AdamW. Both engines hold their own copy of the model in the same processes and alternate.
+It prints medians, and the median of the rounds' ratios. Optimizer memory is measured as all tensors
+that the optimizer keeps besides parameters and gradients.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import Engine, PlainEngine, build_engine
+from megarecur.optim.build import build_engine
+from megarecur.optim.engine import Engine, PlainEngine
 from megarecur.parallel.mesh import Mesh, build_mesh
 from megarecur.recurrence.schemes import layer_map
 
@@ -34,12 +35,12 @@ WORLD = 1 if CUDA else 2
 
 
 def option(name: str, default: int) -> int:
-    """The number after a flag."""
+    """Return the number after a flag."""
     return int(sys.argv[sys.argv.index(name) + 1]) if name in sys.argv else default
 
 
 def make_config(stage: int) -> Config:
-    """The model, for an engine of this stage."""
+    """Return the model's config for an engine of this stage."""
     return Config.model_validate({
         "run_dir": "run",
         "model": {"hidden_size": 768, "num_heads": 12, "ffn_hidden_size": 2048,
@@ -54,7 +55,7 @@ def make_config(stage: int) -> Config:
 
 
 def make_batch(number: int, device: torch.device) -> MicroBatch:
-    """Random tokens."""
+    """Return a micro batch of random tokens."""
     generator = torch.Generator().manual_seed(number)
     both = torch.randint(VOCABULARY, (2, MICRO, LENGTH), generator=generator).to(device)
     positions = torch.arange(LENGTH, device=device).expand(MICRO, LENGTH)
@@ -63,7 +64,7 @@ def make_batch(number: int, device: torch.device) -> MicroBatch:
 
 
 def step_seconds(model: Transformer, engine: Engine, config: Config, mesh: Mesh) -> float:
-    """Wall time of one optimizer step."""
+    """Return the wall time of one optimizer step, in seconds."""
     batches = [make_batch(mesh.rank * NUM_MICRO + i, mesh.device) for i in range(NUM_MICRO)]
     tokens = WORLD * MICRO * NUM_MICRO * LENGTH
     dist.barrier()
@@ -79,7 +80,7 @@ def step_seconds(model: Transformer, engine: Engine, config: Config, mesh: Mesh)
 
 
 def optimizer_bytes(model: Transformer, engine: Engine) -> int:
-    """Bytes of the optimizer's tensors that are not the model's own parameters."""
+    """Return the bytes of the optimizer's tensors that are not the model's own parameters."""
     inner = engine.optimizers[0] if isinstance(engine, PlainEngine) else engine.optimizer.optimizer
     kept = [t for state in inner.state.values() for t in state.values()]
     kept += [p for group in inner.param_groups for p in group["params"]]
@@ -89,7 +90,7 @@ def optimizer_bytes(model: Transformer, engine: Engine) -> int:
 
 
 def run(rank: int, folder: str, stage: int, rounds: int) -> None:
-    """One process."""
+    """Run one process, with both engines."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
     device = torch.device("cuda", 0) if CUDA else torch.device("cpu")

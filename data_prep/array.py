@@ -1,9 +1,9 @@
-"""One preparation by many processes that share nothing but a file system: the tasks of job arrays.
+"""Prepare a corpus by many processes that share only a file system: the tasks of job arrays.
 
-Whoever submits looks at all inputs once and writes the plan down. Each task does its share of one
-phase, by number: a pure function of the plan and of the number of tasks, balanced by bytes. What
-is finished is left alone, so that a failed task can be run again by itself, anywhere. The corpus
-is the one that a single machine writes, byte for byte.
+The submitting process reads all inputs once and writes the plan. Each task does its share of one
+phase: a pure function of the plan, the task's number and the number of tasks, balanced by bytes.
+Finished pieces are kept, so a failed task can be rerun alone, on any machine. The corpus is
+byte-identical to the one that a single machine writes.
 
 The file system must let all machines lock files (flock).
 """
@@ -19,10 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from data_prep.files import explain_os_errors
-from data_prep.plan import Plan, Request, make_plan, read_record, write_record
-from data_prep.progress import ProgressReport
-from data_prep.shards import (
+from megarecur.data.corpus import Manifest, read_manifest
+from megarecur.data.tokenizer import load_tokenizer
+from megarecur.data_prep.disk import explain_os_errors
+from megarecur.data_prep.plan import PrepPlan, Request, make_plan, read_record, write_record
+from megarecur.data_prep.progress import ProgressReport
+from megarecur.data_prep.shards import (
     assemble,
     copy_tokenizer,
     decide_once,
@@ -39,21 +41,19 @@ from data_prep.shards import (
     resume_or_restart,
     tokenise_part,
 )
-from data_prep.workers import Workers
-from megarecur.data.corpus import Manifest, read_manifest
-from megarecur.data.tokenizer import load_tokenizer
+from megarecur.data_prep.workers import Workers
 from megarecur.errors import DataError
 
 Phase = Literal["read", "tokenise", "assemble"]
 Work = dict[Phase, list[int]]
-"""The numbers of the tasks of each phase that have something left to do; {}: all is there."""
+"""Numbers of the tasks of each phase that have work left; {} if everything is done."""
 RECORD = "record.json"
 PATIENCE = 30.0
-"""Seconds a task waits for the folder: whoever submitted it may not have let go of it yet."""
+"""Seconds a task waits for the folder's lock, which the submitting process may still hold."""
 
 
 def share(sizes: Sequence[int], tasks: int) -> list[list[int]]:
-    """Which pieces of work each task does: the largest first, to whom has least so far."""
+    """Return the pieces of work of each task: the largest first, to the task with least so far."""
     shares: list[list[int]] = [[] for _ in range(tasks)]
     held = [(0, 0, task) for task in range(tasks)]  # bytes, pieces, task
     for piece in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -63,18 +63,18 @@ def share(sizes: Sequence[int], tasks: int) -> list[list[int]]:
     return [sorted(pieces) for pieces in shares]
 
 
-def foresee(request: Request, out: Path, tasks: int) -> Work:
-    """What `begin` would find to do; nothing is written.
+def plan_remaining_work(request: Request, out: Path, tasks: int) -> Work:
+    """Return the work that `begin` would find, without writing anything.
 
-    Inputs are read only where there is something that may have been made of them.
+    Inputs are read only if a previous result of them may exist.
 
     Raises:
-        DataError: as `begin`.
+        DataError: see `begin`.
     """
     partial = partial_of(out)
     with explain_os_errors(partial):
         compare = out.exists() or partial.exists()
-        plan = make_plan(request, load_tokenizer(request.tokenizer), hashed=compare)
+        plan = make_plan(request, load_tokenizer(request.tokenizer, request.eos), hashed=compare)
         if compare and is_prepared(out, plan):
             return {}
         return _remaining(plan, partial, tasks, begun=compare and is_begun(partial, plan))
@@ -82,17 +82,17 @@ def foresee(request: Request, out: Path, tasks: int) -> Work:
 
 @contextmanager
 def begin(request: Request, out: Path, tasks: int) -> Iterator[Work]:
-    """Look at the inputs and write down the plan, for tasks to follow; gives what is left to do.
+    """Read the inputs and write the plan for the tasks; yield the remaining work.
 
-    Until the context is left, nothing but tasks of this preparation can start.
+    Until the context ends, only tasks of this preparation can start.
 
     Raises:
-        DataError: an input cannot be read, somebody else prepares this corpus, or OUT already
-            holds something else.
+        DataError: an input cannot be read, another process prepares this corpus, or OUT already
+        holds something else.
     """
     partial = partial_of(out)
-    with explain_os_errors(partial, "what is finished is kept"):
-        model = load_tokenizer(request.tokenizer)
+    with explain_os_errors(partial, "finished work is kept"):
+        model = load_tokenizer(request.tokenizer, request.eos)
         plan = make_plan(request, model)
         if is_prepared(out, plan):
             shutil.rmtree(partial, ignore_errors=True)
@@ -117,29 +117,25 @@ def run_task(
     workers: int = 0,
     progress: ProgressReport | None = None,
 ) -> dict[str, Manifest]:
-    """Do what is left of one task's share of one phase.
+    """Do the remaining work of one task's share of one phase.
 
     Args:
-        request: as it was submitted.
-        out: folder of the result.
-        phase: read, tokenise (when all is read) or assemble (when all is tokenised; one task).
-        task: its number, from 0.
-        tasks: how many there are.
-        workers: processes; 0: as many as cores.
-        progress: told how far the work is.
+        phase: read, tokenise (after all reading) or assemble (after all tokenising; one task).
+        task: number of the task, from 0.
+        workers: processes; 0 means one per core.
 
     Returns:
-        After the last phase the manifest of each split, by its name.
+        After the last phase, the manifest of each split by name.
 
     Raises:
-        DataError: nothing of the kind was submitted, the phase before is not done, an input is
-            not the one that was planned for, or somebody else prepares this corpus.
+        DataError: the request was not submitted, the previous phase is not done, an input differs
+        from the plan, or another process prepares this corpus.
     """
     if not 0 <= task < tasks:
         raise DataError(f"task {task}: must be at least 0 and below the number of tasks, {tasks}")
     partial = partial_of(out)
-    with explain_os_errors(partial, "what is finished is kept"):
-        read_record(partial / RECORD, request)  # before the folder would be made
+    with explain_os_errors(partial, "finished work is kept"):
+        read_record(partial / RECORD, request)  # before the folder would be created
         number = workers or len(os.sched_getaffinity(0))
         together = phase != "assemble"
         with hold(partial, together, PATIENCE), Workers(number, progress) as pool:
@@ -160,19 +156,19 @@ def run_task(
     return {split: read_manifest(out / split) for split in plan.splits}
 
 
-def _read(plan: Plan, partial: Path, task: int, tasks: int, pool: Workers) -> None:
-    """A share of the first phase; whoever is last decides about the documents too."""
+def _read(plan: PrepPlan, partial: Path, task: int, tasks: int, pool: Workers) -> None:
+    """Do a share of the first phase; the last task also decides about the documents."""
     read, sizes = read_tasks(plan, partial, checked=True)
     mine = share(sizes, tasks)[task]
     pool.run("read", read_sources, [read[i] for i in mine], ".npz", [sizes[i] for i in mine])
-    # A listing: to ask for names that are not there yet makes network file systems remember so.
+    # Uses a listing, because network file systems cache failed look-ups of names.
     there = set(os.listdir(partial))
     if all(f"{each.target.name}.npz" in there for each in read):
         decide_once(plan, partial, read)
 
 
-def _remaining(plan: Plan, partial: Path, tasks: int, begun: bool) -> Work:
-    """The tasks of each phase that have something left to do."""
+def _remaining(plan: PrepPlan, partial: Path, tasks: int, begun: bool) -> Work:
+    """Return the tasks of each phase that have work left."""
     there = set(os.listdir(partial)) if begun else set[str]()
     read, sizes = read_tasks(plan, partial)
     done = [f"{each.target.name}.npz" in there for each in read]
@@ -185,6 +181,6 @@ def _remaining(plan: Plan, partial: Path, tasks: int, begun: bool) -> Work:
 
 
 def _unfinished(done: Sequence[bool], sizes: Sequence[int], tasks: int) -> list[int]:
-    """The tasks that have a piece of work that is not done."""
+    """Return the tasks with an unfinished piece of work."""
     shares = share(sizes, tasks)
     return [task for task in range(tasks) if not all(done[i] for i in shares[task])]

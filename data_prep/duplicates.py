@@ -1,8 +1,8 @@
-"""Near-duplicates by MinHash and locality-sensitive hashing, with the library datasketch.
+"""Find near-duplicates by MinHash and locality-sensitive hashing, with the library datasketch.
 
-Two documents are as similar as the sets of five words in a row that they are made of: the size of
-what both have over the size of what any has (Jaccard). A signature of NUM_HASHES numbers estimates
-it with a standard deviation of at most 0.045 (Broder 1997).
+The similarity of two documents is the Jaccard index of their sets of five consecutive words: the
+size of the intersection over that of the union. A signature of NUM_HASHES numbers estimates it with
+a standard deviation of at most 0.045 (Broder 1997).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from megarecur.errors import ConfigError
 
@@ -19,20 +20,20 @@ WORDS, NUM_HASHES = 5, 128
 
 
 def check_library() -> None:
-    """Refuse to begin where the library is missing.
+    """Reject the option if the library is missing.
 
     Raises:
-        ConfigError: naming the extra to install.
+        ConfigError: the message names the extra to install.
     """
     if find_spec("datasketch") is None:
         raise ConfigError(
             "near_duplicates needs the library datasketch, which is not installed; "
-            "pip install 'megarecur[dedup]', or leave --near-duplicates out"
+            "pip install 'megarecur[dedup]', or omit --near-duplicates"
         )
 
 
-def signature(document: bytes) -> np.ndarray:
-    """NUM_HASHES uint32; equal sets of shingles have equal signatures."""
+def signature(document: bytes) -> NDArray[np.uint64]:
+    """Return NUM_HASHES uint32; equal sets of shingles have equal signatures."""
     from datasketch import MinHash
 
     words = document.lower().split()
@@ -43,13 +44,12 @@ def signature(document: bytes) -> np.ndarray:
 
 
 def find_near_duplicates(
-    signatures: Sequence[np.ndarray], order: Iterable[int], threshold: float
+    signatures: Sequence[NDArray[np.uint64]], order: Iterable[int], threshold: float
 ) -> list[int]:
-    """Which documents are at least as similar as the threshold to one before them that is kept.
+    """Return the documents that are at least as similar as the threshold to a kept earlier one.
 
     Args:
-        signatures: of all documents.
-        order: numbers of the documents to consider, in the order that decides which one stays.
+        order: numbers of the documents to consider; the earliest of similar ones stays.
         threshold: similarity, above 0 and below 1.
     """
     from datasketch import MinHash, MinHashLSH

@@ -2,8 +2,8 @@
 
     w 1 i 0 i 1 r 1 w 0 r 0
 
-A string is pairs of an instruction and a bit. The first instruction is w, the last r; each other
-is i with probability p_i, and else w or r. The bit after r is that of the latest w.
+A string consists of pairs of an instruction and a bit. The first instruction is w, the last r; each
+other one is i with probability p_i, otherwise w or r. The bit after r is that of the latest w.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megarecur.errors import DataError
 
 WORDS = ("w", "r", "i", "0", "1")
 WRITE, READ, IGNORE = range(3)
 ROWS = 256
-"""Strings drawn together."""
+"""Number of strings drawn together."""
 MOST_IN_VAIN = 100_000
 
 
-def draw_strings(rng: np.random.Generator, p_ignore: float, length: int, rows: int) -> np.ndarray:
-    """Strings as int8 [rows, length]: instructions 0 to 2 (w, r, i) at even places, bits at odd."""
+def draw_strings(
+    rng: np.random.Generator, p_ignore: float, length: int, rows: int
+) -> NDArray[np.int8]:
+    """Draw strings as int8 [rows, length]: instructions 0 to 2 (w, r, i) at even places, bits at
+    odd."""
     pairs = length // 2
     drawn = rng.random((rows, pairs))
-    # [0, p) ignores; the rest is halved among w and r.
+    # [0, p) is ignore; the rest is halved between w and r.
     written = drawn < p_ignore + (1.0 - p_ignore) / 2
     instructions = np.where(drawn < p_ignore, IGNORE, np.where(written, WRITE, READ))
     instructions[:, 0], instructions[:, -1] = WRITE, READ
@@ -34,17 +38,18 @@ def draw_strings(rng: np.random.Generator, p_ignore: float, length: int, rows: i
     latest = np.maximum.accumulate(places, axis=1)
     remembered = np.take_along_axis(bits, latest, axis=1)
     bits = np.where(instructions == READ, remembered, bits)
-    return np.stack([instructions, bits], axis=-1).reshape(rows, length).astype(np.int8)
+    strings = np.stack([instructions, bits], axis=-1).reshape(rows, length)
+    return np.asarray(strings, np.int8)
 
 
 def draw_distinct(
     rng: np.random.Generator, p_ignore: float, length: int, seen: set[bytes]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(string, targets), both int8 [length]: the target at an r is the bit that follows, elsewhere
-    -1. Strings are not in `seen`, which they are added to.
+) -> Iterator[tuple[NDArray[np.int8], NDArray[np.int8]]]:
+    """Yield (string, targets), both int8 [length], of strings not in `seen`, and add them to it.
+    The target at an r is the bit that follows, elsewhere -1.
 
     Raises:
-        DataError: a probability or length that cannot be, or no further strings.
+        DataError: an impossible probability or length, or no further strings exist.
     """
     import xxhash
 
@@ -61,7 +66,7 @@ def draw_distinct(
                 if vain == MOST_IN_VAIN:
                     raise DataError(
                         f"flip_flop: no further strings of --length {length} were found after "
-                        f"{len(seen):,}; ask for fewer, or for longer ones"
+                        f"{len(seen):,}; request fewer or longer ones"
                     )
                 continue
             vain = 0
@@ -69,20 +74,9 @@ def draw_distinct(
             yield string, find_targets(string)
 
 
-def find_targets(string: np.ndarray) -> np.ndarray:
-    """int8 [length]: at every r the bit that follows it, elsewhere -1."""
+def find_targets(string: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Return int8 [length]: at every r the bit that follows it, elsewhere -1."""
     targets = np.full(string.size, -1, np.int8)
     reads = np.flatnonzero(string[::2] == READ) * 2
     targets[reads] = string[reads + 1]
     return targets
-
-
-def is_right(string: np.ndarray) -> bool:
-    """Whether every bit after an r is that of the latest w."""
-    bit = -1
-    for instruction, value in string.reshape(-1, 2).tolist():
-        if instruction == WRITE:
-            bit = value
-        elif instruction == READ and value != bit:
-            return False
-    return True

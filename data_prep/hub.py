@@ -1,9 +1,10 @@
 """Splits of Hugging Face datasets as sources of text, streamed by the library datasets.
 
     hf://allenai/c4:en@train        a dataset of the Hub, its config and its split
-    hf:exports/mine@train           a local folder that the library can load, or has saved
+    hf:exports/mine@train a local folder that the library can load, or has saved
 
-Each of a split's own shards (mostly its files) is one source: read by one task, never kept whole.
+Each of a split's own shards (usually its files) is one source, read by one task and never held
+whole.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 
 import xxhash
 
-from data_prep.tables import columns_of
 from megarecur.data.corpus import hash_file
+from megarecur.data_prep.tables import columns_of
 from megarecur.errors import ConfigError, DataError
 
 PREFIX = "hf:"
@@ -35,23 +36,23 @@ class HubShard:
     """One shard of a split."""
 
     path: str
-    """A name of the Hub, or the absolute path of a folder."""
+    """Name on the Hub, or absolute path of a folder."""
     config: str | None
     split: str
     revision: str | None
-    """The commit of the Hub whose files were listed, so that all tasks read the same ones."""
+    """Commit of the Hub whose files were listed, so that all tasks read the same ones."""
     index: int
     num_shards: int
     size: int
-    """Bytes as it lies there, or a guess."""
+    """Stored bytes, or an estimate."""
     digest: str
-    """Identity of its content."""
+    """Identity of the content."""
     file: str | None = None
-    """The local file that it is made of, where that is one."""
+    """The local file of the shard, if it is exactly one file."""
 
     @property
     def name(self) -> str:
-        """What manifests call it: the folder's name without its place."""
+        """Name in manifests: the folder's name without its location."""
         name = Path(self.path).name if os.path.isabs(self.path) else self.path
         config = f":{self.config}" if self.config else ""
         return f"{PREFIX}{name}{config}@{self.split}/{self.index:05}-of-{self.num_shards:05}"
@@ -61,11 +62,11 @@ class HubShard:
 
 
 def find_shards(entry: str) -> list[HubShard]:
-    """The shards of the split that `hf:...` names, in the dataset's own order.
+    """Return the shards of the split that `hf:...` names, in the dataset's own order.
 
     Raises:
         ConfigError: the library is not installed.
-        DataError: there is no such dataset, config or split.
+        DataError: the dataset, config or split does not exist.
     """
     if find_spec("datasets") is None:
         raise ConfigError(
@@ -86,14 +87,14 @@ def find_shards(entry: str) -> list[HubShard]:
             revision = commits.pop() if len(commits) == 1 else None
             num_shards = _load(path, config, chosen, revision).num_shards
             split_bytes = getattr((builder.info.splits or {}).get(chosen), "num_bytes", None)
-    except Exception as error:  # the library raises its own, those of the network, and ValueError
+    except Exception as error:  # the library raises its own errors, network errors, and ValueError
         raise DataError(
-            f"{entry}: datasets cannot open it ({_reason(error)}); give {SYNTAX}"
+            f"{entry}: datasets cannot open it ({_reason(error)}); use {SYNTAX}"
         ) from None
     if chosen not in splits:
-        raise DataError(f"{entry}: has no split {chosen}, but {', '.join(splits)}; give {SYNTAX}")
+        raise DataError(f"{entry}: has no split {chosen}, but {', '.join(splits)}; use {SYNTAX}")
     identities = [_identify(file, origins[i : i + 1]) for i, file in enumerate(files)]
-    if len(files) != num_shards:  # which file is in which shard is the library's affair
+    if len(files) != num_shards:  # The library decides which file is in which shard.
         identities = [json.dumps([identities, i]) for i in range(num_shards)]
     guess = (split_bytes or 0) // num_shards or UNKNOWN_BYTES
     local = len(files) == num_shards and all(map(os.path.isfile, files))
@@ -109,10 +110,10 @@ def find_shards(entry: str) -> list[HubShard]:
 
 
 def digest_again(shard: HubShard) -> str:
-    """The identity of what a shard is made of now.
+    """Return the current identity of a shard's source.
 
-    It is compared for local files that are a shard each. A remote one is read at the commit that
-    was found; for others the identity is the one that was found.
+    Only local files that form one shard each are hashed again. Remote shards are read at the
+    recorded commit; others keep the recorded identity.
     """
     if shard.file is None:
         return shard.digest
@@ -120,10 +121,10 @@ def digest_again(shard: HubShard) -> str:
 
 
 def read_shard(shard: HubShard, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of one shard, streamed.
+    """Yield (place, row) of one shard, streamed.
 
     Raises:
-        DataError: it cannot be read, or lacks a column.
+        DataError: the shard cannot be read, or lacks a column.
     """
     number = 0
     try:
@@ -137,15 +138,15 @@ def read_shard(shard: HubShard, fields: Sequence[str]) -> Iterator[tuple[str, di
             yield f"{shard}: row {number}", row
     except DataError:
         raise
-    except Exception as error:  # of the library, of the network, of a format
+    except Exception as error:  # errors of the library, the network, or the format
         raise DataError(
             f"{shard}: datasets cannot read on after row {number} ({_reason(error)}); run the same "
-            "command again, what is finished is kept"
+            "command again; finished work is kept"
         ) from None
 
 
 def _parse(entry: str) -> tuple[str, str | None, str | None]:
-    """Path or name, config and split; a folder may have an @ or a colon in its name."""
+    """Return path or name, config and split; a folder's name may contain an @ or a colon."""
     rest = entry.removeprefix(PREFIX).removeprefix("//")
     path, config, split = rest, "", ""
     if not os.path.exists(path) and "@" in path:
@@ -153,7 +154,7 @@ def _parse(entry: str) -> tuple[str, str | None, str | None]:
     if not os.path.exists(path) and ":" in path:
         path, _, config = path.rpartition(":")
     if not path or (rest.endswith(("@", ":")) and not os.path.exists(rest)):
-        raise DataError(f"{entry}: names no dataset; give {SYNTAX}")
+        raise DataError(f"{entry}: names no dataset; use {SYNTAX}")
     return os.path.abspath(path) if os.path.exists(path) else path, config or None, split or None
 
 
@@ -162,12 +163,12 @@ def _digest(config: str | None, identity: Any) -> str:
 
 
 def _identify(file: str, origin: Sequence[Any]) -> Any:
-    """What changes when a file's content does: of a remote one, its commit or tag."""
+    """Return values that change with a file's content; for a remote file, its commit or tag."""
     return hash_file(Path(file)) if os.path.isfile(file) else [file, *map(list, origin)]
 
 
 def _import() -> Any:
-    """The library, quiet: it has no bars beside ours."""
+    """Import the library without its progress bars."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -177,13 +178,14 @@ def _import() -> Any:
 
 @cache
 def _load(path: str, config: str | None, split: str, revision: str | None) -> Any:
-    """A split to be streamed, opened once per process."""
+    """Return a split to be streamed, opened once per process."""
     options = {"revision": revision} if revision else {}
     return _import().load_dataset(**_request(path, config), split=split, streaming=True, **options)
 
 
 def _request(path: str, config: str | None) -> dict[str, Any]:
-    """What to ask the library for; in a folder that it saved, splits are not told by names."""
+    """Return arguments for the library; in a folder that it saved, names do not determine
+    splits."""
     folder = Path(path)
     if (folder / "dataset_dict.json").is_file():
         parts = {name: folder / name for name in _json(folder / "dataset_dict.json")["splits"]}
@@ -201,5 +203,5 @@ def _json(file: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """An exception of the library in one line."""
+    """Return an exception of the library in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,4 +1,4 @@
-"""What is in a corpus: counts, lengths of documents, and some text decoded again."""
+"""Inspect a corpus: counts, lengths of documents, and decoded text."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `render_inspection` shows."""
+    """The values that `render_inspection` shows."""
 
     path: Path
     manifest: Manifest
     fingerprint: str
     histogram: list[tuple[int, int]]
-    """(n, documents of n to 2n - 1 tokens) for n = 1, 2, 4, ..., end of document included."""
+    """Pairs (n, documents of n to 2n - 1 tokens) for n = 1, 2, 4, ..., end of document included."""
     mean_length: float
     longest: int
     samples: list[tuple[int, str]]
-    """(number of the document, the beginning of its text)."""
+    """Pairs (number of the document, the beginning of its text)."""
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of UTF-8 text per token, ends of documents left out."""
+        """Bytes of UTF-8 text per token, excluding ends of documents."""
         manifest = self.manifest
         return manifest.num_bytes / max(manifest.num_tokens - manifest.num_documents, 1)
 
@@ -49,22 +49,19 @@ def inspect_corpus(
     tokenizer: str | Path | None = None,
     verify: bool = True,
 ) -> Inspection:
-    """Look into a corpus.
+    """Inspect a corpus.
 
     Args:
-        path: the folder of the corpus.
-        num_samples: how many documents to show.
-        sample_tokens: how much of each.
-        seed: of the choice of documents.
-        tokenizer: left out, the copy that lies in the corpus.
+        sample_tokens: tokens to show of each.
+        tokenizer: by default, the corpus's copy.
         verify: compare every file with its hash.
 
     Raises:
-        DataError: the corpus is damaged, the tokenizer is not the one that made it, or a negative
-            number of samples.
+        DataError: the corpus is damaged, the tokenizer is not the one that made it, or the number
+        of samples is negative.
     """
     if num_samples < 0:
-        raise DataError(f"num_samples={num_samples} must be at least 0")
+        raise DataError(f"num_samples={num_samples} must be at least 0; raise it")
     corpus = Corpus(path, verify=verify)
     manifest = corpus.manifest
     if tokenizer is None:
@@ -96,7 +93,7 @@ def inspect_corpus(
 
 
 def describe_task(task: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the manifest of labelled samples says of them."""
+    """Return the manifest's description of labelled samples."""
     counts = zip(task["classes"], task["of_classes"], strict=True)
     return [
         ("task", f"{task['name']}, {task['num_samples']:,} samples of kind {task['kind']}"),
@@ -105,7 +102,7 @@ def describe_task(task: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def render_inspection(inspection: Inspection) -> RenderableType:
-    """An inspection as tables for a terminal."""
+    """Render an inspection as tables for a terminal."""
     manifest = inspection.manifest
     facts = Table(box=None, show_header=False)
     for name, value in (

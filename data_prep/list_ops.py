@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from megarecur.errors import DataError
 
 VALUE_P = 0.25
-"""A node is an operator with this probability, where the depth allows it."""
+"""Probability that a node is an operator, if the depth allows it."""
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 DIGITS = tuple("0123456789")
 WORDS = (*OPERATORS, "]", *DIGITS)
 MOST_IN_VAIN = 20_000_000
-"""Draws in a row that give nothing new, after which there is nothing more."""
+"""Consecutive draws without a new tree after which drawing stops."""
 DEEPEST = 200
-"""Drawing recurses."""
+"""Maximum depth, because drawing recurses."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,13 @@ class Trees:
     """A distribution of trees."""
 
     max_depth: int = 20
-    """Nodes of this depth, the root's being 1, are digits."""
+    """Depth at which all nodes are digits; the root has depth 1."""
     max_args: int = 5
-    """An operator has 2 to this many arguments."""
+    """Maximum number of arguments of an operator; the minimum is 2."""
     min_length: int = 1
     max_length: int | None = None
-    """Tokens: a digit is 1, an operator 2 and its arguments'. Others are drawn again."""
+    """Maximum tokens: a digit is 1, an operator 2 plus its arguments'. Longer trees are drawn
+    again."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -67,15 +68,15 @@ VARIANTS = {
     "lra": Trees(10, 10, 501, 1999),
     **{f"{n}-{n + 100}": Trees(20, 5, n + 1, n + 99) for n in range(200, 1000, 100)},
 }
-"""By name; 200-300 and so on lie strictly between these lengths."""
+"""Distributions by name; 200-300 and so on are exclusive bounds of the length."""
 
 
 class _TooLong(Exception):
-    """A tree has become longer than it may be."""
+    """A tree exceeds its maximum length."""
 
 
 def draw_tree(rng: random.Random, trees: Trees) -> tuple[list[str], int] | None:
-    """(tokens, answer) of one tree; None where its length is not wanted."""
+    """Draw (tokens, answer) of one tree; None if its length is not wanted."""
     tokens: list[str] = []
     most = trees.max_length
 
@@ -103,8 +104,8 @@ def draw_tree(rng: random.Random, trees: Trees) -> tuple[list[str], int] | None:
 
 
 def apply(operator: str, values: Sequence[int]) -> int:
-    """What an operator makes of its arguments; the median of an even number is the mean of the two
-    middle ones, truncated."""
+    """Apply an operator to its arguments; the median of an even number is the truncated mean of the
+    two middle ones."""
     if operator == "[MIN":
         return min(values)
     if operator == "[MAX":
@@ -118,29 +119,29 @@ def apply(operator: str, values: Sequence[int]) -> int:
         return values[0]
     if operator == "[LAST":
         return values[-1]
-    raise ValueError(f"{operator!r} is no operator")
+    raise ValueError(f"{operator!r} is not an operator")
 
 
 def draw_distinct(
     rng: random.Random, trees: Trees, seen: set[bytes], what: str
 ) -> Iterator[tuple[list[str], int]]:
-    """Trees that are not in `seen`, which they are added to.
+    """Yield trees not in `seen`, and add them to it.
 
     Raises:
-        DataError: there are none left, as far as drawing tells.
+        DataError: drawing finds no further trees.
     """
     vain = 0
     while True:
         drawn = draw_tree(rng, trees)
         key = b"" if drawn is None else " ".join(drawn[0]).encode()
-        # Long ones are kept as their digest: a set of a million lines would be gigabytes.
+        # Long lines are kept as digests, since a set of a million lines would take gigabytes.
         key = key if len(key) < 32 else digest(key)
         if drawn is None or key in seen:
             vain += 1
             if vain == MOST_IN_VAIN:
                 raise DataError(
                     f"{what}: {vain:,} trees in a row were drawn already or have another length "
-                    f"({trees}); ask for fewer, or allow more depth, arguments or lengths"
+                    f"({trees}); request fewer, or allow more depth, arguments or lengths"
                 )
             continue
         vain = 0
@@ -149,22 +150,23 @@ def draw_distinct(
 
 
 def digest(key: bytes) -> bytes:
-    """128 bits that stand for a line."""
+    """Hash a line to 128 bits."""
     import xxhash
 
     return xxhash.xxh3_128_digest(key)
 
 
 def flatten(line: str) -> list[str]:
-    """Tokens of a tree in binary parentheses, `( ( ( [MAX 2 ) 9 ) ] )`, or without them."""
+    """Return the tokens of a tree in binary parentheses, `( ( ( [MAX 2 ) 9 ) ] )`, or without
+    them."""
     return [word for word in line.split() if word not in "()"]
 
 
 def evaluate(tokens: Sequence[str]) -> int:
-    """The answer to a tree.
+    """Return the answer of a tree.
 
     Raises:
-        ValueError: it is none; the message says where.
+        ValueError: the tokens are not a tree; the message names the place.
     """
     stack: list[tuple[str, list[int]]] = [("", [])]
     for place, token in enumerate(tokens, 1):
@@ -187,16 +189,16 @@ def evaluate(tokens: Sequence[str]) -> int:
 
 
 def parse_variant(name: str) -> Trees:
-    """A distribution by its name.
+    """Return a distribution by its name.
 
     Raises:
-        DataError: there is none.
+        DataError: the name is unknown.
     """
     if name not in VARIANTS:
-        raise DataError(f"variant {name!r}: there is no such; choose of {', '.join(VARIANTS)}")
+        raise DataError(f"variant {name!r}: unknown; choose one of {', '.join(VARIANTS)}")
     return VARIANTS[name]
 
 
 def with_limits(trees: Trees, **limits: int | None) -> Trees:
-    """The same with those limits that are given."""
+    """Return the distribution with the given limits replaced."""
     return replace(trees, **{name: value for name, value in limits.items() if value is not None})

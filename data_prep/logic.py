@@ -1,8 +1,8 @@
-"""Logical inference (Bowman, Manning & Potts 2015): how two propositional formulas are related.
+"""Logical inference (Bowman, Manning & Potts 2015): the relation of two propositional formulas.
 
     ( not a )    ( a ( and b ) )    ->  |
 
-The generator is that of `generate_neg_set_data.py`: six variables, four of them in a pair, and the
+The generator follows `generate_neg_set_data.py`: six variables, four of them in a pair, and the
 natural logic relations of MacCartney & Manning over the sets of worlds where each side holds.
 """
 
@@ -17,22 +17,22 @@ OPERATORS = ("and", "or", "not")
 WORDS = ("(", ")", *OPERATORS, *VARIABLES)
 MAX_LENGTH, SUBSET, NEGATION_P = 12.0, 4, 1 / 3
 CHOICES = ("and", "or", "and", "or", "", "", "", "", "")
-"""Of a formula's operator; none is a variable."""
+"""Choices of a formula's operator; an empty one is a variable."""
 MOST_OPERATORS = 12
-"""Bins of pairs with more than this are one."""
+"""Pairs with more operators than this share one bin."""
 WORLDS = 1 << len(VARIABLES)
 ALL = (1 << WORLDS) - 1
 TRUTH = {
     name: sum(1 << world for world in range(WORLDS) if world >> i & 1)
     for i, name in enumerate(VARIABLES)
 }
-"""Of each variable, the worlds where it holds, as bits of a number."""
+"""Worlds where each variable holds, as bits of a number."""
 
 
 def draw_formula(
     rng: random.Random, variables: Sequence[str], max_length: float = MAX_LENGTH
 ) -> tuple[str, int, int]:
-    """(formula, the worlds where it holds, operators)."""
+    """Draw (formula, the worlds where it holds, number of operators)."""
     operator = CHOICES[int(rng.random() * len(CHOICES))]
     if not operator or max_length < 2:
         text = variables[int(rng.random() * len(variables))]
@@ -48,7 +48,8 @@ def draw_formula(
 
 
 def draw_pair(rng: random.Random) -> tuple[str, str, str, int] | None:
-    """(relation, left, right, most operators of a side); None if a side always or never holds."""
+    """Draw (relation, left, right, most operators of a side); None if a side always or never
+    holds."""
     variables = rng.sample(VARIABLES, SUBSET)
     left, a, m = draw_formula(rng, variables)
     right, b, n = draw_formula(rng, variables)
@@ -58,7 +59,7 @@ def draw_pair(rng: random.Random) -> tuple[str, str, str, int] | None:
 
 
 def relate(a: int, b: int) -> str:
-    """The relation between two sets of worlds (by which parts of the universe are empty)."""
+    """Return the relation between two sets of worlds, by which parts of the universe are empty."""
     both, left, right, neither = a & b, a & ~b, b & ~a, ALL & ~(a | b)
     found = {
         (True, False, False, True): "=",
@@ -72,10 +73,10 @@ def relate(a: int, b: int) -> str:
 
 
 def evaluate(formula: str) -> int:
-    """The worlds where a formula holds.
+    """Return the worlds where a formula holds.
 
     Raises:
-        ValueError: it is none; the message says why.
+        ValueError: it is not a formula; the message says why.
     """
     words = formula.split()
     place = 0
@@ -112,5 +113,5 @@ def evaluate(formula: str) -> int:
 
 
 def count_operators(formula: str) -> int:
-    """and, or and not."""
+    """Count the operators and, or and not."""
     return sum(word in OPERATORS for word in formula.split())

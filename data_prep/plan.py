@@ -1,8 +1,9 @@
-"""What a corpus is to be made of: the request, what its inputs were found to be, and its record."""
+"""The plan of a preparation: the request, the inputs found, and its record on disk."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,25 +13,31 @@ from typing import Any
 
 import xxhash
 
-from data_prep.duplicates import check_library
-from data_prep.files import publish
-from data_prep.hub import HubShard
-from data_prep.readers import WHOLE_FILES, Reading, Source, find_sources, hash_of, size_of
 from megarecur.data.corpus import MANIFEST_VERSION
 from megarecur.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from megarecur.data_prep.compressed import plain_suffix
+from megarecur.data_prep.duplicates import check_library
+from megarecur.data_prep.hub import HubShard
+from megarecur.data_prep.readers import WHOLE_FILES, Reading, Source, find_sources, hash_of, size_of
+from megarecur.data_prep.tables import CSV_DELIMITERS
 from megarecur.errors import DataError
+from megarecur.files import open_replacement
 
 SMALLEST_PART, LARGEST_PART = 1 << 18, 1 << 22
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "val")
+WORK_FORMAT = 2
+"""Version of the files of unfinished work; work of other versions is restarted."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for.
+    """The options of a preparation.
 
     Raises:
-        DataError: a number that makes no sense.
-        ConfigError: a library that it needs is not installed.
+        DataError: a number is out of range.
+        ConfigError: a required library is not installed.
     """
 
     inputs: tuple[str, ...]
@@ -42,31 +49,35 @@ class Request:
     """Share of the documents, chosen by their hash, that goes to OUT/val."""
     deduplicate: bool = True
     near_duplicates: float = 0.0
-    """Similarity from which on a document is dropped; 0: none is."""
+    """Similarity from which on a document is dropped; 0 drops none."""
     part_bytes: int = 0
-    """Text per task of the second phase; 0: chosen by the size of the inputs."""
+    """Bytes of text per task of the second phase; 0 chooses by the size of the inputs."""
+    eos: str | None = None
+    """The token that ends documents, by its name or id; None uses the tokenizer's."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
-            raise DataError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
+            raise DataError(
+                f"val_fraction={self.val_fraction} must be at least 0 and below 1; correct it"
+            )
         if not 0 <= self.near_duplicates < 1:
             raise DataError(
-                f"near_duplicates={self.near_duplicates} must be at least 0 and below 1"
+                f"near_duplicates={self.near_duplicates} must be at least 0 and below 1; correct it"
             )
         if self.near_duplicates:
             check_library()
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is made of what."""
+class PrepPlan:
+    """The inputs and settings from which a corpus is made."""
 
     sources: Sequence[Source]
     names: Sequence[str]
-    """Of the sources, whatever folder they lie in."""
+    """Names of the sources, independent of their folder."""
     sizes: Sequence[int]
     hashes: Sequence[str]
-    """xxh64 of each source as it lies on disk, or what stands for it."""
+    """xxh64 of each source as stored, or its substitute."""
     reading: Reading
     tokenizer: Tokenizer
     val_fraction: float
@@ -81,7 +92,7 @@ class Plan:
 
     @property
     def preparation(self) -> str:
-        """The identity of the result: a hash of all that it depends on."""
+        """Identity of the result: a hash of everything it depends on."""
         recipe = {
             "version": MANIFEST_VERSION,
             "sources": list(zip(self.names, self.hashes, strict=True)),
@@ -90,46 +101,63 @@ class Plan:
             "deduplicate": self.deduplicate,
             **asdict(replace(self.reading, exclude=())),
         }
-        # Later options count where they are used: without them, what is there stays as it was.
+        # Later options count only if they are used, so that existing work stays valid.
         if not recipe["template"]:
             del recipe["template"]
+        del recipe["quoting"]
+        if self._quoting():
+            recipe["quoting"] = self._quoting()
+        if self.tokenizer.end.is_given:
+            recipe["eos_id"] = self.tokenizer.eos_id
         if self.near_duplicates:
             recipe["near_duplicates"] = self.near_duplicates
         return xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode())
 
     @property
     def stamp(self) -> str:
-        """What unfinished work is marked with: it is kept for as long as this stays the same."""
-        return json.dumps({"preparation": self.preparation, "part": self.part_bytes})
+        """The mark of unfinished work, which is kept while this stays the same."""
+        return json.dumps(
+            {"preparation": self.preparation, "part": self.part_bytes, "format": WORK_FORMAT}
+        )
+
+    def _quoting(self) -> str:
+        """Return the quoting of csv and tsv files; "" if both are quoted, the original setting."""
+        suffixes = {plain_suffix(Path(name)) for name in self.names}
+        quoting = self.reading.quoting
+        if quoting == "none" and suffixes & set(CSV_DELIMITERS):
+            return "none"
+        return "csv" if quoting == "auto" and ".tsv" in suffixes else ""
 
 
-def make_plan(request: Request, tokenizer: Tokenizer, hashed: bool = True) -> Plan:
-    """Look at the inputs.
+def make_plan(request: Request, tokenizer: Tokenizer, hashed: bool = True) -> PrepPlan:
+    """Read the inputs and return the plan.
 
-    They are read once more than needed, to be sure that finished work is of these very bytes:
-    names, sizes and times can all be those of other bytes. It costs a hundredth of tokenising them.
+    Inputs are hashed to be sure that finished work comes from exactly these bytes: names, sizes and
+    times can all match other bytes. Hashing costs a hundredth of tokenising.
 
     Args:
-        request: what is asked for.
-        tokenizer: the one that it names, loaded.
-        hashed: whether to read the inputs; without, the plan tells sizes only.
+        tokenizer: the loaded tokenizer of the request; doubts about its end of documents are
+        logged.
+        hashed: read and hash the inputs; otherwise the plan has only sizes.
 
     Raises:
-        DataError: an input stands for no file.
+        DataError: an input matches no file.
     """
+    if tokenizer.end.doubt:
+        log.warning("%s", tokenizer.end.doubt)
     sources = find_sources(request.inputs, request.reading.exclude)
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(hash_of, sources)) if hashed else [""] * len(sources)
     sizes = [size_of(source) for source in sources]
     part_bytes = request.part_bytes or min(max(sum(sizes) // 64, SMALLEST_PART), LARGEST_PART)
-    return Plan(
+    return PrepPlan(
         sources, _names(sources), sizes, hashes, request.reading, tokenizer, request.val_fraction,
         request.deduplicate, request.near_duplicates, part_bytes,
     )  # fmt: skip
 
 
-def write_record(file: Path, request: Request, plan: Plan, tokenizer_file: str) -> None:
-    """Write down a plan, for processes that shall not look at all inputs again."""
+def write_record(file: Path, request: Request, plan: PrepPlan, tokenizer_file: str) -> None:
+    """Write a plan, for processes that need not read all inputs again."""
     places = [asdict(s) if isinstance(s, HubShard) else os.path.abspath(s) for s in plan.sources]
     record = {
         "request": _plain(request),
@@ -141,59 +169,62 @@ def write_record(file: Path, request: Request, plan: Plan, tokenizer_file: str) 
         "tokenizer": {"name": plan.tokenizer.name, "file": Path(tokenizer_file).name},
         "stamp": plan.stamp,
     }
-    with publish(file) as handle:
+    with open_replacement(file, shared=True) as handle:
         handle.write(json.dumps(record).encode())
 
 
-def read_record(file: Path, request: Request) -> tuple[Plan, str]:
-    """The plan that was written down for a request, and the file of its tokenizer, beside it.
+def read_record(file: Path, request: Request) -> tuple[PrepPlan, str]:
+    """Return the recorded plan of a request, and the file of its tokenizer beside it.
 
     Raises:
-        DataError: there is none, it is of another request, or its tokenizer is another one.
+        DataError: there is no record, or it has another request or tokenizer.
     """
     try:
         record = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise DataError(
-            f"{file}: is not there: this work is finished, was begun anew or was never submitted; "
+            f"{file}: missing: this work is finished, was restarted or was never submitted; "
             "submit it again"
         ) from None
     asked, own = record["request"], _plain(request)
-    if changed := [key for key in own if own[key] != asked[key]]:
+    if changed := [key for key in own if own[key] != asked.get(key)]:
         key = changed[0]
         raise DataError(
-            f"{file}: was submitted with {key}={asked[key]!r}, not {own[key]!r}; submit it again"
+            f"{file}: was submitted with {key}={asked.get(key)!r}, not {own[key]!r}; submit it "
+            "again"
         )
     named = record["tokenizer"]["file"]
     tokenizer_file = BYTES if named == BYTES else str(file.parent / named)
     tokenizer = load_tokenizer(tokenizer_file)
-    tokenizer.name = record["tokenizer"]["name"]  # the copy's is another one
+    tokenizer.name = record["tokenizer"]["name"]  # the copy has another name
     sources = [HubShard(**s) if isinstance(s, dict) else Path(s) for s in record["sources"]]
-    plan = Plan(
+    plan = PrepPlan(
         sources, record["names"], record["sizes"], record["hashes"], request.reading, tokenizer,
         request.val_fraction, request.deduplicate, request.near_duplicates, record["part_bytes"],
     )  # fmt: skip
     if plan.stamp != record["stamp"]:
-        raise DataError(f"{file}: is not what was submitted; delete {file.parent} and submit again")
+        raise DataError(
+            f"{file}: differs from the submitted plan; delete {file.parent} and submit again"
+        )
     return plan, tokenizer_file
 
 
 def _plain(request: Request) -> dict[str, Any]:
-    """A request as JSON gives it back."""
+    """Return a request as JSON restores it."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(request)))
     plain["inputs"] = [os.path.normpath(i) for i in request.inputs]
     return plain
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """What manifests call the sources, wherever they lie."""
+    """Return the names of the sources in manifests, wherever they are stored."""
     files = [source for source in sources if isinstance(source, Path)]
     shards = [source.name for source in sources if isinstance(source, HubShard)]
     return [*(_relative_names(files) if files else []), *shards]
 
 
 def _relative_names(paths: Sequence[Path]) -> list[str]:
-    """Names that do not depend on where the inputs lie."""
+    """Return names that do not depend on where the inputs are stored."""
     absolute = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute])
     return [Path(os.path.relpath(path, root)).as_posix() for path in absolute]

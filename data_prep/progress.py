@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, one plain line every few seconds elsewhere."""
+"""Progress of long work: a bar on a terminal, otherwise one plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressReport:
-    """Shows how far each phase of some work is, at which rate, and the time left."""
+    """The progress of each phase of some work, with its rate and the time left."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -21,8 +21,8 @@ class ProgressReport:
 
     @contextmanager
     def phase(self, name: str, total_bytes: int, unit: str = "") -> Iterator[None]:
-        """Show one phase of the work for as long as the context lasts; with a `unit`, it is such
-        things that are counted, not bytes."""
+        """Show one phase of the work while the context lasts; with a `unit`, counts units instead
+        of bytes."""
         self.name, self.total, self.unit = name, total_bytes, unit
         self.done = self.resumed = self.tokens = 0
         self.began = self.last_line = time.monotonic()
@@ -45,7 +45,7 @@ class ProgressReport:
             self._line()
 
     def advance(self, num_bytes: int, tokens: int = 0, resumed: bool = False) -> None:
-        """Count bytes done; `resumed` ones were done by an earlier, interrupted run."""
+        """Count finished bytes; `resumed` ones were finished by an earlier, interrupted run."""
         self.done += num_bytes
         self.tokens += tokens
         self.resumed += num_bytes if resumed else 0
@@ -78,7 +78,8 @@ class ProgressReport:
 def report_phase(
     report: ProgressReport | None, name: str, total_bytes: int, unit: str = ""
 ) -> Iterator[Callable[..., None]]:
-    """One phase of work; gives the report's `advance`, or with no report one that does nothing."""
+    """Yield the report's `advance` for one phase of work, or without a report a function that does
+    nothing."""
     if report is None:
         yield lambda *_, **__: None
         return

@@ -1,7 +1,7 @@
-"""Text to token shards: in parallel, resumable, byte-identical whatever the workers and the kills.
+"""Convert text to token shards: in parallel, resumable, byte-identical for any number of workers.
 
-Three phases. Everything a phase finishes is fsynced and renamed into `OUT.partial/`, so that work
-that was interrupted (also by SIGKILL) goes on where it was:
+There are three phases. Every finished piece is fsynced and renamed into `OUT.partial/`, so that
+interrupted work (also by SIGKILL) resumes:
 
     read      one task per input file, or several small ones: its documents, compressed, with their
               lengths and hashes, cut into parts of bounded size
@@ -10,9 +10,9 @@ that was interrupted (also by SIGKILL) goes on where it was:
               corpus, hence the same for any number of workers
     assemble  one stream of tokens per split, parts in file order, written as MDS shards
 
-The same phases are done by the tasks of job arrays in `data_prep/array.py`.
+The tasks of job arrays in `data_prep/array.py` run the same phases.
 
-Peak disk use beside the result: the text, compressed by about 2.5, and the tokens once more.
+Peak disk use beside the result is the text, compressed by about 2.5, and the tokens once more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice, pairwise
 from pathlib import Path
@@ -32,23 +32,40 @@ from typing import IO, Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-from data_prep.duplicates import NUM_HASHES, find_near_duplicates, signature
-from data_prep.files import explain_os_errors, publish, sync
-from data_prep.plan import Plan, Request, make_plan
-from data_prep.progress import ProgressReport, report_phase
-from data_prep.readers import WHOLE_FILES, Reading, Source, hash_again, read_documents
-from data_prep.workers import Workers
 from megarecur.data.corpus import (
     CHUNK_TOKENS,
     COLUMN,
     MANIFEST_VERSION,
     Manifest,
+    check_files,
+    check_manifest,
     hash_file,
     read_manifest,
 )
-from megarecur.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from megarecur.data.tokenizer import (
+    BYTES,
+    CONFIG_FILE,
+    Tokenizer,
+    describe_end,
+    load_tokenizer,
+)
+from megarecur.data_prep.disk import explain_os_errors
+from megarecur.data_prep.duplicates import NUM_HASHES, find_near_duplicates, signature
+from megarecur.data_prep.plan import PrepPlan, Request, make_plan
+from megarecur.data_prep.progress import ProgressReport, report_phase
+from megarecur.data_prep.readers import (
+    WHOLE_FILES,
+    Notes,
+    Reading,
+    Source,
+    hash_again,
+    read_documents,
+)
+from megarecur.data_prep.workers import Workers
 from megarecur.errors import DataError
+from megarecur.files import open_replacement, publish, sync
 
 SHARD_BYTES = 1 << 26
 DROPPED, TRAIN, VAL = 0, 1, 2
@@ -60,13 +77,13 @@ class ReadTask:
 
     sources: tuple[Source, ...]
     target: Path
-    """Without suffix: .zst and .npz are added."""
+    """Path without suffix; .zst and .npz are appended."""
     reading: Reading
     part_bytes: int
     signatures: bool
-    """Also keep what near-duplicates are found by."""
+    """Also store the signatures that near-duplicates are found by."""
     hashes: tuple[str, ...] = ()
-    """That the files must have when they have been read; none: they were hashed just now."""
+    """Hashes that the files must have after reading; empty if they were hashed just now."""
 
 
 @dataclass(frozen=True)
@@ -76,23 +93,23 @@ class PartTask:
     text: Path
     offset: int
     size: int
-    """Where the part lies in the compressed text."""
+    """Bytes of the part in the compressed text."""
     lengths: bytes
-    """int64, bytes of each document."""
+    """Bytes of each document, int64."""
     fates: bytes
-    """uint8 per document: DROPPED, TRAIN or VAL."""
+    """Fate of each document, uint8: DROPPED, TRAIN or VAL."""
     target: Path
     tokenizer: str
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of the documents; the fate of each is in `fates.npy`."""
+    """The decision about all documents; the fate of each is in `fates.npy`."""
 
     removed: dict[str, int]
-    """Documents, by reason."""
+    """Number of removed documents, by reason."""
     documents: list[int]
-    """Of each task of the first phase."""
+    """Number of documents of each task of the first phase."""
     parts: list[list[int]]
     """Bytes of text of each part of each task of the first phase."""
 
@@ -108,41 +125,42 @@ def prepare_shards(
     near_duplicates: float = 0.0,
     workers: int = 0,
     part_bytes: int = 0,
+    eos: str | None = None,
     progress: ProgressReport | None = None,
 ) -> dict[str, Manifest]:
-    """Turn text files into the corpora OUT/train and, with a val_fraction, OUT/val.
+    """Convert text files to the corpora OUT/train and, with a val_fraction, OUT/val.
 
     Args:
         inputs: files, globs, folders, or `hf:...` (see `readers.find_sources`).
         out: folder of the result; OUT.partial holds unfinished work.
         tokenizer: a sentencepiece model, a tokenizer.json, or `bytes`.
-        reading: how files become documents.
         val_fraction: share of the documents, chosen by their hash, that goes to OUT/val.
         deduplicate: keep only the first of documents with equal text.
-        near_duplicates: drop documents whose similarity (Jaccard, of their sets of 5 words in a
-            row) to an earlier one is estimated to be at least this; 0: none.
-        workers: processes; 0: as many as cores.
-        part_bytes: text per task of the second phase; 0: chosen by the size of the inputs.
-        progress: told how far the work is.
+        near_duplicates: drop documents whose estimated similarity (Jaccard, of their sets of 5
+        consecutive words) to an earlier one is at least this; 0 drops none.
+        workers: processes; 0 means one per core.
+        part_bytes: text per task of the second phase; 0 chooses by the size of the inputs.
+        eos: the token that ends documents, by its name or id; None uses that of the tokenizer, or
+        of a tokenizer_config.json or generation_config.json beside it.
 
     Returns:
         The manifest of each split, by its name.
 
     Raises:
-        DataError: an input cannot be read, nothing is left to write, the output cannot be written
-            (or the disk is full), or OUT already holds something else.
+        DataError: an input cannot be read, no text is left to write, the output cannot be written
+        (or the disk is full), or OUT already holds something else.
     """
     inputs = [inputs] if isinstance(inputs, (str, Path)) else inputs
     request = Request(
         tuple(map(str, inputs)), str(tokenizer), reading, val_fraction, deduplicate,
-        near_duplicates, part_bytes,
+        near_duplicates, part_bytes, eos,
     )  # fmt: skip
     if workers < 0:
-        raise DataError(f"workers={workers} must be at least 1, or 0 for one per core")
+        raise DataError(f"workers={workers} must be at least 1, or 0 for one per core; correct it")
     out = Path(out)
     partial = partial_of(out)
-    with explain_os_errors(partial, "what is finished is kept"):
-        model = load_tokenizer(tokenizer)
+    with explain_os_errors(partial, "finished work is kept"):
+        model = load_tokenizer(tokenizer, eos)
         plan = make_plan(request, model)
         if is_prepared(out, plan):
             shutil.rmtree(partial, ignore_errors=True)
@@ -154,8 +172,8 @@ def prepare_shards(
     return {split: read_manifest(out / split) for split in plan.splits}
 
 
-def _prepare(plan: Plan, out: Path, partial: Path, tokenizer_file: str, pool: Workers) -> None:
-    """Do the three phases, or what is left of them."""
+def _prepare(plan: PrepPlan, out: Path, partial: Path, tokenizer_file: str, pool: Workers) -> None:
+    """Run the three phases, or the remaining part of them."""
     read, read_sizes = read_tasks(plan, partial)
     pool.run("read", read_sources, read, ".npz", read_sizes)
     decision = decide_once(plan, partial, read)
@@ -165,19 +183,17 @@ def _prepare(plan: Plan, out: Path, partial: Path, tokenizer_file: str, pool: Wo
 
 
 def partial_of(out: Path) -> Path:
-    """Where unfinished work for an output folder lies."""
+    """Return the folder of unfinished work for an output folder."""
     return out.with_name(out.name + ".partial")
 
 
 def read_tasks(
-    plan: Plan, partial: Path, checked: bool = False
+    plan: PrepPlan, partial: Path, checked: bool = False
 ) -> tuple[list[ReadTask], list[int]]:
-    """The tasks of the first phase, and the bytes of input of each.
+    """Return the tasks of the first phase, and the bytes of input of each.
 
     Args:
-        plan: what is made of what.
-        partial: where unfinished work lies.
-        checked: whether each task is to compare its files with the hashes of the plan.
+        checked: let each task compare its files with the hashes of the plan.
     """
     tasks, sizes = [], []
     for i, group in enumerate(_group_small(plan.sizes, plan.part_bytes)):
@@ -196,7 +212,7 @@ def read_tasks(
 
 
 def assemble(
-    plan: Plan,
+    plan: PrepPlan,
     out: Path,
     partial: Path,
     read: Sequence[ReadTask],
@@ -204,25 +220,28 @@ def assemble(
     tokenizer_file: str,
     progress: ProgressReport | None,
 ) -> None:
-    """Write the splits that are missing, and let go of the unfinished work.
+    """Write the missing splits, log skipped documents, and delete the unfinished work.
 
     Raises:
         DataError: a split would be empty, or was not written as intended.
     """
     shared = _describe(plan, read, decision.removed)
     files = [target.with_suffix(".tokens") for target in part_targets(read, decision)]
-    # train comes last: where it is, everything is.
+    notes = Notes()
+    for task in read:
+        notes.merge(json.loads(str(_load_index(task, "notes")[0])))
+    notes.tell()
+    # train is last: if it exists, everything exists
     for split in reversed(plan.splits):
         if not _is_split_prepared(out / split, plan):
             _assemble(split, files, partial, tokenizer_file, shared, progress)
             out.mkdir(parents=True, exist_ok=True)
-            os.rename(partial / split, out / split)
-            sync(out)
+            publish(partial / split, out / split)
     shutil.rmtree(partial)
 
 
-def _describe(plan: Plan, read: Sequence[ReadTask], removed: dict[str, int]) -> dict[str, Any]:
-    """What the manifests of all splits have in common."""
+def _describe(plan: PrepPlan, read: Sequence[ReadTask], removed: dict[str, int]) -> dict[str, Any]:
+    """Return the values that the manifests of all splits share."""
     indices = [_load_index(task, "sources", "skipped") for task in read]
     counts = np.concatenate([sources for sources, _ in indices]).tolist()
     return {
@@ -250,18 +269,19 @@ def read_sources(task: ReadTask) -> int:
     """Write the documents of some input files as compressed parts, and an index of them.
 
     Raises:
-        DataError: a file cannot be read, or is not the one that was planned for.
+        DataError: a file cannot be read, or differs from the plan.
     """
     import zstandard
 
     compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
     lengths: list[int] = []
     hashes: list[bytes] = []
-    signatures: list[np.ndarray] = []
+    signatures: list[NDArray[Any]] = []
     part: list[bytes] = []
     part_documents, part_offsets, per_source = [0], [0], []
     skipped = held = 0
-    with publish(task.target.with_suffix(".zst")) as file, _as_planned(task):
+    notes = Notes()
+    with open_replacement(task.target.with_suffix(".zst"), shared=True) as file, _as_planned(task):
 
         def flush() -> None:
             file.write(compressor.compress(b"".join(part)))
@@ -271,7 +291,7 @@ def read_sources(task: ReadTask) -> int:
 
         for source in task.sources:
             already = len(lengths)
-            for document in read_documents(source, task.reading):
+            for document in read_documents(source, task.reading, notes):
                 if document is None:
                     skipped += 1
                     continue
@@ -287,7 +307,7 @@ def read_sources(task: ReadTask) -> int:
             per_source.append((len(lengths) - already, sum(lengths[already:])))
         if part:
             flush()
-    with publish(task.target.with_suffix(".npz")) as file:
+    with open_replacement(task.target.with_suffix(".npz"), shared=True) as file:
         np.savez(
             file,
             lengths=np.array(lengths, np.int64),
@@ -296,6 +316,7 @@ def read_sources(task: ReadTask) -> int:
             part_offsets=np.array(part_offsets, np.int64),
             sources=np.array(per_source, np.int64),
             skipped=np.int64(skipped),
+            notes=np.array(json.dumps(notes)),
             signatures=np.array(signatures, np.uint32).reshape(-1, NUM_HASHES),
         )
     return 0
@@ -303,10 +324,10 @@ def read_sources(task: ReadTask) -> int:
 
 @contextmanager
 def _as_planned(task: ReadTask) -> Iterator[None]:
-    """Compare files that were read with the hashes of the plan, where the task has them.
+    """Compare the read files with the hashes of the plan, if the task has them.
 
-    Afterwards, so that it is what was read that is compared, and what another content led to is
-    not blamed on it.
+    The comparison comes after reading, so that it covers the bytes that were read, and errors of
+    changed content are reported as such.
     """
     failed: DataError | None = None
     try:
@@ -317,7 +338,7 @@ def _as_planned(task: ReadTask) -> Iterator[None]:
         if hash_again(source) != planned:
             raise DataError(
                 f"{source}: changed since this work was submitted; put the file back, or submit "
-                "the same command again, which begins anew"
+                "the same command again, which restarts the work"
             ) from failed
     if failed is not None:
         raise failed
@@ -332,7 +353,7 @@ def tokenise_part(task: PartTask) -> int:
         file.seek(task.offset)
         text = zstandard.ZstdDecompressor().decompress(file.read(task.size))
     end = np.array([tokenizer.eos_id], tokenizer.dtype)
-    ids: dict[int, list[np.ndarray]] = {TRAIN: [], VAL: []}
+    ids: dict[int, list[NDArray[Any]]] = {TRAIN: [], VAL: []}
     num_bytes = {TRAIN: 0, VAL: 0}
     begin = 0
     for length, fate in zip(
@@ -343,7 +364,7 @@ def tokenise_part(task: PartTask) -> int:
             ids[fate] += [document.astype(tokenizer.dtype), end]
             num_bytes[fate] += length
         begin += length
-    with publish(task.target.with_suffix(".tokens")) as file:
+    with open_replacement(task.target.with_suffix(".tokens"), shared=True) as file:
         for fate in (TRAIN, VAL):
             np.save(file, np.array([a.size + 1 for a in ids[fate][::2]], np.int64))
             np.save(file, np.array(num_bytes[fate], np.int64))
@@ -352,7 +373,7 @@ def tokenise_part(task: PartTask) -> int:
 
 
 def _import_writer() -> Any:
-    """The library's writer; with all that it imports, it takes seconds to load."""
+    """Return the library's writer; its imports take seconds."""
     from megarecur.data.torchvision_stub import make_torchvision_importable
 
     make_torchvision_importable()
@@ -362,7 +383,7 @@ def _import_writer() -> Any:
 
 
 def _warm_up() -> None:
-    """Import the writer early; what goes wrong shows when it is needed."""
+    """Import the writer early; errors are raised when it is needed."""
     with suppress(Exception):
         _import_writer()
 
@@ -383,9 +404,9 @@ def _assemble(
     if not lengths.size:
         shutil.rmtree(folder, ignore_errors=True)
         remedy = (
-            "raise --val-fraction or leave it out"
+            "raise --val-fraction or omit it"
             if split == "val"
-            else "give files that hold text, or lower --val-fraction"
+            else "name files with text, or lower --val-fraction"
         )
         raise DataError(
             f"{partial.with_suffix('') / split}: the corpus would be empty, no document of "
@@ -395,10 +416,9 @@ def _assemble(
 
 
 def open_writer(folder: Path, dtype: str) -> Any:
-    """The library's writer of chunks of tokens.
+    """Return the library's writer of chunks of tokens.
 
-    Not to be used as a context: after an exception, leaving it would write a valid-looking partial
-    index.
+    Do not use it as a context: after an exception, it would write a valid-looking partial index.
     """
     return _import_writer()(
         out=str(folder),
@@ -409,21 +429,21 @@ def open_writer(folder: Path, dtype: str) -> Any:
 
 
 def finish_split(
-    writer: Any, folder: Path, tokenizer_file: str, lengths: np.ndarray, shared: dict[str, Any]
+    writer: Any, folder: Path, tokenizer_file: str, lengths: NDArray[Any], shared: dict[str, Any]
 ) -> None:
-    """End a split whose chunks are written: index, document starts, tokenizer, manifest; on disk.
+    """Finish a split whose chunks are written: index, document starts, tokenizer, manifest; synced.
 
     Args:
-        writer: of its chunks.
-        folder: with whatever files belong to it as well.
-        tokenizer_file: a copy is put there, unless it is `bytes`.
-        lengths: tokens of each document.
-        shared: the other fields of the manifest.
+        folder: folder of the split, with any further files of it.
+        tokenizer_file: file to copy into the folder, unless it is `bytes`.
     """
     writer.finish()
     np.save(folder / "documents.npy", lengths.cumsum() - lengths)
     if tokenizer_file != BYTES:
         shutil.copyfile(tokenizer_file, folder / Path(tokenizer_file).name)
+        described = Path(tokenizer_file).with_name(CONFIG_FILE)
+        if described.exists():
+            shutil.copyfile(described, folder / CONFIG_FILE)
     manifest = Manifest(
         version=MANIFEST_VERSION,
         split=folder.name,
@@ -432,6 +452,7 @@ def finish_split(
         files=_hash_written(folder),
         **shared,
     )
+    manifest = replace(manifest, identity=manifest.fingerprint)
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True))
     for file in folder.iterdir():
         sync(file)
@@ -444,10 +465,11 @@ def _write_chunks(
     files: Sequence[Path],
     shared: dict[str, Any],
     progress: ProgressReport | None,
-) -> tuple[np.ndarray, int]:
-    """Write the tokens of a split; the tokens of each document, and the bytes of text of all."""
+) -> tuple[NDArray[Any], int]:
+    """Write the tokens of a split; return the tokens of each document, and the total bytes of
+    text."""
     rest = np.empty(0, shared["dtype"])
-    lengths: list[np.ndarray] = [np.empty(0, np.int64)]
+    lengths: list[NDArray[Any]] = [np.empty(0, np.int64)]
     num_bytes = 0
     with report_phase(progress, split, sum(f.stat().st_size for f in files)) as advance:
         for path in files:
@@ -467,12 +489,12 @@ def _write_chunks(
 
 
 def _hash_written(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and hash of every file, as it can be read back."""
+    """Return bytes and hash of every file, read back from disk."""
     contents = {
         file.name: {"bytes": file.stat().st_size, "xxh64": hash_file(file)}
         for file in sorted(folder.iterdir())
     }
-    # A disk that filled up, or failed, between the writer's buffer and the file shows here.
+    # This finds a disk that filled up, or failed, between the writer's buffer and the file.
     for shard in json.loads((folder / "index.json").read_bytes())["shards"]:
         name, expected = shard["raw_data"]["basename"], shard["raw_data"]["hashes"]["xxh64"]
         if contents[name]["xxh64"] != expected:
@@ -483,8 +505,9 @@ def _hash_written(folder: Path) -> dict[str, dict[str, Any]]:
 # ------------------------------------------------------------------------------------ what is where
 
 
-def decide_once(plan: Plan, partial: Path, read: Sequence[ReadTask]) -> Decision:
-    """The decision about all documents; made by one process while others wait, then written down.
+def decide_once(plan: PrepPlan, partial: Path, read: Sequence[ReadTask]) -> Decision:
+    """Return the decision about all documents, made by one process while others wait, then
+    recorded.
 
     Raises:
         DataError: a task of the first phase is not done.
@@ -495,7 +518,7 @@ def decide_once(plan: Plan, partial: Path, read: Sequence[ReadTask]) -> Decision
         if not file.exists():
             refuse_missing([task.target.with_suffix(".npz") for task in read], "read")
             fates, removed = _decide(read, plan)
-            with publish(partial / "fates.npy") as handle:
+            with open_replacement(partial / "fates.npy", shared=True) as handle:
                 np.save(handle, fates)
             indices = [_load_index(task, "lengths", "part_documents") for task in read]
             decision = Decision(
@@ -506,18 +529,18 @@ def decide_once(plan: Plan, partial: Path, read: Sequence[ReadTask]) -> Decision
                     for lengths, documents in indices
                 ],
             )
-            with publish(file) as handle:
+            with open_replacement(file, shared=True) as handle:
                 handle.write(json.dumps(asdict(decision)).encode())
     return read_decision(partial)
 
 
 def read_decision(partial: Path) -> Decision:
-    """The decision that was written down."""
+    """Return the recorded decision."""
     return Decision(**json.loads((partial / "decision.json").read_bytes()))
 
 
 def refuse_missing(files: Sequence[Path], phase: str) -> None:
-    """Refuse to go on where a phase is not done."""
+    """Raise an error if a phase is not done."""
     if missing := [file for file in files if not file.exists()]:
         raise DataError(
             f"{missing[0].parent}: {len(missing)} of {len(files)} pieces of the phase {phase} are "
@@ -526,19 +549,20 @@ def refuse_missing(files: Sequence[Path], phase: str) -> None:
 
 
 def _load_index(task: ReadTask, *keys: str) -> tuple[Any, ...]:
-    """Some arrays of what a task of the first phase found."""
+    """Return some arrays from the index of a task of the first phase."""
     with np.load(task.target.with_suffix(".npz")) as index:
         return tuple(index[key] for key in keys)
 
 
-def _decide(read: Sequence[ReadTask], plan: Plan) -> tuple[np.ndarray, dict[str, int]]:
-    """The fate (uint8) of each document of all tasks, and how many were removed, by reason."""
+def _decide(read: Sequence[ReadTask], plan: PrepPlan) -> tuple[NDArray[Any], dict[str, int]]:
+    """Return the fate (uint8) of each document of all tasks, and how many were removed, by
+    reason."""
     hashes = np.concatenate([_load_index(task, "hashes")[0] for task in read])
     fates = np.full(len(hashes), TRAIN, np.uint8)
     fates[hashes[:, 0] < np.uint64(int(plan.val_fraction * 2**64))] = VAL
     exact = near = 0
     if plan.deduplicate and len(hashes):
-        # A stable sort: among equal hashes, the first document comes first.
+        # A stable sort puts the first document first among equal hashes.
         order = np.lexsort((hashes[:, 1], hashes[:, 0]))
         repeated = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
         fates[order[1:][repeated]] = DROPPED
@@ -553,7 +577,7 @@ def _decide(read: Sequence[ReadTask], plan: Plan) -> tuple[np.ndarray, dict[str,
 
 
 def part_targets(read: Sequence[ReadTask], decision: Decision) -> list[Path]:
-    """The targets of all parts, in order."""
+    """Return the targets of all parts, in order."""
     return [
         task.target.with_name(f"{task.target.name}-{k:06}")
         for task, sizes in zip(read, decision.parts, strict=True)
@@ -568,14 +592,10 @@ def part_tasks(
     tokenizer: str,
     chosen: Sequence[int] | None = None,
 ) -> tuple[list[PartTask], list[int]]:
-    """Tasks of the second phase in order, and the bytes of text of each.
+    """Return the tasks of the second phase in order, and the bytes of text of each.
 
     Args:
-        partial: where unfinished work lies.
-        read: the tasks of the first phase.
-        decision: about their documents.
-        tokenizer: its file.
-        chosen: numbers of parts, among all; None: all.
+        chosen: numbers of the parts to return; None means all.
     """
     wanted = None if chosen is None else set(chosen)
     targets = iter(enumerate(part_targets(read, decision)))
@@ -585,7 +605,7 @@ def part_tasks(
     for task, num_documents, part_sizes in zip(
         read, decision.documents, decision.parts, strict=True
     ):
-        # Of what this task read: (part, target) of those that are wanted.
+        # (part, target) of the wanted parts of this task
         mine = [
             (k, target)
             for k, (number, target) in enumerate(islice(targets, len(part_sizes)))
@@ -614,7 +634,7 @@ def part_tasks(
 
 
 def _group_small(sizes: Sequence[int], most: int) -> Iterator[slice]:
-    """Consecutive files of up to `most` bytes together; a larger file is alone."""
+    """Yield consecutive files of up to `most` bytes together; a larger file is alone."""
     begin = held = 0
     for i, size in enumerate(sizes):
         if i > begin and held + size > most:
@@ -624,31 +644,32 @@ def _group_small(sizes: Sequence[int], most: int) -> Iterator[slice]:
     yield slice(begin, len(sizes))
 
 
-def _load_tokens(path: Path, split: str) -> tuple[np.ndarray, int, np.ndarray]:
-    """Tokens of each document, bytes of text and tokens of a part, of one split."""
+def _load_tokens(path: Path, split: str) -> tuple[NDArray[Any], int, NDArray[Any]]:
+    """Return tokens of each document, bytes of text and tokens of a part, of one split."""
     with open(path, "rb") as file:
         arrays = [np.load(file) for _ in range(6)]
     lengths, num_bytes, tokens = arrays[:3] if split == "train" else arrays[3:]
     return lengths, int(num_bytes), tokens
 
 
-def is_prepared(out: Path, plan: Plan) -> bool:
-    """Whether the corpora are there already.
+def is_prepared(out: Path, plan: PrepPlan) -> bool:
+    """Return True if the corpora already exist.
 
     Raises:
-        DataError: others are there, or what is there is no folder.
+        DataError: other corpora exist there, or the path is not a folder.
     """
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is a file; choose another output folder")
     return all(_is_split_prepared(out / split, plan) for split in plan.splits)
 
 
-def _is_split_prepared(path: Path, plan: Plan) -> bool:
-    """Whether a split is there already; refuses to replace another one."""
+def _is_split_prepared(path: Path, plan: PrepPlan) -> bool:
+    """Return True if a split already exists; raise an error instead of replacing another one."""
     if not path.exists():
         return False
     manifest = read_manifest(path)
     if manifest.preparation == plan.preparation:
+        refuse_damage(path, manifest)
         return True
     reason = "other files, with another tokenizer or with other options"
     if [source["name"] for source in manifest.sources] == list(plan.names):
@@ -661,8 +682,21 @@ def _is_split_prepared(path: Path, plan: Plan) -> bool:
     )
 
 
-def resume_or_restart(partial: Path, plan: Plan) -> None:
-    """Keep the finished parts of an interrupted run of the same plan; start anew otherwise."""
+def refuse_damage(path: Path, manifest: Manifest) -> None:
+    """Reject an existing corpus whose files are damaged.
+
+    Raises:
+        DataError: the message names them.
+    """
+    try:
+        check_manifest(path, manifest)
+        check_files(path, manifest, manifest.files)
+    except DataError as error:
+        raise DataError(f"{error}; to prepare it again, delete {path} first") from None
+
+
+def resume_or_restart(partial: Path, plan: PrepPlan) -> None:
+    """Keep the finished parts of an interrupted run of the same plan; otherwise restart."""
     if is_begun(partial, plan):
         return
     for entry in partial.iterdir():
@@ -670,23 +704,26 @@ def resume_or_restart(partial: Path, plan: Plan) -> None:
             shutil.rmtree(entry)
         elif entry.name != "lock":
             entry.unlink()
-    with publish(partial / "plan.json") as handle:
+    with open_replacement(partial / "plan.json", shared=True) as handle:
         handle.write(plan.stamp.encode())
 
 
-def is_begun(partial: Path, plan: Plan) -> bool:
-    """Whether there is unfinished work of this plan."""
+def is_begun(partial: Path, plan: PrepPlan) -> bool:
+    """Return True if there is unfinished work of this plan."""
     file = partial / "plan.json"
     return file.exists() and file.read_text() == plan.stamp
 
 
 def copy_tokenizer(path: str | Path, tokenizer: Tokenizer, partial: Path) -> str:
-    """A copy that stays as it is while the work goes on, and ends up in the corpus."""
+    """Return a copy that stays unchanged during the work, and ends up in the corpus."""
     if str(path) == BYTES:
         return BYTES
     copy = partial / f"tokenizer{Path(path).suffix or '.model'}"
-    with publish(copy) as file:
+    with open_replacement(copy, shared=True) as file:
         file.write(Path(path).read_bytes())
+    for name, content in describe_end(tokenizer).items():
+        with open_replacement(partial / name, shared=True) as file:
+            file.write(content)
     if load_tokenizer(copy).fingerprint != tokenizer.fingerprint:
         raise DataError(f"{path}: changed while it was read; run again")
     return str(copy)
@@ -694,12 +731,12 @@ def copy_tokenizer(path: str | Path, tokenizer: Tokenizer, partial: Path) -> str
 
 @contextmanager
 def hold(partial: Path, shared: bool = False, patience: float = 0.0) -> Iterator[IO[str]]:
-    """Hold the partial folder, alone or with the other tasks of one preparation; gives the lock.
+    """Hold the lock of the partial folder, exclusively or shared; yields the lock.
 
     Args:
-        partial: the folder; made where it is missing.
-        shared: whether others may hold it too, who share it.
-        patience: seconds to wait for those who hold it.
+        partial: the folder; created if missing.
+        shared: allow other processes to hold it shared too.
+        patience: seconds to wait for other holders.
 
     Raises:
         DataError: another process holds it.
@@ -723,5 +760,5 @@ def hold(partial: Path, shared: bool = False, patience: float = 0.0) -> Iterator
 
 @cache
 def _load_once(path: str) -> Tokenizer:
-    """A worker's tokenizer."""
+    """Return a worker's tokenizer, loaded once."""
     return load_tokenizer(path)

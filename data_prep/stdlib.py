@@ -1,24 +1,25 @@
-"""The default corpus, which every machine has: the sources of the running Python's own library."""
+"""The default corpus, available everywhere: the sources of the running Python's standard
+library."""
 
 from __future__ import annotations
 
 import sysconfig
 from pathlib import Path
 
-from data_prep.progress import ProgressReport
-from data_prep.readers import Reading
-from data_prep.shards import prepare_shards
-from data_prep.tokenizer import train_tokenizer
 from megarecur.data.corpus import Manifest
 from megarecur.data.tokenizer import tokenizer_vocab_size
+from megarecur.data_prep.progress import ProgressReport
+from megarecur.data_prep.readers import Reading
+from megarecur.data_prep.shards import prepare_shards
+from megarecur.data_prep.tokenizer import train_tokenizer
 from megarecur.errors import DataError
 
-# Slim installations lack the tests; packages installed by the user are not part of the library.
+# Slim installations lack the tests; user-installed packages are not part of the library.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 def standard_library_sources() -> list[Path]:
-    """Every .py file of the standard library, sorted, without test folders.
+    """Return every .py file of the standard library, sorted, without test folders.
 
     Raises:
         DataError: this Python has no sources on disk.
@@ -30,7 +31,7 @@ def standard_library_sources() -> list[Path]:
         if not LEFT_OUT & set(path.relative_to(root).parts) and path.stat().st_size
     ]
     if not sources:
-        raise DataError(f"{root}: this Python has no library sources; give your own text instead")
+        raise DataError(f"{root}: this Python has no library sources; use your own text instead")
     return sources
 
 
@@ -42,10 +43,11 @@ def prepare_quickstart(
     workers: int = 0,
     progress: ProgressReport | None = None,
 ) -> dict[str, Manifest]:
-    """Make OUT/tokenizer.model, OUT/train and OUT/val from the standard library, if not there yet.
+    """Make OUT/tokenizer.model, OUT/train and OUT/val from the standard library, unless they exist.
 
     Raises:
-        DataError: OUT has a tokenizer of another size; or as `train_tokenizer`, `prepare_shards`.
+        DataError: OUT has a tokenizer of another size; see also `train_tokenizer` and
+        `prepare_shards`.
     """
     sources = standard_library_sources()
     tokenizer = Path(out) / "tokenizer.model"

@@ -1,4 +1,5 @@
-"""Rows of tables to documents: jsonl, csv, tsv, parquet, Arrow files of `datasets`, MDS shards.
+"""Convert rows of tables to documents: jsonl, csv, tsv, parquet, Arrow files of `datasets`, MDS
+shards.
 
 A row is a mapping of fields; its text is one field of it, or a template filled with several.
 """
@@ -6,9 +7,12 @@ A row is a mapping of fields; its text is one field of it, or a template filled 
 from __future__ import annotations
 
 import csv
+import json
+import re
 import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,11 +23,17 @@ BINARY_SUFFIXES = (".parquet", ".arrow")
 MDS_SUFFIX = ".mds"
 CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ROWS_AT_ONCE = 1024
+MISSING = object()
+"""Placeholder for a field that a row lacks."""
+DEEPEST_JSON = 100
+CLOSERS = {"[": "]", "{": "}"}
+JSON_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[][{}]', re.DOTALL)
+"""Strings, to ignore the brackets inside them, and brackets."""
 
 
 @cache
 def fields_of(template: str) -> tuple[str, ...]:
-    """The fields that a template names, such as `meta.title` in "{meta.title}".
+    """Return the fields that a template names, such as `meta.title` in "{meta.title}".
 
     Raises:
         DataError: braces that do not pair, fields without a name, formats or conversions.
@@ -45,37 +55,113 @@ def fields_of(template: str) -> tuple[str, ...]:
 
 
 def look_up(row: Mapping[str, Any], field: str) -> Any:
-    """A field, by its name or by the path `outer.inner`; None if there is none."""
+    """Return a field by its name or by the path `outer.inner`; MISSING if there is none, None if it
+    or an enclosing field is null."""
     if field in row:
         return row[field]
     value: Any = row
     for part in field.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if value is None:
+            return None
+        value = value.get(part, MISSING) if isinstance(value, Mapping) else MISSING
     return value
 
 
-def fill(template: str, row: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The template with the row's values in it, and the fields that it lacks."""
-    values = {field: look_up(row, field) for field in fields_of(template)}
-    missing = [field for field, value in values.items() if value is None]
+def fill(template: str, values: Mapping[str, Any], place: str) -> str:
+    """Fill a template with the values of its fields.
+
+    Raises:
+        DataError: a value is nested too deeply to be written.
+    """
     parts = string.Formatter().parse(template)
-    text = "".join(
-        literal + ("" if name is None else str(values[name])) for literal, name, *_ in parts
-    )
-    return text, missing
+    try:
+        return "".join(
+            literal + ("" if name is None else str(values[name])) for literal, name, *_ in parts
+        )
+    except RecursionError:
+        raise DataError(
+            f"{place}: a field of --template is nested too deeply; name one within it"
+        ) from None
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON with numbers of any length and any depth of nesting.
+
+    An integer with more digits than Python converts keeps its digits. Values deeper than
+    DEEPEST_JSON, which are not read, become null.
+
+    Raises:
+        ValueError: the text is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # too many digits
+        return json.loads(text, parse_int=_to_int)
+    except RecursionError:
+        return json.loads(_cut_depth(text), parse_int=_to_int)
+
+
+@dataclass(frozen=True)
+class LongInteger:
+    """An integer with more digits than Python converts."""
+
+    digits: str
+
+    def __str__(self) -> str:
+        return self.digits
+
+
+def _to_int(digits: str) -> int | LongInteger:
+    try:
+        return int(digits)
+    except ValueError:
+        return LongInteger(digits)
+
+
+def _cut_depth(text: str) -> str:
+    """Return a JSON text with null for values deeper than DEEPEST_JSON; brackets must pair."""
+    kept, closers, end = [], "", 0
+    for token in JSON_BRACKETS.finditer(text):
+        mark = token[0]
+        if mark in CLOSERS:
+            if len(closers) == DEEPEST_JSON:
+                kept.append(text[end : token.start()])
+            closers += CLOSERS[mark]
+        elif mark in "]}":
+            if not closers.endswith(mark):
+                raise ValueError(f"{mark!r} at character {token.start()} closes nothing")
+            closers = closers[:-1]
+            if len(closers) == DEEPEST_JSON:
+                kept.append("null")
+                end = token.end()
+    if closers:
+        raise ValueError(f"{len(closers)} brackets are not closed")
+    return "".join([*kept, text[end:]])
 
 
 def read_csv(
     path: Path,
     stream: BinaryIO,
     delimiter: str,
-    decode: Callable[[bytes, str, int], bytes | None],
+    quoted: bool,
+    check: Callable[[bytes, str, int], bytes | None],
+    note_joined: Callable[[str], None],
     columns: Sequence[str] = (),
 ) -> Iterator[tuple[str, dict[str, str] | None]]:
-    """(place, row) of a csv or tsv file; None for a row that cannot be decoded.
+    """Yield (place, row) of a csv or tsv file; None for a skipped row.
 
-    `decode(content, place, offset)` checks the bytes of a line, or gives None to skip its row.
-    `columns` names those of a file without a header.
+    Args:
+        quoted: allow quoted cells, which may contain ends of lines; otherwise a quotation mark is
+        an ordinary character.
+        check: maps (content, place, offset) to the bytes of a line, or None to skip its row.
+        note_joined: called with the place of a row that spans several lines.
+        columns: names of the columns of a file without a header.
+
+    Raises:
+        DataError: a row has too many or too few cells, unpaired quotation marks, or a stray
+        carriage return.
     """
     skipped, offset = False, 0
 
@@ -83,17 +169,28 @@ def read_csv(
         nonlocal skipped, offset
         for number, line in enumerate(stream, 1):
             begin, offset = offset, offset + len(line)
-            checked = decode(line, f"{path}: line {number}", begin)
-            skipped |= checked is None
-            yield (checked or b"\n").decode("utf-8-sig" if number == 1 else "utf-8")
+            checked = check(line, f"{path}: line {number}", begin)
+            if checked is None:  # Its quotation marks count, though its text does not.
+                skipped, checked = True, line.decode(errors="replace").encode()
+            yield checked.decode("utf-8-sig" if number == 1 else "utf-8")
 
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    reader = csv.reader(
+        lines(),
+        delimiter=delimiter,
+        strict=True,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+    )
     header = list(columns)
     refuse_twice(header, f"{path}: --column")
+    begin = 1
     try:
         for cells in reader:
-            place = f"{path}: line {reader.line_num}"
+            place = f"{path}: line {begin}"
+            if reader.line_num > begin:
+                place = f"{path}: lines {begin} to {reader.line_num}"
+                note_joined(place)
+            begin = reader.line_num + 1
             bad, skipped = skipped, False
             if not header:
                 header = cells
@@ -101,51 +198,135 @@ def read_csv(
             elif bad:
                 yield place, None
             elif cells and len(cells) != len(header):
-                given = "give a --column for each cell, and " if columns else ""
+                given = "name a --column for each cell, and " if columns else ""
+                remedy = (
+                    f"quote cells that hold {delimiter!r} or line ends, or use --quoting none if "
+                    "quotation marks mean nothing"
+                    if quoted
+                    else "correct the line, or use --quoting quoted if cells that hold "
+                    f"{delimiter!r} or line ends stand in quotation marks"
+                )
                 raise DataError(
                     f"{place} has {len(cells)} cells, but there are names for {len(header)}: "
-                    f"{header[:8]}; {given}quote cells that hold {delimiter!r} or line ends"
+                    f"{header[:8]}; {given}{remedy}"
                 )
             elif cells:
                 yield place, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num} is not csv ({error})") from None
+        raise DataError(_explain_csv(path, begin, reader.line_num, str(error))) from None
+
+
+def _explain_csv(path: Path, begin: int, end: int, reason: str) -> str:
+    """Return what is wrong with the row that begins at a line, with a remedy."""
+    if "new-line character" in reason:
+        return (
+            f"{path}: line {end} holds a carriage return that ends no line; convert the line ends, "
+            "or remove it"
+        )
+    if "unexpected end of data" in reason:
+        return (
+            f"{path}: line {begin} is not csv: it opens a quotation mark that nothing closes up to "
+            f"line {end}, the last; correct it, or use --quoting none if quotation marks mean "
+            "nothing"
+        )
+    return (
+        f"{path}: line {end} is not csv ({reason}, in the row that begins at line {begin}); "
+        "correct "
+        "it, or use --quoting none if quotation marks mean nothing"
+    )
 
 
 def refuse_twice(header: Sequence[str], place: str) -> None:
-    """Refuse columns of one name."""
-    twice = sorted({name for name in header if header.count(name) > 1})
+    """Reject duplicate column names; unnamed columns, as spreadsheets add, are not read."""
+    twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:
         raise DataError(f"{place} names {', '.join(twice)} twice; give each column its own name")
 
 
 def read_arrow(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a parquet or Arrow file; only the columns that hold the fields are read.
+    """Yield (place, row) of a parquet or Arrow file; only the columns of the fields are read.
 
     Raises:
-        DataError: it is not what its name says, is damaged, or lacks a column.
+        DataError: the file contradicts its name, is damaged, or lacks a column.
     """
     import pyarrow
 
     number = 0
     try:
         for batch in _batches(path, fields):
-            for row in batch.to_pylist():
+            names = batch.schema.names
+            refuse_twice(names, f"{path}")
+            columns = [_cells(batch.column(i), f"{path}: column {names[i]!r}, of a row from "
+                              f"{number + 1} on") for i in range(len(names))]  # fmt: skip
+            for cells in zip(*columns, strict=True):
                 number += 1
-                yield f"{path}: row {number}", row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: is no {path.suffix[1:]} file, or damaged ({reason})") from None
+                yield f"{path}: row {number}", dict(zip(names, cells, strict=True))
+    except UnicodeDecodeError as error:  # in a nested field
+        raise DataError(
+            f"{path}: a row from {number + 1} on holds bytes that are not UTF-8 ({error.reason}); "
+            "write the file again"
+        ) from None
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{path}: is not a valid {path.suffix[1:]} file, or damaged ({reason}); create it again"
+        ) from None
+
+
+def _cells(column: Any, place: str) -> list[Any]:
+    """Return the values of a column.
+
+    Raises:
+        DataError: Python cannot represent a value, such as a date in the year 200,000 or an unknown
+        time zone.
+    """
+    import pyarrow
+
+    try:
+        values: list[Any] = _as_bytes(column).to_pylist()
+    except (UnicodeDecodeError, pyarrow.ArrowException):
+        raise
+    except (ValueError, OverflowError, LookupError) as error:
+        raise DataError(
+            f"{place} holds a {column.type} that cannot be converted to text ({error}); omit the "
+            "field, or convert it to text"
+        ) from None
+    return values
+
+
+def _as_bytes(column: Any) -> Any:
+    """Return a column with checked offsets, text as bytes without a copy: a file may hold text that
+    is not UTF-8, and the library reads wherever damaged offsets point.
+
+    Raises:
+        ArrowInvalid: offsets or indices point outside.
+    """
+    import pyarrow
+    from pyarrow import compute, types
+
+    kind = column.type
+    if types.is_dictionary(kind):
+        column.indices.validate(full=True)
+        values = _as_bytes(column.dictionary)
+        return pyarrow.DictionaryArray.from_arrays(column.indices, values).dictionary_decode()
+    if types.is_string(kind):
+        column = column.view(pyarrow.binary())
+    elif types.is_large_string(kind):
+        column = column.view(pyarrow.large_binary())
+    elif types.is_string_view(kind):
+        column = column.view(pyarrow.binary_view())
+    column.validate(full=True)
+    return compute.run_end_decode(column) if types.is_run_end_encoded(kind) else column
 
 
 def _batches(path: Path, fields: Sequence[str]) -> Iterator[Any]:
-    """Record batches with the columns of the fields."""
+    """Yield record batches with the columns of the fields."""
     import pyarrow
 
     if path.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             columns = columns_of(path, fields, file.schema_arrow.names)
             yield from file.iter_batches(ROWS_AT_ONCE, columns=columns)
         return
@@ -162,12 +343,13 @@ def _batches(path: Path, fields: Sequence[str]) -> Iterator[Any]:
 
 
 def is_mds(path: Path) -> bool:
-    """Whether a name is that of an MDS shard, compressed (shard.00000.mds.zstd) or not."""
+    """Return True if a name is that of an MDS shard, compressed (shard.00000.mds.zstd) or not."""
     return MDS_SUFFIX in path.suffixes[-2:]
 
 
 def drop_copies(paths: Sequence[Path]) -> list[Path]:
-    """The same without MDS's index, and without compressed shards that lie there unpacked too."""
+    """Return the paths without MDS's index, and without compressed shards that also exist
+    unpacked."""
     if not any(map(is_mds, paths)):
         return list(paths)
     plain = {path for path in paths if path.suffix == MDS_SUFFIX}
@@ -175,17 +357,19 @@ def drop_copies(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_mds(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of an MDS shard, which the index.json beside or above it describes.
+    """Yield (place, row) of an MDS shard, described by the index.json beside or above it.
 
     Raises:
-        DataError: there is no index, it does not list the shard, or the shard is damaged or lacks
-            a column.
+        DataError: the index is missing or does not list the shard, or the shard is damaged or lacks
+        a column.
     """
     from megarecur.data.foreign import MEND, decode_shard
 
     folder = next((p for p in path.parents if (p / "index.json").is_file()), None)
     if folder is None:
-        raise DataError(f"{path}: has no index.json beside it, without which it cannot be read")
+        raise DataError(
+            f"{path}: has no index.json beside it, which is needed to read it; copy it too"
+        )
     name = path.relative_to(folder).as_posix()
     entry = _mds_entries(folder, (folder / "index.json").stat().st_mtime_ns).get(name)
     if entry is None:
@@ -197,7 +381,7 @@ def read_mds(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str,
 
 @lru_cache(4)
 def _mds_entries(folder: Path, _changed: int) -> dict[str, dict[str, Any]]:
-    """What an index.json says of each file."""
+    """Return an index.json's entry of each file."""
     from megarecur.data.foreign import read_index
 
     pairs = [(e[k], e) for e in read_index(folder) for k in ("raw_data", "zip_data") if e.get(k)]
@@ -205,16 +389,16 @@ def _mds_entries(folder: Path, _changed: int) -> dict[str, dict[str, Any]]:
 
 
 def columns_of(place: object, fields: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The columns that hold fields, which may be paths into them.
+    """Return the columns that hold fields, which may be paths into them.
 
     Raises:
-        DataError: there are no such columns at this place.
+        DataError: the columns do not exist.
     """
     found = {field: field if field in names else field.split(".")[0] for field in fields}
     missing = sorted({column for column in found.values() if column not in names})
     if missing:
         raise DataError(
-            f"{place}: has no column {', '.join(missing)}; it has {', '.join(names)}: name the one "
+            f"{place}: has no column {', '.join(missing)}; it has {', '.join(names)}; name the one "
             "that holds the text by --text-key, or several by --template"
         )
     return list(dict.fromkeys(found.values()))

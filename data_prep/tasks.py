@@ -1,48 +1,65 @@
-"""Corpora of labelled samples, `megarecur prep task`: what is drawn or read, and written as shards.
+"""Make corpora of labelled samples, `megarecur prep task`: draw or read them, and write shards.
 
-A corpus of a task is one as any other (documents of tokens in MDS shards), with `labels.npy` beside
-it and `task` in its manifest. A sample is one document, or the two of a pair, one after the other.
-Labels are int32 per sample or, of kind `token`, int8 per token of the stream, -1 where there is
-none. Samples flow from a generator to the writers of all splits, whatever their number.
+A corpus of a task is an ordinary corpus (documents of tokens in MDS shards), with `labels.npy`
+beside it and `task` in its manifest. A sample is one document, or the two consecutive ones of a
+pair. Labels are int32 per sample or, for kind `token`, int8 per token of the stream, -1 for none.
+Samples stream from a generator to the writers of all splits, whatever their number.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-from data_prep import flip_flop, list_ops, logic
-from data_prep.files import explain_os_errors, publish, sync
-from data_prep.labelled import Mistakes, Row, collect, read_labelled, read_list_ops, read_logic
-from data_prep.progress import ProgressReport, report_phase
-from data_prep.readers import COMPRESSIONS, find_sources
-from data_prep.shards import finish_split, hold, open_writer, partial_of
 from megarecur.data.corpus import CHUNK_TOKENS, COLUMN, Manifest, hash_file, read_manifest
-from megarecur.data.tokenizer import BYTES, Tokenizer, WordTokenizer, load_tokenizer
+from megarecur.data.tokenizer import (
+    BYTES,
+    CONFIG_FILE,
+    Tokenizer,
+    WordTokenizer,
+    describe_end,
+    load_tokenizer,
+)
+from megarecur.data_prep import flip_flop, list_ops, logic
+from megarecur.data_prep.compressed import plain_suffix, uncompressed
+from megarecur.data_prep.disk import explain_os_errors
+from megarecur.data_prep.labelled import (
+    Found,
+    LabelledInputs,
+    Mistakes,
+    Row,
+    collect,
+    read_list_ops,
+    read_logic,
+)
+from megarecur.data_prep.progress import ProgressReport, report_phase
+from megarecur.data_prep.readers import Notes, Reading, find_sources
+from megarecur.data_prep.shards import finish_split, hold, open_writer, partial_of, refuse_damage
 from megarecur.errors import ConfigError, DataError
+from megarecur.files import open_replacement, publish, sync
 
 LABELS, WORDS_FILE = "labels.npy", "tokenizer.words"
 FLAGS = {"tests": "test", "text_keys": "text-key", "classes": "class", "columns": "column"}
-"""Of options whose names differ from theirs."""
+"""Names of options that differ from their fields."""
 NAMES = ("listops", "logic", "flip_flop", "labelled")
 HEADER = 128
-"""Bytes before the values of an .npy file, in whose header numpy leaves room for any length."""
+"""Bytes before the values of an .npy file; numpy's header leaves room for any length."""
 
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """What `megarecur prep task` was asked for. None: the task's own default."""
+    """The options of `megarecur prep task`. None means the task's own default."""
 
     name: str
     inputs: tuple[str, ...] = ()
@@ -50,7 +67,7 @@ class TaskRequest:
     seed: int = 1
     train: int | None = None
     val: int | None = None
-    """Samples to draw."""
+    """Number of samples to draw."""
     tests: tuple[str, ...] = ()
     test_count: int | None = None
     variant: str | None = None
@@ -64,17 +81,21 @@ class TaskRequest:
     text_keys: tuple[str, ...] | None = None
     label_key: str | None = None
     classes: tuple[str, ...] = ()
-    """Others are left out; none: all are read."""
+    """Classes to read; empty means all."""
     columns: tuple[str, ...] = ()
-    """Of csv and tsv files without a header."""
+    """Column names of csv and tsv files without a header."""
     tokenizer: str | None = None
     val_fraction: float | None = None
+    quoting: Literal["auto", "quoted", "none"] | None = None
+    errors: Literal["fail", "skip", "replace"] | None = None
+    exclude: tuple[str, ...] = ()
+    """Patterns of files to exclude; see `readers.Reading`."""
 
     def refuse_others(self, *allowed: str) -> None:
-        """Refuse options that this task does not have.
+        """Reject options that this task does not have.
 
         Raises:
-            ConfigError: naming all of them.
+            ConfigError: the message names all of them.
         """
         always = ("name", "inputs", "seed")
         given = [
@@ -84,39 +105,39 @@ class TaskRequest:
         ]
         if given:
             how = " read from files" if self.inputs else ""
-            raise ConfigError(f"{', '.join(given)}: not for {self.name}{how}; leave out")
+            raise ConfigError(f"{', '.join(given)}: not supported by {self.name}{how}; omit them")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample on its way to a split."""
+    """One sample of a split."""
 
     split: str
     texts: tuple[str, ...]
-    """One, or the two of a pair."""
-    label: int | np.ndarray
+    """One text, or the two of a pair."""
+    label: int | NDArray[np.int8]
     """A class, or int8 per token."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that decides what is written."""
+    """Everything that determines the written corpora."""
 
     name: str
     kind: str
     classes: Sequence[str]
     splits: Sequence[str]
-    """In the order in which they appear, train last."""
+    """Names of the splits, in the order in which they appear, train last."""
     total: int
-    """Samples in all, for the progress; about, where files decide."""
+    """Total number of samples, for the progress report; approximate if read from files."""
     samples: Callable[[], Iterator[Sample]]
     words: Sequence[str] = ()
-    """Of the tokenizer that is made; none: `tokenizer`."""
+    """Words of the generated tokenizer; if empty, `tokenizer` is used."""
     tokenizer: str = ""
     ahead: bool = False
-    """Labels are tokens that follow, which only a causal model does not see."""
+    """True if labels are later tokens, which only a causal model does not see."""
     sources: Sequence[tuple[str, str]] = ()
-    """Files that are read, and what names say of them: a split, a label."""
+    """Files to read, with their role: a split, a label."""
     counts: dict[str, int] = field(default_factory=dict)
     """Filled in by the stream: duplicates removed, of all splits together."""
 
@@ -127,60 +148,66 @@ def prepare_task(
     """Make the corpora of a task, OUT/train and so on: a function of the request and its files.
 
     Args:
-        request: what is asked for.
-        out: folder of the result; OUT.partial holds unfinished work, which is begun anew.
-        progress: told how far the work is.
+        out: folder of the result; unfinished work in OUT.partial is restarted.
 
     Returns:
         The manifest of each split, by its name.
 
     Raises:
-        ConfigError: no such task, or options that it does not have.
-        DataError: mistakes in files, nothing to write, or OUT holds something else.
+        ConfigError: unknown task, or options that it does not have.
+        DataError: mistakes in files, no samples, or OUT holds something else.
     """
     if request.name not in BUILDERS:
-        raise ConfigError(
-            f"task {request.name!r}: there is no such; choose of {', '.join(BUILDERS)}"
-        )
+        raise ConfigError(f"task {request.name!r}: unknown; choose one of {', '.join(BUILDERS)}")
     out = Path(out)
     with explain_os_errors(out):
         task = BUILDERS[request.name](request)
         if not task.splits:
-            remedy = "give files that do" if request.inputs else "raise --train or --val"
-            raise DataError(f"{request.name}: what is asked for has no sample; {remedy}")
-        stamp = stamp_of(request, task)
+            remedy = "use other files" if request.inputs else "raise --train or --val"
+            raise DataError(f"{request.name}: the request has no sample; {remedy}")
+        hashes = {path: hash_file(Path(path)) for path, _ in task.sources}
+        stamp = stamp_of(request, task, hashes)
         done = [split for split in task.splits if is_made(out / split, stamp)]
         if len(done) < len(task.splits):
             partial = partial_of(out)
             with hold(partial):
-                write_splits(task, stamp, out, partial, progress)
+                write_splits(task, stamp, hashes, out, partial, progress)
             shutil.rmtree(partial)
     return {split: read_manifest(out / split) for split in task.splits if (out / split).exists()}
 
 
-def stamp_of(request: TaskRequest, task: Task) -> str:
-    """The identity of what is asked for: options, content of files, tokenizer."""
+def stamp_of(request: TaskRequest, task: Task, hashes: Mapping[str, str]) -> str:
+    """Return the identity of a request: options, content of files, tokenizer."""
     facts = asdict(request) | {
-        "inputs": [(name, hash_file(Path(path))) for path, name in task.sources],
-        "tests": [] if request.name == "labelled" else request.tests,  # Else among the sources.
+        "inputs": [(name, hashes[path]) for path, name in task.sources],
+        "tests": [] if request.name == "labelled" else request.tests,  # otherwise among the sources
         "classes": sorted(request.classes),
         "tokenizer": load_tokenizer(task.tokenizer).fingerprint if task.tokenizer else "",
     }
-    for younger in ("classes", "columns"):  # Than the first corpora.
+    if task.tokenizer and (end := load_tokenizer(task.tokenizer).end).is_given:
+        facts["eos_id"] = end.eos_id
+    del facts["exclude"]  # It only decides which files exist.
+    if facts["quoting"] in (None, "auto"):
+        tsv = any(plain_suffix(Path(path)) == ".tsv" for path, _ in task.sources)
+        # Files of trees or formulas are read line by line.
+        facts["quoting"] = "csv" if tsv and request.name == "labelled" else None
+    for younger in ("classes", "columns", "quoting", "errors"):  # Keys that the first corpora lack.
         if not facts[younger]:
             del facts[younger]
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
 def is_made(path: Path, stamp: str) -> bool:
-    """Whether a split is there; refuses to replace another one."""
+    """Return True if a split exists; raise an error instead of replacing another one."""
     if not path.exists():
         return False
-    if read_manifest(path).preparation != stamp:
+    manifest = read_manifest(path)
+    if manifest.preparation != stamp:
         raise DataError(
             f"{path}: exists and was prepared with other options or of other files; delete it, or "
             "choose another --out"
         )
+    refuse_damage(path, manifest)
     return True
 
 
@@ -188,19 +215,13 @@ def is_made(path: Path, stamp: str) -> bool:
 
 
 class SplitWriter:
-    """Shards, labels and counts of one split, while samples come in.
-
-    Args:
-        folder: to write into.
-        task: what is written.
-        tokenizer: of its texts.
-    """
+    """The writer of one split's shards, labels and counts."""
 
     def __init__(self, folder: Path, task: Task, tokenizer: Tokenizer) -> None:
         self.folder, self.task, self.tokenizer = folder, task, tokenizer
         self.dtype = np.dtype(tokenizer.dtype)
         self.writer = open_writer(folder, self.dtype.name)
-        self.rest: list[np.ndarray] = []
+        self.rest: list[NDArray[Any]] = []
         self.held = self.num_samples = self.num_bytes = self.longest = 0
         self.lengths = array("q")
         self.of_classes = np.zeros(len(task.classes), np.int64)
@@ -209,14 +230,14 @@ class SplitWriter:
         self.labels.write(bytes(HEADER))
 
     def add(self, sample: Sample) -> None:
-        """One sample."""
+        """Add one sample."""
         end = np.array([self.tokenizer.eos_id], self.dtype)
         for text in sample.texts:
             ids = self.tokenizer.encode_array(text).astype(self.dtype)
             if not ids.size:
                 raise DataError(
-                    f"{self.folder.name}: the text {text[:40]!r} of a sample has no token; leave "
-                    "the sample out"
+                    f"{self.folder.name}: the text {text[:40]!r} of a sample has no token; remove "
+                    "the sample"
                 )
             self.rest += [ids, end]
             self.held += ids.size + 1
@@ -235,7 +256,7 @@ class SplitWriter:
             self.flush()
 
     def flush(self, fill: bool = False) -> None:
-        """Write whole chunks, and with `fill` the last one, filled up."""
+        """Write whole chunks, and with `fill` also the last one, padded."""
         tokens = np.concatenate([*self.rest, np.empty(0, self.dtype)])
         if fill and tokens.size % CHUNK_TOKENS:
             missing = -tokens.size % CHUNK_TOKENS
@@ -248,14 +269,14 @@ class SplitWriter:
         self.held = tokens.size - whole
 
     def finish(self, tokenizer_file: str, shared: Mapping[str, Any]) -> None:
-        """End the split.
+        """Finish the split.
 
         Raises:
-            DataError: it has no sample.
+            DataError: the split has no sample.
         """
         if not self.num_samples:
             raise DataError(
-                f"{self.folder.name}: would have no sample; give more, or ask for other splits"
+                f"{self.folder.name}: would have no sample; use more samples, or other splits"
             )
         self.flush(fill=True)
         lengths = np.frombuffer(self.lengths, np.int64)
@@ -280,9 +301,15 @@ class SplitWriter:
 
 
 def write_splits(
-    task: Task, stamp: str, out: Path, partial: Path, progress: ProgressReport | None
+    task: Task,
+    stamp: str,
+    hashes: Mapping[str, str],
+    out: Path,
+    partial: Path,
+    progress: ProgressReport | None,
 ) -> None:
-    """Write all splits aside, then give them their names, train last: where it is, all are."""
+    """Write all splits aside, then rename them, train last: if it exists, all exist. `hashes` are
+    those of the sources."""
     for entry in partial.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
@@ -306,45 +333,49 @@ def write_splits(
         "duplicates_removed": task.counts.get("duplicates", 0),
         "documents_skipped": 0,
         "preparation": stamp,
-        "sources": [{"name": Path(p).name, "xxh64": hash_file(Path(p))} for p, _ in task.sources],
+        "sources": [{"name": Path(p).name, "xxh64": hashes[p]} for p, _ in task.sources],
     }
     for writer in writers.values():
         writer.finish(tokenizer_file, shared)
         out.mkdir(parents=True, exist_ok=True)
     if tokenizer_file != BYTES:
-        with publish(out / Path(tokenizer_file).name) as file:
-            file.write(Path(tokenizer_file).read_bytes())
+        for copy in (Path(tokenizer_file), partial / CONFIG_FILE):
+            if copy.exists():
+                with open_replacement(out / copy.name, shared=True) as file:
+                    file.write(copy.read_bytes())
     for split in task.splits:
         if not is_made(out / split, stamp):
-            os.rename(partial / split, out / split)
+            publish(partial / split, out / split)
     sync(out)
 
 
 def write_tokenizer(task: Task, partial: Path) -> str:
-    """The path of the tokenizer's copy among the unfinished work, or `bytes`."""
+    """Return the path of the tokenizer's copy among the unfinished work, or `bytes`."""
     if task.words:
-        content, name = WordTokenizer.describe(task.words), WORDS_FILE
+        name, files = WORDS_FILE, {WORDS_FILE: WordTokenizer.describe(task.words)}
     elif task.tokenizer == BYTES:
         return BYTES
     else:
-        content = Path(task.tokenizer).read_bytes()
         name = f"tokenizer{Path(task.tokenizer).suffix}"
-    with publish(partial / name) as file:
-        file.write(content)
+        files = {name: Path(task.tokenizer).read_bytes()}
+        files |= describe_end(load_tokenizer(task.tokenizer))
+    for file_name, content in files.items():
+        with open_replacement(partial / file_name, shared=True) as file:
+            file.write(content)
     return str(partial / name)
 
 
 def train_last(splits: Sequence[str]) -> list[str]:
-    """In their order, each once."""
+    """Return the splits in order, each once, train last."""
     unique = list(dict.fromkeys(splits))
     return [s for s in unique if s != "train"] + [s for s in unique if s == "train"]
 
 
 def count_of(option: str, value: int | None, default: int) -> int:
-    """A number of samples.
+    """Return a number of samples.
 
     Raises:
-        DataError: a negative one.
+        DataError: the number is negative.
     """
     if value is not None and value < 0:
         raise DataError(f"--{option} {value} must be at least 0")
@@ -355,10 +386,10 @@ def count_of(option: str, value: int | None, default: int) -> int:
 
 
 def build_list_ops(request: TaskRequest) -> Task:
-    """Trees of a variant (d20 unless told otherwise) for train and val, others for tests.
+    """Build trees of a variant (default d20) for train and val, others for tests.
 
     All trees are distinct. Those of train, val and tests of the same distribution are one set,
-    dealt out at random.
+    distributed at random.
     """
     limits = ("max_depth", "max_args", "min_length", "max_length")
     common: dict[str, Any] = {"name": "listops", "kind": "sequence", "classes": list_ops.DIGITS,
@@ -403,7 +434,7 @@ def build_list_ops(request: TaskRequest) -> Task:
 
 
 def dealt(counts: Mapping[str, int], seed: int) -> Iterator[str]:
-    """Each split as often as its count says, shuffled."""
+    """Yield each split as often as its count says, shuffled."""
     names = list(counts)
     cards = np.repeat(np.arange(len(names), dtype=np.uint16), list(counts.values()))
     np.random.Generator(np.random.PCG64([seed, len(cards)])).shuffle(cards)
@@ -412,10 +443,10 @@ def dealt(counts: Mapping[str, int], seed: int) -> Iterator[str]:
 
 
 def check_list_ops(paths: Sequence[Path]) -> int:
-    """How many samples some files have.
+    """Return how many samples some files have.
 
     Raises:
-        DataError: mistakes in them.
+        DataError: the files have mistakes.
     """
     mistakes, count = Mistakes(), 0
     for path in paths:
@@ -424,30 +455,29 @@ def check_list_ops(paths: Sequence[Path]) -> int:
             if unknown := [token for token in tokens if token not in list_ops.WORDS]:
                 mistakes.add(
                     f"{path}: tree {' '.join(tokens)[:40]!r} has {unknown[0]!r}, which is not one "
-                    f"of ListOps' {len(list_ops.WORDS)} symbols; leave the line out"
+                    f"of ListOps' {len(list_ops.WORDS)} symbols; remove the line"
                 )
     mistakes.raise_if_any()
     return count
 
 
 def _list_ops_of(paths: Sequence[Path]) -> Iterator[Sample]:
-    """The samples of files, in their order."""
+    """Yield the samples of files, in their order."""
     for path in paths:
         for tokens, answer in read_list_ops(path, Mistakes()):
             yield Sample(name_of(path), (" ".join(tokens),), answer)
 
 
 def name_of(path: Path) -> str:
-    """The name of a file without its endings: aan.eval of aan.eval.tsv.xz."""
-    path = Path(path.name)
-    return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).stem
+    """Return the name of a file without its suffixes: aan.eval of aan.eval.tsv.xz."""
+    return uncompressed(path).stem
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """The splits that files become.
+    """Return the splits that files become.
 
     Raises:
-        DataError: two of one name.
+        DataError: two files have the same name.
     """
     names = [name_of(path) for path in paths]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -460,11 +490,11 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def build_logic(request: TaskRequest) -> Task:
-    """Pairs of formulas by their most operators of a side: train and val of up to so many, a test
-    of each number.
+    """Build pairs of formulas by their most operators of a side: train and val up to a number, and
+    a test for each number.
 
-    Drawn: exact duplicates go, and of each bin the first 85 % train, the rest tests; every tenth of
-    train goes to val. Of files: bins beyond `train_operators` are tests.
+    Drawn pairs: exact duplicates are removed; the first 85 % of each bin are for training, the rest
+    for tests; every tenth of train goes to val. Files: bins beyond `train_operators` are tests.
     """
     most = 6 if request.train_operators is None else request.train_operators
     if not 0 <= most <= logic.MOST_OPERATORS:
@@ -535,10 +565,11 @@ def build_logic(request: TaskRequest) -> Task:
 
 
 def build_flip_flop(request: TaskRequest) -> Task:
-    """Strings for train and val, and tests named by p_i, or p_i and a length: 0.98, 0.98x1024."""
+    """Build strings for train and val, and tests named by p_i, or p_i and a length: 0.98,
+    0.98x1024."""
     request.refuse_others("train", "val", "tests", "test_count", "length", "p_ignore")
     if request.inputs:
-        raise ConfigError("flip_flop: is drawn, not read from files; leave the inputs out")
+        raise ConfigError("flip_flop: is drawn, not read from files; omit the inputs")
     length = 512 if request.length is None else request.length
     p_ignore = 0.8 if request.p_ignore is None else request.p_ignore
     each = count_of("test-count", request.test_count, 10_000)
@@ -564,7 +595,7 @@ def build_flip_flop(request: TaskRequest) -> Task:
             for _, (string, targets) in zip(range(count), drawn, strict=False):
                 yield Sample(split, (spell(string),), targets)
 
-    # What cannot be drawn is told before anything is written.
+    # Report impossible draws before anything is written.
     for share, most, _ in wanted.values():
         next(flip_flop.draw_distinct(np.random.default_rng(0), share, most, set()))
     return Task(
@@ -579,8 +610,8 @@ def build_flip_flop(request: TaskRequest) -> Task:
     )
 
 
-def spell(string: np.ndarray) -> str:
-    """A string of `flip_flop.draw_strings` as words."""
+def spell(string: NDArray[np.int8]) -> str:
+    """Spell a string of `flip_flop.draw_strings` as words."""
     words = string.astype(np.int64)
     words[1::2] += len(flip_flop.WORDS) - 2
     return " ".join(np.array(flip_flop.WORDS)[words])
@@ -590,55 +621,74 @@ def spell(string: np.ndarray) -> str:
 
 
 def build_labelled(request: TaskRequest) -> Task:
-    """Labelled texts of files: train, a share of it as val, tests by the names of their files."""
+    """Build labelled texts of files: train, a share of it as val, tests by the names of their
+    files."""
     request.refuse_others(
-        "text_keys", "label_key", "classes", "columns", "tokenizer", "val_fraction", "tests"
-    )
+        "text_keys", "label_key", "classes", "columns", "tokenizer", "val_fraction", "tests",
+        "quoting", "errors", "exclude",
+    )  # fmt: skip
     if not request.inputs:
-        raise ConfigError("labelled: give files (jsonl, csv, tsv), or a folder of classes")
+        raise ConfigError(
+            "labelled: needs inputs; name files (jsonl, csv, tsv), or a folder of classes"
+        )
     keys, label_key = request.text_keys or ("text",), request.label_key or "label"
     if len(keys) > 2:
-        raise ConfigError(f"--text-key {', '.join(keys)}: give one, or two for pairs")
+        raise ConfigError(
+            f"--text-key {', '.join(keys)}: must be one key, or two for pairs; correct it"
+        )
     share = request.val_fraction or 0.0
     if not 0 <= share < 1:
         raise DataError(f"--val-fraction {share} must be at least 0 and below 1")
     tokenizer = request.tokenizer or BYTES
+    reading = Reading(
+        errors=request.errors or "fail", exclude=request.exclude, quoting=request.quoting or "auto"
+    )
+    labelled = LabelledInputs(keys, label_key, reading, request.classes, request.columns)
+    files = [labelled.find(entry) for entry in request.inputs]
 
-    def read(inputs: Sequence[str], mistakes: Mistakes) -> Iterator[Row]:
-        return read_labelled(inputs, keys, label_key, mistakes, request.classes, request.columns)
+    def read(entries: Iterable[Found], mistakes: Mistakes, notes: Notes) -> Iterator[Row]:
+        for found in entries:
+            yield from labelled.read(found, mistakes, notes)
 
-    mistakes = Mistakes()
-    classes, total = collect(read(request.inputs, mistakes), mistakes, request.classes)
+    mistakes, notes = Mistakes(), Notes()
+    classes, total = collect(read(files, mistakes, notes), mistakes, request.classes)
     index = {label: i for i, label in enumerate(classes)}
     for entry in request.tests:
         if not re.fullmatch(r"[\w.+-]+", name_of(Path(entry))):
-            raise DataError(f"--test {entry}: its corpus gets a file's name; give a file or folder")
+            raise DataError(
+                f"--test {entry}: its corpus is named after a file; name a file or folder"
+            )
     names_of([Path(entry) for entry in request.tests])
+    of_tests = {entry: labelled.find(entry) for entry in request.tests}
     tests = {f"test_{name_of(Path(entry))}": entry for entry in request.tests}
     for entry in tests.values():
-        for place, _, label in read([entry], mistakes):
+        for place, _, label in read([of_tests[entry]], mistakes, notes):
             total += 1
             if label not in index:
                 mistakes.add(
                     f"{place} has label {label!r}, which no training sample has (they have "
-                    f"{', '.join(classes[:12])}); mend it, or leave the row out"
+                    f"{', '.join(classes[:12])}); correct it, or remove the row"
                 )
     mistakes.raise_if_any()
+    notes.tell()
     words: list[str] = []
     if tokenizer == "words":
-        found = {w for _, texts, _ in read(request.inputs, mistakes) for t in texts
-                 for w in t.split()}  # fmt: skip
-        words = sorted(found)
+        met = {w for _, texts, _ in read(files, mistakes, Notes()) for t in texts
+               for w in t.split()}  # fmt: skip
+        words = sorted(met)
 
     def samples() -> Iterator[Sample]:
         bound = int(share * 2**64)
-        for _, texts, label in read(request.inputs, mistakes):
+        for _, texts, label in read(files, mistakes, Notes()):
             key = xxhash.xxh3_64_intdigest("\0".join((str(request.seed), *texts)).encode())
             yield Sample("val" if key < bound else "train", texts, index[label])
         for split, entry in tests.items():
-            for _, texts, label in read([entry], mistakes):
+            for _, texts, label in read([of_tests[entry]], mistakes, Notes()):
                 yield Sample(split, texts, index[label])
 
+    sources = [s for e, f in zip(request.inputs, files, strict=True) for s in below(e, f)]
+    for split, entry in tests.items():
+        sources += [(p, f"{split}: {name}") for p, name in below(entry, of_tests[entry])]
     return Task(
         name="labelled",
         kind="pair" if len(keys) == 2 else "sequence",
@@ -648,28 +698,16 @@ def build_labelled(request: TaskRequest) -> Task:
         samples=samples,
         words=words,
         tokenizer="" if words else tokenizer,
-        sources=[
-            *files_of(request.inputs, request.classes),
-            *(
-                (path, f"{split}: {name}")
-                for split, entry in tests.items()
-                for path, name in files_of([entry], request.classes)
-            ),
-        ],
+        sources=sources,
     )
 
 
-def files_of(inputs: Sequence[str], classes: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """All files that are read, and their names below the inputs."""
-    for entry in inputs:
-        path = Path(entry)
-        if not path.is_dir():
-            yield from ((str(p), Path(str(p)).name) for p in find_sources([entry]))
-            continue
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            label, *rest = file.relative_to(path).parts
-            if not (rest and classes) or label in classes:
-                yield str(file), "/".join((label, *rest))
+def below(entry: str, found: Found) -> list[tuple[str, str]]:
+    """Return (path, name below the input) of the files of an input."""
+    folder = Path(entry)
+    if not folder.is_dir():
+        return [(str(path), path.name) for path, _ in found]
+    return [(str(path), path.relative_to(folder).as_posix()) for path, _ in found]
 
 
 BUILDERS: dict[str, Callable[[TaskRequest], Task]] = {

@@ -1,14 +1,15 @@
 """Train a sentencepiece tokenizer on a sample of the same files that shards are made from.
 
-Text comes back exactly as it went in: no normalisation, no dummy prefix, spaces and newlines kept,
-bytes for what the vocabulary lacks. (sentencepiece writes a space as U+2581, so that a U+2581 in
-the text itself comes back as a space: the one exception.)
+Decoding restores text exactly: there is no normalisation or dummy prefix, spaces and newlines are
+kept, and bytes spell characters that the vocabulary lacks. (sentencepiece writes a space as U+2581,
+so that a U+2581 in the text itself comes back as a space: the one exception.)
 """
 
 from __future__ import annotations
 
 import heapq
 import io
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Literal
 
 import xxhash
 
-from data_prep.files import explain_os_errors, publish
-from data_prep.progress import ProgressReport, report_phase
-from data_prep.readers import (
+from megarecur.data_prep.disk import explain_os_errors
+from megarecur.data_prep.progress import ProgressReport, report_phase
+from megarecur.data_prep.readers import (
     WHOLE_FILES,
+    Notes,
     Reading,
     Source,
     find_sources,
@@ -27,9 +29,15 @@ from data_prep.readers import (
     size_of,
 )
 from megarecur.errors import DataError
+from megarecur.files import open_replacement
+
+log = logging.getLogger(__name__)
 
 PASSAGE_BYTES = 2048
 SAMPLE_BYTES = 8 << 20
+RESERVED, STAND_IN = "\u2585", "\u2584"
+"""The mark that sentencepiece uses for unknown characters in training, where it drops any passage
+that contains it; and a similar character (eighths of a block) that replaces it."""
 
 
 def train_tokenizer(
@@ -52,33 +60,40 @@ def train_tokenizer(
     Args:
         inputs: files, globs, folders, or `hf:...` (see `readers.find_sources`).
         out: path of the model.
-        reading: how files become documents.
         vocab_size: number of pieces, special and byte pieces included.
         model_type: how text is cut; `bpe` is encoded several times faster here.
         byte_fallback: spell unknown characters in bytes, so that any text can be restored.
         character_coverage: share of the characters that get a piece of their own.
-        sample_bytes: text to train on, passages chosen by hash; 0: all of it.
-        seed: of the sample.
-        progress: told how far the reading is.
+        sample_bytes: bytes of text to train on, in passages chosen by hash; 0 means all.
+        progress: receives progress reports of the reading.
+
+    Skipped documents, and characters replaced because the library cannot handle them, are logged.
 
     Returns:
         `out`.
 
     Raises:
         DataError: an input cannot be read, holds no text, or is too small or too varied for the
-            vocabulary asked for; or `out` cannot be written.
+            requested vocabulary; or `out` cannot be written.
     """
     out = Path(out)
     if out.is_dir():
-        raise DataError(f"{out}: is a folder; give the name of a file, such as {out / 'my.model'}")
+        raise DataError(f"{out}: is a folder; name a file in it, such as {out / 'my.model'}")
     with explain_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         sources = find_sources(inputs, reading.exclude)
         passages = _sample(sources, reading, sample_bytes, seed, progress)
         if not passages:
-            raise DataError(f"{inputs[0]}: no text to train a tokenizer on; give files with text")
+            raise DataError(f"{inputs[0]}: no text to train a tokenizer on; use files with text")
+        if reserved := sum(passage.count(RESERVED) for passage in passages):
+            log.warning(
+                "%d characters U+2585 of the sample were read as U+2584 while training: "
+                "sentencepiece drops passages that hold them; decoding restores them%s",
+                reserved, "" if byte_fallback else ", but for byte_fallback=False",
+            )  # fmt: skip
+        passages = [passage.replace(RESERVED, STAND_IN) for passage in passages]
         content = _train(passages, vocab_size, model_type, byte_fallback, character_coverage)
-        with publish(out) as file:
+        with open_replacement(out, shared=True) as file:
             file.write(content)
     return out
 
@@ -90,7 +105,7 @@ def _train(
     byte_fallback: bool,
     character_coverage: float,
 ) -> bytes:
-    """Have the library train a model that gives text back exactly."""
+    """Train a model that restores text exactly."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -108,7 +123,7 @@ def _train(
             allow_whitespace_only_pieces=True,
             split_digits=True,
             max_sentence_length=4 * PASSAGE_BYTES,
-            # The sums of a parallel search depend on the number of threads: one number everywhere.
+            # The sums of a parallel search depend on the number of threads, so it is fixed.
             num_threads=4,
             shuffle_input_sentence=False,
             input_sentence_size=0,
@@ -130,13 +145,15 @@ def _sample(
     seed: int,
     progress: ProgressReport | None,
 ) -> list[str]:
-    """Passages of at most `sample_bytes` in all, those of the lowest hashes, in reading order."""
+    """Return passages of at most `sample_bytes` in total, those of the lowest hashes, in reading
+    order."""
     kept: list[tuple[int, int, str]] = []  # a heap, highest hash first
     held = number = 0
     sizes = [size_of(source) for source in sources]
+    notes = Notes()
     with report_phase(progress, "sample", sum(sizes)) as advance:
         for source, source_bytes in zip(sources, sizes, strict=True):
-            for document in read_documents(source, reading):
+            for document in read_documents(source, reading, notes):
                 for passage in _passages((document or b"").decode()):
                     number += 1
                     key = passage.encode() + number.to_bytes(8)
@@ -146,11 +163,12 @@ def _sample(
                     while sample_bytes and held > sample_bytes and len(kept) > 1:
                         held -= len(heapq.heappop(kept)[2])
             advance(source_bytes)
+    notes.tell()
     return [passage for _, _, passage in sorted(kept, key=lambda entry: entry[1])]
 
 
 def _passages(text: str) -> Iterator[str]:
-    """Cut a text into passages of about PASSAGE_BYTES, at line starts where there are any.
+    """Cut a text into passages of about PASSAGE_BYTES, at line starts if there are any.
 
     A cut falls before a newline, since the trainer drops a newline that ends a passage.
     """
@@ -165,11 +183,11 @@ def _passages(text: str) -> Iterator[str]:
 
 
 def _explain(message: str, vocab_size: int, byte_fallback: bool) -> str:
-    """The trainer's complaint, with what to do about it."""
+    """Return the trainer's error with a remedy."""
     if match := re.search(r"value <= (\d+)", message):
         return (
             f"vocab_size={vocab_size} is too large for this text; choose at most {match[1]}, "
-            "or give more text"
+            "or use more text"
         )
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return (

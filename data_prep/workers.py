@@ -1,4 +1,4 @@
-"""The tasks of a phase of work, over processes that live as long as the work."""
+"""Run the tasks of a phase of work over processes that live as long as the work."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
-from data_prep.progress import ProgressReport, report_phase
+from megarecur.data_prep.progress import ProgressReport, report_phase
 from megarecur.errors import DataError
 
 
 class Workers:
-    """Runs tasks whose results are files; those that are there already are not done again.
+    """A pool that runs tasks whose results are files; existing results are not made again.
 
     Args:
         number: processes; with 1, tasks run in this one.
-        progress: told how far each phase is.
     """
 
     def __init__(self, number: int, progress: ProgressReport | None) -> None:
@@ -44,15 +43,12 @@ class Workers:
         sizes: Sequence[int],
         meanwhile: Callable[[], None] | None = None,
     ) -> None:
-        """Do one phase.
+        """Run one phase.
 
         Args:
-            name: of the phase.
-            do: does a task and returns its number of tokens.
-            tasks: each with a `target`.
-            suffix: of the file at that target that is there when a task is done.
-            sizes: bytes of each task, for the report.
-            meanwhile: something this process can do while others work; it must not fail.
+            do: runs a task and returns its number of tokens.
+            suffix: suffix of the target's file that exists once a task is done.
+            meanwhile: a function that this process runs while others work; it must not fail.
         """
         todo, done = [], 0
         for task, size in zip(tasks, sizes, strict=True):
@@ -62,7 +58,7 @@ class Workers:
                 todo.append((task, size))
         inline = self.number == 1 or len(todo) <= 1
         if not inline:
-            self._start()  # before a progress bar, and its thread, are there
+            self._start()  # before a progress bar and its thread exist
         with report_phase(self.progress, name, sum(sizes)) as advance:
             advance(done, resumed=True)
             if inline:
@@ -78,7 +74,7 @@ class Workers:
                 beside.join()
 
     def _start(self) -> None:
-        """Start the processes, by a fork where that is quick and safe: no threads, no torch."""
+        """Start the processes, by a fork if that is quick and safe: no threads, no torch."""
         if self._pool is not None:
             return
         alone = threading.active_count() == 1 and "torch" not in sys.modules
@@ -109,13 +105,13 @@ class Workers:
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise DataError(
-                "a worker process was killed, perhaps for want of memory; run again with fewer "
-                "--workers, what is finished is kept"
+                "a worker process was killed, perhaps for lack of memory; run again with fewer "
+                "--workers; finished work is kept"
             ) from None
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is gone; it would wait for tasks for ever."""
+    """End this worker when its parent has ended; it would wait for tasks forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -11,20 +11,24 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from launch import prep
-from megarecur.errors import ConfigError, MegarecurError
+from megarecur.errors import ConfigError, MegarecurError, refuse_undecodable
+from megarecur.launch import prep
 
 if TYPE_CHECKING:
-    from megarecur.config.schema import Config
+    pass
 
-# A path or disk that the user can mend, met where no better message was made.
+# A path or disk that the user can fix, reported where no better message was made.
 USERS_ERRNOS = {
-    errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EROFS
+    errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
+    errno.ENOSPC, errno.ENOTDIR, errno.EROFS,
 }  # fmt: skip
+
+MOST_TOKENS = 1 << 20
+"""Maximum tokens of a continuation, whose cache is allocated at its start."""
 
 app = typer.Typer(
     help="Pretraining of recurrent-depth and parameter-shared Transformers.",
@@ -44,11 +48,12 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a ru
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one message on stderr and exit code 2."""
+    """Run the command line; a user error is one message on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # A terminal without UTF-8 shows marks it lacks as `?`.
+        if hasattr(stream, "reconfigure"):
+            # A terminal without UTF-8 shows unsupported characters as `?`.
             stream.reconfigure(errors="replace")
-    # An option with or without a value is more than the library offers.
+    # The library does not support an option with an optional value.
     if sys.argv[1:2] == ["launch"]:
         sys.argv = ["--dry-run=print" if word == "--dry-run" else word for word in sys.argv]
     try:
@@ -63,6 +68,25 @@ def main() -> None:
         sys.exit(2)
 
 
+def print_version(wanted: bool) -> None:
+    """Print the version and exit, if --version is given."""
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"megarecur {version('megarecur')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Pretraining of recurrent-depth and parameter-shared Transformers."""
+
+
 # ------------------------------------------------------------------------------ before training
 
 
@@ -75,14 +99,23 @@ def check(
     ] = None,
 ) -> None:
     """Explain a run: layer map, parameters, FLOPs, memory, tokens."""
-    from megarecur.config.load import load_config
-    from megarecur.plan.describe import print_description
+    from megarecur.launch.check import describe
+    from megarecur.launch.configs import load_run_config, with_vocab_size
+    from megarecur.launch.inputs import check_early
+    from megarecur.launch.terminal import show
+    from megarecur.plan.cost import check_size
+    from megarecur.plan.schedule import Schedules
     from megarecur.recurrence.inventory import build_inventory, check_patterns
 
     check_picture(draw)
-    resolved = with_vocab_size(load_config(config, overrides or ()))
+    resolved = with_vocab_size(load_run_config(config, overrides))
     check_patterns(resolved.optimizer, build_inventory(resolved))
-    print_description(resolved)
+    check_size(resolved)
+    Schedules(resolved).close()  # Rejects impossible placements and orders.
+    unchecked = check_early(resolved)
+    show(lambda width: describe(resolved, width))
+    for line in unchecked:
+        print(f"not checked: {line}")
     if draw is not None:
         from megarecur.plot.layer_map import draw_config, save
 
@@ -93,34 +126,44 @@ def check(
 @app.command()
 def plan(
     config: ConfigPath,
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks in all.")],
+    world_size: Annotated[int, typer.Option(min=1, max=1 << 20, help="Number of ranks.")],
     overrides: Overrides = None,
     tensor: Annotated[
-        int | None, typer.Option(min=1, help="Tensor-parallel ranks; searched if left out.")
+        int | None, typer.Option(min=1, help="Tensor-parallel ranks (default: search).")
     ] = None,
     pipeline: Annotated[
-        int | None, typer.Option(min=1, help="Pipeline ranks; searched if left out.")
+        int | None, typer.Option(min=1, help="Pipeline ranks (default: search).")
     ] = None,
     zero: Annotated[
         int | None,
-        typer.Option(min=0, max=3, help="ZeRO stage; the config's, or what fits, if left out."),
+        typer.Option(
+            min=0, max=3, help="ZeRO stage (default: the config's, or the first that fits)."
+        ),
     ] = None,
-    cluster: Annotated[
+    hardware: Annotated[
         str | None,
         typer.Option(metavar="NAME|FILE", help="cpu, a100, h100, h200 or a YAML file."),
     ] = None,
+    cluster: Annotated[str | None, typer.Option(hidden=True)] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the order: .png or .svg.")
     ] = None,
 ) -> None:
-    """Where a run would live on many ranks, and what a step would take: time, memory, bytes."""
+    """Report where a run would live on many ranks, and predict a step's time, memory and
+    traffic."""
     from megarecur.config.load import load_config
+    from megarecur.launch.configs import with_vocab_size
 
+    if cluster is not None:
+        raise ConfigError(
+            f"--cluster {cluster}: names a Slurm profile, of `launch` and `prep`; "
+            f"name the hardware of a plan with --hardware {cluster}"
+        )
     check_picture(out, "--out")
     resolved = with_vocab_size(load_config(config, overrides or ()))
-    from launch.plan import plan_config
+    from megarecur.launch.plan import plan_config
 
-    found = plan_config(resolved, world_size, tensor, pipeline, zero, cluster)
+    found = plan_config(resolved, world_size, tensor, pipeline, zero, hardware)
     if out is not None:
         from megarecur.plot.layer_map import save
         from megarecur.plot.timeline import draw_plan
@@ -129,19 +172,27 @@ def plan(
         print(f"\norder drawn to {out}")
 
 
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, with which editors complete and explain keys."""
+    from megarecur.config.json_schema import write_schema
+
+    print(write_schema(), end="")
+
+
 # ------------------------------------------------------------------------------------- training
 
 
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train a run, or go on with it: the same command resumes from the newest checkpoint."""
+    """Train a run, or resume it from its newest checkpoint by the same command."""
     from megarecur.train.signals import ignore_signals, note_signals, write_stacks_on_demand
 
-    stop = note_signals()  # Before torch is imported: that takes seconds.
+    stop = note_signals()  # Before torch is imported, which takes seconds.
     write_stacks_on_demand()
-    from megarecur.config.load import load_config
+    from megarecur.launch.configs import load_run_config
 
-    resolved = load_config(config, overrides or ())
+    resolved = load_run_config(config, overrides)
     from megarecur.train.trainer import train as train_run
 
     code = train_run(resolved, stop)
@@ -167,57 +218,105 @@ def launch_processes(
         str | None,
         typer.Option(metavar="NAME|FILE", help="A profile of configs/cluster, or a YAML file."),
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the job (default: that of the run folder).")
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="Partition (default: the profile's).")
+    ] = None,
     time: Annotated[
-        str | None, typer.Option(metavar="LIMIT", help="Of the job, instead of the profile's.")
+        str | None, typer.Option(metavar="LIMIT", help="Time limit (default: the profile's).")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A further option of sbatch, without dashes."),
+    ] = None,
+    node_path: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIR", help="Folder that only the nodes see; it is not checked."),
     ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY.SUB=A,B", help="A run for each value: one array of jobs."),
     ] = None,
     at_once: Annotated[
-        int | None, typer.Option(help="Runs of a sweep that may run at the same time.")
+        int | None, typer.Option(help="Max concurrent runs of a sweep (default: all).")
+    ] = None,
+    failed_only: Annotated[
+        bool,
+        typer.Option(
+            "--failed-only", help="Only those runs of the sweep that ended without finishing."
+        ),
+    ] = False,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Cancel the run's current job and take over."),
+    ] = False,
+    after: Annotated[
+        list[str] | None,
+        typer.Option(metavar="JOB", help="Start when this job has ended, with any result."),
     ] = None,
     dry_run: Annotated[
         str | None,
-        typer.Option(metavar="[check]", help="Print the script; check: ask Slurm about it too."),
+        typer.Option(
+            metavar="[check]", help="Print the script; check: validate it with Slurm too."
+        ),
     ] = None,
     join: Annotated[int, typer.Option(hidden=True, help="Nodes that meet at MASTER_ADDR.")] = 1,
 ) -> None:
     """Train with several processes: on this machine (--nproc), or as a Slurm job (--nodes)."""
     if (nodes is None) == (nproc is None):
-        raise ConfigError("launch: give --nproc for this machine, or --nodes for a Slurm job")
+        raise ConfigError("launch: needs --nproc for this machine, or --nodes for a Slurm job")
     if nproc is not None:
-        from megarecur.config.load import load_config
+        jobs_only = {
+            "--name": name, "--partition": partition, "--time": time, "--option": option,
+            "--sweep": sweep, "--at-once": at_once, "--failed-only": failed_only,
+            "--replace": replace, "--after": after, "--dry-run": dry_run,
+            "--processes-per-node": processes_per_node, "--gpus-per-node": gpus_per_node,
+            "--node-path": node_path,
+        }  # fmt: skip
+        if lonely := [flag for flag, value in jobs_only.items() if value]:
+            raise ConfigError(
+                f"{', '.join(lonely)}: only for Slurm jobs; use --nodes instead of --nproc"
+            )
+        from megarecur.launch.local import train_local
 
-        resolved = load_config(config, overrides or ())
-        from launch.local import launch_local
-
-        command = ["train", str(config), *(overrides or [])]
-        raise typer.Exit(launch_local(resolved, command, nproc, join))
+        raise typer.Exit(train_local(config, overrides or (), nproc, join, cluster))
     if dry_run not in (None, "print", "check"):
         raise ConfigError(f"--dry-run={dry_run}: must be --dry-run or --dry-run=check")
-    from launch.job import launch_slurm
+    from megarecur.launch.submit import LaunchOptions, launch_slurm
 
     launch_slurm(
         config,
         overrides or (),
-        nodes=nodes or 1,
-        gpus_per_node=gpus_per_node,
-        processes_per_node=processes_per_node,
-        cluster=cluster,
-        time=time,
-        sweep=sweep or (),
-        at_once=at_once,
-        dry_run=dry_run,
+        LaunchOptions(
+            nodes=nodes or 1,
+            gpus_per_node=gpus_per_node,
+            processes_per_node=processes_per_node,
+            cluster=cluster,
+            name=name,
+            partition=partition,
+            time=time,
+            options=tuple(option or ()),
+            node_paths=tuple(node_path or ()),
+            sweep=tuple(sweep or ()),
+            at_once=at_once,
+            failed_only=failed_only,
+            replace=replace,
+            after=tuple(after or ()),
+            dry_run=dry_run,
+        ),
     )
 
 
 @app.command(hidden=True)
-def supervise(run: RunPath) -> None:
-    """Start, watch and bring back a run: what the batch script of a job does."""
-    from launch.supervise import supervise as supervise_run
+def supervise(
+    job: Annotated[Path, typer.Argument(metavar="JOB", help="Its folder, RUN/launch/jobs/ID.")],
+) -> None:
+    """Start, watch and requeue a run: the command of a job's batch script."""
+    from megarecur.launch.supervise import supervise as supervise_run
 
-    raise typer.Exit(supervise_run(run.absolute()))
+    raise typer.Exit(supervise_run(job.absolute()))
 
 
 @app.command()
@@ -225,7 +324,7 @@ def verify(
     config: ConfigPath,
     overrides: Overrides = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="Processes; tensor x pipeline if left out.")
+        int | None, typer.Option(min=1, help="Processes (default: tensor x pipeline).")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 3,
     small: Annotated[
@@ -233,18 +332,18 @@ def verify(
     ] = False,
 ) -> None:
     """Compare a config's mesh with one process: losses, norms and every raw gradient."""
-    from megarecur.config.load import load_config
+    from megarecur.launch.configs import load_run_config, with_vocab_size
 
-    resolved = with_vocab_size(load_config(config, overrides or ()))
+    resolved = with_vocab_size(load_run_config(config, overrides))
     replica = resolved.parallel.tensor * resolved.parallel.pipeline
-    from launch.verify import verify_config
+    from megarecur.launch.verify import verify_config
 
     raise typer.Exit(verify_config(resolved, nproc or replica, steps, small))
 
 
 @app.command(hidden=True)
 def record(config: ConfigPath, folder: Path, steps: int) -> None:
-    """Take steps and write what they gave: one side of `verify`."""
+    """Run steps and write their results: one side of `verify`."""
     from megarecur.config.load import load_config
 
     resolved = load_config(config, ())
@@ -262,12 +361,12 @@ def status(
         str | None,
         typer.Argument(
             metavar="[RUN|JOB]",
-            help="The folder of a run, or the id of its Slurm job; left out: all in your queue.",
+            help="Run folder, or id of its Slurm job (default: all in your queue).",
         ),
     ] = None,
 ) -> None:
-    """How a run is doing: state, step, loss, speed, time left, restarts, newest checkpoint."""
-    from launch.status import show_status
+    """Show the state of a run: step, loss, speed, time left, restarts, newest checkpoint."""
+    from megarecur.launch.status import show_status
 
     show_status(what)
 
@@ -276,17 +375,15 @@ def status(
 def logs(
     run: RunPath,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with new lines until the run is done.")
+        bool, typer.Option("--follow", "-f", help="Follow new lines until the run is done.")
     ] = False,
     attempt: Annotated[
-        int | None, typer.Option(min=1, help="Start to show; the newest if left out.")
+        int | None, typer.Option(min=1, help="Attempt to show (default: the newest).")
     ] = None,
-    rank: Annotated[
-        int | None, typer.Option(min=0, help="Rank to show; all of them if left out.")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Rank to show (default: all).")] = None,
 ) -> None:
-    """The output of a Slurm run's ranks, each line with its rank in front."""
-    from launch.logs import show_logs
+    """Print the output of a Slurm run's ranks, each line with its rank in front."""
+    from megarecur.launch.logs import show_logs
 
     show_logs(run, follow, attempt, rank)
 
@@ -299,7 +396,9 @@ def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where to write; RUN/plots, or plots for several runs."),
+        typer.Option(
+            metavar="DIR", help="Output folder (default: RUN/plots, or plots for several runs)."
+        ),
     ] = None,
 ) -> None:
     """Draw a run's curves and its layer map as PNG and SVG; several runs together."""
@@ -314,14 +413,16 @@ def plot(
 def evaluate_run(
     run: RunPath,
     step: Annotated[
-        int | None, typer.Option(help="Checkpoint to use; the newest if left out.")
+        int | None, typer.Option(help="Checkpoint to use (default: the newest).")
     ] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Samples of each corpus; 0: all.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Samples of each corpus (default: 0, all).")
+    ] = 0,
     data: Annotated[
         list[str] | None, typer.Option(help="Corpora to use instead of the config's data.val.")
     ] = None,
     depth: Annotated[
-        str | None, typer.Option(metavar="1,2,4", help="Loops to run: one row for each number.")
+        str | None, typer.Option(metavar="1,2,4", help="Numbers of loops; one row for each.")
     ] = None,
     draw: Annotated[
         Path | None,
@@ -331,62 +432,39 @@ def evaluate_run(
         bool,
         typer.Option(
             help="Read documents to their end, the temporal memory carried along; --samples are "
-            "documents then, and exits are not scored."
+            "then documents, and exits are not scored."
         ),
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    launch: Annotated[
+        Literal["slurm"] | None, typer.Option(help="Submit the evaluation as a Slurm job.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="The job's profile.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of the job.")] = 0,
 ) -> None:
-    """Score a run on its validation corpora: loss, perplexity, bits per byte, early exits; of a
+    """Score a run on its validation corpora: loss, perplexity, bits per byte, early exits; for a
     task its accuracy."""
-    from megarecur.config.schema import Source
-    from megarecur.data.corpus import open_corpus
-    from megarecur.parallel.mesh import Mesh, pick_device
-    from megarecur.train.evaluate import evaluate, stream_corpus
-    from megarecur.train.load import load_model, open_tokenizer
-
     check_picture(draw)
-    mesh = Mesh(device=pick_device(device))
-    model, loaded = load_model(run, step, mesh.device)
-    depths = parse_depths(depth, loaded.config)
-    sources = [Source(path=path) for path in data] if data else loaded.config.data.val
-    if not sources:
-        raise ConfigError(f"{run}: its config has no data.val; name a corpus with --data")
-    paths = [source.path for source in sources]
-    if loaded.config.task is not None:
-        if draw is not None:
-            raise ConfigError("--draw: draws the loss by position of text; the run has a task")
-        if streaming:
-            raise ConfigError("--streaming: reads text to its end; the run has a task")
-        score_task_corpora(loaded, model, paths, depths, samples, mesh)
+    if launch is None and (cluster is not None or gpus):
+        raise ConfigError("--cluster, --gpus: only for jobs; add --launch slurm, or omit them")
+    if launch is not None:
+        from megarecur.launch.evaluation import submit_evaluation
+
+        options = {"step": step, "samples": samples or None, "depth": depth, "draw": draw,
+                   "device": device}  # fmt: skip
+        words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        words += [f"--data={path}" for path in data or ()] + ["--streaming"] * streaming
+        job = submit_evaluation(run, words, cluster=cluster, gpus=gpus)
+        print(f"submitted job {job.job_id}; its output: {job.paths.stdout}")
         return
-    fingerprint = open_tokenizer(loaded).fingerprint
-    corpora = [
-        open_corpus(s.path, loaded.tokenizer, fingerprint, remote=s.remote, cache_gb=s.cache_gb)
-        for s in sources
-    ]
-    curves = {}
-    for loops in depths:
-        if streaming:
-            if samples and not loaded.config.data.mask_documents:
-                raise ConfigError(
-                    f"--samples {samples} with --streaming: the run was trained with "
-                    "data.mask_documents=false, all text is one document; leave --samples out"
-                )
-            run_on = (loaded.config, mesh, samples, loops)
-            scores = [stream_corpus(model, corpus, *run_on) for corpus in corpora]
-        else:
-            scores = evaluate(model, corpora, loaded.config, mesh, samples, loops)
-        at = "" if loops is None else f"  depth {loops}:"
-        for path, score in zip(paths, scores, strict=True):
-            print(
-                f"{path}:{at} loss {score.loss:.4f}  perplexity {score.perplexity:.2f}  "
-                f"bits per byte {score.bits_per_byte:.4f}  "
-                f"({score.tokens} tokens, step {loaded.state['step']})"
-            )
-            for i, loss in enumerate(score.exits):
-                print(f"{path}:{at} exit {i + 1}: loss {loss:.4f}")
-            curves[f"{path}{at.rstrip(':')}"] = score.by_position
-    if draw is not None:
+    from megarecur.launch.score import score_run
+
+    curves: dict[str, tuple[float, ...]] | None = {} if draw is not None else None
+    for line in score_run(run, step, data or (), samples, depth, streaming, curves, device):
+        print(line)
+    if draw is not None and curves is not None:
         from megarecur.plot.layer_map import save
         from megarecur.plot.run import draw_positions
 
@@ -394,78 +472,49 @@ def evaluate_run(
         print(f"loss by position drawn to {draw}")
 
 
-def score_task_corpora(
-    loaded: Any, model: Any, paths: list[str], depths: list[int | None], samples: int, mesh: Any
-) -> None:
-    """A line for each corpus of a task, and its accuracy by length."""
-    from megarecur.data.corpus import read_manifest
-    from megarecur.data.samples import open_scored
-    from megarecur.train.load import open_tokenizer
-    from megarecur.train.task_scores import score_task
-
-    open_tokenizer(loaded)
-    config = loaded.config
-    if not config.task.truncate and (config.model.positions != "learned" or config.temporal):
-        # Longer samples than those of training are what many tests are for.
-        longest = max((read_manifest(path).task or {}).get("longest", 0) for path in paths)
-        length = max(config.data.seq_length, longest)
-        config = config.model_copy(
-            update={"data": config.data.model_copy(update={"seq_length": length})}
-        )
-    corpora = open_scored(config, paths, loaded.tokenizer)
-    for loops in depths:
-        at = "" if loops is None else f"  depth {loops}:"
-        for path, corpus in zip(paths, corpora, strict=True):
-            score = score_task(model, corpus, config, mesh, samples, num_loops=loops)
-            assert score is not None
-            values = score.values
-            by_length = {n: values.pop(n) for n in list(values) if n.startswith("accuracy_by")}
-            text = "  ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in values.items())
-            print(f"{path}:{at} {text}  ({score.scored} predictions, step {loaded.state['step']})")
-            for name, value in by_length.items():
-                print(f"{path}:{at} {name.partition('/')[2]} tokens: accuracy {value:.4f}")
-
-
 @app.command()
 def generate(
     run: RunPath,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="Text to continue.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(max=MOST_TOKENS, help="Maximum number of new tokens.")
+    ] = 200,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")
+    ] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = None,
     top_p: Annotated[
-        float, typer.Option(help="Choose among the likeliest that reach this probability.")
+        float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Decides all samples.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of all samples.")] = 1,
     samples: Annotated[int, typer.Option(min=1, help="Continuations to write.")] = 1,
     depth: Annotated[
-        int | None, typer.Option(help="Loops to run instead of those trained with.")
+        int | None, typer.Option(help="Loops to run instead of the trained number.")
     ] = None,
     exit: Annotated[
         str | None,
-        typer.Option(
-            metavar="RULE", help="Leave after earlier loops by: confidence, kl or entropy."
-        ),
+        typer.Option(metavar="RULE", help="Exit early by: confidence, kl or entropy."),
     ] = None,
     exit_threshold: Annotated[
         float | None,
-        typer.Option(help="A probability (left out: 0.9), or nats for kl and entropy."),
+        typer.Option(help="A probability (default: 0.9), or nats for kl and entropy."),
     ] = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep keys and values, or recompute them.")
     ] = True,
     step: Annotated[
-        int | None, typer.Option(help="Checkpoint to use; the newest if left out.")
+        int | None, typer.Option(help="Checkpoint to use (default: the newest).")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Continue a text."""
+    from megarecur.checkpoint.load import load_model, open_tokenizer, special_ids
     from megarecur.inference.early import make_rule
     from megarecur.inference.generate import encode_prompt, stream_text
     from megarecur.inference.generate import generate as generate_ids
     from megarecur.parallel.mesh import pick_device
-    from megarecur.train.load import load_model, open_tokenizer, special_ids
 
+    refuse_undecodable("the prompt", text)
     model, loaded = load_model(run, step, pick_device(device))
     tokenizer = open_tokenizer(loaded)
     bos_id, eos_ids = special_ids(loaded, tokenizer)
@@ -482,6 +531,7 @@ def generate(
             seed=seed,
             sample=sample,
             eos_ids=eos_ids,
+            missing_ids=tokenizer.missing_ids(loaded.config.model.vocab_size or 0),
             num_loops=depth,
             use_cache=cache,
             exit_rule=rule,
@@ -504,7 +554,7 @@ def convert(
     ],
     to: Annotated[Path, typer.Option(metavar="RUN", help="Run folder to make.")],
     allow_pickles: Annotated[
-        bool, typer.Option("--allow-pickles", help="Take tensors from pytorch_model.bin too.")
+        bool, typer.Option("--allow-pickles", help="Read pytorch_model.bin too.")
     ] = False,
     scheme: Annotated[
         str | None,
@@ -516,16 +566,18 @@ def convert(
     loops: Annotated[
         int | None, typer.Option(help="Uses of each shared block; with loop, of the core.")
     ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Make a plain model of K of its layers, without sharing."),
+    ] = None,
     init: Annotated[
         str | None,
-        typer.Option(help="What makes a block: stepwise, average, lower, upper or random."),
+        typer.Option(help="Initialisation of blocks: stepwise, average, lower, upper or random."),
     ] = None,
     lora_rank: Annotated[
-        int | None, typer.Option(help="Rank of the adapters of each loop; none if left out.")
+        int | None, typer.Option(help="Rank of the adapters of each loop (default: no adapters).")
     ] = None,
-    lora_init: Annotated[
-        str | None, typer.Option(help="svd (of what sharing loses) or zero.")
-    ] = None,
+    lora_init: Annotated[str | None, typer.Option(help="svd (of the residual) or zero.")] = None,
     norms: Annotated[
         str | None,
         typer.Option(help="fold (gains into the linears), share, or own (of every loop)."),
@@ -539,33 +591,35 @@ def convert(
     core: Annotated[str | None, typer.Option(metavar="2-5", help="Layers that loop.")] = None,
     coda: Annotated[str | None, typer.Option(metavar="6-7", help="Layers after the loop.")] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse to drop layers where loops do not divide them.")
+        bool, typer.Option("--strict", help="Reject loops that do not divide the layers.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Of random choices and Gaussian values.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of random choices and Gaussian values.")
+    ] = None,
 ) -> None:
-    """Make a run folder of a Hugging Face model; with --scheme, folded into shared blocks."""
+    """Make a run folder from a Hugging Face model; with --scheme, fold it into shared blocks."""
     asked = {
-        "loops": loops, "init": init, "lora_rank": lora_rank, "lora_init": lora_init,
-        "norms": norms, "reuse_map": reuse_map, "prelude": prelude, "core": core, "coda": coda,
-        "strict": strict or None, "seed": seed,
+        "loops": loops, "layers": layers, "init": init, "lora_rank": lora_rank,
+        "lora_init": lora_init, "norms": norms, "reuse_map": reuse_map, "prelude": prelude,
+        "core": core, "coda": coda, "strict": strict or None, "seed": seed,
     }  # fmt: skip
     given = {name: value for name, value in asked.items() if value is not None}
-    if scheme is not None:
-        fold(hf_dir, to, scheme, given, allow_pickles)
+    if scheme is not None or layers is not None:
+        fold(hf_dir, to, scheme or "cycle", given, allow_pickles)
         return
     if given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ConfigError(f"{names}: fold a model, which also needs --scheme")
+        raise ConfigError(f"{names}: fold a model, which also needs --scheme (or --layers)")
     from megarecur.convert.hf import convert_hf
 
     print(convert_hf(hf_dir, to, allow_pickles=allow_pickles))
 
 
 def fold(hf_dir: Path, to: Path, scheme: str, given: dict[str, Any], allow_pickles: bool) -> None:
-    """Fold a model, telling how far it is; report, and draw what became of its layers."""
-    from data_prep.progress import ProgressReport
+    """Fold a model with a progress report; print the report and draw its layers."""
     from megarecur.convert.folding import FoldOptions, parse_uses
     from megarecur.convert.recursive import fold_hf
+    from megarecur.data_prep.progress import ProgressReport
     from megarecur.plot.fold import plot_fold
 
     if "reuse_map" in given:
@@ -593,15 +647,15 @@ def export(
             "--unrolled/--compact",
             show_default=False,
             help="--compact: shared blocks once, with a modelling file that transformers loads by "
-            "trust_remote_code=True; the default where blocks are shared. --unrolled: blocks as "
+            "trust_remote_code=True; the default if blocks are shared. --unrolled: blocks as "
             "often as they run, adapters added in, as an architecture of transformers' own.",
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; as trained if left out.")
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: as trained).")
     ] = None,
     step: Annotated[
-        int | None, typer.Option(help="Checkpoint to export; the newest if left out.")
+        int | None, typer.Option(help="Checkpoint to export (default: the newest).")
     ] = None,
 ) -> None:
     """Write a run's model in another format."""
@@ -616,50 +670,9 @@ def export(
 
 
 def check_picture(path: Path | None, option: str = "--draw") -> None:
-    """Refuse names of pictures that say no format, before any work is done."""
+    """Reject names of pictures without a known format, before any work is done."""
     if path is not None and path.suffix not in (".png", ".svg"):
         raise ConfigError(f"{option} {path}: the name must end in .png or .svg")
-
-
-def parse_depths(text: str | None, config: Config) -> list[int | None]:
-    """Numbers of loops from `1,2,4`; [None], the config's own, if left out.
-
-    Raises:
-        ConfigError: not numbers, or not depths that the scheme can run.
-    """
-    from megarecur.recurrence.depth import refuse_depth
-
-    if text is None:
-        return [None]
-    parts = [part.strip() for part in text.split(",")]
-    wrong = [f"depth {part!r}: is not a number" for part in parts if not part.isdigit()]
-    depths = [int(part) for part in parts if part.isdigit()]
-    wrong += [refusal for n in depths if (refusal := refuse_depth(config, n))]
-    if wrong:
-        raise ConfigError(f"--depth {text}:" + "".join(f"\n  {line}" for line in wrong))
-    return [*depths]
-
-
-def with_vocab_size(config: Config) -> Config:
-    """The config with `model.vocab_size` stated, read from its tokenizer when left out.
-
-    Raises:
-        ConfigError: when there is no such tokenizer yet.
-    """
-    from megarecur.plan.describe import resolve_vocab_size
-
-    return resolve_vocab_size(config, _tokenizer_vocab_size)
-
-
-def _tokenizer_vocab_size(path: str) -> int:
-    from megarecur.data.tokenizer import tokenizer_vocab_size
-
-    if path != "bytes" and not Path(path).exists():
-        raise ConfigError(
-            f"data.tokenizer: {path} does not exist; prepare it with `megarecur prep`, "
-            "or set model.vocab_size"
-        )
-    return tokenizer_vocab_size(path)
 
 
 if __name__ == "__main__":

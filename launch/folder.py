@@ -1,12 +1,6 @@
-"""What the folder of a run says of it, read from outside: nothing is written, torch is not needed.
+"""Read a run folder from outside: nothing is written, and torch is not needed.
 
-    attempts.jsonl     starts under Slurm, and how each of them ended
-    heartbeat.json     what the run was at last
-    metrics.jsonl      its numbers
-    checkpoints/       what it would go on from
-    lease              the process that trains
-
-A run may be writing any of them: what is half there is passed over.
+A run may be writing any of these files; half-written rows are skipped.
 """
 
 from __future__ import annotations
@@ -24,44 +18,86 @@ from typing import Any
 from megarecur.config.load import read_sections
 from megarecur.errors import ConfigError
 
+FILES = {
+    "config.yaml": "the resolved config; `megarecur train RUN/config.yaml` resumes the run",
+    "metrics.jsonl": "one JSON object per log step: the record of the run",
+    "tensorboard/": "the same numbers for TensorBoard, with sampled texts",
+    "checkpoints/": "`step-XXXXXXXX/` (safetensors with checksums), `latest` and `best`",
+    "plots/": "pictures that `megarecur plot` draws",
+    "tokenizer.model": "a copy of the tokenizer (or `tokenizer.json` and what lies beside it)",
+    "generation_config.json": "of a converted model: its special ids, as Hugging Face has them",
+    "origin.json": "where the run was started, and hashes by which its corpora are found again",
+    "events.jsonl": "alarms, and what was done about them",
+    "heartbeat.json": "phase and step of the run, with the time",
+    "health.json": "figures and faults of every node, from the health check",
+    "attempts.jsonl": "under Slurm: every start and every end with its cause",
+    "skipped_steps.json": "under Slurm: optimizer steps skipped because they failed twice",
+    "logs/": "output and stacks of the ranks by attempt, and of evaluation jobs",
+    "launch/": "jobs of Slurm with their configs, scripts and code",
+    "profile/": "traces of torch's profiler (`train.profile`)",
+    "lease": "locked by the process that trains",
+    "supervisor.lease": "locked by the supervisor of the run",
+    "fold.txt": "report of `convert --scheme`",
+    "fold.json": "the same report, as data",
+}
+"""Files of a run folder and their contents."""
 MARKS = ("config.yaml", "attempts.jsonl", "launch/config.yaml")
-"""Any of these makes a folder a run: the last one is there before the first start."""
+"""Any of these files makes a folder a run; the last one exists before the first start."""
 CHECKPOINT = re.compile(r"step-(\d{8})")
 ATTEMPT = re.compile(r"attempt-(\d+)")
+PHASES = {
+    "start": "the start",
+    "train": "training",
+    "evaluate": "evaluation",
+    "save": "saving",
+    "done": "the end",
+    "stopped": "the end",
+    "diverged": "the end",
+}
+LATEST = 1e11
+"""UNIX seconds in the year 5138; later times are damaged."""
 OVER = ("done", "stopped", "diverged")
 """Phases after which a run does nothing more."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a run last said of itself."""
+    """The last heartbeat of a run."""
 
     time: float
     """UNIX seconds, by the clock of rank 0's node."""
     step: int
-    """Optimizer steps done."""
+    """Number of finished optimizer steps."""
     phase: str
     """start, train, evaluate, save, done, stopped or diverged."""
+    detail: str = ""
+    """Progress within the phase, such as `batch 3 of 80`."""
+
+    @property
+    def doing(self) -> str:
+        """The phase, its step and its progress, in words."""
+        words = f"{PHASES.get(self.phase, self.phase)} at step {self.step}"
+        return f"{words} ({self.detail})" if self.detail else words
 
 
 @dataclass(frozen=True)
 class PastAttempt:
-    """One start under Slurm; without `ended` it runs, or went away with its node."""
+    """One start under Slurm; without `ended` it runs, or was lost with its node."""
 
     number: int
     job: str
     began: float
-    """UNIX seconds, as `ended`."""
+    """UNIX seconds, like `ended`."""
     nodes: tuple[str, ...] = ()
     first_step: int = 0
-    """Of the checkpoint that it went on from."""
+    """Step of the checkpoint from which it resumed."""
     ended: float | None = None
     last_step: int | None = None
-    """Of the newest checkpoint when it ended."""
+    """Step of the newest checkpoint when it ended."""
     reason: str = ""
     detail: str = ""
     action: str = ""
-    """What was done about its end, such as requeued or given up."""
+    """The action after its end, such as requeued or given up."""
 
     @property
     def why(self) -> str:
@@ -71,7 +107,7 @@ class PastAttempt:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint."""
+    """A complete checkpoint."""
 
     step: int
     saved: float
@@ -79,34 +115,34 @@ class Checkpoint:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder belongs to a run, begun or only submitted."""
+    """Return True if a folder belongs to a run, started or only submitted."""
     return any((folder / mark).is_file() for mark in MARKS)
 
 
 def check_run(folder: Path) -> Path:
-    """The folder, if it is one of a run.
+    """Return the folder if it is one of a run.
 
     Raises:
-        ConfigError: no such folder, or no run in it.
+        ConfigError: the folder does not exist, or has no run.
     """
     if not folder.exists():
-        raise ConfigError(f"{folder}: no such folder; give the run_dir of a run")
+        raise ConfigError(f"{folder}: no such folder; name the run_dir of a run")
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: is a file; give the run_dir of a run")
+        raise ConfigError(f"{folder}: is a file; name the run_dir of a run")
     if not is_run(folder):
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and is_run(path))
         hint = f"it holds the runs {', '.join(inside[:8])}" if inside else "it has no config.yaml"
         more = ", ..." if len(inside) > 8 else ""
-        raise ConfigError(f"{folder}: is not the folder of a run, {hint}{more}; give a run_dir")
+        raise ConfigError(f"{folder}: is not the folder of a run, {hint}{more}; name a run_dir")
     return folder
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The config's sections, not validated: the run's own, or that of a job yet to begin, whichever
-    was written last; {} before there is any.
+    """Return the config's sections, not validated: the run's own, or those of a job yet to start,
+    whichever was written last; {} if there is none.
 
     Raises:
-        ConfigError: it is no YAML.
+        ConfigError: the file is not YAML.
     """
     paths = [
         path for path in (run / "config.yaml", run / "launch" / "config.yaml") if path.exists()
@@ -115,21 +151,58 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_beat(run: Path) -> Beat | None:
-    """The heartbeat; None where there is none."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    """Return the last heartbeat; None if there is none."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         found = json.loads((run / "heartbeat.json").read_text(encoding="utf-8"))
-        return Beat(float(found["time"]), int(found["step"]), str(found["phase"]))
+        detail = str(found.get("detail", ""))
+        return Beat(moment_of(found["time"]), int(found["step"]), str(found["phase"]), detail)
     return None
 
 
 def read_attempts(run: Path) -> list[PastAttempt]:
-    """All starts under Slurm, the oldest first; none for a run that was never there."""
+    """Return all starts under Slurm, the oldest first; empty for a run that was never there."""
     attempts: dict[int, PastAttempt] = {}
     for line in read_text(run / "attempts.jsonl").splitlines():
-        # A line cut short, or one of another version, is not worth losing the others for.
+        # One truncated line, or one of another version, must not hide the others.
         with suppress(ValueError, KeyError, TypeError):
             _note_event(attempts, json.loads(line))
     return [attempts[number] for number in sorted(attempts)]
+
+
+def points_of(folder: Path) -> list[Path]:
+    """List the run folders of a sweep; empty if the folder is not that of a sweep."""
+    if is_run(folder) or not (folder / "launch" / "sweep.json").is_file():
+        return []
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]
+
+
+def read_submitted(run: Path) -> list[str]:
+    """List the jobs that were submitted for a run, the oldest first; tasks of arrays as 17_3."""
+    jobs = []
+    for line in read_text(run / "launch" / "submitted.jsonl").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            jobs.append(str(json.loads(line)["job"]))
+    return jobs
+
+
+def has_finished(run: Path) -> bool:
+    """Return True if the newest start of a run finished all of its steps."""
+    attempts, beat = read_attempts(run), read_beat(run)
+    last = attempts[-1] if attempts else None
+    if last is not None and (beat is None or beat.time < (last.ended or last.began)):
+        return last.reason == "finished"
+    return beat is not None and beat.phase == "done"
+
+
+def moment_of(value: Any) -> float:
+    """Return a time in UNIX seconds.
+
+    Raises:
+        ValueError: the value is not a plausible time.
+    """
+    if not 0.0 <= (moment := float(value)) <= LATEST:
+        raise ValueError(f"{value} is not a time")
+    return moment
 
 
 def _note_event(attempts: dict[int, PastAttempt], row: dict[str, Any]) -> None:
@@ -138,36 +211,38 @@ def _note_event(attempts: dict[int, PastAttempt], row: dict[str, Any]) -> None:
         attempts[number] = PastAttempt(
             number=number,
             job=str(row["job"]),
-            began=float(row["time"]),
+            began=moment_of(row["time"]),
             nodes=tuple(row.get("nodes") or ()),
             first_step=int(row.get("step") or 0),
         )
     elif row["event"] == "end":
         attempts[number] = replace(
             attempts[number],
-            ended=float(row["time"]),
+            ended=moment_of(row["time"]),
             last_step=int(row.get("step") or 0),
             reason=str(row.get("reason") or "?"),
             detail=str(row.get("detail") or ""),
             action=str(row.get("action") or ""),
         )
+    elif row["event"] == "revised":
+        attempts[number] = replace(attempts[number], action=str(row["action"]))
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; its bytes are not checked."""
+    """Return the newest complete checkpoint, without checking its bytes."""
     found: list[tuple[int, Path]] = []
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         for path in (run / "checkpoints").iterdir():
             if match := CHECKPOINT.fullmatch(path.name):
                 found.append((int(match[1]), path))
     for step, path in sorted(found, reverse=True):
-        with suppress(FileNotFoundError):  # Retention may delete it meanwhile.
+        with suppress(FileNotFoundError):  # retention may delete it meanwhile
             return Checkpoint(step, path.stat().st_mtime)
     return None
 
 
 def find_logs(run: Path) -> dict[int, Path]:
-    """Folders of the ranks' output, by attempt, in order."""
+    """Return the folders of the ranks' output by attempt, in order."""
     found: dict[int, Path] = {}
     with suppress(FileNotFoundError):
         for path in (run / "logs").iterdir():
@@ -177,7 +252,7 @@ def find_logs(run: Path) -> dict[int, Path]:
 
 
 def read_text(path: Path) -> str:
-    """Of a file that may not be there yet: then nothing."""
+    """Return the text of a file; "" if it does not exist yet."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -185,7 +260,7 @@ def read_text(path: Path) -> str:
 
 
 def last_sign(run: Path) -> float | None:
-    """When the run last wrote a heartbeat or a row of metrics, in UNIX seconds; None: never."""
+    """Return when the run last wrote a heartbeat or metrics, in UNIX seconds; None if never."""
     beat = read_beat(run)
     signs = [beat.time] if beat else []
     with suppress(OSError):
@@ -202,13 +277,13 @@ class Holder:
     since: float
     """UNIX seconds."""
     alive: bool | None
-    """None: it cannot be seen from this machine."""
+    """None if this machine cannot see the process."""
 
 
 def read_holder(run: Path) -> Holder | None:
-    """Who trains, or trained last; None where nobody ever did.
+    """Return the process that trains, or trained last; None if there never was one.
 
-    The lock itself is not tried: taking it even for a moment could refuse a run that starts.
+    The lock itself is not tried: taking it even briefly could block a starting run.
     """
     path = run / "lease"
     try:
@@ -221,7 +296,8 @@ def read_holder(run: Path) -> Holder | None:
 
 
 def _holds(pid: int, path: Path) -> bool | None:
-    """Whether a process of this machine has a file open: its number may be another one's by now."""
+    """Return whether a process of this machine has the file open; its number may have been
+    reused."""
     try:
         files = list(Path(f"/proc/{pid}/fd").iterdir())
     except PermissionError:
@@ -236,5 +312,5 @@ def _holds(pid: int, path: Path) -> bool | None:
 
 
 def age(moment: float) -> float:
-    """Seconds since then; clocks of nodes may run a little ahead of this one's."""
+    """Return the seconds since a moment; clocks of nodes may be slightly ahead of this one's."""
     return max(time.time() - moment, 0.0)

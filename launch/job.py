@@ -1,69 +1,96 @@
-"""From a config to a job in Slurm's queue: check, snapshot, script, submit."""
+"""The job of a run: its specification, its script, and its own folder, which never changes.
+
+    RUN/launch/
+      jobs/ID/config.yaml   the resolved config of one job
+      jobs/ID/job.json      its specification
+      jobs/ID/NAME.sh       the script, as submitted
+      code-HASH/            the code that it runs
+      config.yaml, job.json     copies of the newest job's that Slurm has accepted
+      submitted.jsonl       every job that Slurm has accepted
+
+A job reads only its own folder, however often it is requeued and whatever is launched later. ID is
+a hash of the folder's contents, so repeating a launch uses the same folder.
+"""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import xxhash
-import yaml
 
-from launch.profile import Profile, load_profile, seconds_of
-from launch.script import Job, render
-from launch.slurm import check, submit
-from megarecur.config.load import load_config, to_yaml
-from megarecur.config.mesh import check_world
-from megarecur.config.schema import Config
-from megarecur.config.write import write_aside
+import megarecur
+from megarecur.config.load import to_yaml
+from megarecur.config.run import Config
 from megarecur.errors import ConfigError
+from megarecur.files import append_row, replace_file
+from megarecur.launch.draft import Draft
+from megarecur.launch.profile import ClusterProfile
+from megarecur.launch.script import Job, escape, render
+from megarecur.launch.slurm import submit
 
-PACKAGES = ("megarecur", "data_prep", "launch")
-ORDER_FILE = "order.json"
-SNAPSHOT = ("-P", "-m", "launch.cli")
-"""-P: not what lies in the workdir."""
+SPEC_FILE, CONFIG_FILE, SUBMITTED_FILE = "job.json", "config.yaml", "submitted.jsonl"
+LAUNCH_VARIABLE = "MEGARECUR_LAUNCH"
+"""Variable set in a job that continues another one: the id of the first."""
+SOURCE = Path(megarecur.__file__).parent
+"""The running package."""
+MOST_LETTERS = 50
+"""Maximum letters of a job's name in its file names, which may have 255 bytes."""
+SNAPSHOT = ("-P", "-m", "megarecur.launch.cli")
+"""Arguments of the snapshot's Python; -P imports nothing from the working directory."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """All that the job of a run needs to know, kept in RUN/launch/order.json."""
+class JobSpec:
+    """The specification of a run's job; see `make_spec`."""
 
+    id: str
+    """Hash of the fields below and of the config."""
+    name: str
     run_dir: Path
-    config: Path
-    """The resolved config of this job."""
     workdir: Path
-    """Where it was submitted: relative paths of the config start here."""
+    """Folder of the submission, to which paths of the config are relative."""
     code: Path
     """The snapshot of the code."""
     nodes: int
     processes_per_node: int
     gpus_per_node: int
-    profile: Profile
-    time: str | None = None
+    profile: ClusterProfile
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this job."""
+        return self.run_dir / "launch" / "jobs" / self.id
+
+    @property
+    def config(self) -> Path:
+        """The resolved config of this job."""
+        return self.folder / CONFIG_FILE
 
     @property
     def world(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return self.nodes * self.processes_per_node
 
     @property
     def tasks_per_node(self) -> int:
-        """Of Slurm: the ranks, or one agent of torchrun."""
+        """Slurm tasks of a node: its ranks, or one torchrun agent."""
         return 1 if self.profile.style == "torchrun" else self.processes_per_node
 
     @property
     def tasks(self) -> int:
-        """Of Slurm, in all."""
+        """Slurm tasks of the job."""
         return self.nodes * self.tasks_per_node
 
     def srun(self, logs: Path, attempt: int) -> list[str]:
-        """The command that starts one attempt; each task writes a file of its own."""
+        """Return the command that starts one attempt; each task writes its own file."""
         profile, container = self.profile, self.profile.container
         words = [
             "srun",
@@ -71,229 +98,213 @@ class Order:
             f"--ntasks={self.tasks}",
             f"--ntasks-per-node={self.tasks_per_node}",
             "--kill-on-bad-exit=1",
-            f"--output={logs}/rank-%4t.log",
+            f"--output={escape(logs)}/rank-%4t.log",
             f"--job-name=attempt-{attempt}",
         ]
         words += [f"--cpus-per-task={profile.cpus_per_task}"] if profile.cpus_per_task else []
         if container is not None:
-            words.append(f"--container-image={container.image}")
-            words += [f"--container-mounts={','.join(container.mounts)}"] * bool(container.mounts)
-            words += [f"--container-workdir={container.workdir}"] if container.workdir else []
+            words += container.srun_options()
         return [*words, *profile.srun_options, *self.python(), *self.command(attempt)]
 
     def python(self) -> list[str]:
-        """The command line of megarecur in the snapshot, for tasks."""
+        """Return the command line of megarecur in the snapshot, for tasks."""
         return [self.profile.python or sys.executable, *SNAPSHOT]
 
     def supervisor(self) -> list[str]:
-        """The same for the batch script, which runs outside any container."""
+        """Return the command line for the batch script, which runs outside any container."""
         inside = self.profile.container is not None
         return [sys.executable, *SNAPSHOT, "supervise"] if inside else [*self.python(), "supervise"]
 
     def command(self, attempt: int) -> list[str]:
-        """What each task runs."""
+        """Return the command of each task."""
         if self.profile.style == "srun":
             return ["train", str(self.config)]
         per_node = [f"--nproc={self.processes_per_node}", f"--join={self.nodes}"]
         return ["launch", str(self.config), *per_node]
 
 
-def launch_slurm(
-    path: Path,
-    overrides: Sequence[str],
+def make_spec(
+    config: Config,
+    profile: ClusterProfile,
     *,
     nodes: int,
+    processes_per_node: int,
     gpus_per_node: int,
-    processes_per_node: int | None,
-    cluster: str | None,
-    time: str | None,
-    sweep: Sequence[str],
-    at_once: int | None,
-    dry_run: str | None,
-) -> None:
-    """Submit a run, or a sweep of runs as one array; or say what would be submitted.
+    code: Path,
+    name: str | None = None,
+) -> JobSpec:
+    """Return the specification of a run's job, submitted from here."""
+    run_dir = Path(config.run_dir)
+    spec = JobSpec(
+        id="",
+        name=name or run_dir.name,
+        run_dir=run_dir,
+        workdir=Path.cwd(),
+        code=code,
+        nodes=nodes,
+        processes_per_node=processes_per_node,
+        gpus_per_node=gpus_per_node,
+        profile=profile,
+    )
+    content = write_spec(spec) + to_yaml(config)
+    return replace(spec, id=xxhash.xxh3_64_hexdigest(content.encode()))
+
+
+def write_spec(spec: JobSpec) -> str:
+    """Return a specification as JSON."""
+    values = asdict(spec) | {"profile": spec.profile.model_dump(mode="json")}
+    return json.dumps(values, default=str, indent=1) + "\n"
+
+
+def read_spec(folder: Path) -> JobSpec:
+    """Read the specification in a job's folder.
 
     Raises:
-        ConfigError: every mistake of config, profile, sweep and sizes; Slurm's refusal.
+        ConfigError: the file is missing or damaged.
     """
-    profile = load_profile(cluster) if cluster else Profile()
-    processes = processes_per_node or gpus_per_node
-    if not processes:
-        raise ConfigError("--gpus-per-node 0: say how many processes by --processes-per-node")
-    points = expand_sweep(sweep)
-    source = Path(__file__).resolve().parents[1]
-    configs = [load_config(path, [*overrides, *point]) for point in points]
-    orders = []
-    for config, point in zip(configs, points, strict=True):
-        check_job(config, nodes * processes, profile, time)
-        base = Path(config.run_dir).absolute()
-        run_dir = base / "-".join(point).replace("/", "_") if point else base
-        orders.append(
-            Order(
-                run_dir=run_dir,
-                config=run_dir / "launch" / "config.yaml",
-                workdir=Path.cwd(),
-                code=base / "launch" / f"code-{hash_code(source)}",
-                nodes=nodes,
-                processes_per_node=processes,
-                gpus_per_node=gpus_per_node,
-                profile=profile,
-                time=time,
-            )
-        )
-    script = write_script(orders, at_once)
-    if dry_run is not None:
-        print(script, end="")
-        if dry_run == "check":
-            print(check(script))
-        return
-    for order, config in zip(orders, configs, strict=True):
-        config = config.model_copy(update={"run_dir": str(order.run_dir)})
-        write_order(order, to_yaml(config), source)
-    job = submit(script, orders[0].run_dir / "launch" / "submitted")
-    print(f"submitted job {job}: {len(orders)} run(s)" if len(orders) > 1 else f"job {job}")
-    for order in orders:
-        print(f"watch it: megarecur status {order.run_dir}")
-
-
-def check_job(config: Config, world: int, profile: Profile, time: str | None) -> None:
-    """Refuse what cannot run, before it waits in a queue for hours.
-
-    Raises:
-        MeshError: ranks that do not factor into the config's mesh.
-        ConfigError: a time limit that leaves no time to train.
-    """
-    check_world(config, world)
-    limit = time or profile.time
+    path = folder / SPEC_FILE
     try:
-        seconds = seconds_of(limit)
-    except ValueError as error:
-        raise ConfigError(f"--time {error}") from None
-    least = profile.start_seconds + profile.save_seconds
-    if seconds < least:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        paths = {key: Path(values[key]) for key in ("run_dir", "workdir", "code")}
+        profile = ClusterProfile.model_validate(values["profile"])
+        return JobSpec(**values | paths | {"profile": profile})
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"time={limit} is shorter than starting and saving once: start_seconds="
-            f"{profile.start_seconds:g} + save_seconds={profile.save_seconds}; "
-            f"allow at least {least / 60:.0f} minutes, or lower those of the profile"
-        )
+            f"{path}: cannot be read ({error}); `megarecur launch CONFIG --nodes N` submits a job "
+            "with a new one"
+        ) from None
 
 
-def expand_sweep(sweep: Sequence[str]) -> list[list[str]]:
-    """All combinations of `key.sub=value,value` as lists of overrides; [[]] without any.
-
-    Raises:
-        ConfigError: an entry of another form.
-    """
-    axes = []
-    for entry in sweep:
-        key, equals, text = entry.partition("=")
-        try:
-            values = yaml.safe_load(f"[{text}]")
-        except yaml.YAMLError:
-            values = []
-        if not equals or not key or not values or len(set(map(str, values))) < len(values):
-            raise ConfigError(f"--sweep {entry}: must be key.sub=value,value, each value once")
-        axes.append([f"{key}={v if isinstance(v, str) else json.dumps(v)}" for v in values])
-    return [list(point) for point in itertools.product(*axes)]
+# ------------------------------------------------------------------------------------- its script
 
 
-def write_script(orders: Sequence[Order], at_once: int | None) -> str:
-    """The script of one run, or of an array of them."""
-    first = orders[0]
-    if len(orders) == 1:
-        return script_of(first)
-    if at_once is not None and at_once < 1:
-        raise ConfigError(f"--at-once {at_once}: must be at least 1")
-    limit = f"%{at_once}" if at_once else ""
+def array_script(
+    specs: Sequence[JobSpec], base: Path, name: str, array: str, dependency: str | None
+) -> str:
+    """Return the script of an array of runs, whose folders lie in `base`."""
+    first = specs[0]
     job = replace(
         job_of(first),
-        array=f"0-{len(orders) - 1}{limit}",
-        name=first.run_dir.parent.name,
-        output=first.run_dir.parent / "logs" / "slurm-%A_%a.log",
-        choices={"RUN": tuple(str(order.run_dir) for order in orders)},
+        array=array,
+        name=name,
+        comment=str(base),
+        logs=base / "logs",
+        log="slurm-%A_%a.log",
+        dependency=dependency,
+        choices={"JOB": tuple(str(spec.folder) for spec in specs)},
     )
-    return render(job, first.profile, [*first.supervisor(), "$RUN"])
+    return render(job, first.profile, [*first.supervisor(), "$JOB"])
 
 
-def script_of(order: Order, dependency: str | None = None, exclude: Sequence[str] = ()) -> str:
-    """The script of one run."""
-    job = replace(job_of(order), dependency=dependency, exclude=tuple(exclude))
-    return render(job, order.profile, [*order.supervisor(), str(order.run_dir)])
+def script_of(spec: JobSpec, dependency: str | None = None, exclude: Sequence[str] = ()) -> str:
+    """Return the script of one run."""
+    job = replace(job_of(spec), dependency=dependency, exclude=tuple(exclude))
+    return render(job, spec.profile, [*spec.supervisor(), str(spec.folder)])
 
 
-def job_of(order: Order) -> Job:
-    """What a run asks Slurm for."""
+def job_of(spec: JobSpec) -> Job:
+    """Return the Slurm request of a run."""
     return Job(
-        name=order.run_dir.name,
-        nodes=order.nodes,
-        tasks_per_node=order.tasks_per_node,
-        gpus_per_node=order.gpus_per_node,
-        time=order.time,
-        output=order.run_dir / "logs" / "slurm-%j.log",
-        workdir=order.workdir,
-        code=order.code,
+        name=spec.name,
+        comment=str(spec.run_dir),
+        nodes=spec.nodes,
+        tasks_per_node=spec.tasks_per_node,
+        gpus_per_node=spec.gpus_per_node,
+        logs=spec.run_dir / "logs",
+        log="slurm-%j.log",
+        workdir=spec.workdir,
+        code=spec.code,
     )
 
 
-def submit_order(order: Order, dependency: str, exclude: Sequence[str]) -> str:
-    """Submit a run once more. Returns the job's id."""
-    script = script_of(order, dependency, exclude)
-    return submit(script, order.run_dir / "launch" / "submitted")
+def script_name(name: str) -> str:
+    """Return the name of a script's file: that of its job, in letters that need no quotes."""
+    plain = re.sub(r"[^\w.=+-]+", "_", name).strip("._")
+    return plain[:MOST_LETTERS] or "job"
+
+
+def resubmit(spec: JobSpec, after: str, exclude: Sequence[str], launch: str) -> str:
+    """Submit a run once more, to start when job `after` has ended. Returns the new job's id.
+
+    Dependencies and start time of the user's job, `launch`, are not repeated, since they were met.
+    """
+    options = lasting_options(spec.profile.options)
+    environment = spec.profile.environment | {LAUNCH_VARIABLE: launch}
+    profile = spec.profile.model_copy(update={"options": options, "environment": environment})
+    again = replace(spec, profile=profile)
+    file = spec.folder / f"{script_name(spec.name)}-after-{after}.sh"
+    replace_file(file, script_of(again, f"afterany:{after}", exclude))
+    job = submit(file)
+    note_submission(spec, job)
+    return job
+
+
+def lasting_options(options: Sequence[str]) -> tuple[str, ...]:
+    """Return the options of sbatch without those that only delay the first start."""
+    once = re.compile(r"\s*(--(dependency|begin|hold)\b|-[dbH])")
+    return tuple(option for option in options if not once.match(option))
 
 
 # --------------------------------------------------------------------------------- the run folder
 
 
-def write_order(order: Order, config: str, source: Path) -> None:
-    """Make the run folder ready: config, code, order; each whole or not there.
+def write_job(spec: JobSpec, config: Config, draft: Draft) -> None:
+    """Write the folder of a job, and the snapshot of the code if missing; each is complete or
+    absent.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: they cannot be written.
     """
-    folder = order.run_dir / "launch"
-    folder.mkdir(parents=True, exist_ok=True)
-    for logs in {order.run_dir / "logs", order.code.parents[1] / "logs"}:
-        logs.mkdir(parents=True, exist_ok=True)
-    if not order.code.exists():
-        aside = order.code.with_name(f"{order.code.name}.{os.getpid()}.tmp")
-        for file in code_files(source):
-            target = aside / file.relative_to(source)
+    draft.make_folder(spec.run_dir / "logs")
+    write_snapshot(spec.code, draft)
+    if spec.folder.exists():
+        return  # Its name proves its contents.
+    draft.make_folder(spec.folder.parent)
+    with draft.made_whole(spec.folder) as aside:
+        replace_file(aside / CONFIG_FILE, to_yaml(config))
+        replace_file(aside / SPEC_FILE, write_spec(spec))
+
+
+def publish(spec: JobSpec, job: str) -> None:
+    """Make a job that Slurm has accepted the newest one of its run.
+
+    Args:
+        job: id in Slurm; ARRAY_TASK for a task of an array.
+    """
+    for name in (CONFIG_FILE, SPEC_FILE):
+        replace_file(spec.run_dir / "launch" / name, (spec.folder / name).read_text("utf-8"))
+    note_submission(spec, job)
+
+
+def note_submission(spec: JobSpec, job: str) -> None:
+    """Record that Slurm has accepted a job."""
+    row = {"job": job, "spec": spec.id, "time": time.time()}
+    append_row(spec.run_dir / "launch" / SUBMITTED_FILE, row)
+
+
+def write_snapshot(code: Path, draft: Draft) -> None:
+    """Copy the running package into a folder named by `snapshot_name`, if it is missing."""
+    if code.exists():
+        return
+    draft.make_folder(code.parent)
+    with draft.made_whole(code) as aside:
+        for file in code_files(SOURCE):
+            target = aside / SOURCE.name / file.relative_to(SOURCE)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        try:
-            aside.rename(order.code)
-        except FileExistsError:  # Another launch was quicker, with the same code.
-            shutil.rmtree(aside)
-    write_aside(order.config, config)
-    values: dict[str, Any] = asdict(order) | {"profile": order.profile.model_dump(mode="json")}
-    write_aside(folder / ORDER_FILE, json.dumps(values, default=str, indent=1) + "\n")
 
 
-def read_order(run_dir: Path) -> Order:
-    """The order of a run folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    path = run_dir.absolute() / "launch" / ORDER_FILE
-    if not path.exists():
-        raise ConfigError(
-            f"{path}: not there; `megarecur launch CONFIG --nodes N` makes it and submits the job"
-        )
-    values = json.loads(path.read_text())
-    paths = {key: Path(values[key]) for key in ("run_dir", "config", "workdir", "code")}
-    return Order(**values | paths | {"profile": Profile.model_validate(values["profile"])})
-
-
-def code_files(root: Path) -> list[Path]:
-    """The files of the packages that a run imports."""
-    found = (file for package in PACKAGES for file in (root / package).rglob("*"))
-    return sorted(f for f in found if f.is_file() and f.suffix != ".pyc")
-
-
-def hash_code(root: Path) -> str:
-    """A short name of the code as it is now."""
+def snapshot_name() -> str:
+    """Return the name of a folder for a copy of the current code."""
     digest = xxhash.xxh3_64()
-    for file in code_files(root):
-        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+    for file in code_files(SOURCE):
+        digest.update(str(file.relative_to(SOURCE)).encode() + b"\0" + file.read_bytes())
+    return f"code-{digest.hexdigest()}"
+
+
+def code_files(package: Path) -> list[Path]:
+    """List the files of a package, those below symbolic links included: in a checkout `launch` and
+    `data_prep` are links."""
+    folders = os.walk(package, followlinks=True)
+    found = (Path(folder, name) for folder, _, names in folders for name in names)
+    return sorted(file for file in found if file.suffix != ".pyc")

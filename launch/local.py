@@ -1,43 +1,181 @@
-"""Processes on this machine: torchrun's agent starts them, signals reach every one of them."""
+"""Run processes on this machine by torchrun's agent, and forward signals to all of them."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megarecur.config.mesh import check_world
-from megarecur.config.schema import Config
-from megarecur.train.signals import STOP_SIGNALS
+from megarecur.config.run import Config
+from megarecur.launch.configs import load_run_config
+from megarecur.launch.folder import read_beat
+from megarecur.launch.inputs import check_inputs, print_unchecked
+from megarecur.launch.profile import ClusterProfile, load_profile
+from megarecur.launch.queue import live_jobs
+from megarecur.launch.reasons import HINTS, OUT_OF_MEMORY, count_oom_kills
+from megarecur.launch.slurm import SlurmError
+from megarecur.launch.submit import refuse_jobs, refuse_processes
+from megarecur.launch.watchdog import STACK_SECONDS, Watchdog, without_stacks
+from megarecur.train.signals import STACKS_VARIABLE, STOP_SIGNALS
 
-USER_ERROR, STOPPED = 2, 3
+USER_ERROR, STOPPED, FAILED = 2, 3, 1
+POLL_SECONDS = 0.5
+AWAKE_SECONDS = 5.0
+"""If the watch is later than this, it was itself stopped, for example by Ctrl-Z."""
 
 
-def launch_local(config: Config, command: Sequence[str], nproc: int, nodes: int = 1) -> int:
-    """Run a command of megarecur in nproc processes that know of each other. Returns the exit code:
-    the workers' own where they agree.
+def train_local(
+    path: Path, overrides: Sequence[str], nproc: int, nodes: int, cluster: str | None
+) -> int:
+    """Train in nproc processes of this machine; end a run that stalls. Returns the exit code.
 
     Args:
-        config: of the run.
-        command: the arguments of megarecur.
-        nproc: processes on this machine.
-        nodes: machines that this is called on, meeting at MASTER_ADDR:MASTER_PORT where they are
-            several.
+        nodes: machines that this is called on, which meet at MASTER_ADDR:MASTER_PORT.
+        cluster: a profile, whose stall_factor, stall_seconds and start_seconds apply.
 
     Raises:
-        MeshError: a world that does not fit the config.
+        ConfigError: the profile does not exist, the config has conflicts, an input is missing, or
+        the run is already running.
+    """
+    config = load_run_config(path, overrides, nproc * nodes)
+    profile = load_profile(cluster) if cluster else ClusterProfile()
+    command = ["train", str(path), *overrides]
+    if STACKS_VARIABLE in os.environ:  # A supervisor has started this process and watches it.
+        return launch_local(config, command, nproc, nodes)
+    run_dir = Path(config.run_dir).absolute()
+    print_unchecked(check_inputs([config]))
+    refuse_processes([run_dir])
+    with suppress(SlurmError):  # Without Slurm, the lease of the run folder suffices.
+        if jobs := live_jobs([run_dir]):
+            raise refuse_jobs(run_dir, [job for _, job in jobs])
+    with watched(run_dir, profile, nproc) as watch:
+        code = launch_local(config, command, nproc, nodes, lambda: watch.killed)
+    return FAILED if watch.stalled else code
+
+
+class Watch:
+    """A thread that ends the processes of a stalled run, and reports the silent ones."""
+
+    def __init__(self, run_dir: Path, profile: ClusterProfile, nproc: int, stacks: Path) -> None:
+        self.nproc, self.stacks = nproc, stacks
+        self.stalled = self.killed = False
+        self.over = threading.Event()
+        self.awake, self.looked = 0.0, time.monotonic()
+        self.watchdog = Watchdog(profile, lambda: read_beat(run_dir), self.clock)
+
+    def clock(self) -> float:
+        """Return the seconds that this process was awake: a run stopped by Ctrl-Z has not
+        stalled."""
+        now = time.monotonic()
+        self.awake += min(now - self.looked, AWAKE_SECONDS)
+        self.looked = now
+        return self.awake
+
+    def run(self) -> None:
+        """Watch until the processes have ended."""
+        while not self.over.wait(POLL_SECONDS):
+            stall = self.watchdog.stalled()
+            workers = ranks_of_children() if stall else {}
+            if not workers:
+                continue
+            self.stalled = not self.watchdog.over
+            if self.stalled:
+                self.report(stall, workers)
+            self.killed = True
+            for pid in workers.values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def report(self, stall: str, workers: dict[int, int]) -> None:
+        """Let every process write its stacks, and print which did not."""
+        for pid in workers.values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGQUIT)
+        until = time.monotonic() + STACK_SECONDS
+        while (silent := without_stacks(self.stacks, self.nproc)) and time.monotonic() < until:
+            time.sleep(0.1)
+        named = ", ".join(f"rank {rank} ({describe_process(workers.get(rank))})" for rank in silent)
+        print(
+            f"error: {stall}; {f'silent: {named}' if silent else 'every rank answered'}; "
+            f"stacks in {self.stacks}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextmanager
+def watched(run_dir: Path, profile: ClusterProfile, nproc: int) -> Iterator[Watch]:
+    """Watch the processes started in this context."""
+    stacks = run_dir / "logs" / f"local-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    stacks.mkdir(parents=True)
+    os.environ[STACKS_VARIABLE] = str(stacks)
+    watch = Watch(run_dir, profile, nproc, stacks)
+    # Otherwise the thread would receive, and die of, signals meant for the workers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    thread = threading.Thread(target=watch.run, daemon=True)
+    thread.start()
+    try:
+        yield watch
+    finally:
+        watch.over.set()
+        thread.join()
+        del os.environ[STACKS_VARIABLE]
+        with suppress(FileNotFoundError):  # the folder may have been deleted during the run
+            if not any(file.stat().st_size for file in stacks.iterdir()):
+                shutil.rmtree(stacks, ignore_errors=True)
+
+
+def ranks_of_children() -> dict[int, int]:
+    """Return the process ids of this process's training children, by rank."""
+    found = {}
+    for pid in child_processes():
+        with suppress(OSError):
+            for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if variable.startswith(b"RANK="):
+                    found[int(variable[5:])] = pid
+    return found
+
+
+def describe_process(pid: int | None) -> str:
+    """Return the id of a process, and whether it is stopped."""
+    if pid is None:
+        return "gone"
+    with suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return f"process {pid}{', stopped' if state in 'Tt' else ''}"
+    return f"process {pid}, gone"
+
+
+def launch_local(
+    config: Config,
+    command: Sequence[str],
+    nproc: int,
+    nodes: int = 1,
+    told: Callable[[], bool] = lambda: False,
+) -> int:
+    """Run a command of megarecur in nproc processes of one world. Returns the exit code: the
+    workers' own if they agree.
+
+    Args:
+        nodes: machines that this is called on; several meet at MASTER_ADDR:MASTER_PORT.
+        told: True if it was already reported that workers were killed.
+
+    Raises:
+        MeshError: the world does not fit the config.
     """
     check_world(config, nproc * nodes)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # What went wrong is said by the workers; the agent's own account of it is noise.
+    # The workers report errors; the agent's own report is noise.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     threads = max(len(os.sched_getaffinity(0)) // nproc, 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -49,32 +187,56 @@ def launch_local(config: Config, command: Sequence[str], nproc: int, nodes: int 
         nproc_per_node=nproc,
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
-        # Names of nodes need not be those of hosts, by which torch would decide it.
+        # Nodes may have other names than their hosts, by which torch would decide.
         rdzv_configs={} if alone else {"is_host": environ.get("SLURM_NODEID", "0") == "0"},
         local_addr="127.0.0.1" if alone else None,
         run_id=str(os.getpid()) if alone else endpoint,
         max_restarts=0,
         monitor_interval=0.1,
-        # SIGTERM and SIGINT are ours to forward: the agent would end workers that are saving.
+        # This process forwards SIGTERM and SIGINT; the agent would end workers that are saving.
         signals_to_handle="SIGHUP,SIGQUIT",
     )
+    oom_kills = count_oom_kills()
     try:
         with forward_signals():
-            elastic_launch(settings, sys.executable)("-m", "launch.cli", *command)
+            elastic_launch(settings, sys.executable)("-m", "megarecur.launch.cli", *command)
     except ChildFailedError as error:
-        # The agent ends with SIGTERM the workers that are slower to leave than the first.
+        ends = {rank: (end.pid, end.exitcode) for rank, end in error.failures.items()}
+        for line in [] if told() else describe_kills(ends, count_oom_kills() - oom_kills):
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        # The agent sends SIGTERM to workers that end later than the first.
         codes = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}
         return codes.pop() if codes in ({USER_ERROR}, {STOPPED}) else 1
     return 0
 
 
+def describe_kills(ends: Mapping[int, tuple[int, int]], oom_kills: int) -> list[str]:
+    """Describe which workers were killed, since they could not report it themselves.
+
+    Args:
+        ends: process id and exit code by rank; the agent itself sends SIGTERM to the others.
+        oom_kills: processes that the kernel killed for memory meanwhile.
+    """
+    lines = []
+    for rank, (pid, code) in sorted(ends.items()):
+        if code >= 0 or code == -signal.SIGTERM:
+            continue
+        number = signal.Signals(-code)
+        if oom_kills and number == signal.SIGKILL:
+            why = f": {OUT_OF_MEMORY}, the kernel killed it"
+        else:
+            why = f", {HINTS[number]}" if number in HINTS else ""
+        lines.append(f"rank {rank} (process {pid}) was ended by {number.name}{why}")
+    return lines
+
+
 @contextmanager
 def forward_signals() -> Iterator[None]:
-    """Pass stop signals on to the workers, which save and end by themselves.
+    """Forward stop signals to the workers, which save and end by themselves.
 
     The agent's own handlers would end the workers after a grace period, saved or not. Signals are
-    held back in this process and taken by a thread; workers start with them held back too, so that
-    none is lost, or kills, before a worker is ready to note it.
+    blocked in this process and received by a thread. Workers start with them blocked too, so that
+    no signal is lost, or kills a worker, before it handles signals.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=forward_for_ever, daemon=True).start()
@@ -82,7 +244,7 @@ def forward_signals() -> Iterator[None]:
 
 
 def forward_for_ever() -> None:
-    """Send each stop signal to every worker, as soon as there are any."""
+    """Forward each stop signal to every worker, once there are any."""
     while True:
         number = signal.sigwait(STOP_SIGNALS)
         while not (children := child_processes()):
@@ -93,7 +255,7 @@ def forward_for_ever() -> None:
 
 
 def child_processes() -> list[int]:
-    """Process ids of this process's children."""
+    """Return the process ids of this process's children."""
     children: list[int] = []
     for task in Path("/proc/self/task").iterdir():
         children += map(int, (task / "children").read_text().split())

@@ -1,12 +1,12 @@
-"""The output of a run's ranks in one stream: `megarecur logs`.
+"""Print the output of a run's ranks as one stream: `megarecur logs`.
 
-Each rank of an attempt under Slurm writes a file of its own, RUN/logs/attempt-003/rank-0002.log,
-and lines have no time stamps. So they are merged by when they are read: in rounds, within a round
-rank by rank, each file to its present end. Read once, that is one round: all of rank 0, then all of
-rank 1. Followed, a round is half a second, and lines of different ranks come in order to within
+Each rank of an attempt under Slurm writes its own file, RUN/logs/attempt-003/rank-0002.log, and
+lines have no time stamps. So lines are merged by reading time, in rounds: each round reads every
+rank's file to its current end. Without --follow there is one round: all of rank 0, then all of rank
+1. With --follow, a round takes half a second, and lines of different ranks are ordered to within
 that; lines of one rank are always in order.
 
-Where torchrun's agents start the processes, a file, and the number in front, is that of an agent:
+If torchrun's agents start the processes, each file, and the number in front, belongs to an agent:
 one per node.
 """
 
@@ -20,16 +20,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from launch.folder import check_run, find_logs, read_attempts, read_beat
 from megarecur.errors import ConfigError
+from megarecur.launch.folder import check_run, find_logs, read_attempts, read_beat
 
 ROUND_SECONDS = 0.5
 QUIET_SECONDS = 2.0
-"""A run that says it is done may have this much more to print."""
+"""Seconds that a finished run may still print."""
 BLOCK_BYTES = 1 << 20
 RANK_FILE = re.compile(r"rank-(\d+)\.log")
 COMES_BACK = ("requeued", "restarted")
-"""Actions after the end of an attempt that another one follows."""
+"""Actions after which another attempt follows."""
 
 
 class RankOutput:
@@ -39,13 +39,13 @@ class RankOutput:
         self.path, self.rank = path, rank
         self.position = 0
         self.pending = b""
-        """The begin of a line whose end has not been written yet."""
+        """The beginning of a line whose end has not been written yet."""
 
     def new_lines(self) -> Iterator[str]:
-        """Whole lines since the last call."""
+        """Yield complete lines since the last call."""
         with suppress(FileNotFoundError), self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size < self.position:  # Begun anew.
+            if size < self.position:  # the file was restarted
                 self.position, self.pending = 0, b""
             file.seek(self.position)
             while self.position < size and (block := file.read(BLOCK_BYTES)):
@@ -54,26 +54,27 @@ class RankOutput:
                 yield from map(self.prefixed, lines)
 
     def rest(self) -> Iterator[str]:
-        """The last line, where no more of it will come."""
+        """Yield the last line when no more of it will come."""
         if self.pending:
             yield self.prefixed(self.pending)
             self.pending = b""
 
     def prefixed(self, line: bytes) -> str:
-        """As a terminal would show it, its rank in front: a progress bar as it was at last."""
+        """Format a line as a terminal shows it, with its rank in front: a progress bar in its last
+        state."""
         text = line.decode("utf-8", errors="replace").rstrip("\r").rpartition("\r")[2]
         return f"[{self.rank}] {text}"
 
 
 class AttemptOutput:
-    """The output of the ranks of one attempt; files that appear later are found."""
+    """The output of the ranks of one attempt; later files are found too."""
 
     def __init__(self, folder: Path, rank: int | None) -> None:
         self.folder, self.only = folder, rank
         self.outputs: dict[int, RankOutput] = {}
 
     def find(self) -> list[int]:
-        """Look for new files; the ranks that have one, whether shown or not."""
+        """Look for new files; return the ranks that have one, whether shown or not."""
         ranks = []
         with suppress(FileNotFoundError):
             for path in self.folder.iterdir():
@@ -85,30 +86,27 @@ class AttemptOutput:
         return sorted(ranks)
 
     def new_lines(self) -> Iterator[str]:
-        """One round."""
+        """Yield the lines of one round."""
         self.find()
         for rank in sorted(self.outputs):
             yield from self.outputs[rank].new_lines()
 
     def rest(self) -> Iterator[str]:
-        """Last lines without an end, of an attempt that is over."""
+        """Yield last lines without an end, of a finished attempt."""
         yield from self.new_lines()
         for rank in sorted(self.outputs):
             yield from self.outputs[rank].rest()
 
 
 def show_logs(folder: Path, follow: bool, attempt: int | None, rank: int | None) -> None:
-    """Print the output of an attempt, the newest unless named; Ctrl-C ends it.
+    """Print the output of an attempt, by default the newest; Ctrl-C ends it.
 
     Args:
-        folder: of the run.
-        follow: go on with new lines, and with new attempts unless one is named, until the run is
-            done or ends for good.
-        attempt: its number.
-        rank: the only one to show.
+        follow: continue with new lines, and with new attempts unless one is named, until the run
+        has ended.
 
     Raises:
-        ConfigError: no run, or no such attempt or rank; a run that was never under Slurm.
+        ConfigError: the run, attempt or rank does not exist, or the run was never under Slurm.
     """
     run = check_run(folder)
     try:
@@ -121,15 +119,15 @@ def show_logs(folder: Path, follow: bool, attempt: int | None, rank: int | None)
                 note(f"attempt {number} has written nothing yet")
     except KeyboardInterrupt:
         pass
-    except BrokenPipeError:  # The reader (`| head`) has gone away: no complaint at exit either.
+    except BrokenPipeError:  # The reader (`| head`) has ended; exit silently.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def choose_attempt(run: Path, attempt: int | None, rank: int | None) -> tuple[int, AttemptOutput]:
-    """The attempt to show.
+    """Return the attempt to show.
 
     Raises:
-        ConfigError: there is none, or none of this number, or it has no such rank.
+        ConfigError: the attempt or its rank does not exist.
     """
     found = find_logs(run)
     if not found:
@@ -147,7 +145,7 @@ def choose_attempt(run: Path, attempt: int | None, rank: int | None) -> tuple[in
 
 
 def where_output_went(run: Path) -> str:
-    """Why there is no output of ranks, and where there is some."""
+    """Return why there is no output of ranks, and where to look."""
     batch = sorted((run / "logs").glob("slurm-*.log"))
     if batch:
         return f"{run}: no attempt has begun; the batch script wrote {batch[-1]}"
@@ -161,10 +159,10 @@ def where_output_went(run: Path) -> str:
 
 
 def follow_run(run: Path, attempt: int | None, rank: int | None) -> None:
-    """Print lines as they come.
+    """Print lines as they arrive.
 
     Raises:
-        ConfigError: an attempt or rank that is not there and will not come.
+        ConfigError: the attempt or rank does not exist and will not appear.
     """
     if attempt is None and not find_logs(run) and (run / "launch").is_dir():
         note("waiting for the first attempt")
@@ -181,10 +179,10 @@ def follow_run(run: Path, attempt: int | None, rank: int | None) -> None:
 
 
 def follow_attempt(run: Path, number: int, output: AttemptOutput) -> None:
-    """Print the lines of one attempt until it is over, or the run is done and has fallen silent."""
+    """Print the lines of one attempt until it has ended, or the run is done and silent."""
     silent_since: float | None = None
     while True:
-        # Asked before reading, so that all that was written until then is read.
+        # checked before reading, so that everything written until then is read
         over, done = is_over(run, number), is_done(run, number)
         printed, now = emit(output.new_lines()), time.monotonic()
         if over:
@@ -201,7 +199,7 @@ def follow_attempt(run: Path, number: int, output: AttemptOutput) -> None:
 
 
 def next_attempt(run: Path, number: int) -> int | None:
-    """Wait for the attempt after one that is over; None where none will come."""
+    """Wait for the attempt after a finished one; return None if none will come."""
     while True:
         later = [each for each in find_logs(run) if each > number]
         if later:
@@ -214,21 +212,21 @@ def next_attempt(run: Path, number: int) -> int | None:
 
 
 def is_over(run: Path, number: int) -> bool:
-    """Whether an attempt writes nothing more: its end is recorded, or another one has begun."""
+    """Return True if an attempt has ended: its end is recorded, or another one has started."""
     past = read_attempts(run)
     ended = any(each.number == number and each.ended is not None for each in past)
     return ended or max([*find_logs(run), number]) > number
 
 
 def is_done(run: Path, number: int) -> bool:
-    """Whether the run said in this attempt, not in one before, that all steps are done."""
+    """Return True if the run reported in this attempt that all steps are done."""
     beat = read_beat(run)
     began = max((each.began for each in read_attempts(run) if each.number == number), default=0.0)
     return beat is not None and beat.phase == "done" and beat.time >= began
 
 
 def emit(lines: Iterator[str]) -> bool:
-    """Print lines; whether there were any."""
+    """Print lines; return True if there were any."""
     printed = False
     for line in lines:
         print(line)
@@ -238,5 +236,5 @@ def emit(lines: Iterator[str]) -> bool:
 
 
 def note(text: str) -> None:
-    """What is not of a rank goes to stderr."""
+    """Print a message to stderr that is not a rank's output."""
     print(f"--- {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`megarecur plan`: one layout, or a search among all of a world's."""
+"""Plan one layout, or search all layouts of a world: `megarecur plan`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.errors import ConfigError
+from megarecur.launch.layout import describe_plan, describe_search
+from megarecur.launch.terminal import show
 from megarecur.plan.cluster import Cluster, load_cluster
-from megarecur.plan.predict import Layout, Plan, complete, make_draft
-from megarecur.plan.report import print_plan, print_search
+from megarecur.plan.predict import Layout, LayoutPlan, complete, make_draft
 from megarecur.plan.search import list_layouts, search
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -24,19 +25,19 @@ def plan_config(
     tensor: int | None,
     pipeline: int | None,
     zero_stage: int | None,
-    cluster_name: str | None,
-) -> Plan:
-    """Print the plan of a layout, or the best ones; returns the (best) plan.
+    hardware: str | None,
+) -> LayoutPlan:
+    """Print the plan of a layout, or the best ones; return the (best) plan.
 
     Raises:
-        ConfigError, MeshError, PlacementError: what cannot be planned, or no layout that fits.
+        ConfigError, MeshError, PlacementError: the config cannot be planned, or no layout fits.
     """
-    cluster = load_cluster(cluster_name or default_cluster(config))
+    cluster = load_cluster(hardware or default_hardware(config), "--hardware ")
     if tensor and pipeline:
         (size,) = list_layouts(world, tensor, pipeline)
         stage = config.parallel.zero_stage if zero_stage is None else zero_stage
         found = complete(make_draft(config, Layout(*size, stage), cluster))
-        print_plan(found)
+        show(lambda width: describe_plan(found, width))
         return found
     return search_layouts(config, cluster, world, tensor, pipeline, zero_stage)
 
@@ -48,8 +49,8 @@ def search_layouts(
     tensor: int | None,
     pipeline: int | None,
     zero_stage: int | None,
-) -> Plan:
-    """Print the best layouts of a world; returns the plan of the first."""
+) -> LayoutPlan:
+    """Print the best layouts of a world; return the plan of the first."""
     with shown_progress() as report:
         result = search(
             config,
@@ -63,7 +64,10 @@ def search_layouts(
     own = config.parallel
     replica = own.tensor * own.pipeline
     layout = Layout(own.tensor, own.pipeline, world // replica, own.zero_stage)
-    print_search(result, world, layout if world % replica == 0 else None)
+    own_layout = layout if world % replica == 0 else None
+    show(lambda _: describe_search(result, world, own_layout))
+    if result.best:
+        show(lambda width: describe_plan(result.best[0], width))
     if not result.best:
         raise ConfigError(
             f"--world-size {world}: none of its {result.layouts} layouts can run this config on "
@@ -72,14 +76,15 @@ def search_layouts(
     return result.best[0]
 
 
-def default_cluster(config: Config) -> str:
-    """The preset meant where none is named."""
+def default_hardware(config: Config) -> str:
+    """Return the default hardware preset."""
     return "cpu" if config.train.device == "cpu" else "h100"
 
 
 @contextmanager
 def shown_progress() -> Iterator[Callable[[int, int], None]]:
-    """How far a search is: a line that changes on a terminal; else one every few seconds."""
+    """Yield a progress report of a search: a changing line on a terminal, otherwise one every few
+    seconds."""
     console = Console(stderr=True, highlight=False)
     last = time.monotonic()
     status = console.status("planning") if console.is_terminal else None

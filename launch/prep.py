@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from inspect import Parameter, signature
 from pathlib import Path
@@ -14,16 +15,23 @@ from megarecur.errors import ConfigError
 if TYPE_CHECKING:
     from megarecur.data.corpus import Manifest
 
+MOST_SAMPLES = 10**9
+
 app = typer.Typer(help="Turn text into a tokenizer and shards.", no_args_is_help=True)
 
 Inputs = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT...",
-        help="txt, jsonl, csv, tsv (plain, gz, xz, zst), parquet, arrow, mds: files, folders; "
+        help="txt, jsonl, csv, tsv (plain, gz, xz, zst, bz2), parquet, arrow, mds: files, folders; "
         "hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset.",
     ),
 ]
+Errors = Literal["fail", "skip", "replace"]
+Quoting = Literal["auto", "quoted", "none"]
+ERRORS = "Bytes that are not UTF-8, holes of zero bytes, null: fail, skip the document, or replace."
+EXCLUDE = "Pattern of files and folders to exclude."
+QUOTING = "Quoting of csv and tsv cells (auto: csv only)."
 READING = {
     "text_key": (
         "text",
@@ -31,13 +39,13 @@ READING = {
     ),
     "template": (
         "",
-        Annotated[str, typer.Option(help="Text made of fields instead: '{title}\\n\\n{body}'.")],
+        Annotated[str, typer.Option(help="Template of fields instead: '{title}\\n\\n{body}'.")],
     ),
     "text_split": (
         "file",
         Annotated[
             Literal["file", "blank_line", "separator"],
-            typer.Option(help="What ends a document of a txt."),
+            typer.Option(help="End of a document in txt files."),
         ],
     ),
     "separator": (
@@ -46,26 +54,18 @@ READING = {
             str, typer.Option(help="The whole line that ends one, for --text-split separator.")
         ],
     ),
-    "errors": (
-        "fail",
-        Annotated[
-            Literal["fail", "skip", "replace"],
-            typer.Option(help="Bytes that are not UTF-8: fail, skip the document, or replace."),
-        ],
-    ),
-    "exclude": (
-        None,
-        Annotated[list[str] | None, typer.Option(help="Pattern of paths to leave out.")],
-    ),
+    "errors": ("fail", Annotated[Errors, typer.Option(help=ERRORS)]),
+    "exclude": (None, Annotated[list[str] | None, typer.Option(metavar="GLOB", help=EXCLUDE)]),
+    "quoting": ("auto", Annotated[Quoting, typer.Option(help=QUOTING)]),
 }
-"""Options that say how files become documents: default and type of each."""
+"""Options for reading files as documents: type and default of each."""
 
 
 def takes_reading(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of READING for its argument `reading`."""
+    """Add the options of READING to a command, as its argument `reading`."""
 
     def run(**options: Any) -> None:
-        from data_prep.readers import Reading
+        from megarecur.data_prep.readers import Reading
 
         given = {name: options.pop(name) for name in READING}
         given["exclude"] = tuple(given["exclude"] or ())
@@ -89,22 +89,22 @@ def takes_reading(command: Callable[..., None]) -> Callable[..., None]:
 def tokenizer(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="The .model file to write.")],
-    vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids.")],
+    vocab_size: Annotated[int, typer.Option(min=1, max=1 << 26, help="Number of ids.")],
     model_type: Annotated[Literal["bpe", "unigram"], typer.Option()] = "bpe",
     byte_fallback: Annotated[bool, typer.Option(help="Unknown text becomes bytes.")] = True,
     character_coverage: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of characters kept.")
+        float, typer.Option(min=0.98, max=1.0, help="Share of characters kept.")
     ] = 0.9995,
     sample_bytes: Annotated[
-        int, typer.Option(min=0, help="Text to learn from at most; 0: all.")
+        int, typer.Option(min=0, help="Maximum bytes of training text (0: all).")
     ] = 8 << 20,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the sample.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 1,
     *,
     reading: Any,
 ) -> None:
     """Train a sentencepiece model."""
-    from data_prep.progress import ProgressReport
-    from data_prep.tokenizer import train_tokenizer
+    from megarecur.data_prep.progress import ProgressReport
+    from megarecur.data_prep.tokenizer import train_tokenizer
 
     path = train_tokenizer(
         inputs,
@@ -139,17 +139,26 @@ def shards(
             min=0.0, max=1.0, help="Also drop documents at least this similar to an earlier one."
         ),
     ] = 0.0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
+    eos: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN", help="End-of-document token, by name or id (default: the tokenizer's)."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes (default: 0, one per core).")] = 0,
     launch: Annotated[
-        Literal["slurm"] | None, typer.Option(help="Let jobs of Slurm do it, by the options below.")
+        Literal["slurm"] | None, typer.Option(help="Run as Slurm jobs, with the options below.")
     ] = None,
     tasks: Annotated[
         int | None, typer.Option(min=1, help="Tasks that each phase is divided into.")
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(metavar="PROFILE", help="Of configs/cluster, or a YAML file.")
+        str | None,
+        typer.Option(metavar="PROFILE", help="Profile of configs/cluster, or a YAML file."),
     ] = None,
-    at_once: Annotated[int | None, typer.Option(min=1, help="Tasks at a time; all.")] = None,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Max concurrent tasks (default: all).")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the scripts of the jobs; submit nothing.")
     ] = False,
@@ -160,18 +169,20 @@ def shards(
     *,
     reading: Any,
 ) -> None:
-    """Tokenise text into shards; the same command goes on after an interruption."""
-    from data_prep.plan import Request
-    from data_prep.progress import ProgressReport
+    """Tokenise text into shards; the same command resumes after an interruption."""
+    from megarecur.data_prep.plan import Request
+    from megarecur.data_prep.progress import ProgressReport
 
     own = {"--cluster": cluster, "--at-once": at_once, "--dry-run": dry_run or None}
     own |= {} if phase else {"--tasks": tasks}
     if launch is None and (lonely := [name for name, value in own.items() if value is not None]):
-        raise ConfigError(f"{lonely[0]}: is for jobs; add --launch slurm, or leave it out")
+        raise ConfigError(f"{lonely[0]}: only for jobs; add --launch slurm, or omit it")
     if (launch or phase) and tasks is None:
-        raise ConfigError("--launch slurm: needs --tasks, the number that each phase is divided in")
-    request = Request(tuple(inputs), tokenizer, reading, val_fraction, deduplicate, near_duplicates)
-    from launch.prep_array import cores, refuse_while_queued, submit_preparation
+        raise ConfigError("--launch slurm: needs --tasks, the number of tasks of each phase")
+    request = Request(
+        tuple(inputs), tokenizer, reading, val_fraction, deduplicate, near_duplicates, eos=eos
+    )
+    from megarecur.launch.prep_array import cores, refuse_while_queued, submit_preparation
 
     if launch is not None and phase is None:
         assert tasks is not None
@@ -182,14 +193,16 @@ def shards(
             print(f"{out}: is prepared")
         return
     if phase is not None:
-        from data_prep.array import run_task
+        from megarecur.data_prep.array import run_task
 
         assert tasks is not None
-        number = workers or cores()
+        number, started = workers or cores(), time.monotonic()
+        print(f"{phase}: task {task} of {tasks} in {number} processes", flush=True)
         made = run_task(request, out, phase, task, tasks, workers=number, progress=ProgressReport())
         report(made, out)
+        print(f"{phase}: task {task} has finished in {time.monotonic() - started:.1f} s")
         return
-    from data_prep.shards import prepare_shards
+    from megarecur.data_prep.shards import prepare_shards
 
     refuse_while_queued(out)
     made = prepare_shards(
@@ -201,6 +214,7 @@ def shards(
         deduplicate=deduplicate,
         near_duplicates=near_duplicates,
         workers=workers,
+        eos=eos,
         progress=ProgressReport(),
     )
     report(made, out)
@@ -213,15 +227,18 @@ def task(
     ],
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[INPUT]...", help="Files to read, instead of drawing samples."),
+        typer.Argument(metavar="[INPUT]...", help="Files to read instead of drawing samples."),
     ] = None,
     *,
     out: Annotated[Path, typer.Option(help="The folder to make: DIR/train, DIR/val, tests.")],
-    seed: Annotated[int, typer.Option(min=0, help="Decides all that is drawn.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all draws.")] = 1,
     train: Annotated[
-        int | None, typer.Option(help="Samples to draw; of logic, before they are divided.")
+        int | None,
+        typer.Option(max=MOST_SAMPLES, help="Samples to draw; of logic, before they are divided."),
     ] = None,
-    val: Annotated[int | None, typer.Option(help="Samples to draw for validation.")] = None,
+    val: Annotated[
+        int | None, typer.Option(max=MOST_SAMPLES, help="Samples to draw for validation.")
+    ] = None,
     test: Annotated[
         list[str] | None,
         typer.Option(
@@ -230,7 +247,9 @@ def task(
             "labelled: a file."
         ),
     ] = None,
-    test_count: Annotated[int | None, typer.Option(help="Samples to draw of each test.")] = None,
+    test_count: Annotated[
+        int | None, typer.Option(max=MOST_SAMPLES, help="Samples to draw of each test.")
+    ] = None,
     variant: Annotated[str | None, typer.Option(help="listops, of train and val: d20.")] = None,
     max_depth: Annotated[
         int | None, typer.Option(help="listops, instead of the variant's.")
@@ -238,10 +257,12 @@ def task(
     max_args: Annotated[int | None, typer.Option(help="listops, instead of the variant's.")] = None,
     min_length: Annotated[int | None, typer.Option(help="listops: tokens at least.")] = None,
     max_length: Annotated[int | None, typer.Option(help="listops: tokens at most.")] = None,
-    length: Annotated[int | None, typer.Option(help="flip_flop: symbols of a string; 512.")] = None,
+    length: Annotated[
+        int | None, typer.Option(max=1 << 20, help="flip_flop: symbols of a string; 512.")
+    ] = None,
     p_ignore: Annotated[float | None, typer.Option(help="flip_flop: p_i of train; 0.8.")] = None,
     train_operators: Annotated[
-        int | None, typer.Option(help="logic: train has up to so many operators; 6.")
+        int | None, typer.Option(help="logic: maximum operators in train (default: 6).")
     ] = None,
     text_key: Annotated[
         list[str] | None, typer.Option(help="labelled: field of the text; twice for pairs.")
@@ -249,7 +270,7 @@ def task(
     label_key: Annotated[str | None, typer.Option(help="labelled: field of the label.")] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option("--class", help="labelled: a class that is read; left out: all are."),
+        typer.Option("--class", help="labelled: a class to read (default: all)."),
     ] = None,
     column: Annotated[
         list[str] | None,
@@ -262,10 +283,15 @@ def task(
     val_fraction: Annotated[
         float | None, typer.Option(help="labelled: share of the samples for validation.")
     ] = None,
+    quoting: Annotated[Quoting | None, typer.Option(help=f"labelled: {QUOTING}")] = None,
+    errors: Annotated[Errors | None, typer.Option(help=f"labelled: {ERRORS}")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help=f"labelled: {EXCLUDE}")
+    ] = None,
 ) -> None:
     """Draw or read labelled samples: ListOps, logical inference, flip-flop, or your own."""
-    from data_prep.progress import ProgressReport
-    from data_prep.tasks import TaskRequest, prepare_task
+    from megarecur.data_prep.progress import ProgressReport
+    from megarecur.data_prep.tasks import TaskRequest, prepare_task
 
     request = TaskRequest(
         name, tuple(inputs or ()), seed, train=train, val=val, tests=tuple(test or ()),
@@ -273,7 +299,8 @@ def task(
         min_length=min_length, max_length=max_length, length=length, p_ignore=p_ignore,
         train_operators=train_operators, text_keys=tuple(text_key) if text_key else None,
         label_key=label_key, classes=tuple(only or ()), columns=tuple(column or ()),
-        tokenizer=tokenizer, val_fraction=val_fraction,
+        tokenizer=tokenizer, val_fraction=val_fraction, quoting=quoting, errors=errors,
+        exclude=tuple(exclude or ()),
     )  # fmt: skip
     for split, manifest in prepare_task(request, out, ProgressReport()).items():
         made = manifest.task or {}
@@ -288,25 +315,26 @@ def task(
 def inspect(
     corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A folder of shards.")],
     samples: Annotated[int, typer.Option(min=0, help="Documents to decode.")] = 3,
-    tokenizer: Annotated[str | None, typer.Option(help="If it is not found by itself.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer, if it is not found automatically.")
+    ] = None,
 ) -> None:
     """Show what a corpus holds: samples, lengths, bytes per token."""
-    from rich.console import Console
-
-    from data_prep.inspect import inspect_corpus, render_inspection
+    from megarecur.data_prep.inspect import inspect_corpus, render_inspection
+    from megarecur.launch.terminal import show
 
     found = inspect_corpus(corpus, num_samples=samples, tokenizer=tokenizer)
-    Console().print(render_inspection(found))
+    show(lambda _: render_inspection(found))
 
 
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("data/quickstart"),
-    vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids.")] = 2048,
+    vocab_size: Annotated[int, typer.Option(min=1, max=1 << 26, help="Number of ids.")] = 2048,
 ) -> None:
     """Prepare the demo's corpus: the sources of the running Python's standard library."""
-    from data_prep.progress import ProgressReport
-    from data_prep.stdlib import prepare_quickstart
+    from megarecur.data_prep.progress import ProgressReport
+    from megarecur.data_prep.stdlib import prepare_quickstart
 
     report(prepare_quickstart(out, vocab_size=vocab_size, progress=ProgressReport()), out)
 
@@ -315,23 +343,24 @@ def quickstart(
 def teacher(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A run with distill.teacher.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Changes to it.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of the config."),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("data/teacher"),
-    top_k: Annotated[int, typer.Option(min=1, help="Tokens to keep of each position.")] = 64,
+    top_k: Annotated[int, typer.Option(min=1, help="Tokens to store per position.")] = 64,
 ) -> None:
-    """Store what a teacher says about all samples of a run, for distill.stored."""
-    from data_prep.progress import ProgressReport
+    """Store a teacher's predictions on all samples of a run, for distill.stored."""
     from megarecur.config.load import load_config
-    from megarecur.config.schema import ParallelConfig
+    from megarecur.config.parallel import ParallelConfig
+    from megarecur.data.open import open_data
+    from megarecur.data_prep.progress import ProgressReport
     from megarecur.parallel.mesh import Mesh, pick_device
     from megarecur.train.distill import load_teacher, with_teacher
     from megarecur.train.stored_teacher import ENTRY_BYTES, write_down
-    from megarecur.train.trainer import open_data
 
     asked = load_config(config, overrides or [])
     if asked.distill is None or asked.distill.teacher is None:
-        raise ConfigError(f"{config}: names no distill.teacher to ask; add one")
+        raise ConfigError(f"{config}: has no distill.teacher; add one")
     mesh = Mesh(device=pick_device(asked.train.device))
     asked = asked.model_copy(update={"parallel": ParallelConfig()})
     data = open_data(asked, mesh)
@@ -346,7 +375,7 @@ def teacher(
             asked,
             data.tokenizer,
             loader,
-            lambda batch: model.logits(batch.to(mesh.device)),
+            lambda batch: model.target(batch.to(mesh.device))(slice(None)),
             out,
             top_k,
             lambda done: progress.advance(done * top_k * ENTRY_BYTES, done),
@@ -356,7 +385,7 @@ def teacher(
 
 
 def report(manifests: dict[str, Manifest], out: Path) -> None:
-    """One line per corpus made."""
+    """Print one line per corpus."""
     for name, manifest in manifests.items():
         print(
             f"{out / name}: {manifest.num_documents} documents, {manifest.num_tokens} tokens, "

@@ -1,11 +1,12 @@
-"""Preparing a corpus by Slurm: two job arrays and a job, each after the one before.
+"""Prepare a corpus by Slurm: two job arrays and a job, each after the previous one.
 
     OUT.partial/    unfinished work, as on one machine
-    OUT.slurm/      jobs.json, read.sh, tokenise.sh and assemble.sh as they were submitted, but for
-                    the dependency; logs, one per task
+    OUT.slurm/      jobs.json; read.sh, tokenise.sh, assemble.sh; PHASE-after-JOB.sh, as they were
+                    submitted, with their dependency; code-HASH, the code that they run; logs, one
+                    per task
 
-A task that fails ends the jobs after it. The same command then submits what is missing;
-`sbatch --array=7 OUT.slurm/read.sh` runs a task again by itself.
+A failed task ends the jobs after it. The same command then submits the missing tasks; `sbatch
+--array=7 OUT.slurm/read.sh` reruns one task.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from data_prep.array import Phase, begin, foresee
-from data_prep.plan import Request
-from data_prep.readers import WHOLE_FILES
-from launch.profile import Profile, load_profile
-from launch.script import Job, render
-from launch.slurm import SlurmError, ask, cancel, submit
+from megarecur.data_prep.array import Phase, begin, plan_remaining_work
+from megarecur.data_prep.plan import Request
+from megarecur.data_prep.readers import WHOLE_FILES
 from megarecur.errors import DataError
+from megarecur.files import replace_file
+from megarecur.launch.draft import Draft
+from megarecur.launch.job import SNAPSHOT, snapshot_name, write_snapshot
+from megarecur.launch.profile import ClusterProfile, load_profile
+from megarecur.launch.script import Job, render
+from megarecur.launch.slurm import SlurmError, ask, cancel, submit
 
-CODE = Path(__file__).resolve().parents[1]
 ARRAYS = ("read", "tokenise")
 Script = Callable[[Phase, Sequence[int], str | None], str]
-"""The script of a phase, of the numbers of its tasks, and of the job to run after."""
+"""Function from a phase, its task numbers and the job to run after, to a script."""
 
 
 def submit_preparation(
@@ -42,26 +45,26 @@ def submit_preparation(
     workers: int = 0,
     dry_run: bool = False,
 ) -> bool:
-    """Submit what is missing of a corpus, and say so.
+    """Submit the missing work of a corpus, and print it.
 
     Args:
-        request: what is asked for.
-        out: folder of the result.
-        tasks: into how many each phase is divided.
-        cluster: a profile's name or file; Slurm's own defaults if left out.
-        at_once: tasks that may run at a time.
-        workers: processes of each task; 0: as many as its cores.
+        tasks: number of tasks of each phase.
+        cluster: a profile's name or file; None uses Slurm's own defaults.
+        at_once: maximum number of concurrent tasks.
+        workers: processes of each task; 0 means one per core.
         dry_run: print the scripts; submit nothing and write nothing.
 
     Returns:
-        Whether there was anything to do.
+        True if there was work to do.
 
     Raises:
-        ConfigError: no such profile; no Slurm, or it refuses: then nothing stays submitted.
+        ConfigError: the profile or Slurm is missing, or Slurm rejects a job; then no job stays
+        submitted.
         DataError: an input cannot be read, jobs or a process prepare this corpus already, or OUT
             holds something else.
     """
-    profile = Profile() if cluster is None else load_profile(cluster)
+    profile = ClusterProfile() if cluster is None else load_profile(cluster)
+    code = folder_of(out) / snapshot_name()
 
     def script(phase: Phase, numbers: Sequence[int], after: str | None) -> str:
         many = phase in ARRAYS
@@ -69,66 +72,78 @@ def submit_preparation(
             name=f"prep-{phase}-{out.name}",
             nodes=1,
             tasks_per_node=1,
-            output=folder_of(out) / (f"{phase}-%A-%a.log" if many else f"{phase}-%j.log"),
+            logs=folder_of(out),
+            log=f"{phase}-%A-%a.log" if many else f"{phase}-%j.log",
             workdir=Path.cwd(),
-            code=CODE,
+            code=code,
             array=write_array(numbers, at_once) if many else None,
             dependency=after and f"afterok:{after}",
-            signal=False,
+            supervised=False,
         )
         return render(job, profile, command_of(request, out, phase, tasks, workers, profile))
 
     if dry_run:
-        work, after = foresee(request, out, tasks), None
+        work, after = plan_remaining_work(request, out, tasks), None
         for phase, numbers in work.items():
             if numbers:
                 print(f"# {phase}.sh\n{script(phase, numbers, after)}")
                 after = f"JOB_OF_{phase.upper()}"
         return bool(work)
     if shutil.which("sbatch") is None:
-        ask("sbatch")  # says what is missing, before inputs are read
+        ask("sbatch")  # Fails with a clear error before inputs are read.
     refuse_while_queued(out)
     with begin(request, out, tasks) as work:
         if work:
-            refuse_while_queued(out)  # by another submission, while inputs were read
-            _submit(work, out, script)
+            refuse_while_queued(out)  # by another submission while inputs were read
+            _submit(work, out, script, code)
     return bool(work)
 
 
-def _submit(work: dict[Phase, list[int]], out: Path, script: Script) -> None:
-    """Submit the jobs of some phases, each after the one before; all of them or none."""
-    folder = folder_of(out)
-    folder.mkdir(parents=True, exist_ok=True)
+def _submit(work: dict[Phase, list[int]], out: Path, script: Script, code: Path) -> None:
+    """Submit the jobs of some phases, each after the previous one; all of them or none."""
+    folder, draft = folder_of(out), Draft()
     jobs: dict[str, str] = {}
     try:
+        draft.make_folder(folder)
+        write_snapshot(code, draft)
         for phase, numbers in work.items():
             if not numbers:
                 print(f"{phase}: finished")
                 continue
             after = list(jobs.values())[-1] if jobs else None
-            (folder / f"{phase}.sh").write_text(script(phase, numbers, None))
-            jobs[phase] = submit(script(phase, numbers, after), folder)
-            (folder / "jobs.json").write_text(json.dumps(jobs))
+            plain = folder / f"{phase}.sh"
+            draft.write(plain, script(phase, numbers, None))
+            as_submitted = folder / f"{phase}-after-{after}.sh" if after else plain
+            draft.write(as_submitted, script(phase, numbers, after))
+            jobs[phase] = submit(as_submitted)
             count = f", {len(numbers)} tasks" if phase in ARRAYS else ""
             print(f"{phase}: job {jobs[phase]}{count}{f', after {after}' if after else ''}")
+        replace_file(folder / "jobs.json", json.dumps(jobs))
     except BaseException:
         for job in jobs.values():
             cancel(job)
+        draft.undo()
         raise
     print(f"scripts and logs: {folder}; after a failure, the same command submits what is missing")
 
 
 def refuse_while_queued(out: Path) -> None:
-    """Refuse to prepare a corpus that jobs prepare, running or waiting.
+    """Reject preparing a corpus that jobs prepare, running or waiting.
 
     Raises:
-        DataError: naming the jobs.
-        SlurmError: jobs were submitted, and Slurm does not say what became of them.
+        DataError: the message names the jobs.
+        SlurmError: jobs were submitted, and Slurm does not report their state.
     """
     file = folder_of(out) / "jobs.json"
     if not file.exists() or shutil.which("squeue") is None:
         return
-    jobs = json.loads(file.read_text()).values()
+    try:
+        jobs = [str(job) for job in json.loads(file.read_text()).values()]
+    except (ValueError, AttributeError):
+        raise DataError(
+            f"{file}: is damaged, so that jobs that prepare this corpus are not known; delete it "
+            "once squeue shows none"
+        ) from None
     try:
         found = ask("squeue", "--noheader", "--format=%F", f"--jobs={','.join(jobs)}").split()
     except SlurmError as error:
@@ -143,23 +158,25 @@ def refuse_while_queued(out: Path) -> None:
 
 
 def folder_of(out: Path) -> Path:
-    """Where scripts and logs of a preparation lie: absolute, beside the result."""
+    """Return the absolute folder of a preparation's scripts and logs, beside the result."""
     out = Path(os.path.abspath(out))
     return out.with_name(out.name + ".slurm")
 
 
 def command_of(
-    request: Request, out: Path, phase: Phase, tasks: int, workers: int, profile: Profile
+    request: Request, out: Path, phase: Phase, tasks: int, workers: int, profile: ClusterProfile
 ) -> list[str]:
-    """The words that do one task of a phase; each value is one word with its option."""
+    """Return the words of the command of one task of a phase; each value is one word with its
+    option."""
     reading = request.reading
     options: list[tuple[str, object]] = [("out", out), ("tokenizer", request.tokenizer)]
     options += [
         (name.replace("_", "-"), getattr(reading, name))
-        for name in ("text_key", "template", "text_split", "separator", "errors")
+        for name in ("text_key", "template", "text_split", "separator", "errors", "quoting")
         if getattr(reading, name) != getattr(WHOLE_FILES, name)
     ]
     options += [("exclude", pattern) for pattern in reading.exclude]
+    options += [("eos", request.eos)] if request.eos is not None else []
     options += [("val-fraction", request.val_fraction)] if request.val_fraction else []
     options += [("near-duplicates", request.near_duplicates)] if request.near_duplicates else []
     options += [("workers", workers)] if workers else []
@@ -167,29 +184,28 @@ def command_of(
     return [
         *_enter(profile),
         profile.python or sys.executable,
-        *("-m", "launch.cli", "prep", "shards"),
+        *(*SNAPSHOT, "prep", "shards"),
         *(f"--{name}={value}" for name, value in options),
         *([] if request.deduplicate else ["--no-deduplicate"]),
         *(["--task", "$SLURM_ARRAY_TASK_ID"] if phase in ARRAYS else []),
         "--",
-        # bash would fill in a word that begins with a dollar sign.
+        # bash would expand a word that begins with a dollar sign
         *(f"./{name}" if name.startswith("$") else name for name in request.inputs),
     ]
 
 
-def _enter(profile: Profile) -> list[str]:
-    """What brings a command into the profile's container, where there is one."""
+def _enter(profile: ClusterProfile) -> list[str]:
+    """Return the words that enter the profile's container, if there is one."""
     image = profile.container
     if image is None:
         return []
-    words = ["srun", "--ntasks=1", *profile.srun_options, f"--container-image={image.image}"]
-    words += [f"--container-mounts={','.join(image.mounts)}"] if image.mounts else []
+    words = ["srun", "--ntasks=1", *profile.srun_options]
     words += [f"--cpus-per-task={profile.cpus_per_task}"] if profile.cpus_per_task else []
-    return [*words, f"--container-workdir={image.workdir or Path.cwd()}"]
+    return [*words, *image.srun_options(str(Path.cwd()))]
 
 
 def write_array(numbers: Sequence[int], at_once: int | None) -> str:
-    """Ascending numbers as sbatch's --array takes them: 0-3,7%2."""
+    """Format ascending numbers for sbatch's --array: 0-3,7%2."""
     breaks = [i for i, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1]
     runs = [numbers[i:j] for i, j in pairwise([0, *breaks, len(numbers)])]
     text = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
@@ -197,7 +213,7 @@ def write_array(numbers: Sequence[int], at_once: int | None) -> str:
 
 
 def cores() -> int:
-    """Cores that this process may use; of a job of Slurm, no more than it was given."""
+    """Return the number of cores that this process may use; in a Slurm job, its allocated cores."""
     own = len(os.sched_getaffinity(0))
     given = os.environ.get("SLURM_CPUS_ON_NODE", "")
     return min(own, int(given)) if given.isdigit() else own

@@ -1,4 +1,4 @@
-"""The sbatch script of a job, as text: what `--dry-run` prints is what is submitted."""
+"""The sbatch script of a job as text; `--dry-run` prints exactly what is submitted."""
 
 from __future__ import annotations
 
@@ -7,51 +7,92 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.profile import Profile
+from megarecur.errors import ConfigError
+from megarecur.launch.profile import ClusterProfile
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one job asks Slurm for, beside its cluster's profile."""
+    """The Slurm request of one job, beside its cluster's profile."""
 
     name: str
     nodes: int
     tasks_per_node: int
-    """Of Slurm: processes, or agents of torchrun."""
-    output: Path
-    """Of the batch script; %j and %a are Slurm's."""
+    """Slurm tasks per node: processes, or torchrun agents."""
+    logs: Path
+    """Folder of the batch script's output."""
+    log: str
+    """Name of the output file; Slurm replaces %j, %A and %a."""
     workdir: Path
     code: Path
     """The snapshot that Python imports from."""
+    comment: str | None = None
+    """Comment shown in queue and accounting: the folder of the run."""
     gpus_per_node: int = 0
-    time: str | None = None
     array: str | None = None
-    """Such as 0-3%2."""
+    """Array such as 0-3%2."""
     dependency: str | None = None
-    """Such as afterok:17; a job whose dependency can never be met is ended."""
+    """Dependency such as afterok:17; a job whose dependency can never be met is ended."""
     exclude: tuple[str, ...] = ()
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Variables that each task of an array has a value of its own for."""
-    signal: bool = True
-    """Whether the batch script is told before the time limit."""
+    """Variables with a separate value for each task of an array."""
+    supervised: bool = True
+    """True if the command is a supervisor: signalled before the time limit, and restarted if it is
+    killed."""
 
 
-def render(job: Job, profile: Profile, command: Sequence[str]) -> str:
-    """The script that runs `command` on the first node of a job; a pure function.
+SUPERVISE = """
+# Forward signals to the supervisor. If it is killed, for example for lack of memory, restart it:
+# it ends the remaining ranks, and resumes the run.
+set +e
+pass_on() {{
+    caught=1
+    if [ "$supervisor" ]; then kill -"$1" $supervisor 2>/dev/null; else early+=" $1"; fi
+}}
+for signal in USR1 USR2 TERM; do trap "pass_on $signal" $signal; done
+for turn in {{1..10}}; do
+    {command} &
+    supervisor=$!
+    for signal in $early; do kill -$signal $supervisor 2>/dev/null; done
+    caught=1
+    while [ "$caught" ]; do
+        caught=
+        wait $supervisor
+        now=$?
+        [ $now = 127 ] || code=$now
+    done
+    supervisor= early=
+    if [ $code -le 128 ] || [ $code = 143 ]; then break; fi
+    export MEGARECUR_SUPERVISOR_ENDED=$code
+done
+exit $code
+"""
+"""End of the script of a supervised job; `wait` returns early on a signal."""
 
-    Words of the command are quoted but for those that begin with `$`, which bash fills in.
+
+def render(job: Job, profile: ClusterProfile, command: Sequence[str]) -> str:
+    """Return the script that runs `command` on the first node of a job; a pure function.
+
+    Words of the command are quoted, except those that begin with `$`, which bash expands.
+
+    Raises:
+        ConfigError: a value for sbatch contains a line break, which would end its line.
     """
     exclude = [*profile.exclude, *job.exclude]
     gpus = f"{profile.gpu_type}:{job.gpus_per_node}" if profile.gpu_type else job.gpus_per_node
+    by_gres = profile.gpu_request == "gres"
     asked = {
         "job-name": job.name,
+        # squeue separates its columns by |
+        "comment": None if "|" in (job.comment or "|") else job.comment,
         "array": job.array,
         "nodes": job.nodes,
         "ntasks-per-node": job.tasks_per_node,
-        "gpus-per-node": gpus if job.gpus_per_node else None,
+        "gpus-per-node": gpus if job.gpus_per_node and not by_gres else None,
+        "gres": f"gpu:{gpus}" if job.gpus_per_node and by_gres else None,
         "cpus-per-task": profile.cpus_per_task,
         "mem": profile.mem,
-        "time": job.time or profile.time,
+        "time": profile.time,
         "partition": profile.partition,
         "account": profile.account,
         "qos": profile.qos,
@@ -59,10 +100,13 @@ def render(job: Job, profile: Profile, command: Sequence[str]) -> str:
         "exclude": ",".join(exclude) or None,
         "dependency": job.dependency,
         "kill-on-invalid-dep": "yes" if job.dependency else None,
-        "signal": f"B:USR1@{profile.save_seconds}" if job.signal else None,
+        "signal": f"B:USR1@{profile.save_seconds}" if job.supervised else None,
         "open-mode": "append",
-        "output": job.output,
+        "output": f"{escape(job.logs)}/{job.log}",
     }
+    for key, value in [*asked.items(), *(("option", option) for option in profile.options)]:
+        if len(str(value).splitlines()) > 1 or str(value).endswith(("\n", "\r")):
+            raise ConfigError(f"{key}={value!r}: contains a line break; write it in one line")
     flags = ["requeue" if profile.requeue else "no-requeue"]
     flags += ["exclusive"] if profile.exclusive else []
     lines = ["#!/bin/bash"]
@@ -82,6 +126,12 @@ def render(job: Job, profile: Profile, command: Sequence[str]) -> str:
         lines.append(f"{name}=({' '.join(map(shlex.quote, values))})")
         lines.append(f"{name}=${{{name}[$SLURM_ARRAY_TASK_ID]}}")
     lines.append(f"cd {shlex.quote(str(job.workdir))}")
-    words = (f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in command)
-    lines.append(f"exec {' '.join(words)}")
+    quoted = (f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in command)
+    words = " ".join(quoted)
+    lines += SUPERVISE.format(command=words).splitlines() if job.supervised else [f"exec {words}"]
     return "\n".join(lines) + "\n"
+
+
+def escape(path: Path) -> str:
+    """Return a path for an option in which Slurm replaces patterns that begin with %."""
+    return str(path).replace("%", "%%")

@@ -1,6 +1,6 @@
-"""How runs are doing: `megarecur status`, from their folders and what Slurm's queue says of them.
+"""Show the state of runs, `megarecur status`, from their folders and Slurm's queue.
 
-A run folder is enough; Slurm is asked, where it is there, whether a job waits, runs or is gone.
+A run folder suffices; if Slurm exists, it reports whether a job waits, runs or has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.folder import (
+from megarecur.config.load import read_sections
+from megarecur.errors import ConfigError, MegarecurError
+from megarecur.launch.folder import (
     OVER,
     Beat,
     Checkpoint,
@@ -29,13 +31,14 @@ from launch.folder import (
     is_run,
     last_sign,
     newest_checkpoint,
+    points_of,
     read_attempts,
     read_beat,
     read_config,
     read_holder,
 )
-from launch.profile import Profile
-from launch.queue import (
+from megarecur.launch.profile import ClusterProfile
+from megarecur.launch.queue import (
     GOING,
     PATIENCE,
     WAITING,
@@ -48,16 +51,15 @@ from launch.queue import (
     run_of,
     why_pending,
 )
-from launch.slurm import SlurmError, describe_jobs
-from megarecur.config.load import read_sections
-from megarecur.errors import ConfigError, MegarecurError
-from megarecur.plan.describe import count_noun, format_count, make_console
+from megarecur.launch.slurm import SlurmError, describe_jobs
+from megarecur.launch.terminal import make_console
+from megarecur.plan.describe import count_noun, format_count
 from megarecur.train.metrics import duration, read_rows
 
 TAIL_BYTES = 1 << 19
-"""Of metrics.jsonl: hundreds of rows, however long the run."""
+"""Bytes read from the end of metrics.jsonl: hundreds of rows, however long the run."""
 MOST_ATTEMPTS = 8
-"""Shown of a run, the latest."""
+"""Number of latest attempts shown."""
 
 PHASES = {
     "start": "starting",
@@ -68,16 +70,17 @@ PHASES = {
     "stopped": "stopping",
     "diverged": "stopping",
 }
-COLOURS = {"running": "green", "pending": "yellow", "stalled?": "bold red", "ended": "dim"}
+COLOURS = {"running": "green", "pending": "yellow", "stalled?": "bold red", "ended": "dim",
+           "not started": "dim", "unknown": "yellow"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Status:
-    """One run, as it is now."""
+    """The current state of one run."""
 
     run: Path
     state: str
-    """running, pending, ended, stalled? or unknown."""
+    """One of running, pending, not started, ended, stalled? and unknown."""
     why: str = ""
     job: QueuedJob | None = None
     step: int | None = None
@@ -86,16 +89,16 @@ class Status:
     val_loss: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
-    """Of the hardware's peak, 0 to 1."""
+    """Model FLOPs utilisation, 0 to 1."""
     left: float | None = None
-    """Seconds of training to the last step at the pace of the latest ones."""
+    """Estimated seconds of training to the last step, at the latest pace."""
     attempts: list[PastAttempt] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def restarts(self) -> int:
-        """Starts after the first."""
+        """Number of starts after the first."""
         return max(len(self.attempts) - 1, 0)
 
 
@@ -103,10 +106,11 @@ def show_status(what: str | None) -> None:
     """Print one run, the run of a job, or all runs in the user's queue.
 
     Args:
-        what: a folder, the id of a job, or None for all.
+        what: the folder of a run or of a sweep, the id of a job, or None for all.
 
     Raises:
-        ConfigError: no such folder, no run in it, no such job; all of them, but no Slurm to ask.
+        ConfigError: the folder, run or job does not exist, or all runs were requested without
+        Slurm.
     """
     console = make_console()
     if what is None:
@@ -126,6 +130,11 @@ def show_status(what: str | None) -> None:
             print_table(found, console)
         else:
             print_status(found[0], console)
+    elif points := points_of(Path(what)):
+        queue = queue_of(Path(what))
+        print_table([status_or_note(run, queue) for run in points], console)
+        for note in filter(None, [queue.unknown]):
+            _plain(console, f"note: {note}")
     else:
         run = check_run(Path(what))
         print_status(read_status(run, queue_of(run)), console)
@@ -135,10 +144,10 @@ def show_status(what: str | None) -> None:
 
 
 def statuses_of_job(job: str) -> list[Status]:
-    """The run of a job, or the runs of an array.
+    """Return the run of a job, or the runs of an array.
 
     Raises:
-        ConfigError: Slurm does not know the job, or is not there, or the job is no run's.
+        ConfigError: Slurm is missing or does not know the job, or the job belongs to no run.
     """
     try:
         shown = describe_jobs(job, PATIENCE)
@@ -165,8 +174,8 @@ def statuses_of_job(job: str) -> list[Status]:
     ]
 
 
-def status_or_note(run: Path, queue: Queue, job: QueuedJob | None) -> Status:
-    """The status of a run, or why it cannot be told, for a table that must not fail for one."""
+def status_or_note(run: Path, queue: Queue, job: QueuedJob | None = None) -> Status:
+    """Return the status of a run, or why it is unknown, for a table that must not fail."""
     if not is_run(run):
         waits = job is not None and job.state in WAITING
         why = why_pending(job) if job is not None and waits else "its run has not begun"
@@ -181,15 +190,10 @@ def status_or_note(run: Path, queue: Queue, job: QueuedJob | None) -> Status:
 
 
 def read_status(run: Path, queue: Queue, job: QueuedJob | None = None) -> Status:
-    """All that can be told of a run.
-
-    Args:
-        run: its folder.
-        queue: where its job is looked for.
-        job: its job, where that is known.
+    """Return everything known about a run.
 
     Raises:
-        ConfigError: its config is no YAML.
+        ConfigError: its config is not YAML.
     """
     config, attempts = read_config(run), read_attempts(run)
     rows = read_rows(run / "metrics.jsonl", TAIL_BYTES)
@@ -202,7 +206,7 @@ def read_status(run: Path, queue: Queue, job: QueuedJob | None = None) -> Status
     began += [holder.since] if holder is not None and holder.alive else []
     if beat is not None and beat.time < max(began, default=0.0):
         beat = None
-    # The heartbeat is left out after most quick steps; metrics have log steps only.
+    # Quick steps mostly send no heartbeat; metrics have log steps only.
     told = [s for s in (beat.step if beat else None, _whole(row.get("step"))) if s is not None]
     step = max(told) if told else checkpoint.step if checkpoint else None
     steps = _whole(_section(config, "train").get("steps"))
@@ -235,26 +239,26 @@ def read_status(run: Path, queue: Queue, job: QueuedJob | None = None) -> Status
 
 @dataclass(frozen=True)
 class Known:
-    """What a run's state is judged by."""
+    """The facts from which a run's state is derived."""
 
     run: Path
     attempts: Sequence[PastAttempt]
     beat: Beat | None
-    """None too where it is that of a start before the newest one."""
+    """None if the heartbeat belongs to an earlier start."""
     checkpoint: Checkpoint | None
     job: QueuedJob | None
     asked: bool
-    """Whether Slurm answered: then a job that it does not show is gone."""
+    """True if Slurm answered: then a job that it does not show has ended."""
     holder: Holder | None
     began: Sequence[float]
-    """When the newest attempt began, and the process that is at work here, in UNIX seconds."""
+    """Start of the newest attempt, and of the process at work here, in UNIX seconds."""
     pace: float | None
     """Seconds per step."""
     steps: int | None
 
     @property
     def over(self) -> PastAttempt | None:
-        """The newest attempt, where its end is recorded and nothing was heard of the run since."""
+        """The newest attempt, if its end is recorded and there was no later sign of the run."""
         last = self.attempts[-1] if self.attempts else None
         if last is None or last.ended is None:
             return None
@@ -262,7 +266,7 @@ class Known:
 
 
 def judge(known: Known) -> tuple[str, str]:
-    """(state, why) of a run: running, pending, ended or stalled?."""
+    """Return (state, reason) of a run, as in `Status`."""
     job, holder, over = known.job, known.holder, known.over
     if job is not None and job.state in WAITING:
         return "pending", why_pending(job) + (f"; before: {over.why}" if over else "")
@@ -272,10 +276,13 @@ def judge(known: Known) -> tuple[str, str]:
         return judge_life(known, f"process {holder.pid} of this machine")
     if over is not None:
         if over.action not in ("requeued", "restarted"):
-            told = f"; {over.action}" if over.action == "given up" else ""
+            told = f"; {over.action}" if over.action not in ("done", "stopped") else ""
             return "ended", over.why + told
         if not known.asked:
-            return "pending", f"{over.action} after: {over.why}"
+            return "unknown", (
+                f"{over.action} after: {over.why}; whether its job waits or has failed since, "
+                "Slurm does not say"
+            )
         return "ended", (
             f"{over.why}; it was {over.action}, but job {over.job} is {_fate(job)}: submit it again"
         )
@@ -286,7 +293,10 @@ def judge(known: Known) -> tuple[str, str]:
         return judge_life(known, f"job {last.job}, if its last word still holds")
     if known.beat is not None and known.beat.phase == "done":
         return "ended", "finished"
-    return "ended", f"job {last.job} is {_fate(job)}, attempt {last.number} left no last word"
+    return "ended", (
+        f"job {last.job} is {_fate(job)}, attempt {last.number} left no last word; "
+        "launch it again to resume"
+    )
 
 
 def _fate(job: QueuedJob | None) -> str:
@@ -294,7 +304,7 @@ def _fate(job: QueuedJob | None) -> str:
 
 
 def judge_going(known: Known, job: QueuedJob) -> tuple[str, str]:
-    """A job that has nodes: it runs, is stalled, or is about to be gone."""
+    """Return the state of a job with nodes: it runs, is stalled, or is ending."""
     over = known.over
     if job.state in ("SUSPENDED", "STOPPED"):
         return "pending", f"{job.state.lower()} by Slurm, with its nodes"
@@ -309,14 +319,15 @@ def judge_going(known: Known, job: QueuedJob) -> tuple[str, str]:
 
 
 def judge_life(known: Known, where: str) -> tuple[str, str]:
-    """A run that should be at work: when did it last say so?"""
+    """Return the state of a run that should be at work, by its last sign of life."""
     beat = known.beat
     sign = beat.time if beat else last_sign(known.run)
     signs = [*known.began] + ([sign] if sign is not None else [])
     phase = beat.phase if beat else "start"
-    # Without a heartbeat only the metrics tell that more than that happens.
+    # Without a heartbeat, only metrics show progress.
     begun = beat is None and sign is not None and sign > max(known.began, default=0.0)
     doing = "at work" if begun else PHASES.get(phase, phase)
+    doing += f" ({beat.detail})" if beat and beat.detail else ""
     if not signs:
         return "running", f"{doing}; {where}"
     silent = age(max(signs))
@@ -325,7 +336,7 @@ def judge_life(known: Known, where: str) -> tuple[str, str]:
 
 
 def judge_alone(known: Known) -> tuple[str, str]:
-    """A run that no job and no process that can be seen from here is at work on."""
+    """Return the state of a run without a job or visible process."""
     beat, holder, saved = known.beat, known.holder, known.checkpoint
     gone = f"; job {known.job.label} is {_fate(known.job)}" if known.job else ""
     if beat is not None and beat.phase in OVER:
@@ -335,7 +346,7 @@ def judge_alone(known: Known) -> tuple[str, str]:
         return "ended", "finished"
     sign = last_sign(known.run)
     if sign is None and holder is None:
-        return "ended", "nothing has begun" + gone
+        return "not started", "its first attempt has not begun" + gone
     if holder is not None and holder.alive is None:
         return judge_life(known, f"process {holder.pid} of {holder.host}, unseen from here")
     silent = f", {duration(age(sign))} ago" if sign is not None else ""
@@ -343,23 +354,21 @@ def judge_alone(known: Known) -> tuple[str, str]:
 
 
 def patience_for(known: Known, phase: str) -> float:
-    """Seconds of silence after which a run may hang, by its job's profile or the defaults."""
-    profile = read_profile(known.run)
-    if phase != "train" or known.pace is None:
-        return profile.start_seconds
-    return max(profile.stall_seconds, profile.stall_factor * known.pace)
+    """Return the seconds of silence after which a run may hang, by its job's profile or the
+    defaults."""
+    return read_profile(known.run).stall_limit(phase, known.pace)[1]
 
 
-def read_profile(run: Path) -> Profile:
-    """The profile that a run was submitted with; the defaults for one that never was."""
-    path = run / "launch" / "order.json"
+def read_profile(run: Path) -> ClusterProfile:
+    """Return the profile with which a run was submitted, or the defaults."""
+    path = run / "launch" / "job.json"
     if not path.exists():
-        return Profile()
+        return ClusterProfile()
     try:
-        values = read_sections(path)["profile"]  # JSON is YAML.
-        return Profile.model_validate(values)
+        values = read_sections(path)["profile"]  # JSON is YAML
+        return ClusterProfile.model_validate(values)
     except (ConfigError, KeyError, ValueError):
-        return Profile()
+        return ClusterProfile()
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -368,12 +377,12 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _has(row: dict[str, Any], key: str) -> bool:
-    """Whether a row has a number there; null is for what was not finite."""
+    """Return True if a row has a number for the key; null means not finite."""
     return isinstance(row.get(key), int | float)
 
 
 def _number(row: dict[str, Any], key: str) -> float | None:
-    """A metric; NaN for null, None where the row has none."""
+    """Return a metric; NaN for null, None if the row has none."""
     if key not in row:
         return None
     return float(row[key]) if _has(row, key) else math.nan
@@ -387,7 +396,7 @@ def _whole(value: Any) -> int | None:
 
 
 def describe(status: Status) -> list[tuple[str, str]]:
-    """What there is to say of one run, as (name, text)."""
+    """Return the lines about one run, as (name, text)."""
     lines = [("run", str(status.run)), ("state", f"{status.state}: {status.why}")]
     lines.append(("step", _steps(status)))
     if status.loss is not None:
@@ -407,27 +416,31 @@ def describe(status: Status) -> list[tuple[str, str]]:
     return lines
 
 
-def describe_attempt(attempt: PastAttempt) -> tuple[str, str, str, str, str, str]:
-    """Number, job, when, nodes, steps and end of an attempt."""
+def describe_attempt(attempt: PastAttempt, going: str = "") -> tuple[str, str, str, str, str, str]:
+    """Return number, job, time, nodes, steps and end of an attempt; `going` is its state before its
+    end is recorded."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(attempt.began))
     if attempt.ended is not None:
         when += f" for {duration(attempt.ended - attempt.began)}"
     few = len(attempt.nodes) <= 3
     nodes = " ".join(attempt.nodes) if few else count_noun(len(attempt.nodes), "node")
     last = "" if attempt.last_step is None else str(attempt.last_step)
-    action = f"; {attempt.action}" if attempt.action else ""
-    end = "no end is recorded" if attempt.ended is None else f"{attempt.why}{action}"
+    action = f"; {attempt.action}" if attempt.action not in ("", "done") else ""
+    end = f"{attempt.why}{action}" if attempt.ended is not None else going or "no end is recorded"
     return str(attempt.number), attempt.job, when, nodes, f"{attempt.first_step}-{last}", end
 
 
 def print_status(status: Status, console: Console) -> None:
-    """One run: a table on a terminal, `name: text` lines elsewhere."""
-    attempts = status.attempts[-MOST_ATTEMPTS:]
+    """Print one run: a table on a terminal, otherwise `name: text` lines."""
+    attempts = [
+        describe_attempt(attempt, status.state if attempt is status.attempts[-1] else "")
+        for attempt in status.attempts[-MOST_ATTEMPTS:]
+    ]
     if not console.is_terminal:
         for name, text in describe(status):
             _plain(console, f"{name}: {text}")
         for attempt in attempts:
-            number, job, when, nodes, steps, end = describe_attempt(attempt)
+            number, job, when, nodes, steps, end = attempt
             _plain(
                 console,
                 f"attempt {number}: job {job}, {when}, on {nodes or '?'}, checkpoints {steps}: "
@@ -446,13 +459,13 @@ def print_status(status: Status, console: Console) -> None:
         for column in ("attempt", "job", "began", "nodes", "checkpoints", "end"):
             starts.add_column(column, overflow="fold")
         for attempt in attempts:
-            starts.add_row(*map(Text, describe_attempt(attempt)))
+            starts.add_row(*map(Text, attempt))
         console.print()
         console.print(starts)
 
 
 def print_table(found: Sequence[Status], console: Console) -> None:
-    """A row for each run: a table on a terminal, lines elsewhere."""
+    """Print a row for each run: a table on a terminal, otherwise lines."""
     header = ("job", "run", "state", "step", "loss", "tokens/s", "MFU", "left", "restarts",
               "checkpoint", "why")  # fmt: skip
     rows = []
@@ -487,7 +500,7 @@ def print_table(found: Sequence[Status], console: Console) -> None:
 
 
 def _plain(console: Console, line: str) -> None:
-    """One line, however long: pipes are not wrapped."""
+    """Print one line without wrapping."""
     print(" ".join(line.splitlines()), file=console.file)
 
 
@@ -505,7 +518,7 @@ def _limit(status: Status) -> str:
 
 
 def _restarts(status: Status) -> str:
-    """How many, and the reasons of the ends before them."""
+    """Return the number of restarts, and the reasons for the previous ends."""
     if not status.restarts:
         return "0"
     reasons = [attempt.reason or "no last word" for attempt in status.attempts[:-1]]
@@ -515,6 +528,6 @@ def _restarts(status: Status) -> str:
 
 
 def _near(run: Path) -> str:
-    """A path from here, where it lies below."""
+    """Return a path relative to here, if it is below."""
     here = Path.cwd()
     return str(run.relative_to(here)) if run.is_relative_to(here) else str(run)

@@ -1,4 +1,4 @@
-"""`megarecur verify`: both sides run in processes of their own, then they are compared."""
+"""Compare a mesh with one eager process, `megarecur verify`: both run in separate processes."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launch.local import launch_local
 from megarecur.config.load import to_yaml
 from megarecur.config.mesh import check_world
-from megarecur.config.schema import Config, ParallelConfig
+from megarecur.config.parallel import ParallelConfig
+from megarecur.config.run import Config
+from megarecur.launch.local import launch_local
 from megarecur.train.verify import Row, certified, compare
 
 EQUAL, DIFFERENT = 0, 1
 
 
 def verify_config(config: Config, nproc: int, steps: int, small: bool) -> int:
-    """Print the certificate. Returns the exit code: not 0 where anything differs.
+    """Print the comparison. Returns the exit code: not 0 if anything differs.
 
     Raises:
-        MeshError: a world that does not fit the config.
+        MeshError: the world does not fit the config.
     """
     check_world(config, nproc)
     parallel = config.parallel
     config = certified(config, small, nproc // (parallel.tensor * parallel.pipeline))
     with tempfile.TemporaryDirectory(prefix="megarecur-verify-") as name:
         folder = Path(name)
-        sides = {"alone": (1, ParallelConfig()), "mesh": (nproc, parallel)}
-        for side, (processes, mesh) in sides.items():
+        eager = config.train.model_copy(update={"compile": False})
+        alone = config.model_copy(update={"parallel": ParallelConfig(), "train": eager})
+        for side, processes, own in (("alone", 1, alone), ("mesh", nproc, config)):
             path = folder / f"{side}.yaml"
-            path.write_text(to_yaml(config.model_copy(update={"parallel": mesh})), "utf-8")
+            path.write_text(to_yaml(own), "utf-8")
             print(f"{side}: {steps} steps with {processes} process(es)", flush=True)
             command = ["record", str(path), str(folder / side), str(steps)]
             code = (
-                subprocess.run([sys.executable, "-m", "launch.cli", *command]).returncode
+                subprocess.run([sys.executable, "-m", "megarecur.launch.cli", *command]).returncode
                 if processes == 1
-                else launch_local(config, command, processes)
+                else launch_local(own, command, processes)
             )
             if code:
                 return code
@@ -46,7 +48,7 @@ def verify_config(config: Config, nproc: int, steps: int, small: bool) -> int:
 
 
 def print_rows(rows: list[Row], config: Config) -> None:
-    """The table, and the verdict."""
+    """Print the table and the verdict."""
     mesh = config.parallel
     width = max(len(name) for name in rows[0].gradient_errors)
     print(f"{'raw gradient':{width}}  error at each step")
@@ -66,4 +68,4 @@ def print_rows(rows: list[Row], config: Config) -> None:
     layout = f"tensor={mesh.tensor} pipeline={mesh.pipeline} zero_stage={mesh.zero_stage}"
     equal = all(row.equal for row in rows)
     print(f"{layout}: {'equal to one process' if equal else 'NOT equal to one process'} "
-          f"({config.train.precision})")  # fmt: skip
+          f"({config.train.precision}{', compiled' if config.train.compile else ''})")  # fmt: skip

@@ -1,19 +1,21 @@
-"""Mistakes that a user can mend. The command line prints them without a traceback and exits with 2.
+"""User errors. The command line prints them without a traceback and exits with 2.
 
-Every message names the path (of a key or of a file), the value found and the remedy.
+Every message names the path (of a key or file), the value found and the remedy.
 """
+
+import errno
 
 
 class MegarecurError(Exception):
-    """Base of every error that is the user's to mend."""
+    """Base of all errors that the user can fix."""
 
 
 class ConfigError(MegarecurError):
-    """A config, a flag or a combination of them that cannot be run."""
+    """Invalid config, option or combination of them."""
 
 
 class MeshError(MegarecurError):
-    """A world of processes that does not factor into the requested mesh."""
+    """World size that does not factor into the requested mesh."""
 
 
 class PlacementError(MegarecurError):
@@ -21,8 +23,38 @@ class PlacementError(MegarecurError):
 
 
 class CheckpointError(MegarecurError):
-    """A checkpoint that is missing, damaged, or of another run."""
+    """Missing or damaged checkpoint, or one of another run."""
 
 
 class DataError(MegarecurError):
-    """A corpus, a shard or a tokenizer that cannot be used."""
+    """Unusable corpus, shard or tokenizer."""
+
+
+def refuse_undecodable(name: str, text: str) -> None:
+    """Reject text that is not valid Unicode, such as command-line words that are not UTF-8.
+
+    Raises:
+        ConfigError: the message names the byte.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        offset, character = len(text[: error.start].encode()), ord(text[error.start])
+        what = f"byte {offset} (0x{character & 0xFF:02x}) is not UTF-8; give it in UTF-8"
+        if not 0xDC80 <= character <= 0xDCFF:
+            what = (
+                f"character {error.start} (\\u{character:04x}) is half a surrogate pair; remove it"
+            )
+        raise ConfigError(f"{name} {text[:80]!a}: {what}") from None
+
+
+def explain_os_error(error: OSError, path: object) -> str:
+    """Return a message with the path (`path` if the error has none), the reason and the remedy."""
+    remedy = {
+        errno.ENOSPC: "free some space and start again",
+        errno.EDQUOT: "free some of the quota and start again",
+        errno.EROFS: "mount it for writing, or choose another run_dir",
+        errno.EACCES: "make it writable, or choose another run_dir",
+        errno.EPERM: "make it writable, or choose another run_dir",
+    }.get(error.errno or 0, "fix the cause and start again")
+    return f"{error.filename or path}: {error.strerror or error}; {remedy}"

@@ -1,34 +1,37 @@
 #!/usr/bin/env bash
-# A real Slurm cluster of virtual nodes on this machine, for tests and for trying things out.
+# A real Slurm cluster of virtual nodes on this machine, for tests and experiments.
 #
-#   slurm/cluster.sh up                # start it; installs Slurm's Debian packages if missing
-#   eval "$(slurm/cluster.sh env)"     # point sbatch, srun and squeue at it
-#   slurm/cluster.sh status            # what runs
-#   slurm/cluster.sh crash vn2         # a node loses power
-#   slurm/cluster.sh start-node vn2    # and comes back
-#   slurm/cluster.sh logs [LINES]      # the ends of all logs
-#   slurm/cluster.sh down              # stop it; only logs stay
+#   slurm/cluster.sh up                # start it, or its missing parts; installs Slurm's Debian
+#                                      # packages if missing
+#   eval "$(slurm/cluster.sh env)"     # let sbatch, srun and squeue use it
+#   slurm/cluster.sh status            # show its processes and nodes
+#   slurm/cluster.sh crash vn2         # simulate a power loss of a node
+#   slurm/cluster.sh start-node vn2    # start the node again
+#   slurm/cluster.sh stop-controller   # simulate an outage: jobs continue, commands time out
+#   slurm/cluster.sh restart-controller # end the outage; queued jobs are kept
+#   slurm/cluster.sh logs [LINES]      # print the ends of all logs
+#   slurm/cluster.sh down              # stop it; only its logs are kept
 #   slurm/cluster.sh install           # only install the packages
 #
-# Settings, from the environment (several clusters: a folder for each):
-#   SLURM_CLUSTER_DIR    everything it writes      (${TMPDIR:-/tmp}/slurm-cluster)
-#   SLURM_CLUSTER_NODES  nodes: vn1, vn2, ...      (4; at most 250)
-#   SLURM_CLUSTER_CPUS   CPUs each node claims     (4; need not exist)
-#   SLURM_CLUSTER_GPUS   GPUs each node claims     (4; need not exist; 0: none)
-#   SLURM_CLUSTER_PORT   first of its ports        (a free block from 17800 on)
-#   SLURM_CLUSTER_MODE   ns, plain or auto         (auto: ns where the kernel allows it)
+# Environment variables (each of several clusters needs its own folder):
+#   SLURM_CLUSTER_DIR    folder of all its files   (${TMPDIR:-/tmp}/slurm-cluster)
+#   SLURM_CLUSTER_NODES  number of nodes vn1, ...  (4; at most 250)
+#   SLURM_CLUSTER_CPUS   CPUs per node             (4; need not exist)
+#   SLURM_CLUSTER_GPUS   GPUs per node             (4; need not exist; 0: none)
+#   SLURM_CLUSTER_PORT   first port                (a free block from 17800 on)
+#   SLURM_CLUSTER_MODE   ns, plain or auto         (auto: ns if the kernel allows it)
 #
-# Partitions: main; short (one minute at most); grace (preempted with 30 s of grace); high, whose
-# jobs preempt those of the others.
+# Partitions: main; short (at most one minute); grace (preempted with 30 s of grace); high (its jobs
+# preempt those of the others).
 #
-# ns: every node has its own host name, processes, /dev/shm and /etc/hosts, and `crash` takes them
-# all away at once. plain: nodes are ordinary processes that share the host name; their names are
-# added to /etc/hosts until `down`.
+# ns: every node has its own host name, processes, /dev/shm and /etc/hosts, and `crash` removes all
+# of them at once. plain: nodes are ordinary processes that share the host name; their names are in
+# /etc/hosts until `down`.
 set -euo pipefail
 
 PACKAGES=(slurmctld slurmd slurm-client munge)
 PROGRAMS=(slurmctld slurmd sbatch munged)
-FIRST_PORT=17800 LAST_PORT=19999 # below those that megarecur's jobs and the kernel choose
+FIRST_PORT=17800 LAST_PORT=19999 # below the ports of megarecur's jobs and the kernel
 
 DIR=$(realpath -m "${SLURM_CLUSTER_DIR:-${TMPDIR:-/tmp}/slurm-cluster}")
 NODES=${SLURM_CLUSTER_NODES:-4}
@@ -36,7 +39,7 @@ CPUS=${SLURM_CLUSTER_CPUS:-4}
 GPUS=${SLURM_CLUSTER_GPUS:-4}
 MODE=${SLURM_CLUSTER_MODE:-auto}
 CONF=$DIR/etc/slurm.conf
-MARK=$DIR/.slurm-cluster # what lies beside it is ours to delete
+MARK=$DIR/.slurm-cluster # marks the folder's files as ours to delete
 HOSTS_TAG="# slurm cluster $DIR" # marks our lines in /etc/hosts
 export SLURM_CONF=$CONF PATH=$PATH:/usr/sbin:/sbin
 
@@ -48,7 +51,7 @@ die() {
 need_root() {
     [ "$(id -u)" = 0 ] || die "$1 must be done by root, as slurmd starts jobs for any user; try sudo -E"
 }
-wait_for() { # SECONDS WHAT COMMAND...: until the command succeeds
+wait_for() { # SECONDS WHAT COMMAND...: wait until the command succeeds
     local tries=$(($1 * 10)) what=$2
     shift 2
     until "$@" >/dev/null 2>&1; do
@@ -72,11 +75,11 @@ install() {
         die "missing: ${missing//$'\n'/, }, and no apt-get to install them; use Debian, or install them"
     [ "$(id -u)" = 0 ] || die "missing: ${missing//$'\n'/, }; as root: apt-get install ${PACKAGES[*]}"
     exec 8<"${policy%/*}"
-    flock 8 # one installation at a time: they share the policy
+    flock 8 # one installation at a time, since the policy is shared
     if [ -n "$(missing_programs)" ]; then
         say "installing ${PACKAGES[*]}"
-        if [ ! -e "$policy" ]; then # else the machine has rules of its own
-            printf '#!/bin/sh\nexit 101\n' >"$policy" # apt shall start no daemons
+        if [ ! -e "$policy" ]; then # otherwise the machine has its own policy
+            printf '#!/bin/sh\nexit 101\n' >"$policy" # apt starts no daemons
             chmod 755 "$policy"
             made=yes
         fi
@@ -90,17 +93,18 @@ install() {
 apt() { DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 "$@" >&2; }
 
 # --------------------------------------------------------------------------------------- processes
-# run/NAME.pid holds "PID START_TIME" of a daemon: a pid that another process was given later is
-# never signalled. A zombie counts as gone.
+# Daemons do not inherit descriptor 9, the lock of `up`.
+# run/NAME.pid holds "PID START_TIME" of a daemon, so that a reused pid is never signalled. A zombie
+# counts as ended.
 
 start_time() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | awk '$1 != "Z" {print $20}'; }
 remember() { echo "$2 $(start_time "$2")" >"$DIR/run/$1.pid"; }
-pid_of() { # the pid of a daemon of ours that is alive
+pid_of() { # print the pid of a daemon if it is alive
     local pid at
     [ -r "$DIR/run/$1.pid" ] && read -r pid at <"$DIR/run/$1.pid" || return 1
     [ -n "$at" ] && [ "$(start_time "$pid")" = "$at" ] && echo "$pid"
 }
-stop() { # NAME SIGNAL; killed if it still lives after 10 s
+stop() { # NAME SIGNAL: send the signal, and SIGKILL after 10 s
     local pid tries=100
     if pid=$(pid_of "$1"); then
         kill "-$2" "$pid" 2>/dev/null || true
@@ -113,7 +117,7 @@ stop() { # NAME SIGNAL; killed if it still lives after 10 s
     rm -f "$DIR/run/$1.pid"
 }
 
-# Processes of jobs, of one node or of all: with their keepers (slurmstepd), which come first.
+# Print the pids of jobs' processes, of one node or of all, after those of their slurmstepd.
 tasks_of() {
     local process keepers='' tasks='' parent
     for process in /proc/[0-9]*; do
@@ -124,7 +128,7 @@ tasks_of() {
     done
     echo "$keepers$tasks"
 }
-has_variable() { # PROCESS PATTERN...: whether all are in its environment
+has_variable() { # PROCESS PATTERN...: succeed if its environment matches all patterns
     local process=$1 pattern
     shift
     for pattern in "$@"; do
@@ -150,10 +154,10 @@ choose_mode() {
     esac
 }
 
-choose_port() { # for the controller, and one for each node
+choose_port() { # one for the controller, and one for each node
     local size=$((NODES + 1)) blocks block tries
     blocks=$(((LAST_PORT - FIRST_PORT) / size))
-    block=$((RANDOM % blocks)) # clusters that start together seldom want the same
+    block=$((RANDOM % blocks)) # so that clusters that start together rarely conflict
     PORT=${SLURM_CLUSTER_PORT:-}
     for ((tries = 0; tries < blocks && ${PORT:-0} == 0; tries++)); do
         PORT=$((FIRST_PORT + (block + tries) % blocks * size))
@@ -175,8 +179,8 @@ write_config() {
     (umask 077 && head -c 1024 /dev/urandom >"$DIR/etc/munge.key")
     : >"$DIR/etc/plugstack.conf"
     # FirstJobId: jobs derive ports from their ids, and clusters on one machine share its ports.
-    # cred_expire: a requeued job waits that long. NoInAddrAny instead of NoCtldInAddrAny would
-    # make srun hang inside jobs.
+    # cred_expire: a requeued job waits for that time. NoInAddrAny instead of NoCtldInAddrAny
+    # makes srun hang inside jobs.
     cat >"$CONF" <<END
 ClusterName=virtual
 SlurmctldHost=$(uname -n)(127.0.0.1)
@@ -217,7 +221,7 @@ MessageTimeout=10
 KillWait=5
 MinJobAge=86400
 END
-    if ((GPUS > 0)); then # devices that exist, so that Slurm sets CUDA_VISIBLE_DEVICES
+    if ((GPUS > 0)); then # existing devices, so that Slurm sets CUDA_VISIBLE_DEVICES
         gpus=" Gres=gpu:$GPUS"
         echo "GresTypes=gpu" >>"$CONF"
         : >"$DIR/etc/gres.conf"
@@ -228,7 +232,7 @@ END
     fi
     printf '127.0.0.1 localhost\n::1 ip6-localhost\n127.0.0.1 %s\n' "$(uname -n)" >"$DIR/etc/hosts"
     for ((i = 1; i <= NODES; i++)); do
-        address=127.0.0.1 # nodes that share a host name share its address too
+        address=127.0.0.1 # nodes that share a host name also share its address
         [ "$MODE" = plain ] || address=127.77.0.$i
         echo "$address vn$i" >>"$DIR/etc/hosts"
         echo "NodeName=vn$i NodeHostname=vn$i NodeAddr=$address Port=$((PORT + i))" \
@@ -244,7 +248,7 @@ END
     printf '%s=%s\n' MODE "$MODE" PORT "$PORT" NODES "$NODES" >"$DIR/run/settings"
 }
 
-share_names() { # add | remove: the nodes in /etc/hosts, for nodes without one of their own
+share_names() { # add | remove: list plain nodes in the machine's /etc/hosts
     local kept
     [ "$MODE" = plain ] || return 0
     kept=$(grep -vF "$HOSTS_TAG" /etc/hosts || true)
@@ -252,7 +256,7 @@ share_names() { # add | remove: the nodes in /etc/hosts, for nodes without one o
         echo "$kept"
         [ "$1" = remove ] || all_nodes | sed "s|.*|127.0.0.1 & $HOSTS_TAG|"
     } >"$DIR/run/hosts"
-    cat "$DIR/run/hosts" >/etc/hosts # in place: in a container it is often a mount
+    cat "$DIR/run/hosts" >/etc/hosts # in place, since it is often a mount in containers
 }
 
 # ----------------------------------------------------------------------------------------- daemons
@@ -263,14 +267,14 @@ start_munged() {
     rm -f "$run"/munge.sock*
     munged --force --foreground --num-threads=2 --key-file="$DIR/etc/munge.key" \
         --socket="$run/munge.sock" --pid-file="$run/munged.mungepid" --seed-file="$run/munge.seed" \
-        --log-file="$DIR/log/munged.log" </dev/null >>"$DIR/log/munged.out" 2>&1 &
+        --log-file="$DIR/log/munged.log" </dev/null >>"$DIR/log/munged.out" 2>&1 9>&- &
     remember munged $!
     wait_for 20 munged munge -n -S "$run/munge.sock"
 }
 
 start_slurmctld() {
     ! pid_of slurmctld >/dev/null || return 0
-    slurmctld -D -i -f "$CONF" </dev/null >>"$DIR/log/slurmctld.out" 2>&1 &
+    slurmctld -D -i -f "$CONF" </dev/null >>"$DIR/log/slurmctld.out" 2>&1 9>&- &
     remember slurmctld $!
     wait_for 30 slurmctld scontrol ping
 }
@@ -278,16 +282,16 @@ start_slurmctld() {
 start_node() {
     ! pid_of "$1" >/dev/null || return 0
     if [ "$MODE" = ns ]; then
-        # bash is the node's first process: it reaps what slurmd leaves behind, and when it goes
-        # the kernel ends every process of the node and drops its mounts.
-        # shellcheck disable=SC2016 # expanded there
+        # bash is the node's first process: it reaps orphans of slurmd, and when it ends, the
+        # kernel kills every process of the node and removes its mounts.
+        # shellcheck disable=SC2016 # expanded by the inner bash
         unshare --uts --ipc --mount --pid --fork --kill-child=KILL --mount-proc -- bash -c '
             hostname "$1" && mount --bind "$2" /etc/hosts && mount -t tmpfs tmpfs /dev/shm || exit
             slurmd -D -N "$1" -f "$SLURM_CONF" & slurmd=$!
             while kill -0 $slurmd 2>/dev/null; do wait $slurmd; done' node "$1" "$DIR/etc/hosts" \
-            </dev/null >>"$DIR/log/slurmd-$1.out" 2>&1 &
+            </dev/null >>"$DIR/log/slurmd-$1.out" 2>&1 9>&- &
     else
-        setsid slurmd -D -N "$1" -f "$CONF" </dev/null >>"$DIR/log/slurmd-$1.out" 2>&1 &
+        setsid slurmd -D -N "$1" -f "$CONF" </dev/null >>"$DIR/log/slurmd-$1.out" 2>&1 9>&- &
     fi
     remember "$1" $!
 }
@@ -296,6 +300,11 @@ all_nodes() { seq -f 'vn%.0f' "$NODES"; }
 node_states() { timeout 10 sinfo -h -N -p main -o '%N %t'; }
 nodes_ready() {
     [ "$(node_states | grep -c .)" = "$NODES" ] && ! node_states | grep -qE '\*|down|unk'
+}
+resume_drained() { # nodes drained by an administrator, or by Slurm after a failed job
+    local drained
+    drained=$(timeout 10 sinfo -h -N -p main -t drain,draining,drained -o %N | sort -u | paste -sd,)
+    [ -z "$drained" ] || scontrol update "NodeName=$drained" State=RESUME
 }
 read_settings() {
     [ -r "$DIR/run/settings" ] || die "no cluster is up in $DIR"
@@ -310,7 +319,7 @@ check_node() {
 
 up() {
     local node
-    # Sockets have at most 107 letters: DIR/spool/vn250/vn250_1234567.4294967291 is one of them.
+    # Paths of sockets have at most 107 characters: DIR/spool/vn250/vn250_1234567.4294967291 is one.
     [[ $DIR =~ ^[A-Za-z0-9_./+-]{1,70}$ ]] ||
         die "SLURM_CLUSTER_DIR=$DIR: use at most 70 letters, digits and _ . / + -"
     need_root up
@@ -322,18 +331,19 @@ up() {
     touch "$MARK"
     exec 9>"$DIR/run/lock"
     flock 9
-    if [ -r "$DIR/run/settings" ] && pid_of slurmctld >/dev/null; then
-        read_settings # it is up: start what is missing
+    if [ -r "$DIR/run/settings" ]; then
+        read_settings # keep ports, key and jobs; start missing parts
     else
         choose_mode
         choose_port
         write_config
     fi
-    exec 9>&- # daemons must not inherit it
     share_names add
     start_munged
     start_slurmctld
     for node in $(all_nodes); do start_node "$node"; done
+    wait_for 60 "nodes" nodes_ready
+    resume_drained
     wait_for 60 "nodes" nodes_ready
     say "up: $NODES nodes, mode $MODE, SLURM_CONF=$CONF"
 }
@@ -343,13 +353,13 @@ down() {
     [ -e "$MARK" ] && [ -r "$DIR/run/settings" ] || return 0
     need_root down
     read_settings
-    [ "$MODE" != ns ] || signal=KILL # the kernel cleans up after it
-    stop slurmctld KILL              # its state goes too
+    [ "$MODE" != ns ] || signal=KILL # the kernel ends the node's processes
+    stop slurmctld KILL              # its state is deleted too
     for node in $(all_nodes); do stop "$node" $signal; done
     [ "$MODE" = ns ] || kill_tasks
     stop munged TERM
     share_names remove
-    rm -rf "${DIR:?}"/{state,spool,run,etc,dev} # logs stay
+    rm -rf "${DIR:?}"/{state,spool,run,etc,dev} # keep the logs
     say "down; its logs: $DIR/log"
 }
 
@@ -372,8 +382,23 @@ crash() {
     [ "$MODE" = ns ] || kill_tasks "$1"
 }
 
+stop_controller() {
+    need_root stop-controller
+    read_settings
+    stop slurmctld TERM # saves its state first
+}
+
+restart_controller() {
+    stop_controller
+    start_munged
+    start_slurmctld
+    say "the controller is up again"
+}
+
 case ${1:-} in
 up | down | status | install) "$1" ;;
+stop-controller) stop_controller ;;
+restart-controller) restart_controller ;;
 env) printf 'export SLURM_CONF=%q SLURM_CLUSTER_DIR=%q\n' "$CONF" "$DIR" ;;
 crash) crash "${2:-}" ;;
 start-node)

@@ -10,8 +10,29 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from cluster import Cluster, NoCluster
-from harness import World
+from hypothesis import HealthCheck, settings
+from support.cluster import Cluster, NoCluster
+from support.harness import World
+
+# A shared machine may stall: no drawn example fails for its time.
+settings.register_profile("megarecur", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("megarecur")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests that wait first: those of Slurm, then the other ones of launching.
+
+    `make` lets workers steal from the ends of each other's lists. The first worker then starts the
+    only Slurm cluster and spends its time waiting for jobs, one after the other, while the rest
+    compute; a long test of Slurm that came last would leave the machine idle.
+    """
+
+    def rank(item: pytest.Item) -> int:
+        if item.get_closest_marker("slurm"):
+            return 0
+        return 1 if "launch" in item.path.parts else 2
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +48,24 @@ def world() -> Iterator[Callable[[int], World]]:
         each.close()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors of tiny models only wait for each other's threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte corpus of real text, `train` (some 9,000 tokens) and `val`, under this folder."""
-    from configs import TEXT
-    from data_prep.readers import Reading
-    from data_prep.shards import prepare_shards
+    from support.configs import TEXT
+
+    from megarecur.data_prep.readers import Reading
+    from megarecur.data_prep.shards import prepare_shards
 
     folder = tmp_path_factory.mktemp("corpus")
     source = folder / "text.txt"

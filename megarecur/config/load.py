@@ -1,27 +1,37 @@
-"""Reading a config: YAML, then `key.sub=value` overrides, then the schema; all mistakes at once."""
+"""Reading a config: YAML, `key.sub=value` overrides, schema. All errors are reported at once."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from megarecur.config.schema import CONFIG_VERSION, Config, Section
+from megarecur.config.base import CONFIG_VERSION, PARTIAL, Section, UnreadableError
+from megarecur.config.locate import relocate
+from megarecur.config.mistakes import enter, is_entry, read_section, show_value
+from megarecur.config.rule import Rule
+from megarecur.config.rules import RULES, find_conflicts
+from megarecur.config.run import Config
 from megarecur.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=Section)
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""Errors for text that is not YAML, numbers with too many digits, dates that do not exist, and
+thousands of nested brackets."""
 
 
 class StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice instead of keeping the last."""
+    """SafeLoader that rejects duplicate keys instead of keeping the last, text that is not Unicode,
+    and zero bytes."""
 
 
 def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` merges keys and is not a key itself
+    keys = [loader.construct_object(k, deep=True) for k, _ in node.value if k.tag != merge]
     twice = sorted({str(key) for key in keys if keys.count(key) > 1})
     if twice:
         raise yaml.constructor.ConstructorError(
@@ -30,25 +40,42 @@ def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+def _string(loader: StrictLoader, node: yaml.ScalarNode) -> str:
+    value = str(loader.construct_scalar(node))
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{value!a} holds half of a character", node.start_mark
+        )
+    if "\0" in value:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{value!a} holds a zero byte, which no name can", node.start_mark
+        )
+    return value
+
+
 StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _string)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, override and validate a config.
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), rules: Sequence[Rule] = RULES
+) -> Config:
+    """Read, override and validate a config by the given rules between its sections.
 
     Raises:
-        ConfigError: naming every mistake of the file and of the overrides.
+        ConfigError: lists every error of the file and of the overrides.
     """
     values = read_sections(Path(path))
+    relocate(values, Path(path))
     problems = [p for override in overrides if (p := apply_override(values, override))]
-    return validate(values, str(path), problems)
+    return validate(values, str(path), problems, rules)
 
 
 def read_sections(path: Path) -> dict[str, Any]:
-    """The values of a YAML file, not validated.
+    """Return the values of a YAML file, not validated.
 
     Raises:
-        ConfigError: no such file, not YAML, or no mapping.
+        ConfigError: the file does not exist, is not YAML, or is not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -56,38 +83,47 @@ def read_sections(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error}); give a YAML file") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {type(values).__name__}, not sections such as `model:`")
+        raise ConfigError(
+            f"{path}: holds {type(values).__name__}, not sections; write sections such as `model:`"
+        )
     return values
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """YAML to plain values, a ConfigError with line and column for text that is not YAML."""
+    """Parse YAML into plain values.
+
+    Raises:
+        ConfigError: the text is not YAML; names line and column.
+    """
     try:
         return yaml.load(text, StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+    except NOT_YAML as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{origin}: not valid YAML: {reason}; correct it there") from None
 
 
 def apply_override(values: dict[str, Any], override: str) -> str | None:
-    """Set `key.sub=value` in place; the value is YAML. Returns what is wrong, if anything."""
+    """Set `key.sub=value` in place; the value is YAML. Returns an error message, or None."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        return f"override {override!r} is not of the form key.sub=value"
+        return f"override {show_value(override)} is not of the form key.sub=value; write it as one"
     try:
         value = yaml.load(text, StrictLoader)
-    except yaml.YAMLError:
-        return f"override {override!r}: the value is not valid YAML"
+    except NOT_YAML:
+        return f"override {show_value(override)}: the value is not valid YAML; correct it"
     *parents, last = key.strip().split(".")
     section: Any = values
     for i, part in enumerate(parents):
-        if isinstance(section, list) and not (part.isdigit() and int(part) < len(section)):
-            return f"override {override!r}: {'.'.join(parents[:i])} {_entries(section)}"
-        section = _enter(section, part, create=True)
+        if isinstance(section, list) and not is_entry(section, part):
+            shown = show_value(override)
+            return f"override {shown}: {'.'.join(parents[:i])} {_entries(section)}"
+        section = enter(section, part, create=True)
         if not isinstance(section, dict | list):
-            return f"override {override!r}: {'.'.join(parents[: i + 1])} is a value, not a section"
+            key = ".".join(parents[: i + 1])
+            return f"override {override!r}: {key} is a value, not a section; give {key} a value"
     if isinstance(section, list):
-        if not last.isdigit() or int(last) >= len(section):
-            return f"override {override!r}: {'.'.join(parents)} {_entries(section)}"
+        if not is_entry(section, last):
+            return f"override {show_value(override)}: {'.'.join(parents)} {_entries(section)}"
         section[int(last)] = value
     else:
         section[last] = value
@@ -95,150 +131,76 @@ def apply_override(values: dict[str, Any], override: str) -> str | None:
 
 
 def _entries(section: list[Any]) -> str:
-    return f"has entries 0 to {len(section) - 1}" if section else "has no entries"
+    if not section:
+        return "has no entries; set the whole list"
+    return f"has entries 0 to {len(section) - 1}; name one of them, or set the whole list"
 
 
-def _enter(section: Any, part: str, create: bool) -> Any:
-    if isinstance(section, list):
-        return section[int(part)] if part.isdigit() and int(part) < len(section) else None
-    if isinstance(section, dict):
-        if create and section.get(part) is None:
-            section[part] = {}
-        return section.get(part)
-    return None
-
-
-def validate(values: dict[str, Any], origin: str, problems: Sequence[str] = ()) -> Config:
-    """Plain values to a Config.
+def validate(
+    values: dict[str, Any],
+    origin: str,
+    problems: Sequence[str] = (),
+    rules: Sequence[Rule] = RULES,
+) -> Config:
+    """Convert plain values to a Config.
 
     Raises:
-        ConfigError: one line per mistake, each with its path, its value and the nearest valid name.
+        ConfigError: one line for each error, with its path, its value and a remedy, and one for
+            each rule between sections that the values break.
     """
     version = values.get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
         raise ConfigError(
-            f"{origin}: version {version!r} of the config is unknown here "
+            f"{origin}: version {show_value(version)} of the config is unknown here "
             f"(this megarecur reads version {CONFIG_VERSION}); use the release that wrote it"
         )
-    return validate_section(Config, values, origin, problems)
+    config, mistakes = read_section(Config, values)
+    if config is None:
+        partial = Config.model_validate(values, context=PARTIAL)
+        mistakes += [line for line in _readable_problems(partial) if line not in mistakes]
+    conflicts = find_conflicts(partial if config is None else config, rules)
+    return _accept(config, origin, [*problems, *mistakes, *conflicts])
 
 
-def validate_section(
-    schema: type[SectionT], values: dict[str, Any], origin: str, problems: Sequence[str] = ()
-) -> SectionT:
-    """Plain values to what a schema describes.
+def _readable_problems(section: Section, path: str = "") -> Iterator[str]:
+    """Yield the problems inside the sections of a partial config, as far as it can be read."""
+    with suppress(UnreadableError):
+        yield from (path + problem for problem in section.find_problems())
+    for name, value in section:
+        if type(value) is tuple:
+            parts = {f"{path}{name}.{i}.": part for i, part in enumerate(value)}
+        else:
+            parts = {f"{path}{name}.": value}
+        for inner, part in parts.items():
+            if issubclass(type(part), Section):  # isinstance raises for an unreadable value.
+                yield from _readable_problems(part, inner)
+
+
+def validate_section(schema: type[SectionT], values: dict[str, Any], origin: str) -> SectionT:
+    """Convert plain values to the section that a schema describes.
 
     Raises:
-        ConfigError: as `validate`.
+        ConfigError: one line for each error, with its path, its value and a remedy.
     """
-    problems = list(problems)
-    try:
-        section = schema.model_validate(values)
-    except ValidationError as error:
-        errors = error.errors()
-        # A list whose only item is wrong is not also too short.
-        inner = {e["loc"][:i] for e in errors for i in range(len(e["loc"]))}
-        errors = [e for e in errors if not (e["type"] == "too_short" and e["loc"] in inner)]
-        problems += [_describe(schema, e, values) for e in errors]
-    if problems:
+    section, mistakes = read_section(schema, values)
+    return _accept(section, origin, mistakes)
+
+
+def _accept(section: SectionT | None, origin: str, problems: Sequence[str]) -> SectionT:
+    if problems or section is None:
         plural = "s" if len(problems) > 1 else ""
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise ConfigError(f"{origin}: {len(problems)} problem{plural}{lines}")
     return section
 
 
-def _describe(schema: type[Section], error: Any, values: dict[str, Any]) -> str:
-    """One line: path, what is wrong, the value found."""
-    path = _without_tags(schema, error["loc"], values)
-    name = ".".join(path) or "config"
-    kind, given = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        known = _fields_at(schema, path[:-1], values)
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
-        return f"{name}: unknown key; {hint}"
-    if kind == "missing":
-        return f"{name}: required, but missing"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        key = "sampler" if "sampler" in error["ctx"]["discriminator"] else "kind"
-        expected = error["ctx"].get("expected_tags")
-        if expected is None:
-            return f"{name}: needs a `{key}`"
-        tags = [tag.strip("' ") for tag in expected.split(",")]
-        tag = str(error["ctx"]["tag"])
-        near = difflib.get_close_matches(tag, tags, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(tags)
-        return f"{name}.{key}: unknown {key} {tag!r}; {hint}"
-    if kind == "value_error":
-        return f"{name}: {error['ctx']['error']}"
-    return f"{name}: {error['msg']} (got {given!r})"
-
-
-def _without_tags(schema: type[Section], location: Iterable[Any], values: Any) -> list[str]:
-    """The path as written in the file: pydantic also lists the union tag, which is no key."""
-    path: list[str] = []
-    tag_follows = False
-    for part in location:
-        if tag_follows:
-            tag_follows = False
-            continue
-        model = _model_at(schema, path, values)
-        field = model.model_fields.get(str(part)) if model else None
-        tag_follows = field is not None and field.discriminator is not None
-        path.append(str(part))
-    return path
-
-
-def _fields_at(schema: type[Section], path: Sequence[str], values: Any) -> list[str]:
-    """Field names the schema knows at a path of the file."""
-    model = _model_at(schema, path, values)
-    return sorted(model.model_fields) if model else []
-
-
-def _model_at(schema: type[Section], path: Sequence[str], values: Any) -> type[BaseModel] | None:
-    """The section class the schema has at a path of the file, None for a value."""
-    model: Any = schema
-    section = values
-    for part in path:
-        inside_list = isinstance(section, list)
-        section = _enter(section, part, create=False)
-        if not inside_list and isinstance(model, type) and issubclass(model, BaseModel):
-            field = model.model_fields.get(part)
-            model = _section_type(field.annotation if field else None, section)
-    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
-
-
-def _section_type(annotation: Any, section: Any) -> Any:
-    """The model class behind an annotation: a union's member by its tag, a tuple's item."""
-    if get_origin(annotation) is tuple:
-        return get_args(annotation)[0]
-    members = _members(annotation)
-    for member in members:
-        for key in ("kind", "sampler"):
-            tag = member.model_fields.get(key)
-            given = section.get(key) if isinstance(section, dict) else None
-            if tag is not None and given in get_args(tag.annotation):
-                return member
-    return members[0] if len(members) == 1 else annotation
-
-
-def _members(annotation: Any) -> list[type[BaseModel]]:
-    """The sections among the alternatives of an annotation."""
-    if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    inner = (
-        get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
-    )
-    return [member for argument in inner for member in _members(argument)]
-
-
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that load_config reads back to an equal Config."""
+    """Return the resolved config as YAML that load_config reads back to an equal Config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
 
 
 def flatten(config: BaseModel) -> dict[str, tuple[Any, str]]:
-    """Every leaf field of a config: path -> (value, "fixed" or "free")."""
+    """Return every leaf field of a config: path -> (value, "fixed" or "free")."""
     leaves: dict[str, tuple[Any, str]] = {}
 
     def visit(model: BaseModel, prefix: str, inherited: str) -> None:
@@ -262,7 +224,7 @@ def flatten(config: BaseModel) -> dict[str, tuple[Any, str]]:
 
 
 def changed_fixed_fields(saved: Config, new: Config) -> list[str]:
-    """One line per fixed field in which a resumed config differs from the one of its run."""
+    """Return one line for each fixed field in which a resumed config differs from the run's."""
     old, now = flatten(saved), flatten(new)
     lines = []
     for path in sorted(old.keys() | now.keys()):

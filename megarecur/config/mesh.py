@@ -1,32 +1,62 @@
-"""Whether a world suits a config: asked before any process is started."""
+"""Check whether a world size fits a config, before any process starts."""
 
 from __future__ import annotations
 
-from megarecur.config.schema import Config
+from collections.abc import Callable, Mapping
+
+from megarecur.config.rule import Rule
+from megarecur.config.run import Config
 from megarecur.errors import MeshError
 
 
 def check_world(config: Config, world: int) -> None:
-    """Refuse a world that does not fit the config, before any process group is made.
+    """Reject a world size that does not fit the config, before any process group is made.
 
     Raises:
-        MeshError: naming the numbers.
+        MeshError: names the numbers.
     """
-    replica = config.parallel.tensor * config.parallel.pipeline
-    if world % replica:
-        raise MeshError(
-            f"{world} processes do not divide into replicas of tensor={config.parallel.tensor} x "
-            f"pipeline={config.parallel.pipeline} = {replica}; start a multiple of {replica}"
-        )
-    dp, batch, micro = (
-        world // replica,
-        config.train.global_batch_size,
-        config.train.micro_batch_size,
+    for rule in world_rules(world):
+        if message := rule.explain(config):
+            raise MeshError(message)
+
+
+def world_rules(world: int) -> tuple[Rule, ...]:
+    """Return the rules between a config and the number of its processes."""
+
+    def find_remainder(c: Config) -> Mapping[str, object]:
+        replica = c.parallel.tensor * c.parallel.pipeline
+        return {"world": world, "replica": replica} if world % replica else {}
+
+    def count_replicas(c: Config) -> int:
+        return 0 if find_remainder(c) else world // (c.parallel.tensor * c.parallel.pipeline)
+
+    return (
+        Rule(
+            keys=("parallel.tensor", "parallel.pipeline"),
+            when=find_remainder,
+            reason="{world} processes do not divide into replicas of parallel.tensor="
+            "{parallel.tensor} x parallel.pipeline={parallel.pipeline} = {replica}",
+            remedy="start a multiple of {replica}",
+        ),
+        batch_rule(count_replicas),
     )
-    if batch % (dp * micro):
-        fitting = [d for d in range(1, batch // micro + 1) if (batch // micro) % d == 0]
-        raise MeshError(
-            f"train.global_batch_size={batch} does not divide into {dp} replicas x "
-            f"train.micro_batch_size={micro}; use {', '.join(map(str, fitting))} replica(s), "
-            "or another micro batch size"
-        )
+
+
+def batch_rule(count_replicas: Callable[[Config], int]) -> Rule:
+    """Return the rule that the replicas divide a batch; 0 replicas break no rule."""
+
+    def find_batch(c: Config) -> Mapping[str, object]:
+        replicas = count_replicas(c)
+        micro_batches = c.train.global_batch_size // c.train.micro_batch_size
+        if not replicas or micro_batches % replicas == 0:
+            return {}
+        fitting = [size for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+        return {"replicas": replicas, "fitting": ", ".join(map(str, fitting))}
+
+    return Rule(
+        keys=("train.global_batch_size", "train.micro_batch_size"),
+        when=find_batch,
+        reason="train.global_batch_size={train.global_batch_size} does not divide into "
+        "{replicas} replicas x train.micro_batch_size={train.micro_batch_size}",
+        remedy="use {fitting} replica(s), or another micro batch size",
+    )

@@ -1,11 +1,11 @@
-"""What a fold did, as numbers for files and as text for people. No tensors here."""
+"""The report of a fold, as numbers for files and as text. No tensors here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.convert.folding import LINEARS, Fold
 from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_embedding
 
@@ -13,12 +13,13 @@ Report = dict[str, Any]
 
 
 def window_kinds(fold: Fold, source: Config) -> list[str]:
-    """Whether each block sees a window or all: what the first of the layers that made it does."""
+    """Return for each block whether it has a window, taken from the first of its source layers."""
     return ["sliding" if source.model.slides(made[0]) else "full" for made in fold.made_of]
 
 
 def other_windows(fold: Fold, source: Config) -> list[int]:
-    """Steps whose source layer sees a window where its block sees all, or the other way round."""
+    """Return the steps whose source layer has a window where their block has none, or vice
+    versa."""
     kinds = window_kinds(fold, source)
     return [
         step
@@ -28,7 +29,7 @@ def other_windows(fold: Fold, source: Config) -> list[int]:
 
 
 def count_sizes(config: Config) -> dict[str, int]:
-    """Parameters of a model: in embedding and head, blocks, adapters, elsewhere; and sums."""
+    """Return the parameters of a model: embedding and head, blocks, adapters, other; and sums."""
     sizes = dict.fromkeys(("embedding", "blocks", "adapters", "other"), 0)
     for spec in build_inventory(config).values():
         sizes[_kind(spec)] += spec.size
@@ -52,13 +53,10 @@ def build_report(
     unheld: Mapping[str, float],
     seconds: Mapping[str, float],
 ) -> Report:
-    """All that is told of a fold, for JSON.
+    """Return all values of the report, for JSON.
 
     Args:
-        source, result: the configs before and after.
-        matrices: see `MatrixReport`.
-        unheld: norms and biases that sharing changes, by how much (relative, the largest).
-        seconds: by part of the work.
+        unheld: norms and biases that sharing changes, with the largest relative change.
     """
     order = list(LINEARS)
     return {
@@ -83,7 +81,7 @@ def build_report(
 
 
 def format_report(report: Report) -> str:
-    """The report as text, lines of at most about 120 characters."""
+    """Format the report as text with lines of at most about 120 characters."""
     parts = [_summary(report), _blocks(report), _matrices(report), _sizes(report)]
     if report["unheld"]:
         parts.append(_unheld(report["unheld"]))
@@ -99,10 +97,10 @@ def format_report(report: Report) -> str:
 
 def _summary(report: Report) -> str:
     options = report["options"]
-    line = (
-        f"{report['num_layers']} layers folded into {len(report['blocks'])} blocks that run "
-        f"{len(report['steps'])} steps (scheme {options['scheme']}"
-    )
+    made = f"{len(report['blocks'])} blocks that run {len(report['steps'])} steps"
+    if "layers" in options:
+        made = f"{options['layers']} layers that share nothing"
+    line = f"{report['num_layers']} layers folded into {made} (scheme {options['scheme']}"
     if options["scheme"] != "loop":
         line += f", init {options['init']}"
     if options["lora_rank"]:
@@ -124,7 +122,7 @@ def _blocks(report: Report) -> str:
 
 
 def _matrices(report: Report) -> str:
-    """A row per step, a column per linear: residual, share held, rank."""
+    """Return a row per step and a column per linear: residual, share held, rank."""
     cells: dict[tuple[int, int], dict[str, str]] = {}
     linears = []
     for matrix in report["matrices"]:
@@ -162,14 +160,14 @@ def _sizes(report: Report) -> str:
 def _unheld(unheld: Mapping[str, float]) -> str:
     rows = [[name, f"{share:.3f}"] for name, share in unheld.items()]
     title = (
-        "tied across loops although the layers differ, which no adapter makes good (largest "
+        "tied across loops although the layers differ, which no adapter corrects (largest "
         "difference, relative)"
     )
     return title + "\n" + _table(["parameter", "difference"], rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns padded to their widest cell."""
+    """Format a table with columns padded to their widest cell."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(

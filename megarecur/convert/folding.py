@@ -1,10 +1,11 @@
-"""Which source layer makes which block when a dense model is folded, and what a fold may be asked.
+"""Plan a fold: which source layers make each block of a recurrent model, and which options are
+valid.
 
     fold = plan_fold(FoldOptions("cycle", loops=2), config)     # config: the dense source's
     fold.blocks, fold.sources, fold.made_of
 
 Rules of Bae et al. 2024 (Relaxed Recursive Transformers) as Mixture-of-Recursions implements them,
-and for `reuse_map` and `loop` their natural extension. No tensors here.
+with a natural extension to `reuse_map` and `loop`. No tensors here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from megarecur.config.schema import Config
+import numpy as np
+
+from megarecur.config.run import Config
 from megarecur.errors import ConfigError
 from megarecur.recurrence.inventory import build_inventory
 
@@ -28,6 +31,8 @@ SCHEMES = (
     "reuse_map",
     "loop",
 )
+PLAIN = ("cycle", "sequence")
+"""Schemes that support `layers`."""
 INITS = ("stepwise", "average", "lower", "upper", "random")
 LORA_INITS = ("svd", "zero")
 NORMS = ("fold", "share", "own")
@@ -41,7 +46,7 @@ LINEARS = {
     "up": "feed_forward.up",
     "down": "feed_forward.down",
 }
-"""The linears of a block that adapters may change, and what the block calls them."""
+"""Linears of a block that adapters may change, with their names in the block."""
 READS_NORM = {
     "query": "attention_norm",
     "key": "attention_norm",
@@ -49,67 +54,71 @@ READS_NORM = {
     "gate": "feed_forward_norm",
     "up": "feed_forward_norm",
 }
-"""The norm whose output a linear reads, where norms come before: its gain can go into the rows."""
+"""The norm whose output a linear reads with pre-norm; its gain can be folded into the rows."""
 
 
 @dataclass(frozen=True)
 class FoldOptions:
-    """What the user asks for; None: a default that follows from the rest."""
+    """Options of a fold; None means a default that depends on the others."""
 
     scheme: str
     loops: int | None = None
-    """Uses of each shared block; `loop`: of the core."""
+    """Uses of each shared block; for `loop`, of the core."""
+    layers: int | None = None
+    """Number of layers of a plain model without sharing: a fold with one loop. The scheme decides
+    which layers `average` joins: every K-th (cycle) or neighbours (sequence)."""
     init: str | None = None
-    """How a block is made of its layers. Default: average where adapters start from the SVD of
-    what is left, else stepwise; each is the better one there (Bae et al., tables F.1, G.2)."""
+    """Way to make a block from its layers. Default: average if adapters start from the SVD of the
+    residual, otherwise stepwise; each is the better one there (Bae et al., tables F.1, G.2)."""
     lora_rank: int = 0
-    """0: no adapters."""
+    """Rank of the adapters; 0 means no adapters."""
     lora_init: str | None = None
     norms: str | None = None
-    """What becomes of each layer's norms. fold: the gain goes into the linears that read it, and
-    the shared gain is 1. share: they are averaged or copied as the weights, as the papers do.
-    own: every loop keeps its layer's. Default with adapters: fold where that is exact (then full
-    rank is the source, at no parameter's cost), else own; without: share."""
+    """Treatment of each layer's norms. fold: the gain is folded into the linears that read it, and
+    the shared gain is 1. share: norms are averaged or copied like the weights, as in the papers.
+    own: every loop keeps its layer's. Default with adapters: fold if exact (then full rank
+    equals the source without extra parameters), otherwise own; without adapters: share."""
     reuse_map: tuple[int, ...] | None = None
     prelude: str | None = None
     core: str | None = None
     coda: str | None = None
-    """Layers of `loop`, such as "0-1" or "0,2,4-6"; "" or None: none."""
+    """Layers of `loop`, such as "0-1" or "0,2,4-6"; "" or None means none."""
     strict: bool = False
-    """Refuse to drop layers where the loops do not divide them."""
+    """Reject a number of loops that does not divide the layers, instead of dropping layers."""
     seed: int = 1
-    """Of init random and of the adapters' Gaussian values."""
+    """Seed of init random and of the adapters' Gaussian values."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A resolved fold. Layers count from 0, steps are those of the unrolled result."""
+    """A resolved fold. Layers count from 0; steps are those of the unrolled result."""
 
     options: FoldOptions
-    """With every default filled in."""
+    """The options with every default filled in."""
     num_layers: int
-    """Of the source."""
+    """Number of layers of the source."""
     recurrence: dict[str, Any]
-    """The config section that runs the result."""
+    """The config section of the result."""
     blocks: tuple[int, ...]
     """The block of each step."""
     sources: tuple[int, ...]
-    """The source layer that each step stands for."""
+    """The source layer that each step replaces."""
     made_of: tuple[tuple[int, ...], ...]
-    """The source layers whose mean each block is; one: a copy."""
+    """The source layers whose mean each block is; a single layer is copied."""
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """Source layers that no step stands for."""
-        return tuple(sorted(set(range(self.num_layers)) - set(self.sources)))
+        """Source layers that no step replaces and no block is made of."""
+        used = {layer for layers in self.made_of for layer in layers} | set(self.sources)
+        return tuple(sorted(set(range(self.num_layers)) - used))
 
     @property
     def loop_indices(self) -> tuple[int, ...]:
-        """Earlier uses of the block, for each step."""
+        """Number of earlier uses of the block, for each step."""
         return tuple(self.blocks[:i].count(block) for i, block in enumerate(self.blocks))
 
     def source_of(self, block: int, loop: int) -> int:
-        """The source layer that use `loop` of a block stands for."""
+        """Return the source layer that use `loop` of a block replaces."""
         steps = zip(self.blocks, self.loop_indices, self.sources, strict=True)
         return next(source for b, i, source in steps if (b, i) == (block, loop))
 
@@ -117,19 +126,23 @@ class Fold:
 # ------------------------------------------------------------------------------------ index rules
 
 
-def spread(layers: Sequence[int], count: int) -> list[int]:
-    """`count` of the layers, evenly, first and last included: round(linspace), halves to even.
+def spread(layers: Sequence[int], count: int, first: int = 0) -> list[int]:
+    """Return `count` of the layers, evenly spaced, both ends included.
 
-    Six layers, three: 0, 2, 5. In exact fractions; floating point rounds a rare half the other way.
+    The numbers match the authors' code: round(linspace(first, last, count)), halves to even, in
+    floating point. Six layers numbered from 0, three: 0, 2, 5. Six numbered from 1 (between the
+    first and the last of eight), three: 1, 4, 6, as 3.5 rounds to 4.
+
+    Args:
+        first: number of the first layer, which decides how halves round.
     """
-    if count < 2:
-        return list(layers[:count])
-    last = len(layers) - 1
-    return [layers[round(Fraction(i * last, count - 1))] for i in range(count)]
+    numbers = np.linspace(first, first + len(layers) - 1, count)
+    return [layers[round(number) - first] for number in numbers]
 
 
 def members(scheme: str, kept: Sequence[int], loops: int) -> list[list[int]]:
-    """The kept layers that share each block: every K-th (cycle), or neighbours (sequence)."""
+    """Return the kept layers that share each block: every K-th (cycle), or neighbours
+    (sequence)."""
     num_blocks = len(kept) // loops
     if scheme == "cycle":
         return [list(kept[block::num_blocks]) for block in range(num_blocks)]
@@ -137,14 +150,17 @@ def members(scheme: str, kept: Sequence[int], loops: int) -> list[list[int]]:
 
 
 def choose(
-    init: str, kept: Sequence[int], groups: Sequence[Sequence[int]], seed: int
+    init: str, kept: Sequence[int], groups: Sequence[Sequence[int]], seed: int, first: int = 0
 ) -> list[tuple[int, ...]]:
-    """The layers each block is made of: its own group's mean, or K of all kept layers, in order."""
+    """Return the layers that make each block: its own group's mean, or K of all kept, in order.
+
+    `first` numbers the first of the kept layers, for `spread`.
+    """
     if init == "average":
         return [tuple(group) for group in groups]
     count = len(groups)
     chosen = {
-        "stepwise": lambda: spread(kept, count),
+        "stepwise": lambda: spread(kept, count, first),
         "lower": lambda: list(kept[:count]),
         "upper": lambda: list(kept[len(kept) - count :]),
         "random": lambda: sorted(random.Random(seed).sample(list(kept), count)),
@@ -153,13 +169,16 @@ def choose(
 
 
 def choose_within(init: str, groups: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
-    """The same where groups are of several sizes: each block is made of its own group alone.
+    """Return the layers that make each block if groups differ in size: only layers of its own
+    group.
 
     stepwise goes from the first layer of the first group to the last of the last; with groups of
     one size, one block after the other, that is `spread`. lower and upper take a group's ends.
     """
     if init == "average":
         return [tuple(group) for group in groups]
+    if init == "stepwise" and len({len(group) for group in groups}) == 1:
+        return choose(init, [layer for group in groups for layer in group], groups, seed)
     generator, start = random.Random(seed), 0
     made: list[tuple[int, ...]] = []
     for i, group in enumerate(groups):
@@ -177,10 +196,10 @@ def choose_within(init: str, groups: Sequence[Sequence[int]], seed: int) -> list
 
 
 def parse_uses(text: str) -> tuple[int, ...]:
-    """Uses of each block from "4,2,1,1".
+    """Parse the uses of each block from "4,2,1,1".
 
     Raises:
-        ConfigError: it is no such list.
+        ConfigError: the text is not such a list.
     """
     try:
         return tuple(int(part) for part in text.split(","))
@@ -189,7 +208,7 @@ def parse_uses(text: str) -> tuple[int, ...]:
 
 
 def parse_layers(text: str | None) -> list[int]:
-    """Layers from "0-1" or "0,2,4-6"; raises ValueError."""
+    """Parse layers from "0-1" or "0,2,4-6"; raises ValueError."""
     layers: list[int] = []
     for part in (text or "").split(","):
         if part.strip():
@@ -208,7 +227,7 @@ def plan_fold(options: FoldOptions, config: Config) -> Fold:
     """Resolve options against the source's dense config.
 
     Raises:
-        ConfigError: with everything that is wrong with them.
+        ConfigError: the message lists all invalid options.
     """
     num_layers = config.recurrence.num_blocks
     problems = unknown_words(options)
@@ -221,7 +240,7 @@ def plan_fold(options: FoldOptions, config: Config) -> Fold:
 
 
 def unknown_words(options: FoldOptions) -> list[str]:
-    """Names that are none of those known."""
+    """Return options with unknown names."""
     words = {
         "--scheme": (options.scheme, SCHEMES),
         "--init": (options.init, INITS),
@@ -236,7 +255,7 @@ def unknown_words(options: FoldOptions) -> list[str]:
 
 
 def unfit_options(options: FoldOptions, config: Config) -> list[str]:
-    """Options that do not belong together, or not to this model."""
+    """Return options that contradict each other or do not suit this model."""
     scheme, problems = options.scheme, []
     if scheme == "relaxed" and options.lora_rank == 0:
         problems.append(
@@ -244,12 +263,6 @@ def unfit_options(options: FoldOptions, config: Config) -> list[str]:
         )
     if options.lora_rank < 0:
         problems.append(f"--lora-rank {options.lora_rank}: must be 0 (no adapters) or more")
-    cap = max(min(shape) for shape in linear_shapes(config).values())
-    if options.lora_rank > cap:
-        problems.append(
-            f"--lora-rank {options.lora_rank}: is above the rank that any matrix of this model can "
-            f"have; the most is {cap} (smaller matrices take what they can)"
-        )
     if options.lora_init is not None and options.lora_rank == 0:
         problems.append(f"--lora-init {options.lora_init}: needs --lora-rank")
     if options.norms == "own" and options.lora_rank == 0:
@@ -281,15 +294,17 @@ def unfit_options(options: FoldOptions, config: Config) -> list[str]:
 
 
 def layer_problems(options: FoldOptions, num_layers: int) -> list[str]:
-    """Loops and layers that the source does not have."""
+    """Return options that ask for loops or layers that the source does not have."""
     scheme, loops = options.scheme, options.loops
+    if options.layers is not None:
+        return plain_problems(options, options.layers, num_layers)
     if scheme == "reuse_map":
         return reuse_problems(options, num_layers)
     problems = []
     if loops is None:
         problems.append(f"--loops: --scheme {scheme} needs the number of loops")
     elif loops < 1:
-        problems.append(f"--loops {loops}: must be at least 1")
+        problems.append(f"--loops {loops}: must be at least 1; raise it")
     if scheme == "loop":
         return problems + range_problems(options, num_layers)
     if problems or loops is None:
@@ -297,12 +312,39 @@ def layer_problems(options: FoldOptions, num_layers: int) -> list[str]:
     shared = num_layers - 2 * scheme.startswith("middle")
     what = "layers between the first and the last" if scheme.startswith("middle") else "layers"
     if loops > shared:
-        return [f"--loops {loops}: the model has {max(shared, 0)} {what}; fewer loops are needed"]
+        return [f"--loops {loops}: the model has {max(shared, 0)} {what}; lower it"]
     return divisible(shared, shared // loops * loops, f"--loops {loops}", what, options.strict)
 
 
+def plain_problems(options: FoldOptions, count: int, num_layers: int) -> list[str]:
+    """Return the problems of --layers."""
+    problems = []
+    if options.scheme not in PLAIN:
+        problems.append(
+            f"--layers {count}: makes a plain model, which --scheme {options.scheme} does not; "
+            f"omit --scheme, or choose {' or '.join(PLAIN)}"
+        )
+    if options.loops not in (None, 1):
+        problems.append(
+            f"--layers {count}: runs every layer once, not --loops {options.loops}; omit one of "
+            "them"
+        )
+    if options.lora_rank > 0:
+        problems.append(
+            f"--lora-rank {options.lora_rank}: adapters belong to loops, of which --layers "
+            f"{count} has one; omit it"
+        )
+    if count < 1:
+        problems.append(f"--layers {count}: must be at least 1; raise it")
+    elif count > num_layers:
+        problems.append(f"--layers {count}: the model has {num_layers} layers; lower it")
+    elif num_layers % count and options.strict:
+        problems.append(f"--layers {count}: does not divide the {num_layers} layers; omit --strict")
+    return problems
+
+
 def divisible(have: int, kept: int, option: str, what: str, strict: bool) -> list[str]:
-    """The problem, if it is one, that layers must be dropped."""
+    """Return a problem if layers would have to be dropped and `strict` forbids that."""
     if have == kept or not strict:
         return []
     return [
@@ -312,7 +354,7 @@ def divisible(have: int, kept: int, option: str, what: str, strict: bool) -> lis
 
 
 def reuse_problems(options: FoldOptions, num_layers: int) -> list[str]:
-    """What is wrong with a reuse map."""
+    """Return the problems of a reuse map."""
     uses, text = options.reuse_map, ",".join(map(str, options.reuse_map or ()))
     problems = []
     if options.loops is not None:
@@ -323,7 +365,7 @@ def reuse_problems(options: FoldOptions, num_layers: int) -> list[str]:
     if not uses:
         return [*problems, "--reuse-map: needs the uses of each block, such as 4,2,1,1"]
     if min(uses) < 1:
-        problems.append(f"--reuse-map {text}: every block must run at least once")
+        problems.append(f"--reuse-map {text}: every block must run at least once; correct it")
     elif sum(uses) > num_layers:
         problems.append(f"--reuse-map {text}: takes {sum(uses)} layers, the model has {num_layers}")
     elif sum(uses) < num_layers and options.strict:
@@ -335,7 +377,7 @@ def reuse_problems(options: FoldOptions, num_layers: int) -> list[str]:
 
 
 def range_problems(options: FoldOptions, num_layers: int) -> list[str]:
-    """What is wrong with prelude, core and coda."""
+    """Return the problems of prelude, core and coda."""
     problems, owners = [], dict[int, str]()
     for name in ("prelude", "core", "coda"):
         text = getattr(options, name)
@@ -364,7 +406,7 @@ def range_problems(options: FoldOptions, num_layers: int) -> list[str]:
 
 
 def with_defaults(options: FoldOptions, config: Config) -> FoldOptions:
-    """The options with nothing left open."""
+    """Return the options with all defaults filled in."""
     has_lora = options.lora_rank > 0
     values = dict(vars(options))
     if options.lora_init is None:
@@ -379,19 +421,20 @@ def with_defaults(options: FoldOptions, config: Config) -> FoldOptions:
 
 
 def can_fold_norms(config: Config) -> bool:
-    """Whether the gains before linears can be moved into them: RMS norms, which have no bias."""
-    return config.model.norm == "rms" and config.model.norm_position != "post"
+    """Return True if gains can be moved into the following linears: RMS norms, which have no
+    bias."""
+    return config.model.norm == "rms" and config.model.norm_position not in ("post", "output")
 
 
 def has_other_norms(config: Config) -> bool:
-    """Whether blocks have norms that no linear follows directly (after sublayers, on heads)."""
+    """Return True if blocks have norms not followed by a linear (after sublayers, on heads)."""
     names = {name.removeprefix("blocks.0.") for name in build_inventory(config)}
     found = {name.rpartition(".")[0] for name in names if "norm" in name and "blocks" not in name}
     return bool(found - {"attention_norm", "feed_forward_norm", "final_norm"})
 
 
 def linear_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """(out, in) of the linears that a block of this model has."""
+    """Return (out, in) of each linear of a block of this model."""
     inventory = build_inventory(config)
     shapes = {
         target: inventory[name].shape
@@ -403,10 +446,12 @@ def linear_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def arrange(options: FoldOptions, num_layers: int) -> Fold:
-    """The fold of options that were found right."""
+    """Return the fold of valid options."""
     scheme, loops, layers = options.scheme, options.loops or 1, list(range(num_layers))
     assert options.init is not None
     recurrence: dict[str, Any]
+    if options.layers is not None:
+        return fold_to_plain(options, options.layers, num_layers)
     if scheme == "loop":
         prelude, core, coda = map(parse_layers, (options.prelude, options.core, options.coda))
         made: list[tuple[int, ...]] = [(layer,) for layer in (*prelude, *core, *coda)]
@@ -420,9 +465,9 @@ def arrange(options: FoldOptions, num_layers: int) -> Fold:
     kind, middle = scheme.removeprefix("middle_"), scheme.startswith("middle")
     kind = "cycle" if kind == "relaxed" else kind
     inner = layers[1:-1] if middle else layers
-    inner = spread(inner, len(inner) // loops * loops)
+    inner = spread(inner, len(inner) // loops * loops, int(middle))
     groups = members(kind, inner, loops)
-    made = choose(options.init, inner, groups, options.seed)
+    made = choose(options.init, inner, groups, options.seed, int(middle))
     count = len(groups)
     order = [i % count if kind == "cycle" else i // loops for i in range(len(inner))]
     recurrence = {"kind": kind, "num_blocks": count, "depth": len(inner)}
@@ -438,8 +483,23 @@ def arrange(options: FoldOptions, num_layers: int) -> Fold:
     return Fold(options, num_layers, recurrence, tuple(order), tuple(inner), tuple(made))
 
 
+def fold_to_plain(options: FoldOptions, count: int, num_layers: int) -> Fold:
+    """Return the fold to `count` layers that run once each.
+
+    No layer is dropped beforehand: the ends of `stepwise` are those of the model. If `count` does
+    not divide the layers, `average` omits the last ones, like the authors.
+    """
+    assert options.init is not None
+    layers, loops = list(range(num_layers)), num_layers // count
+    groups = members(options.scheme, layers[: count * loops], loops)
+    made = choose(options.init, layers, groups, options.seed)
+    recurrence = {"kind": "dense", "num_layers": count}
+    sources = tuple(made_of[0] for made_of in made)
+    return Fold(options, num_layers, recurrence, tuple(range(count)), sources, tuple(made))
+
+
 def plain_loop(prelude: int, core: int, coda: int, loops: int) -> dict[str, Any]:
-    """A loop without injection: what a dense model does when a stretch of it runs again."""
+    """Return a loop without injection: a dense model whose core repeats."""
     return {
         "kind": "loop",
         "prelude": prelude,
@@ -453,7 +513,7 @@ def plain_loop(prelude: int, core: int, coda: int, loops: int) -> dict[str, Any]
 def fold_neighbours(
     options: FoldOptions, num_layers: int, uses: Sequence[int], kept: Sequence[int]
 ) -> Fold:
-    """Each block made of as many consecutive layers as it is used."""
+    """Return the fold in which each block is made of as many consecutive layers as it has uses."""
     assert options.init is not None
     groups, start = [], 0
     for count in uses:

@@ -1,11 +1,11 @@
-"""Hugging Face folders to run folders, and back.
+"""Convert Hugging Face folders to run folders, and back.
 
     convert_hf(Path("models/llama"), Path("runs/llama"))        # a dense model at step 0
     export_hf(Path("runs/llama"), Path("models/back"))          # the same bytes of every tensor
     export_hf(Path("runs/shared"), Path("models/shared"))               # blocks stored once
     export_hf(Path("runs/shared"), Path("models/layers"), unrolled=True)
 
-Both write beside their target and rename, so that a target is complete or not there.
+Both write beside their target and rename it, so a target is complete or absent.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -24,12 +23,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
 
+from megarecur.checkpoint import checkpoint
+from megarecur.checkpoint.load import Run, open_run_folder, open_tokenizer, read_parameters
+from megarecur.checkpoint.planning import Values
 from megarecur.config.load import to_yaml, validate
-from megarecur.config.schema import Config
+from megarecur.config.model import ModelConfig
+from megarecur.config.recurrence import Dense
+from megarecur.config.run import Config
 from megarecur.convert import compact
 from megarecur.convert.architecture import Architecture, Entry, to_half_split
+from megarecur.convert.checksum import KEY, ZEROS, find_mark
 from megarecur.convert.source import (
     ARCHITECTURES,
     DTYPES,
@@ -37,17 +43,19 @@ from megarecur.convert.source import (
     SourceModel,
     placeholder_config,
 )
-from megarecur.convert.tokenizer import describe_hf_tokenizer, write_hf_tokenizer
+from megarecur.convert.tokenizer import (
+    complete_hf_tokenizer,
+    describe_hf_tokenizer,
+    find_pad_id,
+    write_hf_tokenizer,
+)
 from megarecur.data.tokenizer import BYTES, load_tokenizer, tokenizer_fingerprint
-from megarecur.errors import ConfigError, DataError
-from megarecur.parallel.shards import Shard, whole
+from megarecur.errors import CheckpointError, ConfigError, DataError
+from megarecur.files import create_file, create_folder, write_all
+from megarecur.parallel.shards import TensorShard, whole
 from megarecur.recurrence.inventory import build_inventory, signal_names
 from megarecur.recurrence.layer_map import LayerMap, count_uses
 from megarecur.recurrence.schemes import layer_map
-from megarecur.train import checkpoint
-from megarecur.train.checkpoint_planning import Values
-from megarecur.train.checkpoint_storage import sync_folder, write_all, write_file
-from megarecur.train.load import Run, open_run_folder, read_parameters
 
 log = logging.getLogger(__name__)
 
@@ -60,21 +68,23 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id")
+PADDING = "pad_token_id"
 
 
 # --------------------------------------------------------------------------------------- convert
 
 
 def convert_hf(hf_dir: str | Path, run_dir: str | Path, *, allow_pickles: bool = False) -> Path:
-    """Make a run folder of a Hugging Face folder: config.yaml, tokenizer, a checkpoint at step 0.
+    """Convert a Hugging Face folder to a run folder: config.yaml, tokenizer, a checkpoint at step
+    0.
 
-    The run is dense, in fp32 (computing in bf16 if all tensors are). What a config needs beyond the
-    model (corpora, optimizer, batch) is filled with placeholders; there are no optimizer moments.
+    The run is dense, in fp32 (computing in bf16 if all tensors are). Everything in the config
+    beyond the model (corpora, optimizer, batch) is a placeholder; there are no optimizer moments.
     Returns the checkpoint's path. `allow_pickles`: see `SourceModel`.
 
     Raises:
-        ConfigError: not a model that can be expressed, or a target that is not empty.
-        DataError: weights that are missing, damaged, superfluous or of other shapes.
+        ConfigError: the model cannot be expressed, or the target is not empty.
+        DataError: weights are missing, damaged, superfluous or of other shapes.
     """
     source = SourceModel(hf_dir, allow_pickles=allow_pickles)
     return write_run(source, Path(run_dir), {}, stream_dense)
@@ -84,19 +94,18 @@ def write_run(
     source: SourceModel,
     run_dir: Path,
     sections: dict[str, Any],
-    make: Callable[[Config, SourceModel], tuple[dict[str, Shard], Values]],
+    make: Callable[[Config, SourceModel], tuple[dict[str, TensorShard], Values]],
     finish: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
-    """Make a run folder of a source: config.yaml, tokenizer, a checkpoint at step 0.
+    """Write a run folder of a source: config.yaml, tokenizer, a checkpoint at step 0.
 
     Args:
-        source: the Hugging Face folder.
-        run_dir: absent, or an empty folder.
-        sections: of the config, in place of a dense model's.
-        make: gives what to write: tensors without values, and what makes one when its turn comes.
-        finish: adds files to the folder that it is given, before the folder is published.
+        sections: sections of the config, in place of a dense model's.
+        make: returns the tensors to write, without values, and a function that makes each value
+        when it is written.
+        finish: adds files to its folder before the folder is published.
 
-    Returns the checkpoint's path; raises what `convert_hf` does.
+    Returns the checkpoint's path; raises the errors of `convert_hf`.
     """
     values, dtype, hf_dir = source.values, source.dtype, source.folder
     with written_aside(run_dir) as aside:
@@ -114,7 +123,13 @@ def write_run(
         if dtype == "bfloat16":
             train = config.train.model_copy(update={"precision": "bf16"})
             config = config.model_copy(update={"train": train})
-        origin = {"model_type": source.architecture.model_type, "dtype": dtype}
+        origin = {
+            "model_type": source.architecture.model_type,
+            "dtype": dtype,
+            # Dtypes differ: kept for an export that restores every tensor.
+            "dtypes": {name: d for name, d in source.dtypes.items() if d != dtype},
+            "torch_dtype": values.get("torch_dtype") or values.get("dtype"),
+        }
         state = {
             "step": 0,
             "tokens": 0,
@@ -124,12 +139,14 @@ def write_run(
             "layer_map": config.recurrence.model_dump(mode="json"),
             "tokenizer": tokenizer_fingerprint(aside / tokenizer) if tokenizer else "",
             "versions": {"megarecur": version("megarecur"), "torch": torch.__version__},
-            "hugging_face": origin | {k: values.get(k) for k in SPECIAL_TOKENS},
+            "hugging_face": origin | {k: values.get(k) for k in (*SPECIAL_TOKENS, PADDING)},
         }
-        write_file(aside / "config.yaml", to_yaml(config).encode())
+        create_file(aside / "config.yaml", to_yaml(config))
         shards, read = make(config, source)
         saved = checkpoint.save(aside / "checkpoints", 0, shards, state, values=read).result()
         finish(aside)
+    if tokenizer is not None:
+        warn_of_rows(run_dir / tokenizer, config.model.vocab_size or 0)
     if tokenizer is None:
         log.warning(
             "%s has no tokenizer.json or tokenizer.model; put one at %s before giving the run text",
@@ -139,8 +156,26 @@ def write_run(
     return run_dir / saved.relative_to(aside)
 
 
-def stream_dense(config: Config, source: SourceModel) -> tuple[dict[str, Shard], Values]:
-    """Every tensor as the source has it, read when it is written."""
+def warn_of_rows(path: Path, rows: int) -> None:
+    """Warn if the tokenizer has more ids than the model has rows."""
+    try:
+        size = load_tokenizer(path).vocab_size
+    except DataError as error:
+        log.warning("%s", error)
+        return
+    if size > rows:
+        log.warning(
+            "%s has %d ids, the model %d rows (vocab_size of config.json): evaluation and training "
+            "refuse it; remove the added tokens from %d on, or add rows to the model",
+            path,
+            size,
+            rows,
+            rows,
+        )
+
+
+def stream_dense(config: Config, source: SourceModel) -> tuple[dict[str, TensorShard], Values]:
+    """Return every tensor of the source, read when it is written."""
     inventory = build_inventory(config)
     return {name: whole(torch.empty(s.shape, device="meta")) for name, s in inventory.items()}, (
         source.tensor
@@ -148,10 +183,10 @@ def stream_dense(config: Config, source: SourceModel) -> tuple[dict[str, Shard],
 
 
 def copy_tokenizer(source: Path, target: Path) -> str | None:
-    """Copy the tokenizer's files that are there; returns the name of the one to use."""
+    """Copy the tokenizer's existing files; returns the name of the one to use."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            write_file(target / name, (source / name).read_bytes())
+            create_file(target / name, (source / name).read_bytes())
     return next((name for name in TOKENIZERS if (target / name).is_file()), None)
 
 
@@ -168,75 +203,97 @@ def export_hf(
 ) -> Path:
     """Write a run's model as a folder that transformers loads.
 
-    Unrolled, it needs no code of ours: a block is written as often as it runs, with the adapters
-    of each loop added in. The architecture is the one that the run was converted from, or else the
-    first of those we know that can express the model. Compact, a block is written once, and a
-    modelling file with it (see `compact`).
+    An unrolled export needs no code of ours: a block is written as often as it runs, with the
+    adapters of each loop added. Its architecture is the one that the run was converted from, or
+    else the first known one that can express the model. A compact export writes each block once,
+    with a modelling file (see `compact`).
 
     Args:
-        run_dir: a run folder.
-        out_dir: absent, or an empty folder.
-        unrolled: True or False (compact); None: compact where blocks are shared.
-        step: the checkpoint to export; None: the newest one.
-        dtype: float32, bfloat16 or float16; None: float32, or what the run was converted from as
-            long as it has not been trained.
+        unrolled: True, or False for compact; None means compact if blocks are shared.
+        step: the checkpoint to export; None means the newest one.
+        dtype: float32, bfloat16 or float16; None means float32, or the dtype the run was converted
+        from if it has not been trained.
 
     Raises:
-        ConfigError: a model that cannot be expressed, or a target that is not empty.
-        CheckpointError: no checkpoint that can be used.
+        ConfigError: the model cannot be expressed, or the target is not empty.
+        CheckpointError: no usable checkpoint exists.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     run = open_run_folder(run_dir, step)
     config, origin = run.config, run.state.get("hugging_face", {})
-    if config.task is not None:
-        raise ConfigError(
-            f"{run_dir}: has a task (task.kind={config.task.kind}), for which there is no export; "
-            "use the run here, with `megarecur eval`"
-        )
+    if config.task is not None and config.classifies:
+        if unrolled:
+            raise ConfigError(
+                f"{run_dir}: has a task (task.kind={config.task.kind}), and no architecture of "
+                "transformers has its head; --compact writes it with modelling files of its own"
+            )
+        unrolled = False
     if unrolled is None:
         unrolled = max(count_uses(layer_map(config.recurrence)).values()) == 1
+    # No dtype was requested, so each tensor keeps the one it was converted from.
+    stored = origin.get("dtypes", {}) if dtype is None and is_as_converted(config) else {}
     dtype = dtype or origin.get("dtype", "float32")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    folds = False
     if unrolled:
-        architecture = choose_architecture(config, origin.get("model_type"))
+        architecture, folds = choose_architecture(config, origin.get("model_type"))
+        config = fold_scale(config) if folds else config
         steps = layers_of(config, architecture)
         values = config_values(config, architecture, [step.block for step in steps], dtype)
+        # Null values are written too: defaults of transformers may lie beyond a small vocabulary.
+        values[PADDING] = origin.get(PADDING)
+        if stored and origin.get("torch_dtype") in DTYPES:
+            values["torch_dtype"] = origin["torch_dtype"]
     else:
         values = compact.config_values(config) | {"torch_dtype": dtype}
     with written_aside(out_dir) as aside:
         parameters = Parameters(run)
         if unrolled:
-            tensors = unrolled_tensors(parameters, architecture, steps)
+            if folds:
+                parameters.fold_scale()
+            tensors = unrolled_tensors(parameters, architecture, steps, config.model)
         else:
             tensors = compact_tensors(parameters)
-            write_file(aside / compact.MODELLING, compact.modelling_code())
+            create_file(aside / compact.MODELLING, compact.modelling_code())
         values |= special_tokens(run)
         write_json(aside / "config.json", values)
         export_tokenizer(run, aside)
         if not (aside / "generation_config.json").exists():
-            write_json(
-                aside / "generation_config.json", {key: values[key] for key in SPECIAL_TOKENS}
-            )
-        write_tensors(aside / "model.safetensors", tensors, dtype)
+            chosen = {key: values[key] for key in SPECIAL_TOKENS} | suppress_missing(run)
+            if (pad := find_pad_id(aside)) is not None:
+                chosen["pad_token_id"] = pad
+            write_json(aside / "generation_config.json", chosen)
+        write_tensors(aside / "model.safetensors", tensors, dtype, stored)
     return out_dir
 
 
-def choose_architecture(config: Config, origin: str | None) -> Architecture:
-    """Which one a run is exported to.
+def is_as_converted(config: Config) -> bool:
+    """Return True if every layer is a block of its own, as in a converted model."""
+    return isinstance(config.recurrence, Dense) and config.adapters is None
+
+
+def choose_architecture(config: Config, origin: str | None) -> tuple[Architecture, bool]:
+    """Return the architecture of an export, and whether the scale of embeddings is folded into
+    their table because the architecture has none.
 
     Args:
-        config: of the run.
-        origin: the `model_type` that it was converted from, if it was.
+        origin: the `model_type` that the run was converted from, or None.
 
     Raises:
-        ConfigError: none can express the model; names what keeps the nearest one from it.
+        ConfigError: no architecture can express the model; the message lists the obstacles of the
+        nearest one.
     """
     known = sorted(ARCHITECTURES.values(), key=lambda a: a.model_type != origin)
     obstacles = [(a, a.find_obstacles(config.model)) for a in known]
     for architecture, found in obstacles:
         if not found:
-            return architecture
+            return architecture, False
+    if config.model.scale_embeddings:
+        folded = fold_scale(config).model
+        for architecture in known:
+            if not architecture.find_obstacles(folded):
+                return architecture, True
     nearest, found = min(obstacles, key=lambda pair: len(pair[1]))
     raise ConfigError(
         f"no architecture of {', '.join(ARCHITECTURES)} can express this model; the nearest is "
@@ -247,10 +304,11 @@ def choose_architecture(config: Config, origin: str | None) -> Architecture:
 
 
 def layers_of(config: Config, architecture: Architecture) -> LayerMap:
-    """The steps of the map, which are the layers of an unrolled export.
+    """Return the steps of the map, which are the layers of an unrolled export.
 
     Raises:
-        ConfigError: naming every key whose value layers in a row cannot express, with the remedy.
+        ConfigError: the message lists every key whose value an unrolled export cannot express, with
+        the remedy.
     """
     steps, title, problems = layer_map(config.recurrence), architecture.title, []
     if any(step.reads or step.writes for step in steps):
@@ -282,10 +340,10 @@ def layers_of(config: Config, architecture: Architecture) -> LayerMap:
 def config_values(
     config: Config, architecture: Architecture, blocks: list[int], dtype: str
 ) -> dict[str, Any]:
-    """config.json, special tokens apart."""
+    """Return config.json without special tokens."""
     values = architecture.write_config(config.model, blocks)
     if values.get("max_position_embeddings") is None:
-        values["max_position_embeddings"] = config.data.seq_length
+        values["max_position_embeddings"] = compact.count_positions(config)
     return values | {
         "architectures": [architecture.hf_class],
         "model_type": architecture.model_type,
@@ -293,6 +351,13 @@ def config_values(
         "torch_dtype": dtype,
         "use_cache": True,
     }
+
+
+def fold_scale(config: Config) -> Config:
+    """Return the config of the same model with the scale of embeddings in their table, which the
+    head then does not share."""
+    changes = {"scale_embeddings": False, "tie_embeddings": False}
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
 class Stored(NamedTuple):
@@ -304,7 +369,7 @@ class Stored(NamedTuple):
 
 
 class Parameters:
-    """A checkpoint's parameters, also as one loop of a block sees them, adapters added in."""
+    """A checkpoint's parameters, also as seen by one loop of a block with adapters added."""
 
     def __init__(self, run: Run) -> None:
         self.config, self.inventory = run.config, build_inventory(run.config)
@@ -312,18 +377,27 @@ class Parameters:
         self.values = {n: torch.empty(s.shape, dtype=master) for n, s in self.inventory.items()}
         read_parameters(run.checkpoint, self.values)
 
-    def of_loop(self, name: str, loop: int) -> str:
-        """The name of what a loop uses where its block has `name`, or would have it.
+    def fold_scale(self) -> None:
+        """Multiply the embedding table by its scale; a tied head keeps the unscaled table."""
+        name, head = "embedding.weight", "head.weight"
+        if head not in self.values:
+            self.inventory = self.inventory | {head: self.inventory[name]}
+            self.values[head] = self.values[name]
+        scale = self.config.model.hidden_size**0.5
+        self.values[name] = self.values[name] * scale
 
-        `blocks.0.attention.query_norm.weight` is `blocks.0.loops.1.query_norm.weight` where loops
-        have norms of their own.
+    def of_loop(self, name: str, loop: int) -> str:
+        """Return the name of the parameter that a loop uses for the block's `name`.
+
+        `blocks.0.attention.query_norm.weight` is `blocks.0.loops.1.query_norm.weight` if loops have
+        their own norms.
         """
         _, block, *inner = name.split(".")
         own = f"blocks.{block}.loops.{loop}.{'.'.join(inner[-2:])}"
         return own if own in self.inventory else name
 
     def shape(self, name: str, loop: int = 0) -> tuple[int, ...]:
-        """Biases that an architecture has and we lack are as long as their matrix."""
+        """Return the shape of a parameter; biases that we lack are as long as their matrix."""
         if name.startswith("blocks."):
             name = self.of_loop(name, loop)
         if name in self.inventory:
@@ -331,7 +405,8 @@ class Parameters:
         return self.inventory[name.removesuffix(".bias") + ".weight"].shape[:1]
 
     def value(self, name: str, loop: int = 0) -> Tensor:
-        """In the order that architectures rotate in; biases that we lack are zero."""
+        """Return the value in the order in which architectures rotate; biases that we lack are
+        zero."""
         rotated = any(f".attention.{kind}" in name for kind in ("query", "key"))
         used = self.of_loop(name, loop) if name.startswith("blocks.") else name
         tensor = self.values.get(used)
@@ -349,10 +424,10 @@ class Parameters:
 
 
 def unrolled_tensors(
-    parameters: Parameters, architecture: Architecture, steps: LayerMap
+    parameters: Parameters, architecture: Architecture, steps: LayerMap, model: ModelConfig
 ) -> list[Stored]:
-    """The layers in order, by the architecture's names."""
-    model = parameters.config.model
+    """Return the layers in order, by the architecture's names; `model` is the architecture's
+    view."""
     names = architecture.names(model)
 
     def stored(e: Entry, loop: int = 0) -> Stored:
@@ -372,36 +447,47 @@ def unrolled_tensors(
 
 
 def compact_tensors(parameters: Parameters) -> list[Stored]:
-    """Every parameter that the map uses, once, by our names."""
+    """Return every parameter that the map uses, once, by our names."""
     return [
         Stored(name, parameters.inventory[name].shape, partial(parameters.values.__getitem__, name))
         for name in compact.parameter_names(parameters.config)
     ]
 
 
-def write_tensors(path: Path, tensors: list[Stored], dtype: str) -> None:
-    """Write one tensor at a time: what repeats costs no memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_tensors(
+    path: Path, tensors: list[Stored], dtype: str, exceptions: Mapping[str, str]
+) -> None:
+    """Write one tensor at a time, so that repeated tensors cost no memory. The checksum, which
+    covers the config.json beside the file, is written last.
+
+    Args:
+        exceptions: other dtypes, by the tensor's name.
+    """
+    dtypes = [exceptions.get(tensor.name, dtype) for tensor in tensors]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", KEY: ZEROS}}
     end = 0
-    for tensor in tensors:
-        start, end = end, end + prod(tensor.shape) * DTYPES[dtype].itemsize
+    for tensor, name in zip(tensors, dtypes, strict=True):
+        start, end = end, end + prod(tensor.shape) * DTYPES[name].itemsize
         header[tensor.name] = {
-            "dtype": SAFETENSORS_DTYPES[dtype],
+            "dtype": SAFETENSORS_DTYPES[name],
             "shape": tensor.shape,
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    digest = xxhash.xxh3_64((path.parent / "config.json").read_bytes() + text)
     with open(path, "xb", buffering=0) as file:
         write_all(file, struct.pack("<Q", len(text)) + text, path)
-        for tensor in tensors:
-            stored = tensor.value().to(DTYPES[dtype]).contiguous().flatten().view(torch.uint8)
+        for tensor, name in zip(tensors, dtypes, strict=True):
+            stored = tensor.value().to(DTYPES[name]).contiguous().flatten().view(torch.uint8)
+            digest.update(stored.numpy().data)
             write_all(file, stored.numpy().data, path)
-        os.fsync(file.fileno())
+        file.seek(8 + find_mark(text))
+        write_all(file, digest.hexdigest().encode(), path)
 
 
 def special_tokens(run: Run) -> dict[str, Any]:
-    """Ids of begin and end of text: those the run was converted with, or its tokenizer's."""
+    """Return the ids of begin and end of text: those of the conversion, or the tokenizer's."""
     origin = run.state.get("hugging_face")
     if origin is not None:
         return {key: origin.get(key) for key in SPECIAL_TOKENS}
@@ -412,10 +498,26 @@ def special_tokens(run: Run) -> dict[str, Any]:
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
+def suppress_missing(run: Run) -> dict[str, Any]:
+    """Return generation settings that keep transformers from producing ids without a piece."""
+    try:
+        missing = load_tokenizer(run.tokenizer).missing_ids(run.config.model.vocab_size or 0)
+    except DataError:
+        return {}
+    return {"suppress_tokens": missing} if missing else {}
+
+
 def export_tokenizer(run: Run, target: Path) -> None:
-    """Copy the tokenizer where it is Hugging Face's, or came from such a folder; make one of any
-    other. Where that cannot be done a warning says so."""
+    """Copy a Hugging Face tokenizer, or convert any other; warn if that is impossible."""
     source = Path(run.tokenizer)
+    try:
+        open_tokenizer(run)
+    except (
+        CheckpointError
+    ) as error:  # Damaged, or changed since; the export uses the existing files.
+        log.warning("%s", error)
+    except DataError:
+        pass  # Reported below, where it matters.
     if run.tokenizer != BYTES and not source.is_file():
         log.warning("%s is missing; the export has no tokenizer", source)
     elif run.tokenizer != BYTES and (
@@ -423,7 +525,7 @@ def export_tokenizer(run: Run, target: Path) -> None:
     ):
         copy_tokenizer(source.parent, target)
         if not (target / source.name).exists():
-            write_file(target / "tokenizer.json", source.read_bytes())
+            create_file(target / "tokenizer.json", source.read_bytes())
         # transformers describes those of its own architectures itself.
         needs_class = "hugging_face" not in run.state or (target / compact.MODELLING).exists()
         is_alone = not (target / "tokenizer_config.json").exists()
@@ -432,38 +534,33 @@ def export_tokenizer(run: Run, target: Path) -> None:
                 describe_hf_tokenizer(target)
             except DataError as error:
                 log.warning("%s; AutoTokenizer will not read it", error)
+        complete_hf_tokenizer(target)
     else:
         try:
             write_hf_tokenizer(run.tokenizer, target)
         except DataError as error:
             log.warning("%s; the export has no tokenizer", error)
+            return
+        if run.tokenizer != BYTES:  # A sentencepiece model, which llama.cpp reads.
+            create_file(target / "tokenizer.model", source.read_bytes())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write and sync."""
-    write_file(path, (json.dumps(values, indent=2) + "\n").encode())
+    """Write a JSON file and sync it."""
+    create_file(path, json.dumps(values, indent=2) + "\n")
 
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` when all went well and is removed otherwise.
+    """Yield a folder to fill, which becomes `target` on success and is removed otherwise.
 
     Raises:
-        ConfigError: `target` is there and not empty, or cannot be made.
+        ConfigError: `target` exists and is not empty, or cannot be created.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"{target}: is there and not empty; choose another folder or remove it")
-    absolute = Path(os.path.abspath(target))
-    aside = absolute.with_name(absolute.name + ".tmp")
+        raise ConfigError(f"{target}: exists and is not empty; choose another folder or remove it")
     try:
-        if aside.exists():
-            shutil.rmtree(aside)
-        aside.mkdir(parents=True)
-        yield aside
-        sync_folder(aside)
-        aside.rename(absolute)
-        sync_folder(absolute.parent)
+        with create_folder(Path(os.path.abspath(target))) as aside:
+            yield aside
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

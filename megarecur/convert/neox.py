@@ -1,12 +1,13 @@
-"""GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023) as Hugging Face spells them."""
+"""GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023) in Hugging Face's format."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from megarecur.config.schema import ModelConfig
+from megarecur.config.model import ModelConfig
 from megarecur.convert.architecture import (
+    SCALED,
     Architecture,
     Entry,
     Names,
@@ -15,6 +16,8 @@ from megarecur.convert.architecture import (
     linear,
     read_rope,
     wanted,
+    write_rope,
+    written_positions,
 )
 
 ACTIVATIONS = {
@@ -23,22 +26,24 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-"""Theirs to our `feed_forward`; the last three are one formula."""
+"""Activations, from theirs to our `feed_forward`; the last three are one formula."""
 
 
 def read_config(values: Values, problems: list[str]) -> Values:
-    """Our `model` section for a GPT-NeoX's config.json."""
-    theta, _ = read_rope(values, problems)
-    rope = values.get("rope_parameters") or {}
-    fraction = values.get("rotary_pct", rope.get("partial_rotary_factor", 0.25))
-    return {
+    """Return our `model` section of a GPT-NeoX's config.json."""
+    rope = read_rope(
+        values,
+        problems,
+        thetas=("rotary_emb_base", "rope_theta"),
+        fractions=("rotary_pct",),
+        defaults=(10000.0, 0.25),
+    )
+    return rope | {
         "hidden_size": values.get("hidden_size"),
         "num_heads": values.get("num_attention_heads"),
         "ffn_hidden_size": values.get("intermediate_size"),
         "vocab_size": values.get("vocab_size"),
         "positions": "rope",
-        "rope_theta": values.get("rotary_emb_base") or theta,
-        "rope_fraction": fraction,
         "max_positions": values.get("max_position_embeddings", 2048),
         "norm": "layer",
         "norm_eps": values.get("layer_norm_eps", 1e-5),
@@ -55,7 +60,8 @@ def read_config(values: Values, problems: list[str]) -> Values:
 
 
 def write_config(model: ModelConfig, blocks: list[int]) -> Values:
-    """GPT-NeoX's config.json."""
+    """Return GPT-NeoX's config.json."""
+    rope = write_rope(model)
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -63,9 +69,9 @@ def write_config(model: ModelConfig, blocks: list[int]) -> Values:
         "num_attention_heads": model.num_heads,
         "hidden_act": next(a for a, ours in ACTIVATIONS.items() if ours == model.feed_forward),
         "rotary_pct": model.rope_fraction,
-        "rotary_emb_base": model.rope_theta,
-        "rope_scaling": None,
-        "max_position_embeddings": model.max_positions,
+        "rotary_emb_base": rope["rope_theta"],
+        "rope_scaling": rope["rope_scaling"],
+        "max_position_embeddings": written_positions(model),
         "initializer_range": model.init_std,
         "layer_norm_eps": model.norm_eps,
         "use_parallel_residual": model.parallel_residual,
@@ -77,7 +83,7 @@ def write_config(model: ModelConfig, blocks: list[int]) -> Values:
 
 
 def split(fused: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
-    """Rows [heads x (q, k, v) x head_dim] of weight or bias to those of query, key and value."""
+    """Split rows [heads x (q, k, v) x head_dim] of a weight or bias into query, key and value."""
     return tuple(
         part.flatten(0, 1).contiguous()
         for part in fused.unflatten(0, (model.num_heads, 3, model.head_dim)).unbind(1)
@@ -85,13 +91,13 @@ def split(fused: Tensor, model: ModelConfig) -> tuple[Tensor, ...]:
 
 
 def join(parts: tuple[Tensor, ...], model: ModelConfig) -> Tensor:
-    """Back."""
+    """Convert our tensors to theirs."""
     heads = [part.unflatten(0, (model.num_heads, model.head_dim)) for part in parts]
     return torch.stack(heads, dim=1).flatten(0, 2)
 
 
 def names(model: ModelConfig) -> Names:
-    """Biases are everywhere, or everywhere but in attention."""
+    """Return the names, with biases everywhere or everywhere except in attention."""
     biased = model.attention_bias != "none"
     layer = linear("input_layernorm", "attention_norm", True)
     for kind in ("weight", "bias") if biased else ("weight",):
@@ -115,7 +121,8 @@ def names(model: ModelConfig) -> Names:
 
 
 def find_obstacles(model: ModelConfig) -> list[str]:
-    """Every head has a key and value of its own, and together they are as wide as the model."""
+    """Return the obstacles: every head has its own key and value, and heads together are as wide as
+    the model."""
     problems = []
     if model.num_kv_heads != model.num_heads:
         problems.append(
@@ -136,7 +143,7 @@ NEOX = Architecture(
     read_config=read_config,
     write_config=write_config,
     wanted=wanted(
-        free=("rope_fraction", "parallel_residual"),
+        free=(*SCALED, "rope_fraction", "parallel_residual"),
         norm=("layer",),
         feed_forward=("gelu", "gelu_tanh"),
     ),

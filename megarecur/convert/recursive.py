@@ -1,9 +1,9 @@
-"""A dense model folded into shared blocks, with low-rank adapters for what sharing loses.
+"""Fold a dense model into shared blocks, with low-rank adapters for the residuals of sharing.
 
     fold_hf(Path("models/llama"), Path("runs/folded"), FoldOptions("cycle", loops=2, lora_rank=64))
 
-Values are made when their turn comes to be written, matrix by matrix: at no time is more in memory
-than the few matrices that one of them is made of. Relaxed Recursive Transformers, Bae et al. 2024.
+Values are made matrix by matrix when they are written, so memory never holds more than the few
+matrices from which one is made. Relaxed Recursive Transformers, Bae et al. 2024.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megarecur.config.schema import Config
+from megarecur.checkpoint.planning import Values
+from megarecur.config.run import Config
 from megarecur.convert.fold_report import Report, build_report, format_report, window_kinds
 from megarecur.convert.folding import (
     LINEARS,
@@ -32,14 +33,13 @@ from megarecur.convert.folding import (
 )
 from megarecur.convert.hf import write_run
 from megarecur.convert.source import SourceModel
+from megarecur.files import create_file
 from megarecur.parallel.random import initial_values
-from megarecur.parallel.shards import Shard, whole
+from megarecur.parallel.shards import TensorShard, whole
 from megarecur.recurrence.inventory import HEAD_NORMS, build_inventory
-from megarecur.train.checkpoint_planning import Values
-from megarecur.train.checkpoint_storage import write_file
 
 REPORT = "fold.json"
-"""What a run folder keeps of the fold that made it; fold.txt has it as text."""
+"""File of a run folder that reports the fold; fold.txt has it as text."""
 TARGETS = {inner: target for target, inner in LINEARS.items()}
 IN_BLOCK = re.compile(r"blocks\.(\d+)\.(?:loops\.(\d+)\.)?(.+)")
 
@@ -55,27 +55,24 @@ def fold_hf(
 ) -> Path:
     """Make a run folder of a dense Hugging Face model folded into shared blocks.
 
-    Beside what `convert_hf` writes the run has fold.json and fold.txt: which layer made what, what
-    each matrix lost and its adapter holds, sizes. Returns the checkpoint's path.
+    Beside the files of `convert_hf`, the run has fold.json and fold.txt: source layers, the
+    residual of each matrix and the share its adapter holds, sizes. Returns the checkpoint's path.
 
     Args:
-        hf_dir: the dense model.
-        run_dir: absent, or an empty folder.
-        options: how to fold it.
         allow_pickles: see `SourceModel`.
-        progress: entered with the bytes of layers to fold, left when all are written.
-        advance: called with the bytes of layers just folded.
+        progress: context entered with the total bytes of layers to fold.
+        advance: called with the bytes of each folded layer.
 
     Raises:
-        ConfigError: options that do not fit, all of them named; or what `convert_hf` raises.
-        DataError: as `convert_hf`.
+        ConfigError: invalid options, all listed; or an error of `convert_hf`.
+        DataError: see `convert_hf`.
     """
     source = SourceModel(hf_dir, allow_pickles=allow_pickles)
     fold = plan_fold(options, source.config)
     began = time.perf_counter()
     made: list[FoldedModel] = []
 
-    def make(config: Config, source: SourceModel) -> tuple[dict[str, Shard], Values]:
+    def make(config: Config, source: SourceModel) -> tuple[dict[str, TensorShard], Values]:
         folded = FoldedModel(fold, config, source.tensor)
         made.append(folded)
         stack.enter_context(progress(sum(map(folded.work, folded.inventory))))
@@ -89,15 +86,15 @@ def fold_hf(
 
     def finish(folder: Path) -> None:
         report = made[0].report(source.config, time.perf_counter() - began)
-        write_file(folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
-        write_file(folder / "fold.txt", format_report(report).encode())
+        create_file(folder / REPORT, json.dumps(report, indent=1) + "\n")
+        create_file(folder / "fold.txt", format_report(report))
 
     with ExitStack() as stack:
         return write_run(source, Path(run_dir), sections_of(fold, source.config), make, finish)
 
 
 def sections_of(fold: Fold, source: Config) -> dict[str, Any]:
-    """The sections of the config that a fold sets."""
+    """Return the sections of the config that a fold sets."""
     sections: dict[str, Any] = {"recurrence": fold.recurrence}
     if fold.options.lora_rank:
         sections["adapters"] = {
@@ -116,7 +113,7 @@ def sections_of(fold: Fold, source: Config) -> dict[str, Any]:
 
 
 def has_biases(source: Config) -> bool:
-    """Whether any linear of the source has one."""
+    """Return True if any linear of the source has a bias."""
     return source.model.attention_bias != "none" or source.model.feed_forward_bias
 
 
@@ -124,7 +121,8 @@ def has_biases(source: Config) -> bool:
 
 
 def mean(tensors: Sequence[Tensor] | Callable[[int], Tensor], count: int) -> Tensor:
-    """The mean of `count` tensors, each needed only once; one tensor is returned as it is."""
+    """Return the mean of `count` tensors, each needed only once; a single tensor is returned
+    unchanged."""
     get = tensors if callable(tensors) else tensors.__getitem__
     total = get(0)
     if count == 1:
@@ -136,19 +134,20 @@ def mean(tensors: Sequence[Tensor] | Callable[[int], Tensor], count: int) -> Ten
 
 
 def fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
-    """W diag(g) [out, in]: what reads a norm of gain 1 as W reads one of gain g."""
+    """Return W diag(g) [out, in], which reads a norm of gain 1 like W reads one of gain g."""
     return weight * gain
 
 
 def truncated_svd(residual: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest product of this rank: A = V^T [r, in], B = U S [out, r], and all singular values.
+    """Return the nearest product of this rank: A = V^T [r, in], B = U S [out, r], and all singular
+    values.
 
     The rank is capped at min(out, in). Singular vectors are known up to sign: compare products.
-    By the eigenvectors of R R^T in double precision, several times as fast as a singular value
-    decomposition; singular values below 1e-6 of the largest count as 0, less than fp32 holds.
+    Uses eigenvectors of R R^T in double precision, several times faster than a singular value
+    decomposition. Singular values below 1e-6 of the largest, beyond fp32 precision, count as 0.
     """
     if residual.shape[0] > residual.shape[1]:
-        # The other way round, and the singular values moved from one factor to the other.
+        # Transposed, with the singular values moved from one factor to the other.
         a, b, values = truncated_svd(residual.T, rank)
         kept = values[: len(a)].to(torch.float64)
         unit = b.to(torch.float64) / torch.where(kept > 0, kept, 1.0)
@@ -165,10 +164,11 @@ def truncated_svd(residual: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _orthonormal(rows: Tensor, known: Tensor) -> Tensor:
-    """Orthonormal rows [r, n] completed where they are not `known`, so that they can be trained."""
+    """Return orthonormal rows [r, n]; rows not `known` are completed, so that they can be
+    trained."""
     if bool(known.all()):
         return rows.contiguous()
-    given = int(known.sum())  # They come first.
+    given = int(known.sum())  # known rows come first
     generator = torch.Generator().manual_seed(len(rows))
     more = torch.randn(len(rows) - given, rows.shape[1], generator=generator, dtype=rows.dtype)
     basis = torch.linalg.qr(torch.cat([rows[:given], more]).T).Q.T
@@ -178,9 +178,9 @@ def _orthonormal(rows: Tensor, known: Tensor) -> Tensor:
 def initial_pair(
     residual: Tensor, rank: int, gaussian: Callable[[], Tensor], lora_init: str
 ) -> tuple[Tensor, Tensor, float]:
-    """First values of an adapter and the share of the residual's energy that they hold.
+    """Return an adapter's initial values and the share of the residual's energy that they hold.
 
-    svd: the nearest product. zero, and where nothing is left to hold: A Gaussian, B = 0.
+    svd: the nearest product. zero, or a vanishing residual: A Gaussian, B = 0.
     """
     rank = min(rank, *residual.shape)
     if lora_init == "svd" and bool(residual.any()):
@@ -192,25 +192,25 @@ def initial_pair(
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What a fold made of one linear in one step."""
+    """The report of one linear in one step."""
 
     block: int
     loop: int
     source: int
     linear: str
     rank: int
-    """0: no adapter."""
+    """Rank of the adapter; 0 means none."""
     cap: int
     weight_norm: float
-    """Of the source's matrix, norm gains included where they were folded (Frobenius)."""
+    """Frobenius norm of the source's matrix, folded norm gains included."""
     residual_norm: float
-    """Of its difference to the block's."""
+    """Frobenius norm of its difference from the block's."""
     energy: float
-    """Share of the residual's square that the adapter starts with."""
+    """Share of the residual's square that the adapter holds initially."""
 
 
 class Pair(NamedTuple):
-    """First values of an adapter."""
+    """Initial values of an adapter."""
 
     name: str
     a: Tensor
@@ -219,12 +219,11 @@ class Pair(NamedTuple):
 
 
 class FoldedModel:
-    """The parameters of a folded model, each made of the source's tensors when asked for.
+    """The parameters of a folded model, made from the source's tensors on demand.
 
     Args:
-        fold: which layer makes what.
-        config: of the result; its vocabulary must be resolved.
-        read: a source tensor by its dense global name, in fp32.
+        config: the config of the result; its vocabulary must be resolved.
+        read: returns a source tensor by its dense global name, in fp32.
     """
 
     def __init__(self, fold: Fold, config: Config, read: Callable[[str], Tensor]) -> None:
@@ -232,7 +231,7 @@ class FoldedModel:
         self.inventory = build_inventory(config)
         self.matrices: list[MatrixReport] = []
         self.unheld: dict[str, float] = {}
-        """Norms and biases of the source that the result holds in part only: the largest relative
+        """Norms and biases of the source that the result holds only in part: the largest relative
         difference, by name within a block."""
         self.seconds = {"reading": 0.0, "svd": 0.0}
         self._read = read
@@ -240,15 +239,15 @@ class FoldedModel:
         self._pair: Pair | None = None
         self._measured: set[str] = set()
 
-    def shards(self) -> dict[str, Shard]:
-        """Every parameter without its values, in the order in which they are made most cheaply."""
+    def shards(self) -> dict[str, TensorShard]:
+        """Return every parameter without values, in the cheapest order to make them."""
         names = sorted(self.inventory, key=self._place)
         return {
             name: whole(torch.empty(self.inventory[name].shape, device="meta")) for name in names
         }
 
     def _place(self, name: str) -> tuple[int, str, int]:
-        """Blocks one by one, linears one by one, the block's matrix before its adapters."""
+        """Return a sort key: by block, by linear, the block's matrix before its adapters."""
         found = IN_BLOCK.fullmatch(name)
         if not found:
             return (-1, "", 0)
@@ -257,7 +256,7 @@ class FoldedModel:
         return (int(block), LINEARS.get(target, rest.rpartition(".")[0]), int(loop or -1))
 
     def work(self, name: str) -> int:
-        """Bytes of a layer that making a parameter takes care of, as a measure of progress."""
+        """Return the bytes of a layer that making a parameter handles, as a measure of progress."""
         spec = self.inventory[name]
         found = IN_BLOCK.fullmatch(name)
         if not found or name.endswith((".lora_b", ".lora_bias")):
@@ -268,7 +267,7 @@ class FoldedModel:
         return 4 * spec.size
 
     def value(self, name: str) -> Tensor:
-        """A parameter, in fp32."""
+        """Return a parameter, in fp32."""
         found = IN_BLOCK.fullmatch(name)
         if not found:
             return self.read(name)
@@ -287,14 +286,15 @@ class FoldedModel:
         return self.read(f"blocks.{self.fold.source_of(block, int(loop))}.{inner}")
 
     def read(self, name: str) -> Tensor:
-        """A source tensor."""
+        """Return a source tensor."""
         began = time.perf_counter()
         tensor = self._read(name)
         self.seconds["reading"] += time.perf_counter() - began
         return tensor
 
     def layer_value(self, layer: int, rest: str) -> Tensor:
-        """What a source layer gives to a block's parameter, norm gains folded if they are to be."""
+        """Return a source layer's value of a block's parameter, with norm gains folded if
+        configured."""
         tensor = self.read(f"blocks.{layer}.{rest}")
         if self.fold.options.norms != "fold":
             return tensor
@@ -305,7 +305,7 @@ class FoldedModel:
         return torch.ones_like(tensor) if inner in READS_NORM.values() else tensor
 
     def base(self, block: int, rest: str) -> Tensor:
-        """A parameter of a shared block."""
+        """Return a parameter of a shared block."""
         key = f"{block}.{rest}"
         if self._base is None or self._base[0] != key:
             layers = self.fold.made_of[block]
@@ -315,13 +315,14 @@ class FoldedModel:
         return self._base[1]
 
     def _measure(self, block: int, rest: str, made: Tensor) -> None:
-        """Note what a block's parameter loses of each layer it stands for, adapters apart."""
+        """Record the difference of a block's parameter from each layer it replaces, without
+        adapters."""
         inner, _, kind = rest.rpartition(".")
         linear = kind == "weight" and inner in TARGETS
         if linear and f"blocks.{block}.loops.0.{TARGETS[inner]}.lora_a" in self.inventory:
             return  # Measured with its adapter.
         if f"blocks.{block}.loops.0.{TARGETS.get(inner)}.lora_bias" in self.inventory:
-            return  # Nothing of it is lost.
+            return  # It is kept exactly.
         key = f"{block}.{rest}"
         if key in self._measured:
             return
@@ -339,7 +340,7 @@ class FoldedModel:
                 self.unheld[rest] = max(self.unheld.get(rest, 0.0), share)
 
     def pair(self, block: int, loop: int, target: str) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] of a linear in one use of a block."""
+        """Return A [r, in] and B [out, r] of a linear in one use of a block."""
         key = f"blocks.{block}.loops.{loop}.{target}"
         if self._pair is not None and self._pair.name == key:
             return self._pair.a, self._pair.b
@@ -366,8 +367,8 @@ class FoldedModel:
         return a, b
 
     def _opposite(self, block: int, loop: int, target: str) -> Pair | None:
-        """The adapter of the loop before, where this one's is known to be its opposite: the mean of
-        two layers is as far from the one as from the other."""
+        """Return the adapter of the previous loop if this one is its negative: the mean of two
+        layers is equally far from both."""
         layers = {self.fold.source_of(block, 0), self.fold.source_of(block, loop)}
         before = f"blocks.{block}.loops.0.{target}"
         found = self._pair is not None and self._pair.name == before and bool(self._pair.energy)
@@ -399,7 +400,7 @@ class FoldedModel:
         )
 
     def report(self, source: Config, seconds: float) -> Report:
-        """What was measured, once every parameter was made; `seconds` is what all of it took."""
+        """Return the report after every parameter was made; `seconds` is the total time."""
         matrices = [asdict(matrix) for matrix in self.matrices]
         spent = {**self.seconds, "all": seconds}
         return build_report(self.fold, source, self.config, matrices, self.unheld, spent)

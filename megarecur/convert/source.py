@@ -1,8 +1,9 @@
-"""Reading a dense Hugging Face model, one layer at a time."""
+"""Read a dense Hugging Face model, one layer at a time."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,19 +14,39 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megarecur.config.load import validate
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.convert.architecture import Architecture, Entry
+from megarecur.convert.checksum import check_checksum
 from megarecur.convert.gemma import GEMMA, GEMMA2, GEMMA3
 from megarecur.convert.llama import LLAMA
+from megarecur.convert.mistral import MISTRAL
 from megarecur.convert.neox import NEOX
+from megarecur.convert.olmo import OLMO2, OLMO3
+from megarecur.convert.phi import PHI3
 from megarecur.convert.qwen import QWEN2, QWEN3
 from megarecur.errors import ConfigError, DataError
 from megarecur.recurrence.inventory import build_inventory
 
+log = logging.getLogger(__name__)
+
 ARCHITECTURES: dict[str, Architecture] = {
-    a.model_type: a for a in (QWEN2, QWEN3, LLAMA, NEOX, GEMMA, GEMMA2, GEMMA3)
+    a.model_type: a
+    for a in (
+        QWEN2,
+        QWEN3,
+        LLAMA,
+        MISTRAL,
+        OLMO2,
+        OLMO3,
+        PHI3,
+        NEOX,
+        GEMMA,
+        GEMMA2,
+        GEMMA3,
+    )
 }
-"""By `model_type` of config.json. An export takes the first that can express the model."""
+"""Architectures by `model_type` of config.json. An export uses the first that can express the
+model."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -42,26 +63,26 @@ class SourceModel:
             for name, tensor in source.layer(i): # blocks.{i}.attention.query.weight, ...
                 ...
 
-    Making one checks the whole folder from its headers alone: names, shapes, dtypes. Values come
-    when asked for, always in fp32, under our global names and as our model means them: fused
-    matrices taken apart, gains as what is multiplied with. Nothing is kept: asking twice reads
-    twice.
+    Making one checks the whole folder from its headers alone: names, shapes, dtypes. Values are
+    read on demand, always in fp32, under our global names and in our model's form: fused matrices
+    are split, gains are the actual factors. Nothing is cached.
 
     Args:
-        hf_dir: with config.json and safetensors.
-        allow_pickles: read pytorch_model.bin where there are no safetensors. Only tensors are taken
+        hf_dir: folder with config.json and safetensors.
+        allow_pickles: read pytorch_model.bin if there are no safetensors. Only tensors are taken
             from it (`torch.load(weights_only=True)`), but a pickle is not a safe format.
 
     Attributes:
-        architecture: what maps its names to ours.
-        values: of its config.json.
-        config: a dense `Config` around its `model` section; all else in it are placeholders.
+        architecture: maps its names to ours.
+        values: values of its config.json.
+        config: a dense `Config` around its `model` section; all other values are placeholders.
         num_layers: blocks of `config`, each used once.
-        dtype: float32, bfloat16 or float16: of the stored tensors; float32 where they differ.
+        dtype: dtype of the stored tensors (float32, bfloat16 or float16); float32 if they differ.
+        dtypes: dtype of each stored tensor, by its name in the folder.
 
     Raises:
-        ConfigError: an architecture, or a value of config.json, that we cannot express.
-        DataError: tensors that are missing, damaged, superfluous or of other shapes, all listed.
+        ConfigError: the architecture, or a value of config.json, is not supported.
+        DataError: tensors are missing, damaged, superfluous or of other shapes (all are listed).
     """
 
     def __init__(self, hf_dir: str | Path, *, allow_pickles: bool = False) -> None:
@@ -72,25 +93,30 @@ class SourceModel:
         model, self.num_layers = read_model(self.architecture, self.values, path)
         self.config = placeholder_config(model, self.num_layers, "run", "tokenizer.json", path)
         self.files = find_weights(self.folder, allow_pickles)
+        for file in sorted(set(self.files.values())):
+            if file.suffix != PICKLE and file.is_file():
+                check_checksum(file, path)
         self.names = self.architecture.names(self.config.model)
-        self.dtype = self.check()
+        self.dtypes = self.check()
+        several = set(self.dtypes.values())
+        self.dtype = several.pop() if len(several) == 1 else "float32"
         entries = self.names.all(range(self.num_layers))
         self._entries = {name: e for e in entries for name in e.ours}
 
     def tensor(self, name: str) -> Tensor:
-        """One of ours by its global name, in fp32."""
+        """Return one of our tensors by its global name, in fp32."""
         return next(t for n, t in self.read([self._entries[name]]) if n == name)
 
     def layer(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """(global name, tensor) of every parameter of `blocks.{index}`, in fp32."""
+        """Yield (global name, tensor) of every parameter of `blocks.{index}`, in fp32."""
         return self.read(self.names.of_layer(index, index))
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """(global name, tensor) of what is in no layer: embedding, final norm, untied head."""
+        """Yield (global name, tensor) outside the layers: embedding, final norm, untied head."""
         return self.read([*self.names.first, *self.names.last])
 
     def read(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Tensor]]:
-        """Ours of some of their tensors, in fp32; each file is opened once."""
+        """Yield our tensors made from some of theirs, in fp32; each file is opened once."""
         by_file: dict[Path, list[Entry]] = {}
         for e in entries:
             by_file.setdefault(self.files[e.theirs], []).append(e)
@@ -100,8 +126,8 @@ class SourceModel:
                     stored = file.get_tensor(e.theirs).to(torch.float32)
                     yield from zip(e.ours, e.read(stored, self.config.model), strict=True)
 
-    def check(self) -> str:
-        """Compare every tensor's name, shape and dtype with config.json; returns the dtype."""
+    def check(self) -> dict[str, str]:
+        """Compare every tensor's name, shape and dtype with config.json; return the dtypes."""
         inventory, names, files = build_inventory(self.config), self.names, self.files
         entries = {e.theirs: e for e in names.all(range(self.num_layers))}
         tied_copy = self.config.model.tie_embeddings and names.head in files
@@ -114,7 +140,7 @@ class SourceModel:
         title = self.architecture.title
         problems = [f"{name}: missing" for name in sorted(entries.keys() - files.keys())]
         problems += [f"{name}: not part of a {title} of this config" for name in extra]
-        dtypes = set()
+        dtypes = {}
         for path in sorted({files[name] for name in entries if name in files}):
             with open_weights(path) as file:
                 held = set(file.keys())
@@ -133,7 +159,7 @@ class SourceModel:
                         problems.append(
                             f"{theirs}: torch.{dtype} is not one of {', '.join(DTYPES)}"
                         )
-                    dtypes.add(dtype)
+                    dtypes[theirs] = dtype
         if tied_copy and not problems:
             problems += self.find_tied_fault()
         if problems:
@@ -142,10 +168,10 @@ class SourceModel:
                 "again" + "".join(f"\n  {problem}" for problem in problems[:20])
                 + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
             )  # fmt: skip
-        return dtypes.pop() if len(dtypes) == 1 else "float32"
+        return dtypes
 
     def find_tied_fault(self) -> list[str]:
-        """A head that is stored beside the embedding it is tied to must equal it."""
+        """Return the fault if a head stored beside its tied embedding differs from it."""
         tables = []
         for name in (self.names.first[0].theirs, self.names.head):
             with open_weights(self.files[name]) as file:
@@ -159,7 +185,7 @@ class SourceModel:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file."""
+    """Read an object from a JSON file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -167,15 +193,17 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read as JSON ({error}); give the folder of a Hugging Face model"
         ) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {type(values).__name__}, not an object")
+        raise ConfigError(
+            f"{path}: holds {type(values).__name__}, not an object; download it again"
+        )
     return values
 
 
 def find_architecture(values: dict[str, Any], path: Path) -> Architecture:
-    """The one that config.json names.
+    """Return the architecture that config.json names.
 
     Raises:
-        ConfigError: listing the known ones.
+        ConfigError: the message lists the known ones.
     """
     kind = values.get("model_type")
     if kind not in ARCHITECTURES:
@@ -189,10 +217,10 @@ def find_architecture(values: dict[str, Any], path: Path) -> Architecture:
 def read_model(
     architecture: Architecture, values: dict[str, Any], path: Path
 ) -> tuple[dict[str, Any], int]:
-    """Our `model` section, and the number of layers.
+    """Return our `model` section, and the number of layers.
 
     Raises:
-        ConfigError: naming every key whose value is not supported, with the remedy.
+        ConfigError: the message lists every key with an unsupported value, with the remedy.
     """
     problems = architecture.find_problems(values)
     model = {} if problems else architecture.read_config(values, problems)
@@ -204,7 +232,7 @@ def read_model(
 def placeholder_config(
     model: dict[str, Any], num_layers: int, run_dir: str, tokenizer: str, origin: Path
 ) -> Config:
-    """A valid dense config around a model section."""
+    """Return a valid dense config around a model section."""
     values = {
         "run_dir": run_dir,
         "model": model,
@@ -224,35 +252,52 @@ def placeholder_config(
 
 
 def find_weights(hf_dir: Path, allow_pickles: bool = False) -> dict[str, Path]:
-    """Every tensor of the folder, with the file that holds it; safetensors before pickles."""
+    """Return every tensor of the folder, with the file that holds it.
+
+    Safetensors have priority over pickles, and a single file over an index of several, as in
+    transformers.
+    """
     for stem, ending in (("model", ".safetensors"), ("pytorch_model", PICKLE)):
         if ending == PICKLE and not allow_pickles:
             continue
         index = hf_dir / f"{stem}{ending}.index.json"
+        single = hf_dir / f"{stem}{ending}"
+        if single.is_file():
+            if index.is_file():
+                log.warning(
+                    "%s is read and %s is not, as in transformers; remove the one that is stale",
+                    single,
+                    index.name,
+                )
+            with open_weights(single) as file:
+                return dict.fromkeys(file.keys(), single)
         if index.is_file():
             table = read_json(index).get("weight_map")
             if not isinstance(table, dict) or not all(
-                isinstance(name, str) and Path(name).name == name and name.endswith(ending)
+                isinstance(name, str) and is_inside(name) and name.endswith(ending)
                 for name in table.values()
             ):
                 raise DataError(f"{index}: its weight_map does not name files of the folder")
             return {tensor: hf_dir / name for tensor, name in table.items()}
-        single = hf_dir / f"{stem}{ending}"
-        if single.is_file():
-            with open_weights(single) as file:
-                return dict.fromkeys(file.keys(), single)
     pickles = sorted(p.name for p in hf_dir.glob(f"pytorch_model*{PICKLE}"))
     if pickles and not allow_pickles:
         raise ConfigError(
-            f"{hf_dir / pickles[0]}: is a pickle, which can run any code and is not read unless "
-            "asked for; load it with transformers and save it again with safe_serialization=True, "
-            "or pass --allow-pickles, which takes tensors from it and nothing else"
+            f"{hf_dir / pickles[0]}: is a pickle, which can run any code and is read only on "
+            "request; load it with transformers and save it again with safe_serialization=True, "
+            "or pass --allow-pickles, which reads only tensors from it"
         )
-    raise ConfigError(f"{hf_dir}: has no model.safetensors (or model.safetensors.index.json)")
+    raise ConfigError(
+        f"{hf_dir}: has no model.safetensors (or model.safetensors.index.json); download it again"
+    )
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a path of an index is below its folder."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 class Tensors:
-    """An open file of tensors: of safetensors, or what a pickle held."""
+    """An open file of tensors: safetensors, or the contents of a pickle."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -262,11 +307,14 @@ class Tensors:
         return list(self.file.keys())
 
     def get_tensor(self, name: str) -> Tensor:
-        """Its values as stored."""
-        return self.file[name] if isinstance(self.file, dict) else self.file.get_tensor(name)
+        """Return the stored values of a tensor."""
+        opened = self.file
+        tensor: Tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+        return tensor
 
     def describe(self, name: str) -> tuple[list[int], str]:
-        """Shape and dtype (float32, bfloat16, int8, ...), from the header where there is one."""
+        """Return shape and dtype (float32, bfloat16, int8, ...), from the header if there is
+        one."""
         if isinstance(self.file, dict):
             tensor = self.file[name]
             return list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
@@ -292,16 +340,16 @@ def open_weights(path: Path) -> Iterator[Tensors]:
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, mapped from the file where its format allows it."""
+    """Return the tensors of a pickle, mapped from the file if its format allows it."""
     try:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # Whatever a damaged or hostile file may raise.
+        # A damaged or hostile file may raise any error.
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path}: cannot be read ({line}); download it again") from None
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise DataError(f"{path}: holds something other than tensors by name")
+        raise DataError(f"{path}: does not map names to tensors; download it again")
     return found

@@ -1,10 +1,10 @@
-"""Tokenizers of runs as Hugging Face has them: a sentencepiece model or plain bytes as a
-tokenizer.json with the same ids, checked on text before it is written.
+"""Convert tokenizers of runs to Hugging Face's format: a sentencepiece model or plain bytes become
+a tokenizer.json with the same ids, checked on text before it is written.
 
     write_hf_tokenizer("runs/quickstart/tokenizer.model", Path("out"))
 
-As everywhere here, text that spells a special token is text (`split_special_tokens`), and nothing
-is put before or after it.
+As everywhere in megarecur, text that spells a special token is plain text (`split_special_tokens`),
+and no tokens are added before or after it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 from megarecur.data.tokenizer import BYTES, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megarecur.errors import DataError
-from megarecur.train.checkpoint_storage import write_file
+from megarecur.files import create_file
 
 NEVER = -1e6
 """Score of pieces that a unigram search must not choose."""
 END_OF_BYTES = "<|endoftext|>"
-"""What the bytes' end of document is called, which has no name here."""
+"""Name of the bytes' end of document, which has no name in megarecur."""
 SAMPLES = (
     "",
     "def f(x):\n\treturn {'a': x[1:-1] ** 2}  # 0123456789 3.14\r\n",
@@ -34,9 +34,9 @@ SAMPLES = (
     "<s>text</s> <unk> <|endoftext|> <0x41><0x0A> [BOS]",
     "\x00\x01\x07\x1f\x7f\x80",
 )
-"""Text of all kinds that tokenizers are compared on."""
+"""Diverse texts on which tokenizers are compared."""
 RUNS = " \n\t▁-=#*_.a0é漢"
-"""Characters that come in runs."""
+"""Characters that occur in runs."""
 LONGEST_RUN, PIECES_AT_ONCE = 40, 12
 
 
@@ -45,11 +45,10 @@ def write_hf_tokenizer(name: str, folder: Path) -> None:
 
     Args:
         name: path of a sentencepiece model, or `bytes`.
-        folder: to write into.
 
     Raises:
-        DataError: there is no such tokenizer, or there is none with the same ids in Hugging Face's
-            format; nothing is written.
+        DataError: the tokenizer does not exist, or cannot keep its ids in Hugging Face's format;
+        nothing is written.
     """
     ours = load_tokenizer(name)
     if name == BYTES:
@@ -59,7 +58,7 @@ def write_hf_tokenizer(name: str, folder: Path) -> None:
         content = Path(name).read_bytes()
         try:
             theirs, specials = from_sentencepiece(content)
-        except Exception as error:  # the library raises plain ones
+        except Exception as error:  # the library raises plain exceptions
             raise DataError(f"{name}: cannot become a tokenizer.json ({error})") from error
         samples = sample_texts(content)
     theirs.encode_special_tokens = True
@@ -67,13 +66,12 @@ def write_hf_tokenizer(name: str, folder: Path) -> None:
     difference = find_difference(ours, theirs, unknown, samples)
     if difference is not None:
         raise DataError(f"{name}: a tokenizer.json would give other ids or text for {difference}")
-    write_file(folder / "tokenizer.json", theirs.to_str(pretty=True).encode())
+    create_file(folder / "tokenizer.json", theirs.to_str(pretty=True))
     write_tokenizer_config(specials, folder)
 
 
 def describe_hf_tokenizer(folder: Path) -> None:
-    """Write the tokenizer_config.json that a lone tokenizer.json lacks, without which AutoTokenizer
-    does not know what to make of it."""
+    """Write the tokenizer_config.json that a lone tokenizer.json lacks and AutoTokenizer needs."""
     ours = load_tokenizer(folder / "tokenizer.json")
     assert isinstance(ours, HuggingFaceTokenizer)
     roles = {"bos_token": ours.bos_id, "eos_token": ours.eos_id}
@@ -86,22 +84,71 @@ def write_tokenizer_config(specials: dict[str, str], folder: Path) -> None:
     """Write tokenizer_config.json.
 
     Args:
-        specials: names of special tokens by role, such as eos_token.
-        folder: to write into.
+        specials: special tokens by role, such as eos_token.
     """
     values = specials | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
     }
-    write_file(folder / "tokenizer_config.json", (json.dumps(values, indent=2) + "\n").encode())
+    write_values(fill_in_batching(values), folder)
+
+
+def complete_hf_tokenizer(folder: Path) -> None:
+    """Add missing values that batches need to a copied tokenizer_config.json; nothing else
+    changes."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"{path}: is not valid JSON ({error}), so the export would not load it; correct it"
+        ) from None
+    if (completed := fill_in_batching(values)) != values:
+        path.unlink()  # The folder is not published yet.
+        write_values(completed, folder)
+
+
+def fill_in_batching(values: dict[str, Any]) -> dict[str, Any]:
+    """Return tokenizer_config.json's values with those that batches need: the inputs, and a token
+    to pad with on the left, as generation needs."""
+    generic = values.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    if generic and values.get("model_input_names") is None:
+        values = values | {"model_input_names": ["input_ids", "attention_mask"]}
+    if values.get("pad_token") is None and values.get("eos_token") is not None:
+        values = values | {"pad_token": values["eos_token"]}
+    return {"padding_side": "left"} | values
+
+
+def write_values(values: dict[str, Any], folder: Path) -> None:
+    """Write tokenizer_config.json."""
+    content = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    create_file(folder / "tokenizer_config.json", content)
+
+
+def find_pad_id(folder: Path) -> int | None:
+    """Return the id of the token that a written tokenizer pads with; None if unknown."""
+    paths = [folder / name for name in ("tokenizer_config.json", "tokenizer.json")]
+    if not all(path.is_file() for path in paths):
+        return None
+    values, model = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    pad = values.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    added = {token["content"]: token["id"] for token in model.get("added_tokens", [])}
+    if pad in added:
+        return int(added[pad])
+    vocabulary = model.get("model", {}).get("vocab", {})
+    return vocabulary.get(pad) if isinstance(vocabulary, dict) else None
 
 
 def from_bytes() -> tuple[Any, dict[str, str]]:
-    """The 256 bytes and an end of document, with the special tokens' names."""
+    """Return a tokenizer of the 256 bytes and an end of document, with the special tokens'
+    names."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    # As GPT-2 spells bytes: printable ones as they are, the others by characters from U+0100 on.
+    # GPT-2's spelling of bytes: printable ones unchanged, the others as characters from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     spelled = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -113,10 +160,10 @@ def from_bytes() -> tuple[Any, dict[str, str]]:
 
 
 def from_sentencepiece(content: bytes) -> tuple[Any, dict[str, str]]:
-    """A sentencepiece model as a tokenizer.json, with the special tokens' names.
+    """Return a sentencepiece model as a tokenizer.json, with the special tokens' names.
 
     Raises:
-        DataError: parts that the format does not have.
+        DataError: the model has parts that the format lacks.
     """
     from sentencepiece import sentencepiece_model_pb2 as messages
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
@@ -175,9 +222,9 @@ def from_sentencepiece(content: bytes) -> tuple[Any, dict[str, str]]:
 
 
 def find_merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Which neighbours may join, first those whose piece has the highest score.
+    """Return the mergeable neighbours, in decreasing order of their joined piece's score.
 
-    sentencepiece joins any two pieces that make one; a merge of tokenizers names both.
+    sentencepiece joins any two pieces that form a piece; a merge of tokenizers names both.
     """
     numbers = {piece: i for i, piece in enumerate(sorted(scores, key=lambda p: -scores[p]))}
     merges = []
@@ -189,8 +236,8 @@ def find_merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def sample_texts(content: bytes) -> Iterator[str]:
-    """Texts of all kinds, runs of characters, and a sentencepiece model's own pieces, each alone
-    and among others."""
+    """Yield diverse texts, runs of characters, and a sentencepiece model's own pieces, alone and
+    among others."""
     from sentencepiece import sentencepiece_model_pb2 as messages
 
     proto = messages.ModelProto.FromString(content)  # type: ignore[attr-defined]
@@ -212,9 +259,9 @@ def sample_texts(content: bytes) -> Iterator[str]:
 def find_difference(
     ours: Tokenizer, theirs: Any, unknown: int | None, texts: Iterator[str]
 ) -> str | None:
-    """The first text whose ids, or whose text made of the ids, differ; with the ids.
+    """Return the first text whose ids, or whose text decoded from ids, differ; with the ids.
 
-    What is unknown is shown as a sign by one and left out by the other, and not compared.
+    Unknown characters become a sign in one and vanish in the other, so they are not compared.
     """
     for text in texts:
         wanted = ours.encode(text)

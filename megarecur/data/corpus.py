@@ -5,7 +5,7 @@
       index.json         mosaicml-streaming's index of the shards
       shard.00000.mds    chunks of 16,384 tokens, one static column: the tokens lie side by side
       documents.npy      int64, where each document starts in the stream of tokens
-      tokenizer.model    a copy of the tokenizer (or tokenizer.json; none for `bytes`)
+      tokenizer.model a copy of the tokenizer (or tokenizer.json; none for `bytes`)
 
 The chunks of all shards are one stream of tokens, so that a sequence of any length is a slice of
 it. Every document ends with the end-of-document id; the last chunk is filled up with it.
@@ -14,69 +14,79 @@ it. Every document ends with the end-of-document id; the last chunk is filled up
 from __future__ import annotations
 
 import json
+import logging
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from megarecur.errors import DataError
+
+if TYPE_CHECKING:
+    from megarecur.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 MANIFEST_VERSION = 1
 CHUNK_TOKENS = 16384
 COLUMN = "tokens"
-MEND = "copy it again from where it came, or prepare it again with `megarecur prep shards`"
+MEND = "copy it again from its source, or prepare it again with `megarecur prep shards`"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds."""
+    """The contents of `manifest.json`."""
 
     version: int
     split: str
     tokenizer: str
-    """The name of the tokenizer's file, or `bytes`."""
+    """Name of the tokenizer's file, or `bytes`."""
     tokenizer_fingerprint: str
     vocab_size: int
     eos_id: int
     dtype: str
     num_tokens: int
-    """Ends of documents included, padding of the last chunk excluded."""
+    """Number of tokens, with ends of documents, without padding of the last chunk."""
     num_documents: int
     num_bytes: int
     """UTF-8 bytes of the text."""
     duplicates_removed: int
     documents_skipped: int
     preparation: str
-    """Hash of what it was made from and how."""
+    """Hash of the inputs and settings of the preparation."""
     sources: list[dict[str, Any]]
     """Name, documents and bytes of text read of each input file."""
     files: dict[str, dict[str, Any]]
     """Bytes and xxh64 of every other file of the corpus."""
     near_duplicates_removed: int = 0
     task: dict[str, Any] | None = None
-    """Of a corpus of labelled samples: see `data/samples.py`."""
+    """Description of a corpus of labelled samples; see `data/samples.py`."""
+    identity: str = ""
+    """Fingerprint at the time of writing, which reveals damage; missing in the first corpora."""
 
     @property
     def fingerprint(self) -> str:
         """The identity of the corpus: xxh3-128 of the manifest's content."""
         content = asdict(self)
-        for younger in ("near_duplicates_removed", "task"):  # Than the first corpora.
+        del content["identity"]
+        for younger in ("near_duplicates_removed", "task"):  # Keys that the first corpora lack.
             if not content[younger]:
                 del content[younger]
         return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read the manifest of a corpus: quick, and all that most questions need.
+    """Read the manifest of a corpus, which is quick and suffices for most questions.
 
     Raises:
-        DataError: there is no corpus, or its manifest is damaged or of another version.
+        DataError: the corpus does not exist, or its manifest is damaged or of another version.
     """
     path = Path(path)
     file = path / "manifest.json"
@@ -104,8 +114,37 @@ def read_manifest(path: str | Path) -> Manifest:
         raise DataError(f"{file}: damaged ({error}); {MEND}") from None
 
 
+def check_manifest(path: Path, manifest: Manifest) -> None:
+    """Reject a manifest whose content differs from its hash.
+
+    Raises:
+        DataError: the message names the file.
+    """
+    if manifest.identity not in ("", manifest.fingerprint):
+        raise DataError(f"{path / 'manifest.json'}: does not match its hash: it is damaged; {MEND}")
+
+
+def check_files(path: Path, manifest: Manifest, hashed: Container[str]) -> None:
+    """Compare the sizes of a corpus's files, and the hashes of some, with the manifest.
+
+    Raises:
+        DataError: the message names up to five missing or damaged files.
+    """
+
+    def fault(name: str) -> str | None:
+        return find_fault(path / name, manifest.files[name], name in hashed)
+
+    with ThreadPoolExecutor() as pool:
+        faults = list(pool.map(fault, manifest.files))
+    named = zip(manifest.files, faults, strict=True)
+    bad = [f"{path / name} {text}" for name, text in named if text]
+    if bad:
+        more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
+        raise DataError("; ".join(bad[:5]) + f"{more}; {MEND}")
+
+
 def check_tokenizer(path: str | Path, manifest: Manifest, tokenizer: str, fingerprint: str) -> None:
-    """Refuse a tokenizer that is not the one that made the corpus.
+    """Reject a tokenizer other than the one that made the corpus.
 
     Raises:
         DataError: the fingerprints differ.
@@ -114,18 +153,31 @@ def check_tokenizer(path: str | Path, manifest: Manifest, tokenizer: str, finger
         raise DataError(
             f"{path}: was made with another tokenizer ({manifest.tokenizer}, fingerprint "
             f"{manifest.tokenizer_fingerprint[:12]}) than data.tokenizer={tokenizer} "
-            f"({fingerprint[:12]}); give the tokenizer it was made with, or prepare it again"
+            f"({fingerprint[:12]}); set data.tokenizer to the one it was made with, or prepare it "
+            "again"
         )
 
 
+def warn_of_other_ends(corpora: Sequence[Corpus], tokenizer: Tokenizer, name: str) -> None:
+    """Warn about corpora whose end-of-document token differs from the tokenizer's, where generation
+    would stop.
+    """
+    for corpus in corpora:
+        if corpus.eos_id != tokenizer.eos_id:
+            log.warning(
+                "%s: documents end with %r (%d), but data.tokenizer=%s has %r (%d), at which "
+                "generated text would stop; set data.tokenizer to the corpus's copy of it",
+                corpus.path, tokenizer.token_of(corpus.eos_id), corpus.eos_id, name,
+                tokenizer.token_of(tokenizer.eos_id), tokenizer.eos_id,
+            )  # fmt: skip
+
+
 class Corpus:
-    """An open corpus: its shards, mapped into memory.
+    """An open corpus, with its shards mapped into memory.
 
     Args:
-        path: the folder of the corpus.
         verify: read files once and compare them with their hashes (sizes are always compared).
-        part: which part of the files this process reads for that; others read the rest.
-        num_parts: how many parts there are.
+        part: index of the part of the files that this process reads for that; others read the rest.
 
     Raises:
         DataError: a file is missing, damaged or of another size; the message names it.
@@ -145,47 +197,39 @@ class Corpus:
         self.tokenizer_fingerprint = self.manifest.tokenizer_fingerprint
         self.dtype = np.dtype(self.manifest.dtype)
         names = sorted(self.manifest.files)
+        check_manifest(self.path, self.manifest)
         self._check_files(set(names[part::num_parts]) if verify else set())
         try:
             index = json.loads((self.path / "index.json").read_bytes())
             self.shards, sizes = self._open_shards(index["shards"])
             documents = np.load(self.path / "documents.npy", mmap_mode="r")
         except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
-            # Damage in a file whose hash another process compares, or none.
+            # The damaged file's hash is compared by another process, or by none.
             raise DataError(f"{self.path}: damaged ({error}); {MEND}") from None
         self.starts = [0, *accumulate(sizes)]
         if self.starts[-1] < self.num_tokens:
             raise DataError(
-                f"{self.path / 'index.json'}: holds {self.starts[-1]} tokens, the manifest says "
+                f"{self.path / 'index.json'}: holds {self.starts[-1]} tokens, but the manifest has "
                 f"{self.num_tokens}; {MEND}"
             )
         # A plain array over the mapped file: slices of np.memmap cost several microseconds.
         self.documents = np.asarray(documents)
-        """int64 [num_documents], where each document starts."""
+        """Start of each document, int64 [num_documents]."""
 
     def _check_files(self, hashed: set[str]) -> None:
-        """Compare sizes, and of these files hashes, with those that the manifest lists."""
-
-        def fault(name: str) -> str | None:
-            return find_fault(self.path / name, self.manifest.files[name], name in hashed)
-
-        with ThreadPoolExecutor() as pool:
-            faults = list(pool.map(fault, self.manifest.files))
-        named = zip(self.manifest.files, faults, strict=True)
-        bad = [f"{self.path / name} {text}" for name, text in named if text]
-        if bad:
-            more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
-            raise DataError("; ".join(bad[:5]) + f"{more}; {MEND}")
+        """Compare the sizes of all files, and the hashes of these, with the manifest."""
+        check_files(self.path, self.manifest, hashed)
 
     def _open_shards(
         self, described: list[dict[str, Any]]
-    ) -> tuple[Sequence[np.ndarray], list[int]]:
-        """The shards that the index describes, and the tokens of each."""
+    ) -> tuple[Sequence[NDArray[Any]], list[int]]:
+        """Return the shards that the index describes, and the number of tokens of each."""
         shards = [self._map(shard) for shard in described]
         return shards, [shard.size for shard in shards]
 
-    def _map(self, shard: dict[str, Any]) -> np.ndarray:
-        """The tokens of one shard: after the sample offsets and a header, samples side by side."""
+    def _map(self, shard: dict[str, Any]) -> NDArray[Any]:
+        """Return the tokens of one shard: samples lie side by side after the sample offsets and a
+        header."""
         file = self.path / shard["raw_data"]["basename"]
         content = np.memmap(file, np.uint8, "r")
         offsets = content[4 : 4 + 4 * (shard["samples"] + 1)].view(np.uint32)
@@ -193,13 +237,15 @@ class Corpus:
         return np.frombuffer(content, self.dtype, (end - begin) // self.dtype.itemsize, begin)
 
     def close(self) -> None:
-        """Stop what goes on in the background, which is nothing here."""
+        """Stop background work; here there is none."""
 
-    def read(self, start: int, n: int) -> np.ndarray:
-        """Tokens [start, start + n) in the corpus's own type; a copy-free slice inside a shard."""
+    def read(self, start: int, n: int) -> NDArray[Any]:
+        """Return tokens [start, start + n) in the corpus's own type, as a view if inside one
+        shard."""
         if not 0 <= start <= start + n <= self.num_tokens:
             raise DataError(
-                f"{self.path}: tokens {start} to {start + n} asked for, it has {self.num_tokens}"
+                f"{self.path}: tokens {start} to {start + n} requested, but it has "
+                f"{self.num_tokens}"
             )
         k = min(bisect_right(self.starts, start), len(self.shards)) - 1
         parts = [self.shards[k][start - self.starts[k] :][:n]]
@@ -212,7 +258,7 @@ class Corpus:
 
 
 def find_fault(file: Path, expected: Mapping[str, Any], hashed: bool) -> str | None:
-    """What is wrong with a file by the size and, if `hashed`, the hash that a manifest lists."""
+    """Return what is wrong with a file's size and, if `hashed`, its hash; None if nothing is."""
     try:
         if file.stat().st_size != expected["bytes"]:
             return f"has {file.stat().st_size} bytes instead of {expected['bytes']}"
@@ -226,42 +272,9 @@ def find_fault(file: Path, expected: Mapping[str, Any], hashed: bool) -> str | N
 
 
 def hash_file(path: Path) -> str:
-    """The xxh64 of a file, as MDS writes it."""
+    """Return the xxh64 of a file, as MDS writes it."""
     digest = xxhash.xxh64()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def open_corpus(
-    path: str | Path,
-    tokenizer: str,
-    fingerprint: str,
-    verify: bool = True,
-    part: int = 0,
-    num_parts: int = 1,
-    remote: str | None = None,
-    cache_gb: float | None = None,
-) -> Corpus:
-    """A corpus, if it was made with this tokenizer; see `Corpus` and `RemoteCorpus` for the rest.
-
-    A folder with an index.json but no manifest.json is another program's: see `ForeignCorpus`.
-
-    Raises:
-        ConfigError: a bound of the cache that is too small.
-        DataError: another tokenizer, or a file that is missing or damaged.
-    """
-    if remote is not None:
-        from megarecur.data.remote import RemoteCorpus
-
-        corpus = RemoteCorpus(path, remote, cache_gb, verify)
-        check_tokenizer(remote, corpus.manifest, tokenizer, fingerprint)
-        return corpus
-    from megarecur.data.foreign import ForeignCorpus, is_foreign
-    from megarecur.data.tokenizer import load_tokenizer
-
-    if is_foreign(path):
-        return ForeignCorpus(path, load_tokenizer(tokenizer), verify, part, num_parts)
-    check_tokenizer(path, read_manifest(path), tokenizer, fingerprint)
-    return Corpus(path, verify, part, num_parts)

@@ -1,16 +1,16 @@
-"""Token corpora in MDS that other programs wrote (llm-foundry's converters, say), read as they are.
+"""Token corpora in MDS format that other programs wrote, such as llm-foundry's converters.
 
     my-c4/train/
       index.json              mosaicml-streaming's index of the shards
       shard.00000.mds.zstd    or .mds: samples of one integer column, `tokens` or `input_ids`
 
-Rows of one length are one stream, in which documents end with the tokenizer's end-of-document id;
-samples of several lengths are documents. Ids are of the config's tokenizer, so all are compared
-with its vocabulary.
+Rows of equal length form one stream, in which documents end with the tokenizer's end-of-document
+id. Samples of different lengths are documents. Ids must belong to the config's tokenizer, so all
+are compared with its vocabulary.
 
 Samples are read by StreamingDataset.__getitem__. Its constructor is not run: it claims shared
-memory and lock files of the whole machine, believes the environment about the world, and meets all
-processes in barriers, where the others would wait for ever for one that found damage.
+memory and lock files of the whole machine, trusts the environment about the world, and waits for
+all processes in barriers, where they would hang if one found damage.
 """
 
 from __future__ import annotations
@@ -31,50 +31,53 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-from megarecur.data.corpus import Corpus
+from megarecur.data.corpus import Corpus, read_manifest
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.errors import DataError
+from megarecur.files import replace_file
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ("tokens", "input_ids")
 ID_TYPES = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16",
             32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}  # fmt: skip
-"""MDS's numbers of the types that ids may have."""
+"""MDS type numbers that ids may have."""
 CACHED_SAMPLES = 64
 SCANNED_TOKENS = 1 << 20
-MEND = "copy it again from where it came, or convert it again"
+MEND = "copy it again from its source, or convert it again"
 
 
 def is_foreign(path: str | Path) -> bool:
-    """Whether a folder holds MDS shards that `megarecur prep shards` did not write."""
+    """Return True if a folder holds MDS shards that `megarecur prep shards` did not write."""
     path = Path(path)
     own = any((path / name).exists() for name in ("manifest.json", "documents.npy"))
     return not own and (path / "index.json").is_file()
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One entry of index.json, and where its uncompressed file lies."""
+class MdsShard:
+    """One entry of index.json, and the path of its uncompressed file."""
 
     entry: dict[str, Any]
     file: Path
     column: str
 
-    def locate(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The file's bytes, and of each sample where ids begin, how many, and MDS's type of them.
+    def locate(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Return the file's bytes and, for each sample, where ids begin, their number, and their
+        MDS type.
 
         Raises:
-            DataError: the file is not laid out as index.json says.
+            DataError: the file's layout differs from index.json.
         """
         try:
             return self._locate()
         except (IndexError, ValueError, KeyError, OSError) as error:
             raise DataError(f"{self.file}: damaged ({error}); {MEND}") from None
 
-    def _locate(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _locate(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
         content = np.memmap(self.file, np.uint8, "r").view(np.ndarray)
         n = self.entry["samples"]
         offsets = content[4 : 4 * (n + 2)].view(np.uint32).astype(np.int64)
@@ -82,7 +85,7 @@ class Shard:
             raise ValueError(f"it does not hold {n} samples")
         if (np.diff(offsets) < 0).any() or offsets[-1] > content.size:
             raise ValueError("its offsets point outside")
-        # A sample: the sizes of the columns that have no fixed one, then the values.
+        # A sample holds the sizes of the columns of variable size, then the values.
         begin, sizes = offsets[:-1], []
         for size in self.entry["column_sizes"]:
             if size is None:
@@ -108,19 +111,19 @@ class Shard:
             begin = begin + 1 + (first >> 2) * (1 << (first & 3))
         strange = sorted(set(codes.tolist()) - ID_TYPES.keys())
         if strange:
-            raise ValueError(f"its column {self.column} holds something else than integers")
+            raise ValueError(f"its column {self.column} does not hold integers")
         widths = codes.astype(np.int64) // 8
         lengths, rest = np.divmod(end - begin, widths)
         if rest.any() or (lengths < 0).any():
             raise ValueError(f"its column {self.column} is cut short, or is not of this type")
         return content, begin, lengths, codes
 
-    def lengths(self) -> np.ndarray:
-        """Ids of each sample, int64."""
+    def lengths(self) -> NDArray[Any]:
+        """Return the number of ids of each sample, int64."""
         return self.locate()[2]
 
-    def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first sample, ids [samples, length]) of consecutive samples."""
+    def slabs(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yield (number of the first sample, ids [samples, length]) of consecutive samples."""
         content, begins, lengths, codes = self.locate()
         steps = np.diff(begins)
         regular = all((a == a[:1]).all() for a in (lengths, codes, steps)) and len(begins) > 1
@@ -137,16 +140,14 @@ class ForeignCorpus(Corpus):
     """A token corpus of another program, with the reading interface of `Corpus`.
 
     Args:
-        path: the folder of index.json; it is only read, compressed shards are unpacked elsewhere.
-        tokenizer: what the ids are of.
-        verify: compare shards with their hashes, where index.json has any (sizes are always
-            compared), and all ids with the vocabulary before training.
-        part: which part of the shards this process hashes; others hash the rest.
-        num_parts: how many parts there are.
+        path: folder of index.json. It is only read; compressed shards are unpacked elsewhere.
+        verify: compare shards with their hashes in index.json, if any (sizes are always compared),
+        and all ids with the vocabulary before training.
+        part: index of the part of the shards that this process hashes; others hash the rest.
 
     Raises:
-        DataError: a shard is missing or damaged, there is no column of ids, or an id lies outside
-            the vocabulary; the message names the shard or the sample.
+        DataError: a shard is missing or damaged, no column holds ids, or an id is outside the
+        vocabulary; the message names the shard or sample.
     """
 
     def __init__(
@@ -159,26 +160,28 @@ class ForeignCorpus(Corpus):
     ) -> None:
         self.path = Path(path)
         self._tokenizer = tokenizer
+        if part == 0 and tokenizer.end.doubt:
+            log.warning("%s", tokenizer.end.doubt)
         self.tokenizer_fingerprint = tokenizer.fingerprint
         self.vocab_size, self.eos_id = tokenizer.vocab_size, tokenizer.eos_id
         self.dtype = np.dtype(tokenizer.dtype)
         entries = read_index(self.path)
         self.column = _choose_column(self.path, entries)
         self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(entries, sort_keys=True).encode())
-        """The identity of the corpus: a hash of index.json's content."""
+        """Identity of the corpus: a hash of index.json's content."""
         hashed = set(range(len(entries))[part::num_parts]) if verify else set()
         if part == 0:
             self._say_what_is_unusual(entries, verify)
         self._shards = self._find_files(entries, hashed)
         with ThreadPoolExecutor() as pool:
-            lengths = list(pool.map(Shard.lengths, self._shards))
+            lengths = list(pool.map(MdsShard.lengths, self._shards))
         counts = np.concatenate(lengths)
         self.starts_of_samples = np.concatenate([[0], counts.cumsum()])
         self.num_tokens = int(self.starts_of_samples[-1])
         self._first_samples = np.cumsum([0, *(n.size for n in lengths)])
         self.starts = self.starts_of_samples[self._first_samples].tolist()
         fixed = counts.size > 0 and bool((counts == counts[0]).all())
-        # Ends of documents lie anywhere in rows of one length: every process has to find them all.
+        # Documents may end anywhere in rows of equal length, so every process must find all ends.
         scanned = range(len(entries)) if fixed else sorted(hashed)
         with ThreadPoolExecutor() as pool:
             ends = list(pool.map(lambda k: self._scan(k, fixed), scanned))
@@ -204,12 +207,12 @@ class ForeignCorpus(Corpus):
                 self.path, "its" if bare == len(entries) else f"{bare} of {len(entries)}",
             )  # fmt: skip
 
-    def _find_files(self, entries: Sequence[dict[str, Any]], hashed: set[int]) -> list[Shard]:
-        """Check every shard, unpack those that are compressed; all that is wrong in one message."""
+    def _find_files(self, entries: Sequence[dict[str, Any]], hashed: set[int]) -> list[MdsShard]:
+        """Check every shard and unpack compressed ones; one message lists all problems."""
 
-        def check(k: int) -> Shard | str:
+        def check(k: int) -> MdsShard | str:
             try:
-                return Shard(entries[k], self._find_file(entries[k], k in hashed), self.column)
+                return MdsShard(entries[k], self._find_file(entries[k], k in hashed), self.column)
             except DataError as error:
                 return str(error)
 
@@ -219,12 +222,12 @@ class ForeignCorpus(Corpus):
         if bad:
             more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
             raise DataError("; ".join(bad[:5]) + f"{more}; {MEND}")
-        return [each for each in found if isinstance(each, Shard)]
+        return [each for each in found if isinstance(each, MdsShard)]
 
     def _find_file(self, entry: dict[str, Any], hashed: bool) -> Path:
-        """The uncompressed file of a shard, compared with what index.json says."""
+        """Return the uncompressed file of a shard, compared with index.json."""
         raw, packed = entry["raw_data"], entry.get("zip_data")
-        file = self.path / raw["basename"]
+        file: Path = self.path / raw["basename"]
         if not file.is_file() and packed:
             source = self.path / packed["basename"]
             _compare(source, packed, hashed)
@@ -233,8 +236,9 @@ class ForeignCorpus(Corpus):
         _compare(file, raw, hashed)
         return file
 
-    def _scan(self, k: int, find_ends: bool) -> np.ndarray:
-        """Check the ids of a shard; where documents end in it, as places in the stream."""
+    def _scan(self, k: int, find_ends: bool) -> NDArray[Any]:
+        """Check the ids of a shard; return the positions in the stream where documents end in
+        it."""
         ends = [np.empty(0, np.int64)]
         for i, ids in self._shards[k].slabs():
             number = int(self._first_samples[k]) + i
@@ -244,34 +248,34 @@ class ForeignCorpus(Corpus):
                 ends.append(found + self.starts_of_samples[number])
         return np.concatenate(ends)
 
-    def _check_ids(self, ids: np.ndarray, number: int) -> None:
-        """Refuse ids outside the vocabulary; `ids` are of the samples from `number` on."""
+    def _check_ids(self, ids: NDArray[Any], number: int) -> None:
+        """Reject ids outside the vocabulary; `ids` belong to the samples from `number` on."""
         if not ids.size or (ids.max() < self.vocab_size and ids.min() >= 0):
             return
         rows = ids.reshape(-1, ids.shape[-1])
         row, column = np.argwhere((rows < 0) | (rows >= self.vocab_size))[0].tolist()
         shard = self._shards[self._shard_of(number + row)]
-        try:  # Damage looks like this too, and another process may be the one that hashes it.
+        try:  # Damage can cause this too, and another process may hash this shard.
             _compare(shard.file, shard.entry["raw_data"], hashed=True)
         except DataError as error:
             raise DataError(f"{error}; {MEND}") from None
         raise DataError(
             f"{self.path}: {self._name(number + row)} holds id {rows[row, column]}, but the "
-            f"tokenizer {self._tokenizer.name} has ids 0 to {self.vocab_size - 1}; give the "
-            "tokenizer that the corpus was made with as data.tokenizer"
+            f"tokenizer {self._tokenizer.name} has ids 0 to {self.vocab_size - 1}; set "
+            "data.tokenizer to the one that the corpus was made with"
         )
 
     def _name(self, number: int) -> str:
-        """How messages call a sample."""
+        """Return a sample's name for messages."""
         shard = self._shards[self._shard_of(number)]
         return f"sample {number} ({shard.entry['raw_data']['basename']})"
 
     def _shard_of(self, number: int) -> int:
-        """Which shard a sample lies in."""
+        """Return the shard of a sample."""
         return int(self._first_samples.searchsorted(number, "right")) - 1
 
-    def _decode(self, number: int) -> np.ndarray:
-        """The ids of one sample, in the corpus's type."""
+    def _decode(self, number: int) -> NDArray[Any]:
+        """Return the ids of one sample, in the corpus's type."""
         try:
             value = self._rows[number][self.column]
             ids = np.frombuffer(value, np.int64) if isinstance(value, bytes) else value.reshape(-1)
@@ -282,11 +286,13 @@ class ForeignCorpus(Corpus):
         self._check_ids(ids, number)
         return ids.astype(self.dtype)
 
-    def read(self, start: int, n: int) -> np.ndarray:
-        """Tokens [start, start + n) in the corpus's own type; the last samples read are kept."""
+    def read(self, start: int, n: int) -> NDArray[Any]:
+        """Return tokens [start, start + n) in the corpus's own type; the last samples read are
+        cached."""
         if not 0 <= start <= start + n <= self.num_tokens:
             raise DataError(
-                f"{self.path}: tokens {start} to {start + n} asked for, it has {self.num_tokens}"
+                f"{self.path}: tokens {start} to {start + n} requested, but it has "
+                f"{self.num_tokens}"
             )
         if n == 0:
             return np.empty(0, self.dtype)
@@ -298,7 +304,7 @@ class ForeignCorpus(Corpus):
 
     @cached_property
     def num_bytes(self) -> int:  # type: ignore[override]
-        """UTF-8 bytes of the text: what up to 65,536 tokens decode to, scaled to all."""
+        """UTF-8 bytes of the text, estimated by decoding up to 65,536 tokens."""
         stretches, size = (1, self.num_tokens) if self.num_tokens <= 1 << 16 else (64, 1024)
         starts = np.linspace(0, self.num_tokens - size, stretches).astype(np.int64)
         texts = (self._tokenizer.decode(self.read(int(s), size).tolist()) for s in starts)
@@ -306,11 +312,29 @@ class ForeignCorpus(Corpus):
         return round(found * self.num_tokens / max(stretches * size, 1))
 
 
-def read_index(path: Path) -> list[dict[str, Any]]:
-    """The shards that index.json lists.
+def missing_files(path: Path) -> list[str]:
+    """Return the missing files of a local corpus of any kind. Reads only the list of files, so
+    thousands of shards are as quick as a few.
 
     Raises:
-        DataError: it is missing, damaged, or not of MDS; or a column could run code when read.
+        DataError: the corpus does not exist, or its list of files is damaged.
+        OSError: a folder cannot be listed.
+    """
+    if is_foreign(path):  # A shard, or its compressed file.
+        entries = [(entry["raw_data"], entry.get("zip_data")) for entry in read_index(path)]
+        wanted = [[part["basename"] for part in parts if part] for parts in entries]
+    else:
+        wanted = [[name] for name in read_manifest(path).files]
+    folders = {(path / name).parent for either in wanted for name in either}
+    there = {f / name for f in folders if f.is_dir() for name in os.listdir(f)}
+    return [either[-1] for either in wanted if not any(path / name in there for name in either)]
+
+
+def read_index(path: Path) -> list[dict[str, Any]]:
+    """Return the shards that index.json lists.
+
+    Raises:
+        DataError: it is missing, damaged or not MDS, or a column could run code when read.
     """
     file = path / "index.json"
     try:
@@ -323,7 +347,7 @@ def read_index(path: Path) -> list[dict[str, Any]]:
                 if name.is_absolute() or ".." in name.parts:
                     raise ValueError(f"it names a shard outside its folder: {name}")
             if "pkl" in shard["column_encodings"]:
-                raise ValueError("a column is pickled: to read it would run code")
+                raise ValueError("a column is pickled, and reading it would run code")
             if not len(shard["column_names"]) == len(shard["column_sizes"]):
                 raise ValueError("columns and sizes do not match")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -334,7 +358,7 @@ def read_index(path: Path) -> list[dict[str, Any]]:
 
 
 def _choose_column(path: Path, entries: Sequence[dict[str, Any]]) -> str:
-    """The column that holds ids, the same in all shards."""
+    """Return the column that holds ids, the same in all shards."""
     columns = dict(zip(entries[0]["column_names"], entries[0]["column_encodings"], strict=True))
     integers = [f"ndarray:{name}" for name in ID_TYPES.values()]
     named = [name for name in COLUMNS if name in columns]
@@ -364,10 +388,10 @@ def _choose_column(path: Path, entries: Sequence[dict[str, Any]]) -> str:
 
 
 def decode_shard(path: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The samples of one shard, compressed or not, all columns decoded.
+    """Yield the samples of one shard, compressed or not, with all columns decoded.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the shard is damaged.
     """
     packed = entry.get("zip_data")
     packed = packed if packed and path.name == Path(packed["basename"]).name else None
@@ -384,29 +408,30 @@ def decode_shard(path: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
         offsets = np.frombuffer(content, np.uint32, entry["samples"] + 1, 4).tolist()
         for begin, end in pairwise(offsets):
             yield reader.decode_sample(bytes(content[begin:end]))
-    except Exception as error:  # each compression and each encoding raises its own
+    except Exception as error:  # each compression and encoding raises its own
         raise DataError(f"{path}: damaged ({error}); {MEND}") from None
 
 
 # ------------------------------------------------------------------------------- shards as they lie
 
 
-def _gather(content: np.ndarray, places: np.ndarray, kind: Any) -> np.ndarray:
-    """Numbers that lie at some places among bytes, as int64."""
+def _gather(content: NDArray[Any], places: NDArray[Any], kind: Any) -> NDArray[Any]:
+    """Return the numbers at some positions among bytes, as int64."""
     width = np.dtype(kind).itemsize
-    return content[places[:, None] + np.arange(width)].view(kind)[:, 0].astype(np.int64)
+    values = content[places[:, None] + np.arange(width)].view(kind)[:, 0]
+    return np.asarray(values, np.int64)
 
 
 def _hashes_of(entry: dict[str, Any]) -> dict[str, str]:
-    """The hashes of a shard's file as it was published."""
+    """Return the hashes of a shard's file as published."""
     return dict((entry.get("zip_data") or entry["raw_data"]).get("hashes") or {})
 
 
 def _compare(file: Path, info: dict[str, Any], hashed: bool) -> None:
-    """Compare a file with its size and, where there is one, its hash.
+    """Compare a file with its size and, if given, its hash.
 
     Raises:
-        DataError: it is missing or differs.
+        DataError: the file is missing or differs.
     """
     try:
         size = file.stat().st_size
@@ -421,18 +446,18 @@ def _compare(file: Path, info: dict[str, Any], hashed: bool) -> None:
 
 
 def _matches(content: Any, info: dict[str, Any]) -> bool:
-    """Whether bytes have the fastest of the hashes that index.json holds of them."""
+    """Return True if bytes match the fastest of the hashes that index.json has."""
     hashes = info.get("hashes") or {}
     for name, expected in sorted(hashes.items(), key=lambda each: not each[0].startswith("xxh")):
         if name in xxhash.algorithms_available:
             return bool(getattr(xxhash, name)(content).hexdigest() == expected)
         if name in hashlib.algorithms_available:
-            return hashlib.new(name, content).hexdigest() == expected
+            return bool(hashlib.new(name, content).hexdigest() == expected)
     return True
 
 
 def _unpacked_folder(fingerprint: str) -> Path:
-    """Where a corpus's shards are unpacked: the corpus's own folder may be read-only."""
+    """Return the folder where a corpus's shards are unpacked; the corpus's own may be read-only."""
     return Path(tempfile.gettempdir()) / f"megarecur-{os.getuid()}" / fingerprint
 
 
@@ -440,7 +465,7 @@ def _unpack(source: Path, file: Path, entry: dict[str, Any]) -> None:
     """Unpack a compressed shard once per machine, whatever the number of processes.
 
     Raises:
-        DataError: it is damaged, or there is no room for it.
+        DataError: the shard is damaged, or the disk is full.
     """
     make_torchvision_importable()
     from streaming.base.compression import decompress
@@ -458,9 +483,7 @@ def _unpack(source: Path, file: Path, entry: dict[str, Any]) -> None:
                 raise DataError(f"{source} is damaged ({error})") from None
             if len(content) != raw["bytes"] or not _matches(content, raw):
                 raise DataError(f"{source} does not unpack to what index.json says")
-            aside = file.with_name(file.name + ".tmp")
-            aside.write_bytes(content)
-            aside.rename(file)
+            replace_file(file, content)
     except OSError as error:
         raise DataError(
             f"{source} cannot be unpacked to {file.parent} ({error.strerror}): set TMPDIR to a "
@@ -468,8 +491,8 @@ def _unpack(source: Path, file: Path, entry: dict[str, Any]) -> None:
         ) from None
 
 
-def _open_rows(shards: Sequence[Shard]) -> Any:
-    """A StreamingDataset of shards that are there, for its __getitem__ alone."""
+def _open_rows(shards: Sequence[MdsShard]) -> Any:
+    """Return a StreamingDataset of existing shards, for its __getitem__ alone."""
     make_torchvision_importable()
     from streaming import StreamingDataset
     from streaming.base.format import reader_from_json
@@ -484,10 +507,10 @@ def _open_rows(shards: Sequence[Shard]) -> Any:
             self._shard_access_times: Any = np.zeros(len(sizes), np.int64)
 
         def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-            """Called where a file is gone: there is no place to fetch it from."""
+            """Raise if a file is gone, because there is no place to fetch it from."""
             raise DataError(f"{shards[shard_id].file} is missing; {MEND}")
 
-    def _reader(shard: Shard) -> Any:
+    def _reader(shard: MdsShard) -> Any:
         basename = shard.entry["raw_data"]["basename"]
         folder = shard.file.parents[len(Path(basename).parts) - 1]
         return reader_from_json(str(folder), "", shard.entry)

@@ -1,9 +1,9 @@
-"""Batches of a step, cut from corpora: a pure function of (step, seed), whatever the mesh.
+"""Build the batches of a step from corpora: a pure function of (step, seed) on any mesh.
 
 A sample of a corpus is a window of S + 1 tokens: S inputs, and the same shifted by one as labels.
-The global batch of a step is `global_batch_size` samples in an order that `order.py` gives; rank r
-of data parallelism takes rows [r k, (r + 1) k), cut in micro batches. So which samples a step reads
-depends neither on the number of ranks nor on the micro batch size, and the only state is the step.
+The global batch of a step is `global_batch_size` samples in the order of `order.py`. Data-parallel
+rank r takes rows [r k, (r + 1) k), cut into micro batches. So the samples of a step depend neither
+on the number of ranks nor on the micro batch size, and the only state is the step.
 
 Shapes: B samples of a micro batch, S sequence length.
 """
@@ -13,15 +13,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from megarecur.attention.documents import Boundaries, from_lengths, whole_samples
 from megarecur.data.corpus import Corpus
-from megarecur.data.order import Order, ShardOrder, WholeOrder, counts_before, mixture
+from megarecur.data.fit import find_short
+from megarecur.data.order import SampleOrder, ShardOrder, WholeOrder, counts_before, mixture
 from megarecur.data.remote import RemoteCorpus
 from megarecur.errors import ConfigError, DataError, MegarecurError
 from megarecur.parallel.loss import IGNORED
@@ -34,35 +37,40 @@ PREFETCH_DEPTH = 2
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass of one process reads. Tensors may be shared: do not write to them."""
+    """The inputs of one forward pass of one process. Tensors may be shared: do not write to
+    them."""
 
     tokens_BS: Tensor
     """int64."""
     labels_BS: Tensor
-    """int64, the next token; -100 where it is not counted."""
+    """Next token, int64; -100 if it is not counted."""
     positions_BS: Tensor
-    """int64, from 0 in every document of the sample."""
+    """Position in the document, int64, from 0 in every document of the sample."""
     documents_BS: Tensor
-    """int32, which document of the sample a token belongs to, from 0."""
+    """Index of the token's document in its sample, int32, from 0."""
     sample_ids_B: Tensor
-    """int64, step * global_batch_size + row of the global batch."""
+    """Global sample id, int64: step * global_batch_size + row of the global batch."""
     sources_B: Tensor
-    """int64, which corpus of the mixture a sample is of."""
+    """Index of a sample's corpus in the mixture, int64."""
     single_document: bool
-    """No document ends inside any sample: causal attention needs no further mask."""
+    """True if no document ends inside any sample: causal attention needs no further mask."""
+    boundaries: Boundaries | None = field(default=None, kw_only=True)
+    """The boundaries of the documents, counted on the CPU. Must fit `documents_BS`."""
 
     @property
     def num_tokens(self) -> int:
-        """Labels that count."""
+        """Number of counted labels."""
         return int((self.labels_BS != IGNORED).sum())
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on a device."""
+        """Return the micro batch on a device."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
+        if self.boundaries is not None:
+            moved["boundaries"] = self.boundaries.to(device)
         return replace(self, **moved)
 
 
@@ -74,17 +82,17 @@ class Loader:
         seq_length: S.
         global_batch_size: samples per step over all ranks.
         micro_batch_size: B.
-        dp_rank: this process's place among the data-parallel ranks.
-        dp_size: how many of those there are.
-        seed: of the order.
+        dp_rank: data-parallel rank of this process.
+        dp_size: number of data-parallel ranks.
+        seed: seed of the order.
         shuffle: read the samples of each epoch of each corpus in a random order.
-        shuffle_shards: shuffle in blocks of so many shards; 0: over the whole corpus.
-        mask_documents: number the documents of a sample, restart positions with them, and count no
-            label that belongs to another document.
+        shuffle_shards: shuffle in blocks of this many shards; 0 shuffles over the whole corpus.
+        mask_documents: number the documents of a sample, restart positions at each, and ignore
+        labels of another document.
 
     Raises:
-        ConfigError: the ranks or micro batches do not divide the global batch, or the local cache
-            of a remote corpus is too small.
+        ConfigError: the global batch is not divisible by ranks and micro batches, or the local
+        cache of a remote corpus is too small.
         DataError: a corpus is shorter than one sample.
     """
 
@@ -114,7 +122,7 @@ class Loader:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.rank_batch_size = dp_rank, global_batch_size // dp_size
         self.mask_documents = mask_documents
-        self.orders: list[Order] = []
+        self.orders: list[SampleOrder] = []
         for source, corpus in enumerate(self.corpora):
             order = self._order(source, corpus, shuffle, shuffle_shards)
             if isinstance(corpus, RemoteCorpus):
@@ -123,14 +131,16 @@ class Loader:
             self.orders.append(order)
         self._steps_per_block = max(BLOCK_SAMPLES // self.rank_batch_size, 1)
         self._sample_blocks: dict[int, Samples] = {}
-        self._blocks: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._blocks: dict[int, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = {}
         self._pending: dict[int, Future[list[MicroBatch]]] = {}
         self._pool: ThreadPoolExecutor | None = None
 
-    def _order(self, source: int, corpus: Corpus, shuffle: bool, shuffle_shards: int) -> Order:
-        """The order of a corpus's windows."""
+    def _order(
+        self, source: int, corpus: Corpus, shuffle: bool, shuffle_shards: int
+    ) -> SampleOrder:
+        """Return the order of a corpus's windows."""
         place = corpus.starts, corpus.num_tokens, self.seq_length
-        order: Order = (
+        order: SampleOrder = (
             ShardOrder(*place, shuffle_shards, self.seed, source)
             if shuffle and shuffle_shards
             else WholeOrder(*place, shuffle, self.seed, source)
@@ -138,32 +148,33 @@ class Loader:
         _check_length(corpus, order, self.seq_length)
         return order
 
-    def sample_ids(self, step: int) -> np.ndarray:
-        """The ids of all samples of a step's global batch, in order: int64."""
+    def sample_ids(self, step: int) -> NDArray[np.int64]:
+        """Return the ids of all samples of a step's global batch, in order: int64."""
         return np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
 
     @property
     def num_windows(self) -> list[int]:
-        """Samples of an epoch of each corpus."""
+        """Number of samples in an epoch of each corpus."""
         return [order.num_windows for order in self.orders]
 
-    def windows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each sample, and which window of that source it is; `ids` ascend by one."""
+    def windows(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the source of each sample and its window of that source; `ids` must ascend by
+        one."""
         sources, _, windows = self._find(ids)
         return sources, windows
 
-    def _find(self, ids: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Of each sample its source, its number among the source's samples, and its window."""
+    def _find(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        """Return each sample's source, its number among the source's samples, and its window."""
         first, last = int(ids[0]), int(ids[-1])
         blocks = [self._block(b) for b in range(first // BLOCK_SAMPLES, last // BLOCK_SAMPLES + 1)]
-        found: tuple[np.ndarray, ...] = blocks[0]
+        found: tuple[NDArray[np.int64], ...] = blocks[0]
         if len(blocks) > 1:
             found = tuple(np.concatenate(parts) for parts in zip(*blocks, strict=True))
         begin = first % BLOCK_SAMPLES
         return tuple(values[begin:][: len(ids)] for values in found)
 
-    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`_find` for a block of consecutive samples; the last few are kept."""
+    def _block(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return `_find` of a block of consecutive samples; the last few are cached."""
         found = self._blocks.get(number)
         if found is not None:
             return found
@@ -179,12 +190,12 @@ class Loader:
         return sources, numbers, windows
 
     def batch(self, step: int) -> list[MicroBatch]:
-        """This rank's micro batches of a step."""
+        """Return this rank's micro batches of a step."""
         pending = self._pending.pop(step, None)
         return self._build(step) if pending is None else pending.result()
 
     def prefetch(self, step: int) -> None:
-        """Begin to build the batches of `step` and the one after it in the background."""
+        """Start building the batches of `step` and the next one in the background."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
         wanted = range(step, step + PREFETCH_DEPTH)
@@ -201,7 +212,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop building batches, and fetching shards, in the background."""
+        """Stop building batches and fetching shards in the background."""
         self._pending.clear()
         for corpus in self.corpora:
             corpus.close()
@@ -217,9 +228,9 @@ class Loader:
         return [_cut(samples, row, row + self.micro_batch_size) for row in rows]
 
     def _samples(self, block: int) -> Samples:
-        """This rank's samples of a block of consecutive steps; the last few are kept.
+        """Return this rank's samples of a block of consecutive steps; the last few are cached.
 
-        To find the documents of many samples at once costs a fraction of finding those of each.
+        Finding the documents of many samples at once is much cheaper than one by one.
         """
         found = self._sample_blocks.get(block)
         if found is not None:
@@ -238,18 +249,18 @@ class Loader:
         return found
 
     def first_samples(self, count: int) -> MicroBatch:
-        """The first samples of the run, the same ones on every rank."""
+        """Return the first samples of the run, the same on every rank."""
         ids = np.arange(count)
         return _cut(self._lay_out(ids, *self._find(ids)), 0, count)
 
     def _lay_out(
         self,
-        ids_R: np.ndarray,
-        sources_R: np.ndarray,
-        numbers_R: np.ndarray,
-        windows_R: np.ndarray,
+        ids_R: NDArray[np.int64],
+        sources_R: NDArray[np.int64],
+        numbers_R: NDArray[np.int64],
+        windows_R: NDArray[np.int64],
     ) -> Samples:
-        """Samples by id, source, number among the source's samples, and window."""
+        """Lay out samples by id, source, number among the source's samples, and window."""
         starts_R = np.empty_like(windows_R)
         for source, (corpus, order) in enumerate(zip(self.corpora, self.orders, strict=True)):
             own = sources_R == source
@@ -261,7 +272,8 @@ class Loader:
         return _lay_out(self.corpora, sources_R, starts_R, ids_R, S, masked)
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint before `step` holds: samples read, in all and of each corpus.
+        """Return the state of a checkpoint before `step`: samples read, in total and of each
+        corpus.
 
         Corpora are listed in their order (as lists, which JSON keeps), since the order of the
         samples of a corpus depends on its place.
@@ -273,10 +285,10 @@ class Loader:
         return {"samples": samples, "sources": [list(pair) for pair in pairs]}
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Refuse to go on from a state of other corpora, or of other weights or batch size.
+        """Reject a state with other corpora, weights or batch size.
 
         Raises:
-            DataError: naming what differs.
+            DataError: the message names the difference.
         """
         if not isinstance(state.get("sources"), list):
             raise DataError(
@@ -296,14 +308,14 @@ class Loader:
             raise DataError(
                 f"data.train: the checkpoint was trained on {problem}: "
                 f"{', '.join(f[:12] for f in saved)} instead of {', '.join(named)}; "
-                "give those it had, in their order, or set run_dir to another folder"
+                "use the same corpora in the same order, or set run_dir to another folder"
             )
         step, rest = divmod(state["samples"], self.global_batch_size)
         if rest or self.state(step) != state:
             raise DataError(
                 f"data.train: the checkpoint has read {state['samples']} samples, "
                 f"{[count for _, count in state['sources']]} of each corpus, which these weights "
-                f"and global_batch_size={self.global_batch_size} do not give; give those it had, "
+                f"and global_batch_size={self.global_batch_size} do not match; restore its values, "
                 "or set run_dir to another folder"
             )
 
@@ -319,26 +331,29 @@ def validation_batches(
     max_samples: int = 0,
     failures: list[MegarecurError] | None = None,
 ) -> Iterator[MicroBatch]:
-    """A corpus in order, each token (but the first) predicted once, cut over data-parallel ranks.
+    """Yield a corpus in order, with each token except the first predicted once, cut over
+    data-parallel ranks.
 
-    Every rank yields the same number of micro batches, all of the same shape: what is missing in
-    the last ones has label -100. `max_samples` of 0: all.
+    Every rank yields the same number of micro batches, all of the same shape; missing labels of the
+    last ones are -100. `max_samples` of 0 means all.
 
     Args:
-        failures: why the corpus cannot be read is appended here, instead of raised, and all further
-            micro batches are empty: other ranks may wait for this one in a forward pass.
+        failures: receives the reason why the corpus cannot be read, instead of an exception; all
+        further micro batches are empty. Other ranks may wait for this one in a forward pass.
 
     Raises:
         DataError: the corpus has no token to predict, or cannot be read.
     """
     if corpus.num_tokens < 2:
-        raise DataError(f"{corpus.path}: has {corpus.num_tokens} token(s), none to predict")
-    num_samples = -(-(corpus.num_tokens - 1) // seq_length)
-    num_samples = min(num_samples, max_samples or num_samples)
+        raise DataError(
+            f"{corpus.path}: has {corpus.num_tokens} token(s), none to predict; use a longer corpus"
+        )
+    num_samples = count_samples(corpus, seq_length, max_samples)
     stride = dp_size * micro_batch_size
     for first in range(0, num_samples, stride):
         ids = np.arange(micro_batch_size) + first + dp_rank * micro_batch_size
-        # Samples beyond the last one start at the end of the corpus: nothing in them is counted.
+        # Samples beyond the last one start at the end of the corpus, and none of their labels
+        # count.
         readable = ids < (0 if failures else num_samples)
         try:
             batch = _cut_at(corpus, ids, readable, seq_length, mask_documents)
@@ -350,17 +365,27 @@ def validation_batches(
         yield batch
 
 
+def count_samples(corpus: Corpus, seq_length: int, max_samples: int = 0) -> int:
+    """Return the number of samples of a corpus read in order, at most `max_samples` if not 0."""
+    whole = -(-(corpus.num_tokens - 1) // seq_length)
+    return min(whole, max_samples or whole)
+
+
 def _cut_at(
-    corpus: Corpus, ids: np.ndarray, readable: np.ndarray, seq_length: int, mask_documents: bool
+    corpus: Corpus,
+    ids: NDArray[np.int64],
+    readable: NDArray[np.bool_],
+    seq_length: int,
+    mask_documents: bool,
 ) -> MicroBatch:
-    """Samples of a corpus in order; those not to be read are empty."""
+    """Return samples of a corpus in order; those not to be read are empty."""
     starts = np.where(readable, ids * seq_length, corpus.num_tokens)
     samples = _lay_out([corpus], np.zeros_like(ids), starts, ids, seq_length, mask_documents)
     return _cut(samples, 0, len(ids))
 
 
-def _check_length(corpus: Corpus, order: Order, seq_length: int) -> None:
-    """Refuse a corpus without a single sample; say where many tokens are in none."""
+def _check_length(corpus: Corpus, order: SampleOrder, seq_length: int) -> None:
+    """Reject a corpus without a single sample; warn if many tokens are in no sample."""
     lost = 1.0 - order.num_windows * seq_length / max(corpus.num_tokens, 1)
     if isinstance(order, ShardOrder) and order.num_windows < 1:
         raise DataError(
@@ -374,40 +399,38 @@ def _check_length(corpus: Corpus, order: Order, seq_length: int) -> None:
             "data.seq_length=%d inside shards, which are short",
             corpus.path, 100 * lost, seq_length,
         )  # fmt: skip
-    if order.num_windows < 1:
-        raise DataError(
-            f"{corpus.path}: has {corpus.num_tokens} tokens, too few for one sample of "
-            f"data.seq_length={seq_length} and its next token; lower seq_length, or add text"
-        )
+    if short := find_short(corpus.path, corpus.num_tokens, seq_length):
+        raise DataError(short[0])
 
 
 @dataclass(frozen=True)
 class Samples:
-    """R samples laid end to end, and where documents begin in them."""
+    """R samples laid end to end, with the starts of documents in them."""
 
     corpora: Sequence[Corpus]
     seq_length: int
-    sources_R: np.ndarray
-    starts_R: np.ndarray
-    """Of each sample, which corpus it is of and at which token it starts."""
-    ids_R: np.ndarray
-    begins: np.ndarray
-    """Where documents begin at inputs 1 to S of a sample (S: its last label), ascending."""
-    edges: np.ndarray
-    """Where samples or documents begin, ascending, and the end of the last sample."""
-    numbers: np.ndarray
-    """int32, which document of its sample begins at each edge but the last."""
+    sources_R: NDArray[np.int64]
+    starts_R: NDArray[np.int64]
+    """Corpus and first token of each sample."""
+    ids_R: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    """Positions where documents begin at inputs 1 to S of a sample (S: its last label),
+    ascending."""
+    edges: NDArray[np.int64]
+    """Positions where samples or documents begin, ascending, and the end of the last sample."""
+    numbers: NDArray[np.int32]
+    """Index within its sample, int32, of the document that begins at each edge except the last."""
 
 
 def _lay_out(
     corpora: Sequence[Corpus],
-    sources_R: np.ndarray,
-    starts_R: np.ndarray,
-    ids_R: np.ndarray,
+    sources_R: NDArray[np.int64],
+    starts_R: NDArray[np.int64],
+    ids_R: NDArray[np.int64],
     seq_length: int,
     mask_documents: bool,
 ) -> Samples:
-    """Find the documents of some samples; with no mask, each sample is one."""
+    """Find the documents of some samples; without a mask, each sample is one document."""
     R, S = len(ids_R), seq_length
     found = [np.empty(0, np.int64)]
     for source, corpus in enumerate(corpora if mask_documents else ()):
@@ -415,7 +438,7 @@ def _lay_out(
         starts = starts_R[rows]
         low, high = corpus.documents.searchsorted(np.add.outer((1, S + 1), starts))
         counts = high - low
-        # Documents low[i] to high[i] of each row i, side by side.
+        # Documents low[i] to high[i] of each row i, concatenated.
         documents = np.arange(counts.sum()) + np.repeat(high - counts.cumsum(), counts)
         found.append(corpus.documents[documents] + np.repeat(rows * S - starts, counts))
     begins = np.sort(np.concatenate(found))
@@ -426,7 +449,7 @@ def _lay_out(
 
 
 def _cut(samples: Samples, row: int, end: int) -> MicroBatch:
-    """Read samples [row, end); what lies beyond a corpus's end is not counted."""
+    """Read samples [row, end); tokens beyond a corpus's end are not counted."""
     B, S = end - row, samples.seq_length
     rows = [samples.corpora[source] for source in samples.sources_R[row:end].tolist()]
     # Gathered in the corpora's own narrow type: to widen all rows at once is cheaper than each.
@@ -434,7 +457,7 @@ def _cut(samples: Samples, row: int, end: int) -> MicroBatch:
     short = []
     for b, (corpus, start) in enumerate(zip(rows, samples.starts_R[row:end].tolist(), strict=True)):
         n = min(S + 1, corpus.num_tokens - start)
-        if n:  # To read nothing would fetch the last shard of a remote corpus.
+        if n:  # Reading nothing would fetch the last shard of a remote corpus.
             window_BT[b, :n] = corpus.read(start, n)
         if n <= S:
             window_BT[b, n:] = corpus.eos_id
@@ -445,7 +468,7 @@ def _cut(samples: Samples, row: int, end: int) -> MicroBatch:
         labels_BS[b, counted:] = IGNORED
     low, high = samples.begins.searchsorted((row * S, end * S), "right")
     labels_BS.reshape(-1)[samples.begins[low:high] - (row * S + 1)] = IGNORED
-    positions, documents, single = _number_documents(samples, row, end)
+    positions, documents, boundaries = _number_documents(samples, row, end)
     return MicroBatch(
         tokens_BS=torch.from_numpy(tokens_BS),
         labels_BS=torch.from_numpy(labels_BS),
@@ -453,17 +476,18 @@ def _cut(samples: Samples, row: int, end: int) -> MicroBatch:
         documents_BS=documents,
         sample_ids_B=torch.from_numpy(samples.ids_R[row:end]),
         sources_B=torch.from_numpy(samples.sources_R[row:end]),
-        single_document=single,
+        single_document=boundaries.count == B,
+        boundaries=boundaries,
     )
 
 
-def _number_documents(samples: Samples, row: int, end: int) -> tuple[Tensor, Tensor, bool]:
-    """Positions, document numbers, and whether no document begins inside a sample."""
+def _number_documents(samples: Samples, row: int, end: int) -> tuple[Tensor, Tensor, Boundaries]:
+    """Return positions, document numbers, and the boundaries of documents."""
     B, S = end - row, samples.seq_length
     whole_positions, whole_documents = _one_document(B, S)
     low, high = samples.edges.searchsorted((row * S, end * S))
     if high - low == B:
-        return whole_positions, whole_documents, True
+        return whole_positions, whole_documents, whole_samples(B, S, torch.device("cpu"))
     lengths = np.diff(samples.edges[low : high + 1])
     positions = np.repeat(samples.edges[low:high] % S, lengths)
     np.subtract(whole_positions.numpy().reshape(-1), positions, out=positions)
@@ -471,7 +495,7 @@ def _number_documents(samples: Samples, row: int, end: int) -> tuple[Tensor, Ten
     return (
         torch.from_numpy(positions.reshape(B, S)),
         torch.from_numpy(documents.reshape(B, S)),
-        False,
+        from_lengths(lengths, B, S),
     )
 
 
@@ -479,7 +503,7 @@ _whole: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
 
 def _one_document(B: int, S: int) -> tuple[Tensor, Tensor]:
-    """Positions and document numbers of samples without a boundary; made once per shape."""
+    """Return positions and document numbers of samples without a boundary; made once per shape."""
     if (B, S) not in _whole:
         _whole[B, S] = torch.arange(S).repeat(B, 1), torch.zeros(B, S, dtype=torch.int32)
     return _whole[B, S]

@@ -1,13 +1,13 @@
-"""Which sample is read at which position: pure functions of (seed, epoch, position).
+"""The order of samples: pure functions of (seed, epoch, position).
 
-Positions count samples of all global batches from the start of the run. Two questions are answered
-for any block of positions, without reading the ones before it:
+Positions count samples of all global batches from the start of the run. Two functions work on any
+block of positions without reading earlier ones:
 
-    mixture   which source a position belongs to, and how many samples that source gave before it
-    permute   which of a source's n windows its k-th sample of an epoch is
+    mixture the source of a position, and the number of samples that source gave before it permute
+    the window, of a source's n windows, of its k-th sample in an epoch
 
-An order (`WholeOrder`, `ShardOrder`) says for one corpus which window each of its samples is, where
-that window starts, and which shards are needed for it.
+A `SampleOrder` (`WholeOrder`, `ShardOrder`) of one corpus maps each sample to its window, the
+window's start and the shards it needs.
 """
 
 from __future__ import annotations
@@ -15,22 +15,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
+Epoch = tuple[list[NDArray[np.int64]], NDArray[np.int64], NDArray[np.uint64]]
+"""The parts of one epoch of a `ShardOrder`."""
 
 
-def mix64(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit integers that scatters them (the finaliser of splitmix64)."""
+def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scatter 64-bit integers by a bijection (the finaliser of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed
 
 
-def epoch_keys(seed: int, source: int, epochs: np.ndarray) -> np.ndarray:
-    """One 64-bit key per epoch (any shape, uint64) for a source of a run."""
+def epoch_keys(seed: int, source: int, epochs: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return one 64-bit key per epoch (any shape, uint64) for a source of a run."""
     # Arrays of one element, not scalars: numpy warns when scalars wrap around, as they do here.
     key = np.array([seed % 2**64], np.uint64)
     for part in (np.array([source], np.uint64), np.atleast_1d(epochs).astype(np.uint64)):
@@ -38,12 +43,13 @@ def epoch_keys(seed: int, source: int, epochs: np.ndarray) -> np.ndarray:
     return mix64(key)
 
 
-def _join(key: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """A key that depends on another one and on a number."""
-    return mix64(key + np.uint64(_GOLDEN)) ^ mix64(~part)
+def _join(key: NDArray[np.uint64], part: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return a key that depends on another one and on a number."""
+    joined: NDArray[np.uint64] = mix64(key + np.uint64(_GOLDEN)) ^ mix64(~part)
+    return joined
 
 
-def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+def permute(indices: NDArray[np.int64], n: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Shuffle indices of range(n), each under its own key: a bijection of range(n) for every key.
 
     A Feistel network permutes the smallest power of two that holds n; results of n or more are put
@@ -51,8 +57,8 @@ def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
     Args:
         indices: any shape, values in [0, n).
-        n: how many there are, at least 1.
-        keys: uint64, the shape of `indices` or one that broadcasts to it.
+        n: size of the range, at least 1.
+        keys: uint64, of the shape of `indices` or one that broadcasts to it.
 
     Returns:
         int64, the shape of `indices`.
@@ -68,7 +74,7 @@ def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
         value, key = x[todo], keys[todo]
         high, low = value >> low_bits, value & low_mask
         for i in range(ROUNDS):
-            # Each half is changed by a function of the other alone, which can be undone.
+            # Each half is changed by a function of the other alone, which is invertible.
             key = key + np.uint64(_GOLDEN)
             if i % 2:
                 high = high ^ (mix64(low ^ key) & high_mask)
@@ -79,39 +85,35 @@ def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     return x.astype(np.int64)
 
 
-class Order(ABC):
-    """Which window of its corpus each sample is; samples are counted on over the epochs."""
+class SampleOrder(ABC):
+    """The order of one corpus's samples, which are numbered on through the epochs."""
 
     num_windows: int
-    """Samples of an epoch."""
+    """Number of samples in an epoch."""
 
     @abstractmethod
-    def windows(self, numbers: np.ndarray) -> np.ndarray:
-        """The windows, int64 in [0, num_windows), of samples by their numbers."""
+    def windows(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the windows, int64 in [0, num_windows), of samples by their numbers."""
 
     @abstractmethod
-    def starts(self, windows: np.ndarray) -> np.ndarray:
-        """The token at which each window starts, int64."""
+    def starts(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the token at which each window starts, int64."""
 
     @abstractmethod
     def blocks(self, first: int, last: int) -> list[Sequence[int]]:
-        """The shards needed together for samples first to last, block by block as they are read,
-        and those needed after them."""
+        """Return the shards that samples first to last need together, block by block in reading
+        order, followed by later blocks."""
 
     @abstractmethod
     def shards_at_once(self, samples: float) -> int:
-        """How many shards a local cache must hold where a step reads so many samples."""
+        """Return how many shards a local cache must hold if a step reads `samples` samples."""
 
 
-class WholeOrder(Order):
-    """Windows of one stream of tokens, in order or each epoch shuffled over the whole corpus.
+class WholeOrder(SampleOrder):
+    """Windows of one stream of tokens, in order or shuffled each epoch over the whole corpus.
 
     Args:
-        shard_starts: the token at which each shard starts, and the end of the last.
-        num_tokens: tokens of the corpus.
-        seq_length: of a window.
-        shuffle: whether it is.
-        seed: of the run.
+        shard_starts: first token of each shard, and the end of the last.
         source: the corpus's place in the mixture.
     """
 
@@ -128,19 +130,20 @@ class WholeOrder(Order):
         self.seq_length, self.shuffle, self.seed, self.source = seq_length, shuffle, seed, source
         self.num_windows = (num_tokens - 1) // seq_length
 
-    def windows(self, numbers: np.ndarray) -> np.ndarray:
-        """As `Order`."""
+    def windows(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the windows of samples; see `SampleOrder`."""
         epochs, indices = np.divmod(numbers, self.num_windows)
         if not self.shuffle:
             return indices
         return permute(indices, self.num_windows, epoch_keys(self.seed, self.source, epochs))
 
-    def starts(self, windows: np.ndarray) -> np.ndarray:
-        """As `Order`."""
+    def starts(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the starts of windows; see `SampleOrder`."""
         return windows * self.seq_length
 
     def blocks(self, first: int, last: int) -> list[Sequence[int]]:
-        """As `Order`: shuffled, all shards are needed together; in order, one after the other."""
+        """Return the shards needed together: all of them if shuffled, otherwise one after
+        another."""
         shards = range(len(self.shard_starts) - 1)
         if self.shuffle:
             return [shards]
@@ -150,24 +153,24 @@ class WholeOrder(Order):
         return [[shard % len(shards)] for shard in range(begin, end + 2)]
 
     def shards_at_once(self, samples: float) -> int:
-        """As `Order`."""
+        """Return the number of shards needed at once; see `SampleOrder`."""
         num_shards = len(self.shard_starts) - 1
         if self.shuffle:
             return num_shards
         return 1 + ceil(samples * num_shards / self.num_windows)
 
 
-class ShardOrder(Order):
-    """Windows that lie inside shards, each epoch shuffled in blocks of whole shards.
+class ShardOrder(SampleOrder):
+    """Windows inside shards, each epoch shuffled in blocks of whole shards.
 
     Each epoch the shards are permuted and cut in blocks; the windows of each block are permuted
-    among themselves. So one block after the other is read, and needs its own shards alone. A shard
-    of T tokens has (T - 1) // seq_length windows, none of which crosses its end; windows are
-    numbered through all shards.
+    among themselves. So blocks are read one by one, and each needs only its own shards. A shard of
+    T tokens has (T - 1) // seq_length windows, none of which crosses its end; windows are numbered
+    through all shards.
 
     Args:
-        shard_starts, num_tokens, seq_length, seed, source: as for `WholeOrder`.
-        shards_per_block: the last block of an epoch has what is left.
+        shard_starts, num_tokens, seq_length, seed, source: see `WholeOrder`.
+        shards_per_block: shards of each block; the last block of an epoch has the remainder.
     """
 
     def __init__(
@@ -185,13 +188,13 @@ class ShardOrder(Order):
         self.firsts = self.sizes.cumsum() - self.sizes
         self.num_windows = int(self.sizes.sum())
         self.filled = np.flatnonzero(self.sizes)
-        """Shards that have windows at all."""
+        """Shards that have at least one window."""
         self.num_blocks = -(-self.filled.size // shards_per_block)
         self.shards_per_block, self.seed, self.source = shards_per_block, seed, source
-        self._epochs: dict[int, tuple[list[np.ndarray], np.ndarray, np.ndarray]] = {}
+        self._epochs: dict[int, Epoch] = {}
 
-    def windows(self, numbers: np.ndarray) -> np.ndarray:
-        """As `Order`."""
+    def windows(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the windows of samples; see `SampleOrder`."""
         epochs, indices = np.divmod(numbers, self.num_windows)
         windows = np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
@@ -208,30 +211,32 @@ class ShardOrder(Order):
                 windows[rows] = inside + (self.firsts[shards] - ends + self.sizes[shards])[place]
         return windows
 
-    def starts(self, windows: np.ndarray) -> np.ndarray:
-        """As `Order`."""
+    def starts(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the starts of windows; see `SampleOrder`."""
         shards = self.firsts.searchsorted(windows, "right") - 1
-        return self.shard_starts[shards] + (windows - self.firsts[shards]) * self.seq_length
+        starts = self.shard_starts[shards] + (windows - self.firsts[shards]) * self.seq_length
+        return np.asarray(starts, np.int64)
 
     def blocks(self, first: int, last: int) -> list[Sequence[int]]:
-        """As `Order`."""
+        """Return the shards needed together, block by block; see `SampleOrder`."""
         begin, end = self._count_blocks(first), self._count_blocks(last) + 2
         places = [divmod(block, self.num_blocks) for block in range(begin, end)]
         return [self._epoch(epoch)[0][place].tolist() for epoch, place in places]
 
     def _count_blocks(self, number: int) -> int:
-        """How many blocks, over all epochs, come before that of a sample."""
+        """Return the number of blocks, over all epochs, before that of a sample."""
         epoch, index = divmod(number, self.num_windows)
         place = int(self._epoch(epoch)[1].searchsorted(index, "right")) - 1
         return epoch * self.num_blocks + place
 
     def shards_at_once(self, samples: float) -> int:
-        """As `Order`: of two blocks, or of as many more as a step reads from."""
+        """Return the shards of two blocks, or of as many more as a step reads from."""
         at_once = 1 + ceil(samples * self.num_blocks / self.num_windows)
         return min(at_once * self.shards_per_block, self.filled.size)
 
-    def _epoch(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """The blocks of an epoch, its sample at which each begins, and its key; some are kept."""
+    def _epoch(self, epoch: int) -> Epoch:
+        """Return the blocks of an epoch, the first sample of each, and the epoch's key; some are
+        cached."""
         if epoch not in self._epochs:
             key, n = epoch_keys(self.seed, self.source, np.array([epoch])), self.filled.size
             shards = self.filled[permute(np.arange(n), n, key)]
@@ -243,12 +248,15 @@ class ShardOrder(Order):
         return self._epochs[epoch]
 
 
-def mixture(start: int, stop: int, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each position in [start, stop), and its number among that source's samples.
+def mixture(
+    start: int, stop: int, weights: Sequence[float]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the source of each position in [start, stop), and its number among that source's
+    samples.
 
     Sample i of a source of share w (of 1) is due at time (i + 1/2) / w; positions follow the order
-    of due times, lower source first. Of any first p positions, a source of k has p w within
-    (1 + k w) / 2, whatever the block that is asked for.
+    of due times, lower source first. Among the first p positions, each of k sources has p w samples
+    within (1 + k w) / 2, whatever the requested block.
 
     Returns:
         (sources, numbers), int64, each of length stop - start.
@@ -256,7 +264,7 @@ def mixture(start: int, stop: int, weights: Sequence[float]) -> tuple[np.ndarray
     if len(weights) == 1:
         return np.zeros(stop - start, np.int64), np.arange(start, stop)
     shares = np.array(weights, np.float64) / sum(weights)
-    # By time t, the sources have given t samples, give or take half a sample each.
+    # By time t, the sources have given t samples, within half a sample each.
     slack = len(shares) / 2 + 1
     begin = [_count_due(share, start - slack) for share in shares]
     end = [_count_due(share, stop + slack) for share in shares]
@@ -268,14 +276,14 @@ def mixture(start: int, stop: int, weights: Sequence[float]) -> tuple[np.ndarray
 
 
 def counts_before(position: int, weights: Sequence[float]) -> list[int]:
-    """How many samples each source gave before a position; they sum to `position`."""
+    """Return how many samples each source gave before a position; they sum to `position`."""
     if len(weights) == 1 or position == 0:
         return [position] + [0] * (len(weights) - 1)
     counts = []
     sources, numbers = mixture(position - 1, position, weights)
     slack = len(weights) / 2 + 1
     shares = np.array(weights, np.float64) / sum(weights)
-    # The last position before: everything due no later than it (ties: lower sources) came before.
+    # Everything due no later than the previous position (ties: lower sources) came before.
     last, due = sources[0], _due(shares[sources[0]], numbers[0])
     for source, share in enumerate(shares):
         begin = _count_due(share, position - slack)
@@ -286,13 +294,13 @@ def counts_before(position: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
-def _due(share: np.ndarray | float, number: np.ndarray | int) -> np.ndarray:
-    """When a sample is due. The only place where this is computed, so that it rounds in one way."""
+def _due(share: NDArray[Any] | float, number: NDArray[np.int64] | int) -> NDArray[np.int64]:
+    """Return when a sample is due. Only this function computes it, so rounding is consistent."""
     return np.asarray((number + 0.5) / share)
 
 
 def _count_due(share: float, time: float) -> int:
-    """How many samples of a source are due before a time."""
+    """Return how many samples of a source are due before a time."""
     count = max(int(time * share + 0.5), 0)
     while count > 0 and _due(share, count - 1) >= time:
         count -= 1

@@ -1,4 +1,4 @@
-"""A corpus at a remote, whose shards are fetched ahead into a bounded cache on this machine.
+"""A remote corpus whose shards are prefetched into a bounded cache on this machine.
 
     PATH/
       manifest.json index.json documents.npy   fetched when the corpus is opened
@@ -7,10 +7,10 @@
       .cache/locks/shard.00007.mds.fetch       exclusive: a process fetches it
       .cache/fetching/shard.00007.mds/         a download under way
 
-Shards are needed in blocks (see `order.py`): those of the block that is read and of the next one
-are fetched and stay; others go, least recently needed first, when room is wanted. Several processes
-may share the folder. Their locks are flock's, so that a process that dies leaves none behind. A
-shard that a process has mapped stays readable to it when another one deletes the file.
+Shards are needed in blocks (see `order.py`). Those of the current and the next block are fetched
+and kept; others are deleted, least recently needed first, when room is needed. Several processes
+may share the folder. They lock by flock, so a process that dies leaves no lock behind. A shard that
+a process has mapped stays readable to it when another one deletes the file.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from megarecur.data.corpus import CHUNK_TOKENS, Corpus, find_fault, read_manifest
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.errors import ConfigError, DataError
+from megarecur.files import publish
 
 log = logging.getLogger(__name__)
 
 PAUSES = (1.0, 5.0)
-"""Seconds between the attempts to fetch a file."""
+"""Seconds between attempts to fetch a file."""
 TIMEOUT = 60.0
-"""Seconds without an answer after which the library gives up, where it can tell."""
+"""Seconds without an answer after which the library gives up, if it supports a timeout."""
 PATIENCE = 300.0
-"""Seconds that a reader waits for one file: less than a collective waits for a process."""
+"""Seconds that a reader waits for one file; shorter than a collective waits for a process."""
 STARVING = 10.0
 """Seconds after which a reader may take the room of shards that other processes need."""
 NUM_THREADS = 4
 FETCH = ".fetch"
 POLL, POLL_AHEAD = 0.02, 0.5
-"""Seconds until a shard that others hold, or without room, is tried again: wanted now, or later."""
+"""Seconds until a shard that others hold, or without room, is retried: if needed now, or later."""
 
 
 class RemoteCorpus(Corpus):
@@ -54,17 +55,17 @@ class RemoteCorpus(Corpus):
 
     Args:
         path: the folder of the cache, on this machine.
-        remote: where the corpus lies: a URL that mosaicml-streaming reads, or a path.
-        cache_gb: bound of the folder's size in 10^9 bytes; None: everything is kept.
-        verify: compare files that lie in the cache already with their hashes, not only their sizes.
-            What is downloaded always is.
+        remote: location of the corpus: a URL that mosaicml-streaming reads, or a path.
+        cache_gb: limit of the folder's size in 10^9 bytes; None keeps everything.
+        verify: compare files already in the cache with their hashes, not only their sizes.
+        Downloads are always verified.
 
     Raises:
-        ConfigError: the bound is too small.
-        DataError: the folder is not a cache, or of another corpus; or a file cannot be had.
+        ConfigError: the limit is too small.
+        DataError: the folder is not a cache, or caches another corpus; or a file cannot be fetched.
     """
 
-    shards: Shards
+    shards: CachedShards
 
     def __init__(
         self,
@@ -81,26 +82,26 @@ class RemoteCorpus(Corpus):
         self.shards.trim()
 
     def _check_files(self, hashed: set[str]) -> None:
-        """Files are checked when they are fetched."""
+        """Check nothing: files are checked when they are fetched."""
 
     def _open_shards(
         self, described: list[dict[str, Any]]
-    ) -> tuple[Sequence[np.ndarray], list[int]]:
+    ) -> tuple[Sequence[NDArray[Any]], list[int]]:
         names = [shard["raw_data"]["basename"] for shard in described]
         bound = None if self.cache_gb is None else round(self.cache_gb * 1e9)
         expected = {name: self.manifest.files[name] for name in names}
 
-        def load(k: int) -> np.ndarray:
+        def load(k: int) -> NDArray[Any]:
             return self._map(described[k])
 
-        shards = Shards(self._files, expected, load, bound, self._verify)
+        shards = CachedShards(self._files, expected, load, bound, self._verify)
         return shards, [shard["samples"] * CHUNK_TOKENS for shard in described]
 
     def check_room(self, num_shards: int) -> None:
-        """Refuse a bound that cannot hold so many shards, whichever they are.
+        """Reject a limit that cannot hold `num_shards` shards, whichever they are.
 
         Raises:
-            ConfigError: naming the least that can.
+            ConfigError: the message names the least sufficient limit.
         """
         shards = self.shards
         least = shards.other_bytes + sum(sorted(shards.sizes, reverse=True)[:num_shards])
@@ -113,19 +114,19 @@ class RemoteCorpus(Corpus):
             )
 
     def follow(self, blocks: Sequence[Sequence[int]]) -> None:
-        """Say which shards will be read: blocks of those needed together, in their order.
+        """Set the shards that will be read: blocks of those needed together, in order.
 
-        Unless told otherwise, they are expected in the order of the corpus.
+        By default, shards are expected in the order of the corpus.
         """
         self.shards.follow(blocks)
 
     def close(self) -> None:
-        """Stop fetching, and let others delete what this process needed; who waits is refused."""
+        """Stop fetching and release this process's shards; waiting readers get an error."""
         self.shards.close()
 
 
 class CachedFiles:
-    """The folder of a cache, and the remote that it is filled from."""
+    """The folder of a cache, and the remote that fills it."""
 
     def __init__(self, path: Path, remote: str) -> None:
         self.path, self.remote = path, remote.rstrip("/")
@@ -134,19 +135,20 @@ class CachedFiles:
         self._own = threading.local()
 
     def open(self, verify: bool) -> None:
-        """Fetch what describes the corpus; see `RemoteCorpus` for what is refused."""
+        """Fetch the files that describe the corpus; see `RemoteCorpus` for the errors."""
         manifest = self.path / "manifest.json"
         if manifest.exists() and not self.locks.is_dir():
             raise DataError(
                 f"{self.path}: holds a corpus of its own, it cannot be the cache of {self.remote}; "
-                "give an empty folder as path, or leave remote out"
+                "set path to an empty folder, or remove remote"
             )
         try:
             self.locks.mkdir(parents=True, exist_ok=True)
             self.fetching.mkdir(exist_ok=True)
         except OSError as error:
             raise DataError(
-                f"{self.path}: cannot be a cache ({error.strerror}); give a folder that can be "
+                f"{self.path}: cannot be a cache ({error.strerror}); set path to a folder that "
+                "can be "
                 "written"
             ) from None
         with self.hold(manifest.name + FETCH):
@@ -156,9 +158,9 @@ class CachedFiles:
             if here is not None and here.fingerprint != there.fingerprint:
                 shutil.rmtree(self.fetching / manifest.name)
                 raise DataError(
-                    f"{self.path}: caches another corpus ({here.fingerprint[:12]}) than now lies "
-                    f"at {self.remote} ({there.fingerprint[:12]}); empty the folder, or give "
-                    "another path"
+                    f"{self.path}: caches another corpus ({here.fingerprint[:12]}) than the one "
+                    f"at {self.remote} ({there.fingerprint[:12]}); empty the folder, or set "
+                    "path to another folder"
                 )
             self._publish(found)
         for name in ("index.json", "documents.npy"):
@@ -170,19 +172,19 @@ class CachedFiles:
             self.is_stale(folder)
 
     def fetch(self, name: str, expected: Mapping[str, Any]) -> None:
-        """Download a file and put it in its place; the caller holds its lock exclusively.
+        """Download a file and publish it; the caller holds its lock exclusively.
 
         Raises:
-            DataError: it could not be had, naming what was wrong.
+            DataError: the download failed; the message names the reason.
         """
         self._publish(self._download(name, lambda file: find_fault(file, expected, hashed=True)))
 
     def _download(self, name: str, find: Callable[[Path], str | None]) -> Path:
-        """A verified file in a folder of its own, on the disk."""
+        """Download a file into its own folder, verify and sync it."""
         downloader, url = self._downloader(), f"{self.remote}/{name}"
         attempts = len(PAUSES) + 1
         for attempt, pause in enumerate((*PAUSES, None), 1):
-            # A folder for each attempt: downloaders leave temporary files of their own.
+            # Each attempt has its own folder, because downloaders leave temporary files.
             file = self.fetching / name / str(attempt) / name
             shutil.rmtree(file.parent, ignore_errors=True)
             file.parent.mkdir(parents=True)
@@ -195,7 +197,6 @@ class CachedFiles:
                 text = str(error).strip() or "no reason given"
                 fault = f"cannot be fetched ({type(error).__name__}: {text.splitlines()[0]})"
             if fault is None:
-                _sync(file)
                 return file
             shutil.rmtree(file.parent, ignore_errors=True)
             if pause is not None:
@@ -211,18 +212,18 @@ class CachedFiles:
             else ""
         )
         raise DataError(
-            f"{url} {fault}, after {attempt} attempt(s); see that it can be read from this machine "
+            f"{url} {fault}, after {attempt} attempt(s); check that it can be read from this "
+            "machine "
             f"and is whole (if not, copy it there again), then run the same command{hint}"
         )
 
     def _publish(self, file: Path) -> None:
-        """Give a downloaded file its place."""
-        file.rename(self.path / file.name)
-        _sync(self.path)
+        """Move a downloaded file to its place."""
+        publish(file, self.path / file.name)
         shutil.rmtree(self.fetching / file.name, ignore_errors=True)
 
     def _downloader(self) -> Any:
-        """The library's downloader for this remote, one for each thread."""
+        """Return the library's downloader for this remote, one per thread."""
         if not hasattr(self._own, "downloader"):
             make_torchvision_importable()
             from streaming.base.storage import CloudDownloader
@@ -231,13 +232,13 @@ class CachedFiles:
                 self._own.downloader = CloudDownloader.get(self.remote)
             except (ValueError, ImportError) as error:
                 raise DataError(
-                    f"{self.remote}: cannot be read ({error}); give a path or URL that "
+                    f"{self.remote}: cannot be read ({error}); set it to a path or URL that "
                     "mosaicml-streaming reads, and install what it needs for that"
                 ) from None
         return self._own.downloader
 
     def is_stale(self, folder: Path) -> bool:
-        """Whether a download is no longer under way; it is then cleaned up."""
+        """Return True, and clean up, if a download is no longer under way."""
         lock = self.lock(folder.name + FETCH, fcntl.LOCK_EX)
         if lock is None:
             return False
@@ -246,7 +247,8 @@ class CachedFiles:
         return True
 
     def lock(self, name: str, mode: int) -> int | None:
-        """A descriptor that holds the lock of a file until it is closed; None: others hold it."""
+        """Return a descriptor that holds the lock of a file until it is closed; None if others hold
+        it."""
         lock = os.open(self.locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, mode | fcntl.LOCK_NB)
@@ -263,7 +265,7 @@ class CachedFiles:
             if time.monotonic() > deadline or self.closed.is_set():
                 raise DataError(
                     f"{self.locks / name}: another process has held it for {PATIENCE:g} s; end the "
-                    "one that hangs, or give another path"
+                    "one that hangs, or set path to another folder"
                 )
             time.sleep(POLL)
         try:
@@ -272,22 +274,21 @@ class CachedFiles:
             os.close(lock)
 
 
-class Shards(Sequence[np.ndarray]):
-    """The shards of a remote corpus, mapped: to ask for one waits until it is there.
+class CachedShards(Sequence[NDArray[Any]]):
+    """The mapped shards of a remote corpus; indexing waits until the shard has arrived.
 
     Args:
-        files: the cache.
         expected: bytes and xxh64 of each shard by name, in their order.
-        load: maps a shard that is there.
-        bound: of the bytes of the whole folder; None: none.
-        verify: compare shards that are there already with their hashes.
+        load: maps an existing shard.
+        bound: limit of the bytes of the whole folder, or None.
+        verify: compare existing shards with their hashes.
     """
 
     def __init__(
         self,
         files: CachedFiles,
         expected: Mapping[str, Mapping[str, Any]],
-        load: Callable[[int], np.ndarray],
+        load: Callable[[int], NDArray[Any]],
         bound: int | None,
         verify: bool,
     ) -> None:
@@ -296,7 +297,7 @@ class Shards(Sequence[np.ndarray]):
         self.names = list(expected)
         self.sizes = [int(values["bytes"]) for values in expected.values()]
         others = [e for e in files.path.iterdir() if e.is_file() and e.name not in expected]
-        # Whoever opens the corpus downloads the manifest once more, to compare.
+        # Opening the corpus downloads the manifest once more for comparison.
         others.append(files.path / "manifest.json")
         self.other_bytes = sum(file.stat().st_size for file in others)
         self._changed = threading.Condition()
@@ -304,14 +305,14 @@ class Shards(Sequence[np.ndarray]):
         self._place = 0
         self._current: Sequence[int] = ()
         self._now: list[int] = []
-        """Shards to map and to hold: those that readers wait for, and the current block."""
+        """Shards to map and hold: those that readers wait for, and the current block."""
         self._ahead: list[int] = []
         """Shards to fetch after these: the next block."""
         self._there: set[int] = set()
-        """Those of the next block, and then of the current one, that were found or fetched."""
+        """Shards of the next and then the current block that were found or fetched."""
         self._asked: dict[int, tuple[int, float]] = {}
         """How many readers wait for a shard, and since when."""
-        self._arrays: dict[int, np.ndarray] = {}
+        self._arrays: dict[int, NDArray[Any]] = {}
         self._held: dict[int, int | None] = {}
         """Shared locks of mapped shards."""
         self._busy: set[int] = set()
@@ -323,10 +324,10 @@ class Shards(Sequence[np.ndarray]):
         return len(self.names)
 
     def __getitem__(self, k: Any) -> Any:
-        """The tokens of a shard.
+        """Return the tokens of a shard.
 
         Raises:
-            DataError: it cannot be had.
+            DataError: the shard cannot be fetched.
         """
         array = self._arrays.get(k)
         if array is not None and k in self._current:
@@ -337,7 +338,7 @@ class Shards(Sequence[np.ndarray]):
             readers, first = self._asked.get(k, (0, since))
             self._asked[k] = readers + 1, first
             if k not in self._busy:
-                self._failed.pop(k, None)  # It failed when it was fetched ahead: it has a chance.
+                self._failed.pop(k, None)  # A prefetch failed earlier; retry.
             self._refresh()
             try:
                 while k not in self._arrays:
@@ -351,42 +352,42 @@ class Shards(Sequence[np.ndarray]):
                 self._refresh()
 
     def _check_waiting(self, k: int, since: float) -> None:
-        """Refuse to wait on for a shard that will not come."""
+        """Raise an error if a shard will not arrive."""
         url = f"{self._files.remote}/{self.names[k]}"
         if k in self._failed:
             raise self._failed[k]
         if self._files.closed.is_set():
-            raise DataError(f"{url} was still being fetched when the run ended")
+            raise DataError(f"{url} was not fetched before the run ended")
         if time.monotonic() > since + PATIENCE:
             raise DataError(
-                f"{url} did not arrive in {PATIENCE:g} s; see that it can be read fast enough and "
-                f"that no other process fills {self._files.path}, then run the same command"
+                f"{url} did not arrive in {PATIENCE:g} s; check that it can be read fast enough "
+                f"and that no other process fills {self._files.path}, then run the same command"
             )
 
     def follow(self, blocks: Sequence[Sequence[int]]) -> None:
-        """As `RemoteCorpus.follow`."""
+        """Set the shards that will be read; see `RemoteCorpus.follow`."""
         with self._changed:
             self._blocks, self._place = blocks, 0
             self._refresh()
 
     def close(self) -> None:
-        """As `RemoteCorpus.close`."""
+        """Stop fetching; see `RemoteCorpus.close`."""
         self._files.closed.set()
         with self._changed:
             self._blocks, self._place = (), 0
             self._refresh()
         for thread in self._threads:
-            thread.join(5.0)  # A download that hangs ends with the process.
+            thread.join(5.0)  # a hanging download ends with the process
 
-    # Under the condition.
+    # The following methods run under the condition.
 
     def _move_to(self, k: int) -> None:
-        """Go on to the next block that has a shard."""
+        """Advance to the next block that has a shard."""
         places = [*range(self._place, len(self._blocks)), *range(self._place)]
         self._place = next((i for i in places if k in self._blocks[i]), self._place)
 
     def _refresh(self) -> None:
-        """Find what is wanted now, and release the rest."""
+        """Determine the needed shards, and release the others."""
         blocks = self._blocks[self._place : self._place + 2]
         self._current = blocks[0] if blocks else ()
         self._now = list(dict.fromkeys((*self._asked, *self._current)))
@@ -403,7 +404,7 @@ class Shards(Sequence[np.ndarray]):
         self._changed.notify_all()
 
     def _release(self, k: int) -> None:
-        """Unmap a shard, from now on the most recent of those not needed."""
+        """Unmap a shard, which becomes the most recent of those not needed."""
         _touch(self._files.path / self.names[k])
         del self._arrays[k]
         lock = self._held.pop(k)
@@ -411,7 +412,8 @@ class Shards(Sequence[np.ndarray]):
             os.close(lock)
 
     def _choose(self) -> int | None:
-        """What to fetch next: the next block takes no room before the current one is there."""
+        """Choose the next fetch: the next block takes no room before the current one is
+        complete."""
         time_now = time.monotonic()
         missing = [k for k in self._now if k not in self._arrays]
         for k in missing or self._ahead:
@@ -421,10 +423,10 @@ class Shards(Sequence[np.ndarray]):
                 return k
         return None
 
-    # In a thread.
+    # The following methods run in a thread.
 
     def _work(self) -> None:
-        """Fetch and map what is wanted, until the cache is closed."""
+        """Fetch and map needed shards, until the cache is closed."""
         while True:
             with self._changed:
                 while (k := self._choose()) is None and not self._files.closed.is_set():
@@ -439,10 +441,10 @@ class Shards(Sequence[np.ndarray]):
                 found = self._obtain(k, is_now, is_checked)
             except DataError as failure:
                 error = failure
-            except Exception as failure:  # The reader is told, whatever it is.
+            except Exception as failure:  # The reader receives every error.
                 error = DataError(
                     f"{self._files.path / self.names[k]}: cannot be cached "
-                    f"({type(failure).__name__}: {failure}); see that the folder can be written"
+                    f"({type(failure).__name__}: {failure}); check that the folder can be written"
                 )
             with self._changed:
                 self._busy.discard(k)
@@ -461,11 +463,10 @@ class Shards(Sequence[np.ndarray]):
 
     def _obtain(
         self, k: int, is_now: bool, is_checked: bool
-    ) -> tuple[np.ndarray, int | None] | tuple[()] | None:
-        """Have a shard in the cache, and if it is needed now, map it and hold its lock.
+    ) -> tuple[NDArray[Any], int | None] | tuple[()] | None:
+        """Put a shard into the cache and, if it is needed now, map it and hold its lock.
 
-        None: another process fetches or deletes it, or there is no room before others release
-        theirs.
+        Returns None if another process fetches or deletes it, or others must release room first.
         """
         name = self.names[k]
         file, hashed = self._files.path / name, self._verify and not is_checked
@@ -497,7 +498,7 @@ class Shards(Sequence[np.ndarray]):
         try:
             fault = find_fault(file, expected, self._verify)
             if fault is None:
-                return True  # Another process has just fetched it.
+                return True  # another process has just fetched it
             if file.exists():
                 log.warning("%s %s; it is fetched again", file, fault)
                 file.unlink()
@@ -509,21 +510,21 @@ class Shards(Sequence[np.ndarray]):
             os.close(lock)
 
     def trim(self) -> None:
-        """Delete shards that nobody needs where the folder is above the bound, lower than once."""
+        """Delete unneeded shards if the folder exceeds a limit that was lowered."""
         self._make_room(None)
 
     def _make_room(self, k: int | None) -> bool:
-        """Delete what nobody needs until a shard fits under the bound, and reserve its place."""
+        """Delete unneeded shards until a shard fits under the limit, and reserve its place."""
         files, name = self._files, None if k is None else self.names[k]
         if self.bound is None:
             return True
         with self._changed:
-            # What is read now comes before the next block; that one never drives out itself.
+            # The current block precedes the next one, which never displaces itself.
             mine = {self.names[i] for i in (*self._now, *(() if k in self._now else self._ahead))}
             since = self._asked[k][1] if k in self._asked else None
         starving = since is not None and time.monotonic() > since + STARVING
         with files.hold("room"):
-            # Downloads first: one that ends meanwhile is then seen in both places, not in none.
+            # Downloads come first, so one that ends meanwhile is seen in both places, not in none.
             running = {
                 folder.name
                 for folder in files.fetching.iterdir()
@@ -559,7 +560,7 @@ class Shards(Sequence[np.ndarray]):
 
 
 def _find_manifest_fault(file: Path) -> str | None:
-    """What is wrong with a manifest."""
+    """Return what is wrong with a manifest; None if nothing is."""
     try:
         read_manifest(file.parent)
     except DataError as error:
@@ -568,15 +569,6 @@ def _find_manifest_fault(file: Path) -> str | None:
 
 
 def _touch(file: Path) -> None:
-    """Note that a file is needed now; it may be gone."""
+    """Record that a file is needed now; it may be gone."""
     with suppress(FileNotFoundError):
         os.utime(file)
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

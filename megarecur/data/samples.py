@@ -2,12 +2,12 @@
 
     data/listops/train/
       ...            as every corpus: shards, documents.npy, tokenizer.words, manifest.json
-      labels.npy     int32, the class of each sample; of kind `token` int8, one per token of the
-                     stream, -1 where nothing is asked
+      labels.npy int32, the class of each sample; for kind `token` int8, one per token of the
+      stream, -1 for tokens without a label
 
-A sample is a document, or two of a pair, one after the other. The order of samples is that of text:
-a pure function of (seed, epoch, position). Shapes: N samples, B rows (N, or 2 N for pairs, whose
-sides are neighbours), S positions.
+A sample is a document, or the two consecutive documents of a pair. The order of samples is that of
+text: a pure function of (seed, epoch, position). Shapes: N samples, B rows (N, or 2 N for pairs,
+whose sides are neighbours), S positions.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megarecur.config.schema import Config, TaskConfig
+from megarecur.attention.documents import count_boundaries
+from megarecur.batch import END, START
+from megarecur.config.objective import TaskConfig
+from megarecur.config.run import Config
 from megarecur.data.corpus import MEND, Corpus, check_tokenizer, read_manifest
+from megarecur.data.fit import find_task_misfits
 from megarecur.data.loader import Loader, MicroBatch
-from megarecur.data.order import Order, WholeOrder
+from megarecur.data.order import SampleOrder, WholeOrder
 from megarecur.data.tokenizer import tokenizer_fingerprint
 from megarecur.errors import DataError, MegarecurError
-from megarecur.model.task_head import END, START
 from megarecur.parallel.loss import IGNORED
 
 LABELS = "labels.npy"
@@ -34,13 +39,13 @@ LABELS = "labels.npy"
 
 @dataclass(frozen=True)
 class TaskBatch(MicroBatch):
-    """A micro batch of samples. Padding has document -1. Labels are [N, 1] or, of kind token,
-    [B, S]; sources are of samples, sample ids of rows."""
+    """A micro batch of samples. Padding has document -1. Labels are [N, 1], or [B, S] for kind
+    token; sources belong to samples, sample ids to rows."""
 
     lengths_N: Tensor
-    """int64, tokens of each sample, of a pair those of the longer side."""
+    """Number of tokens of each sample, int64; for a pair, of its longer side."""
     scored: Tensor
-    """bool, the shape of the labels: which predictions are right or wrong."""
+    """Predictions that are scored, bool, of the labels' shape."""
 
 
 class TaskCorpus(Corpus):
@@ -54,15 +59,15 @@ class TaskCorpus(Corpus):
         if task is None:
             raise DataError(
                 f"{self.path}: holds text without labels, and the config has a task; prepare a "
-                "corpus with `megarecur prep task`, or leave the task section out"
+                "corpus with `megarecur prep task`, or remove the task section"
             )
         self.kind: str = task["kind"]
         self.classes: list[str] = task["classes"]
         self.num_samples: int = task["num_samples"]
         self.longest: int = task["longest"]
-        """Tokens of the longest sequence."""
-        self.ahead: bool = task.get("ahead", False)  # Not in the first corpora.
-        """Labels are tokens that follow, which only a causal model does not see."""
+        """Number of tokens of the longest sequence."""
+        self.ahead: bool = task.get("ahead", False)  # The first corpora lack this key.
+        """True if labels are later tokens, which only a causal model does not see."""
         self.sides = 2 if self.kind == "pair" else 1
         try:
             self.labels = np.asarray(np.load(self.path / LABELS, mmap_mode="r"))
@@ -72,69 +77,36 @@ class TaskCorpus(Corpus):
         if self.labels.shape != (expected,) or self.num_documents != self.sides * self.num_samples:
             raise DataError(f"{self.path / LABELS}: has {self.labels.shape} labels; {MEND}")
 
-    def document(self, number: int, most: int) -> tuple[np.ndarray, int]:
-        """(ids, at most so many of them; where in the stream it starts) of a document."""
+    def document(self, number: int, most: int) -> tuple[NDArray[Any], int]:
+        """Return (at most `most` ids, start in the stream) of a document."""
         begin = int(self.documents[number])
         last = number + 1 == self.num_documents
         end = self.num_tokens if last else int(self.documents[number + 1])
         return self.read(begin, min(end - begin - 1, most)), begin
 
 
-def open_samples(
-    config: Config, part: int, num_parts: int
-) -> tuple[list[TaskCorpus], list[TaskCorpus]]:
-    """The corpora of data.train and data.val, checked together.
+def open_scored(
+    config: Config,
+    paths: Sequence[str],
+    tokenizer: str,
+    verify: bool = True,
+    part: int = 0,
+    num_parts: int = 1,
+) -> list[TaskCorpus]:
+    """Open corpora of a task, checked together.
 
     Raises:
         DataError: a corpus that is damaged, made with another tokenizer, or does not fit the task;
-            of those that do not fit, all are told.
+            all those that do not fit are reported.
     """
-    data = config.data
-    paths = [source.path for source in (*data.train, *data.val)]
-    corpora = open_scored(config, paths, data.tokenizer, part, num_parts)
-    return corpora[: len(data.train)], corpora[len(data.train) :]
-
-
-def open_scored(
-    config: Config, paths: Sequence[str], tokenizer: str, part: int = 0, num_parts: int = 1
-) -> list[TaskCorpus]:
-    """Corpora by their paths; errors as `open_samples`."""
     fingerprint, corpora = tokenizer_fingerprint(tokenizer), []
     for path in paths:
         check_tokenizer(path, read_manifest(path), tokenizer, fingerprint)
-        corpora.append(TaskCorpus(path, config.data.verify, part, num_parts))
-    problems = [p for c in corpora for p in misfits(c, config)]
+        corpora.append(TaskCorpus(path, verify, part, num_parts))
+    problems = [p for c in corpora for p in find_task_misfits(c.path, c.manifest, config)]
     if problems:
         raise DataError("\n".join(problems))
     return corpora
-
-
-def misfits(corpus: TaskCorpus, config: Config) -> list[str]:
-    """Why a corpus cannot be read for a config's task."""
-    task, seq_length, problems = config.task, config.data.seq_length, []
-    assert task is not None
-    if corpus.kind != task.kind:
-        problems.append(
-            f"{corpus.path}: has samples of kind {corpus.kind}, task.kind={task.kind}; set "
-            f"task.kind to {corpus.kind}, or give another corpus"
-        )
-    if task.num_classes not in (None, len(corpus.classes)):
-        problems.append(
-            f"{corpus.path}: has {len(corpus.classes)} classes "
-            f"({', '.join(corpus.classes[:12])}), task.num_classes={task.num_classes}; set it to "
-            f"{len(corpus.classes)}"
-        )
-    if corpus.longest > seq_length and not task.truncate:
-        problems.append(
-            f"{corpus.path}: its longest sequence has {corpus.longest} tokens, data.seq_length="
-            f"{seq_length}; raise seq_length to {corpus.longest}, or set task.truncate to true"
-        )
-    if corpus.ahead and not config.model.causal:
-        problems.append(
-            f"{corpus.path}: its labels are tokens that follow, which model.causal=false sees; set "
-            "causal to true, or give another corpus"
-        )
-    return problems
 
 
 class TaskLoader(Loader):
@@ -165,8 +137,10 @@ class TaskLoader(Loader):
             shuffle=shuffle,
         )  # fmt: skip
 
-    def _order(self, source: int, corpus: Corpus, shuffle: bool, shuffle_shards: int) -> Order:
-        """An order whose windows are the samples of the corpus."""
+    def _order(
+        self, source: int, corpus: Corpus, shuffle: bool, shuffle_shards: int
+    ) -> SampleOrder:
+        """Return an order whose windows are the samples of the corpus."""
         n = self.task_corpora[source].num_samples
         return WholeOrder((0, n), n + 1, 1, shuffle, self.seed, source)
 
@@ -176,11 +150,11 @@ class TaskLoader(Loader):
         return [self._collate(np.arange(row, row + self.micro_batch_size)) for row in rows]
 
     def first_samples(self, count: int) -> MicroBatch:
-        """The first samples of the run, the same ones on every rank."""
+        """Return the first samples of the run, the same on every rank."""
         return self._collate(np.arange(count))
 
-    def _collate(self, ids: np.ndarray) -> MicroBatch:
-        """Samples by their ids, which ascend by one."""
+    def _collate(self, ids: NDArray[Any]) -> MicroBatch:
+        """Collate samples by their ids, which ascend by one."""
         sources, numbers = self.windows(ids)
         pairs = zip(sources.tolist(), numbers.tolist(), strict=True)
         samples = [(self.task_corpora[source], number) for source, number in pairs]
@@ -189,25 +163,25 @@ class TaskLoader(Loader):
 
 def collate(
     samples: Sequence[tuple[TaskCorpus, int] | None],
-    ids_N: np.ndarray,
-    sources_N: np.ndarray,
+    ids_N: NDArray[Any],
+    sources_N: NDArray[Any],
     task: TaskConfig,
     seq_length: int,
     multiple: int = 1,
 ) -> TaskBatch:
-    """Samples, by corpus and number, as one padded batch; None is one without a label.
+    """Collate samples, given by corpus and number, into one padded batch; None gives one without a
+    label.
 
     Args:
-        samples: of one kind.
-        ids_N: their global ids.
-        sources_N: which corpus of the mixture they are of.
+        ids_N: global ids of the samples.
+        sources_N: index of their corpus in the mixture.
         task: decides what the labels are, and whether START and END are added.
-        seq_length: at most so many tokens of a sequence are read.
+        seq_length: maximum number of tokens read of a sequence.
         multiple: the batch's length is a multiple of it.
     """
     sides = 2 if task.kind == "pair" else 1
     ends = (START, END) if task.augment else ()
-    rows: list[tuple[np.ndarray, np.ndarray | None]] = []
+    rows: list[tuple[NDArray[Any], NDArray[Any] | None]] = []
     labels_N = np.full(len(samples), IGNORED, np.int64)
     lengths_N = np.zeros(len(samples), np.int64)
     for n, sample in enumerate(samples):
@@ -250,6 +224,7 @@ def collate(
         sample_ids_B=torch.from_numpy((sides * ids_N[:, None] + np.arange(sides)).reshape(-1)),
         sources_B=torch.from_numpy(np.ascontiguousarray(sources_N)),
         single_document=bool((documents_BS == 0).all()),
+        boundaries=count_boundaries(torch.from_numpy(documents_BS)),
         lengths_N=torch.from_numpy(lengths_N),
         scored=torch.from_numpy(scored),
     )
@@ -267,11 +242,11 @@ def scored_batches(
     max_samples: int = 0,
     failures: list[MegarecurError],
 ) -> Iterator[TaskBatch]:
-    """A corpus in order, cut over data-parallel ranks, each of which yields the same number of
-    micro batches; samples that are missing in the last ones have no label.
+    """Yield a corpus in order, cut over data-parallel ranks. Each rank yields the same number of
+    micro batches; missing samples of the last ones have no label.
 
     Args:
-        failures: why the corpus cannot be read is appended here; all further batches are empty.
+        failures: receives the reason why the corpus cannot be read; all further batches are empty.
     """
     count = min(corpus.num_samples, max_samples or corpus.num_samples)
     stride = dp_size * micro_batch_size

@@ -18,34 +18,32 @@ SMALLEST_CAPACITY = 64
 
 
 class Cache:
-    """What attention remembers while a text is continued, for samples of equal length.
+    """Keys and values of earlier tokens during generation, for samples of equal length.
 
     One forward pass over S tokens appends S keys and values to every executed step of the map; its
     caller then calls `advance(S)`.
 
     Args:
-        capacity: tokens to make room for at once; more are taken in, at the price of a copy.
+        capacity: tokens to allocate room for; further tokens cost a copy.
     """
 
     def __init__(self, capacity: int = 0) -> None:
         self.length = 0
-        """Tokens of the forward passes that are over."""
+        """Tokens of the completed forward passes."""
         self.entries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        """(block, loop_index) to keys and values [B, capacity, N, H]."""
+        """Keys and values [B, capacity, N, H] by (block, loop_index)."""
         self.capacity = max(capacity, SMALLEST_CAPACITY)
         self.carried: Carried | None = None
-        """Of a model with a temporal memory: that, and the cache of the chunk that is not complete;
-        entries are then its alone."""
+        """State of a model with a temporal memory: the memory, and the cache of the incomplete
+        chunk; `entries` then belongs to that chunk."""
 
     def append(
         self, step: tuple[int, int], k_BSNH: Tensor, v_BSNH: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values of new tokens; returns all so far, [B, K, N, H] each.
+        """Append the keys and values of new tokens; returns all so far, [B, K, N, H] each.
 
         Args:
             step: (block, loop_index) of the step of the map.
-            k_BSNH: keys of the new tokens.
-            v_BSNH: values of the new tokens.
         """
         total = self.length + k_BSNH.shape[1]
         while self.capacity < total:
@@ -61,22 +59,22 @@ class Cache:
         return kept[0][:, :total], kept[1][:, :total]
 
     def grow(self, buffer: Tensor | None, like: Tensor) -> Tensor:
-        """A buffer of the present capacity that holds what the old one held."""
+        """Return a buffer of the current capacity with the contents of the old one."""
         grown = like.new_empty(like.shape[0], self.capacity, *like.shape[2:])
         if buffer is not None:
             grown[:, : self.length] = buffer[:, : self.length]
         return grown
 
     def advance(self, num_tokens: int) -> None:
-        """A forward pass over so many tokens is over."""
+        """Record that a forward pass over `num_tokens` tokens has ended."""
         self.length += num_tokens
 
     def clear(self) -> None:
-        """Forget all tokens, and keep the room."""
+        """Remove all tokens, but keep the allocated memory."""
         self.length = 0
 
     def carry(self) -> Carried:
-        """What is carried from chunk to chunk."""
+        """Return the state carried from chunk to chunk."""
         if self.carried is None:
             self.carried = Carried(cache=Cache())
         return self.carried
@@ -89,7 +87,7 @@ def context_after(
     seed: int = 0,
     samples_B: Tensor | None = None,
 ) -> Context:
-    """The context of tokens that follow the cached ones."""
+    """Return the context of tokens that follow the cached ones."""
     batch, length = tokens_BS.shape
     past = cache.length if cache is not None else 0
     positions_BS = torch.arange(past, past + length, device=tokens_BS.device).expand(batch, -1)
@@ -98,6 +96,7 @@ def context_after(
             model.config,
             positions_BS,
             model.dtype,
+            backend=model.attention.backend,
             carried=None if cache is None else cache.carry(),
             sample_ids_B=samples_B,
             seed=seed,
@@ -107,6 +106,7 @@ def context_after(
         model.config.model,
         positions_BS,
         model.dtype,
+        backend=model.attention.backend,
         sample_ids_B=samples_B,
         seed=seed,
         cache=cache,

@@ -1,9 +1,9 @@
-"""Leaving early: a token that is sure after a few loops skips the others.
+"""Early exit: a token that is confident after a few loops skips the others.
 
-A new token runs loop after loop. After each but the last, the final norm and the head give a
-distribution, and a rule decides whether the token leaves with it. Later tokens attend to it in the
-loops that it skipped too: their keys and values are made of the hidden state that it left with, as
-if that were what enters each skipped step (Schuster et al. 2022, CALM). The prompt runs all loops.
+A new token runs loop after loop. After each loop except the last, the final norm and the head give
+a distribution, and a rule decides whether the token exits with it. Later tokens also attend to it
+in the skipped loops: their keys and values come from the hidden state with which it exited, as if
+that were the input of each skipped step (Schuster et al. 2022, CALM). The prompt runs all loops.
 """
 
 from __future__ import annotations
@@ -16,9 +16,14 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from megarecur.config.schema import Config, ExitConfig, Looped, refuse_exits
+from megarecur.config.objective import ExitConfig
+from megarecur.config.recurrence import Looped
+from megarecur.config.rules import find_conflicts
+from megarecur.config.rules_objective import EXIT_RULES
+from megarecur.config.run import Config
 from megarecur.errors import ConfigError
 from megarecur.inference.cache import Cache, context_after
+from megarecur.model.runner import Runner
 from megarecur.model.transformer import Transformer
 from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.layer_map import LayerMap
@@ -30,18 +35,19 @@ RULES: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class ExitRule:
-    """When a token leaves. Distributions are the model's own, whatever the sampling temperature."""
+    """The rule by which a token exits. It uses the model's own distribution, whatever the sampling
+    temperature."""
 
     kind: Kind
-    """confidence: the likeliest token has a probability of at least the threshold. kl: the
-    divergence of this loop's distribution from that of the loop before, in nats, is at most the
-    threshold; hence not before the second loop. entropy, in nats: at most the threshold."""
+    """Criterion. confidence: the likeliest token has at least the threshold's probability. kl: the
+    divergence from the previous loop's distribution, in nats, is at most the threshold; hence
+    not before the second loop. entropy: the entropy in nats is at most the threshold."""
     threshold: float
     loops: list[int] = field(default_factory=list)
     """Filled with the number of loops that each new token ran."""
 
     def leaves(self, log_p_V: Tensor, before_V: Tensor | None) -> bool:
-        """Whether a token leaves with this distribution, given that of the loop before."""
+        """Return True if a token exits with this distribution, given that of the previous loop."""
         p_V = log_p_V.exp()
         if self.kind == "confidence":
             return bool(p_V.max() >= self.threshold)
@@ -51,40 +57,42 @@ class ExitRule:
 
 
 def make_rule(kind: str | None, threshold: float | None) -> ExitRule | None:
-    """The rule of a command line; None where none is asked for.
+    """Return the rule of command-line options; None if none is requested.
 
     Raises:
-        ConfigError: an unknown rule, or a threshold without a rule, or a rule without one.
+        ConfigError: an unknown rule, a threshold without a rule, or a rule without a threshold.
     """
     if kind is None:
         if threshold is not None:
             raise ConfigError(f"exit_threshold={threshold} needs a rule; add --exit confidence")
         return None
     if kind not in RULES:
-        raise ConfigError(f"exit={kind} is none of {', '.join(RULES)}")
+        raise ConfigError(f"exit={kind} is none of {', '.join(RULES)}; choose one")
     if threshold is None and kind != "confidence":
         raise ConfigError(f"exit={kind} needs a threshold in nats; add --exit-threshold 0.1")
     return ExitRule(cast(Kind, kind), 0.9 if threshold is None else threshold)
 
 
 def refuse_rule(rule: ExitRule, config: Config, num_loops: int | None) -> str:
-    """Why a model cannot be left by a rule; "" if it can."""
+    """Return why a model cannot use the rule; "" if it can."""
     if not math.isfinite(rule.threshold) or rule.threshold < 0.0:
         return f"exit_threshold={rule.threshold} must be a number of at least 0"
     if rule.kind == "confidence" and not 0.0 < rule.threshold <= 1.0:
         return f"exit_threshold={rule.threshold} is a probability; it must be above 0, at most 1"
     if config.temporal is not None:
         return (
-            "exit: a token that left early would not be written to the temporal memory as trained; "
-            "leave exit out"
+            "exit: a token that exits early would not be written to the temporal memory as "
+            "trained; "
+            "omit exit"
         )
     if num_loops == 1:
-        return "exit: depth 1 has no earlier loop to leave after; leave exit out"
-    return refuse_exits(ExitConfig(), config.recurrence)
+        return "exit: depth 1 has no earlier loop to exit after; omit exit"
+    with_exits = config.model_copy(update={"exits": ExitConfig()})
+    return "; ".join(find_conflicts(with_exits, EXIT_RULES))
 
 
 def cut_loops(config: Config, num_loops: int | None) -> list[LayerMap]:
-    """The map, cut after each loop."""
+    """Return the map, cut after each loop."""
     recurrence = config.recurrence
     if isinstance(recurrence, Looped):
         num_loops = num_loops or default_depth(recurrence).num_loops
@@ -103,7 +111,8 @@ def early_logits(
     seed: int = 0,
     samples_1: Tensor | None = None,
 ) -> Tensor:
-    """Logits [1, V] of the token that follows one new token, from the loop that it leaves after."""
+    """Return logits [1, V] of the token that follows one new token, from the loop after which it
+    exits."""
     ctx = context_after(model, tokens_11, cache, seed, samples_1)
     reads: dict[str, Tensor] = {}
     before_V = None
@@ -117,8 +126,9 @@ def early_logits(
             log_p_V = logits_1V[0].to(torch.promote_types(logits_1V.dtype, torch.float32))
             log_p_V = log_p_V.log_softmax(-1)
             if rule.leaves(log_p_V, before_V):
+                assert isinstance(model.runner, Runner), "exits exclude a temporal memory"
                 for skipped in loops[number:]:
-                    model.stack.remember(skipped, x, ctx, reads)
+                    model.runner.remember(skipped, x, ctx, reads)
                 break
             before_V = log_p_V
         cache.advance(1)

@@ -1,9 +1,9 @@
-"""Continuing a text: forward pass, choice of the next token, text as it comes.
+"""Generate text: forward pass, choice of the next token, decoding as ids arrive.
 
     ids = generate(model, tokenizer.encode("def f("), max_new_tokens=100, temperature=0.8, seed=1)
     for piece in stream_text(tokenizer, prompt, ids): ...
 
-Everything random is a pure function of (seed, sample, position), so that a sample does not depend
+Every random value is a pure function of (seed, sample, position), so that a sample does not depend
 on the cache or on which other samples are drawn. Shapes: B samples, S positions, V vocabulary.
 """
 
@@ -15,9 +15,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.data.tokenizer import Tokenizer
-from megarecur.errors import ConfigError
+from megarecur.errors import ConfigError, refuse_undecodable
 from megarecur.inference.cache import Cache, context_after
 from megarecur.inference.early import ExitRule, cut_loops, early_logits, refuse_rule
 from megarecur.model.context import Context
@@ -43,6 +43,7 @@ def generate(
     seed: int = 0,
     sample: int = 0,
     eos_ids: Collection[int] = (),
+    missing_ids: Collection[int] = (),
     num_loops: int | None = None,
     use_cache: bool = True,
     mesh: Mesh | None = None,
@@ -52,37 +53,39 @@ def generate(
     """Yield the ids that continue a prompt, one by one.
 
     Args:
-        model: this rank's part; all ranks of a replica yield the same.
+        model: this rank's part; all ranks of a replica yield the same ids.
         tokens: ids of the prompt, at least one.
-        max_new_tokens: ids to yield at most.
+        max_new_tokens: maximum number of ids to yield.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: choose among the k likeliest tokens.
         top_p: choose among the likeliest tokens that together reach this probability.
-        seed: with `sample`, decides everything random.
+        seed: with `sample`, decides all random choices.
         sample: number of the sample, for several continuations of one prompt.
         eos_ids: any of them ends the text and is not yielded.
-        num_loops: loops to run instead of those trained with, where the scheme repeats a group.
+        missing_ids: ids never chosen: rows of the vocabulary without a piece of the tokenizer.
+        num_loops: loops to run instead of the trained number, if the scheme repeats a group.
         use_cache: keep keys and values; False recomputes all of them for every token.
-        mesh: the processes; None: this one alone.
-        schedules: the walks of the run; None: made anew.
-        exit_rule: lets new tokens leave after earlier loops; without pipeline, with the cache.
+        schedules: the walks of the run; None builds them.
+        exit_rule: lets new tokens exit after earlier loops; requires the cache and no pipeline.
 
     Raises:
-        ConfigError: at once, for options out of range, ids that the model does not know, and more
-            tokens than learned positions.
+        ConfigError: raised at once, for options out of range, ids unknown to the model, and more
+        tokens than learned positions.
     """
     mesh = mesh or Mesh(device=next(model.parameters()).device)
     refusal = ""
     if exit_rule is not None:
         refusal = refuse_rule(exit_rule, model.config, num_loops)
         if mesh.pp > 1 or not use_cache:
-            refusal = "exit needs the cache, and a model on one pipeline rank; leave exit out"
+            refusal = "exit needs the cache, and a model on one pipeline rank; omit exit"
     if use_cache and model.config.halting is not None:
         refusal = refuse_cache(model.config)
     check_options(
         model.config, tokens, max_new_tokens, temperature, top_k, top_p, num_loops, refusal
     )
     loops = cut_loops(model.config, num_loops) if exit_rule is not None else []
+    missing = torch.tensor(sorted({*missing_ids} - {*eos_ids}), dtype=torch.long)
+    missing = missing.to(mesh.device)
     scheduled = (schedules or Schedules(model.config)).forward(num_loops)
 
     def continue_prompt() -> Iterator[int]:
@@ -99,7 +102,7 @@ def generate(
             chosen_1 = torch.zeros_like(sample_1)
             if logits_1V is not None:
                 chosen_1 = choose(
-                    logits_1V,
+                    logits_1V.index_fill(-1, missing, -torch.inf),
                     sample_1,
                     torch.full_like(sample_1, position),
                     temperature=temperature,
@@ -115,13 +118,13 @@ def generate(
             tokens_1S = torch.cat([tokens_1S, chosen_1[None]], dim=1)
             new_1S = chosen_1[None] if use_cache else tokens_1S
 
-    # A generator would check nothing before its first item is asked for.
+    # Checks run here, because a generator would run none before its first item is requested.
     return continue_prompt()
 
 
 def refuse_cache(config: Config) -> str:
-    """Why a model that halts cannot keep keys and values: those of the steps that a token did not
-    take would be missing when a later one takes them."""
+    """Return why a model that halts cannot keep keys and values: a later token may take steps that
+    an earlier one skipped, and would miss its keys and values there."""
     halting = config.halting
     assert halting is not None
     return (
@@ -140,8 +143,8 @@ def next_logits(
     seed: int = 0,
     samples_B: Tensor | None = None,
 ) -> Tensor | None:
-    """Logits [B, V] of the token that follows, given tokens that follow the cached ones; on the
-    pipeline rank of the head, None on others."""
+    """Return logits [B, V] of the token that follows, given tokens that follow the cached ones;
+    None except on the pipeline rank of the head."""
     ctx = context_after(model, tokens_BS, cache, seed, samples_B)
     with model.tp.whole_sequences():
         x = run_forward(model, mesh, scheduled, tokens_BS, ctx)
@@ -151,26 +154,26 @@ def next_logits(
 
 
 class Forward:
-    """What the stages compute where nothing is trained (`parallel.pipeline.Program`)."""
+    """The stages' computation without training (`parallel.pipeline.Program`)."""
 
     def __init__(self, model: Transformer, tokens_BS: Tensor, ctx: Context) -> None:
         self.model, self.tokens_BS, self.ctx = model, tokens_BS, ctx
         self.x: Tensor | None = None
-        """What leaves the last stage, if that is here."""
+        """The output of the last stage, if this rank has it."""
         self.exits: dict[str, Tensor] = {}
-        """There too: the hidden states of early exits, by name, in order."""
+        """Hidden states of early exits by name, in order, if this rank has them."""
 
     def forget(self, microbatch: int) -> None:
-        """Nothing is kept but for the caller."""
+        """Keeps no state per micro batch."""
 
     def shape(self, microbatch: int) -> tuple[int, ...]:
-        """Of the hidden state."""
+        """Return the shape of the hidden state."""
         return self.model.hidden_shape(self.tokens_BS)
 
     def forward(
         self, stage: Stage, microbatch: int, x: Tensor | None, reads: dict[str, Tensor]
     ) -> tuple[Tensor, None]:
-        """(hidden state that leaves, no objective)."""
+        """Return (outgoing hidden state, None)."""
         if stage.first:
             x = self.model.embed(self.tokens_BS, self.ctx)
         assert x is not None
@@ -183,14 +186,15 @@ class Forward:
 def run_forward(
     model: Transformer, mesh: Mesh, scheduled: Scheduled, tokens_BS: Tensor, ctx: Context
 ) -> Tensor | None:
-    """The hidden state [B, S, D] that leaves the map, on the pipeline rank where it does."""
+    """Return the hidden state [B, S, D] that leaves the map, on the pipeline rank of its last
+    step."""
     return run_with_exits(model, mesh, scheduled, tokens_BS, ctx)[0]
 
 
 def run_with_exits(
     model: Transformer, mesh: Mesh, scheduled: Scheduled, tokens_BS: Tensor, ctx: Context
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """(what `run_forward` gives, hidden states of the map's early exits by name); both on the
+    """Return (result of `run_forward`, hidden states of the map's early exits by name); both on the
     pipeline rank of the head."""
     program = Forward(model, tokens_BS, ctx)
     Pipeline(mesh, scheduled.walk, program, model.dtype).run(scheduled.order[mesh.pp_rank])
@@ -207,10 +211,11 @@ def choose(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Tensor:
-    """Tokens [B] at positions of samples: the likeliest, or drawn by (seed, sample, position).
+    """Choose tokens [B] at positions of samples: the likeliest, or drawn by (seed, sample,
+    position).
 
-    The largest of logit + Gumbel noise is distributed as softmax(logits) (Gumbel 1954), and a
-    change of the logits by rounding changes it no more often than it changes the distribution.
+    The largest of logit + Gumbel noise is distributed as softmax(logits) (Gumbel 1954), and
+    rounding the logits changes the choice no more often than it changes the distribution.
     """
     if temperature == 0.0:
         return logits_BV.argmax(-1)
@@ -220,7 +225,7 @@ def choose(
         scores_BV = torch.full_like(scores_BV, -torch.inf).scatter(-1, kept.indices, kept.values)
     if top_p < 1.0:
         p_BV, order = scores_BV.softmax(-1).sort(descending=True, stable=True)
-        # The token that reaches top_p is kept, hence the first always is.
+        # The token that reaches top_p is kept, so the first always is.
         dropped = torch.zeros_like(p_BV, dtype=torch.bool)
         dropped.scatter_(-1, order, p_BV.cumsum(-1) - p_BV >= top_p)
         scores_BV = scores_BV.masked_fill(dropped, -torch.inf)
@@ -240,26 +245,28 @@ def check_options(
     num_loops: int | None,
     refusal: str = "",
 ) -> None:
-    """Refuse what cannot be generated; every mistake is one line of one ConfigError, `refusal`, if
-    any, among them."""
+    """Reject invalid generation options; all mistakes, `refusal` included, are lines of one
+    ConfigError."""
     model, problems = config.model, [refusal] if refusal else []
     if config.classifies:
         problems.append(
-            "task: the run classifies, and has no head that predicts text; score it with "
+            "task: the run is a classifier without a language-model head; score it with "
             "`megarecur eval`"
         )
     if max_new_tokens < 1:
-        problems.append(f"max_new_tokens={max_new_tokens} must be at least 1")
+        problems.append(f"max_new_tokens={max_new_tokens} must be at least 1; raise it")
     if not 0.0 <= temperature < float("inf"):
-        problems.append(f"temperature={temperature} must be 0 (the likeliest token) or above")
+        problems.append(
+            f"temperature={temperature} must be 0 (the likeliest token) or above; raise it"
+        )
     if top_k is not None and top_k < 1:
-        problems.append(f"top_k={top_k} must be at least 1; leave it out to choose among all")
+        problems.append(f"top_k={top_k} must be at least 1; omit it to choose among all tokens")
     if not 0.0 < top_p <= 1.0:
-        problems.append(f"top_p={top_p} must be above 0 and at most 1")
+        problems.append(f"top_p={top_p} must be above 0 and at most 1; correct it")
     if config.temporal is not None and not model.causal:
         problems.append(
-            "model.causal=false with temporal memory: tokens of a chunk see those after them, so "
-            "that no text can be continued; use a run with causal=true"
+            "model.causal=false with temporal memory: tokens of a chunk see later ones, so "
+            "no text can be continued; use a run with causal=true"
         )
     if num_loops is not None and (refusal := refuse_depth(config, num_loops)):
         problems.append(refusal)
@@ -272,21 +279,27 @@ def check_options(
             "use the tokenizer that the run was made with"
         )
     limit = model.max_positions or config.data.seq_length
-    # The last new token is never read, hence needs no position.
+    # The last new token is never read, so it needs no position.
     most = limit + 1 - len(tokens)
     restarts = config.temporal is not None  # with every chunk
     if model.positions == "learned" and max_new_tokens > most and not restarts:
         problems.append(
             f"{len(tokens)} tokens of prompt and max_new_tokens={max_new_tokens} exceed the "
             f"{limit} learned positions of the model; "
-            + (f"ask for at most {most}" if most > 0 else "shorten the prompt")
+            + (f"set max_new_tokens to at most {most}" if most > 0 else "shorten the prompt")
         )
     if problems:
         raise ConfigError("cannot generate:" + "".join(f"\n  {line}" for line in problems))
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, bos_id: int | None = None) -> list[int]:
-    """The ids of a prompt, `bos_id` in front; no text at all starts as after the end of another."""
+    """Encode a prompt, `bos_id` in front. An empty prompt starts from the end-of-document token.
+
+    Raises:
+        ConfigError: the prompt is not valid Unicode, for example from a terminal with another
+        encoding.
+    """
+    refuse_undecodable("the prompt", text)
     ids = [] if bos_id is None else [bos_id]
     return ids + tokenizer.encode(text) or [tokenizer.eos_id]
 
@@ -294,18 +307,18 @@ def encode_prompt(tokenizer: Tokenizer, text: str, bos_id: int | None = None) ->
 def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
     """Yield the text of ids that continue a prompt, as soon as its characters are complete.
 
-    A token's text depends on its neighbours (spaces, characters cut into bytes): what is yielded is
-    the difference that new tokens make to the text of the last ones.
+    A token's text depends on its neighbours (spaces, characters cut into bytes), so the difference
+    that new tokens make to the text of the last ones is yielded.
     """
     known = list(prompt)
-    start, read = 0, len(known)  # known[start:read] is context, its text has been yielded
+    start, read = 0, len(known)  # known[start:read] is context whose text has been yielded
     for i in chain(ids, [None]):
         if i is not None:
             known.append(i)
         before, text = tokenizer.decode(known[start:read]), tokenizer.decode(known[start:])
         if i is not None and text.endswith(REPLACEMENT):
-            continue  # perhaps a character whose other bytes are still to come
+            continue  # perhaps a character with missing bytes
         if len(text) > len(before):
             yield text[len(before) :]
-            # The tokens just yielded are context enough for the next.
+            # The tokens just yielded suffice as context for the next.
             start, read = read, len(known)

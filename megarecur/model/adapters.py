@@ -1,5 +1,5 @@
-"""What one loop of a block has of its own: low-rank deltas of its linear layers and norms (Bae et
-al. 2025, Relaxed Recursive Transformers), level signals (Heo et al. 2025, RingFormer), residual
+"""Parameters that each loop of a block owns: low-rank deltas of linear layers and norms (Bae et al.
+2025, Relaxed Recursive Transformers), level signals (Heo et al. 2025, RingFormer), and residual
 scales (Liu et al. 2020, Admin)."""
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from megarecur.config.schema import Config
-from megarecur.model.norm import build_norm
+from megarecur.config.run import Config
+from megarecur.model.norm import build_head_norm, build_norm
 from megarecur.parallel.linear import LowRank, MakeParameter, product
+from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.recurrence.inventory import (
     HEAD_NORMS,
     SIGNALS,
@@ -25,29 +26,34 @@ from megarecur.recurrence.inventory import (
 
 
 class ResidualScale(nn.Module):
-    """x omega + f(x): how one use of a block weighs the stream against a branch (Liu et al. 2020,
-    Admin)."""
+    """Residual connection x omega + f(x), which weighs the stream against a branch (Liu et al.
+    2020, Admin)."""
 
     def __init__(self, name: str, make: MakeParameter) -> None:
         super().__init__()
         self.weight = make(name + ".weight")
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        """[..., D] each to [..., D]."""
+        """Return x omega + branch: [..., D] each to [..., D]."""
         return (x * self.weight + branch).to(x.dtype)
 
 
 class Adapter(nn.Module):
-    """Of one (block, loop): deltas by the name of the layer, such as `query`, and norms by theirs.
+    """The parameters that one (block, loop) owns: deltas by the name of their layer, such as
+    `query`, and norms by their name.
 
     Args:
-        name: global, of its parameters: blocks.3.loops.1.
-        make: makes them.
-        config: the run's.
-        dtype: of what products take and give.
+        name: global prefix of its parameter names, such as blocks.3.loops.1.
     """
 
-    def __init__(self, name: str, make: MakeParameter, config: Config, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        name: str,
+        make: MakeParameter,
+        config: Config,
+        dtype: torch.dtype,
+        tp: TensorParallel = ALONE,
+    ) -> None:
         super().__init__()
         model, adapters = config.model, config.adapters
         self.deltas = nn.ModuleDict()
@@ -58,9 +64,9 @@ class Adapter(nn.Module):
                     f"{name}.{target}", make, dtype, adapters.scale, target in biased
                 )
         self.signal: LowRank | None = None
-        """What is added to the feed-forward's input."""
+        """Low-rank signal added to the input of the feed-forward layer, if any."""
         self.reads_stream = False
-        """Deltas of queries, keys and values read the stream as it is before its norm."""
+        """If True, deltas of queries, keys and values read the stream before its norm."""
         for target in signal_names(config):
             signal = LowRank(f"{name}.signal_{target}", make, dtype, factors=("b", "a"))
             if target == SIGNALS[-1]:
@@ -73,15 +79,14 @@ class Adapter(nn.Module):
             {norm: build_norm(model.norm, f"{name}.{norm}", make, model.norm_eps) for norm in own}
         )
         for norm in HEAD_NORMS if own and model.qk_norm else ():
-            self.norms[norm] = build_norm("rms", f"{name}.{norm}", make, model.norm_eps)
-
+            self.norms[norm] = build_head_norm(model, f"{name}.{norm}", make, tp)
         self.scales = nn.ModuleDict(
             {scale: ResidualScale(f"{name}.{scale}", make) for scale in scale_names(model)}
         )
 
 
 def join(x: Tensor, branch: Tensor, adapter: Adapter | None, name: str) -> Tensor:
-    """x + branch, or by the loop's own residual scale of that name."""
+    """Return x + branch, or x omega + branch if the loop has a residual scale of that name."""
     if adapter is None or not adapter.scales:
         return x + branch
     joined: Tensor = adapter.scales[name](x, branch)
@@ -89,20 +94,20 @@ def join(x: Tensor, branch: Tensor, adapter: Adapter | None, name: str) -> Tenso
 
 
 def norms_of(adapter: Adapter | None, shared: nn.ModuleDict) -> nn.ModuleDict:
-    """The loop's own norms, or else those that the block's loops share."""
+    """Return the loop's own norms if it has any, else the norms that the block's loops share."""
     return adapter.norms if adapter is not None and adapter.norms else shared
 
 
 def informed(x: Tensor, adapter: Adapter | None) -> Tensor:
-    """What enters the feed-forward or its norm: x + M x where the loop has such a signal
-    (recurrence.md, sections 3.1 and 3.2)."""
+    """Return the input of the feed-forward layer or of its norm: x + M x if the loop has a
+    feed-forward signal M, else x (recurrence.md, sections 3.1 and 3.2)."""
     if adapter is None or adapter.signal is None:
         return x
     return x + product(product(x, adapter.signal.a), adapter.signal.b)
 
 
 def deltas_of(adapter: Adapter | None, *layers: str) -> list[LowRank | None]:
-    """What an adapter adds to each of these layers, None where it adds nothing."""
+    """Return the adapter's delta of each of these layers, or None where it has no delta."""
     if adapter is None:
         return [None] * len(layers)
     return [cast(LowRank, adapter.deltas[n]) if n in adapter.deltas else None for n in layers]

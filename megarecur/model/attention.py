@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megarecur.config.schema import ModelConfig
+from megarecur.attention.attend import attend
+from megarecur.attention.scores import Drop, Scores
+from megarecur.attention.visibility import Visibility
+from megarecur.config.model import ModelConfig
 from megarecur.model.adapters import Adapter, deltas_of, norms_of
-from megarecur.model.context import Context, Keys
-from megarecur.model.norm import build_norm
+from megarecur.model.context import AttentionView, Positions, SiteKeys
+from megarecur.model.norm import build_head_norm
 from megarecur.model.positions import rotate
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
-from megarecur.parallel.random import dropout
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.recurrence.inventory import HEAD_NORMS, biased_projections
 from megarecur.recurrence.layer_map import Step
 
 
 class MultiHead(nn.Module):
-    """The four matrices of an attention, of the heads that this rank holds, and what queries read
-    of values: query head i reads key head i // (num_heads / num_kv_heads) (Ainslie et al. 2023)."""
+    """The four matrices of attention for this rank's heads, and the attention operation.
+
+    Query head i reads key head i // (num_heads / num_kv_heads) (Ainslie et al. 2023).
+    """
 
     def __init__(
         self,
@@ -39,64 +42,36 @@ class MultiHead(nn.Module):
         self.value = Linear(f"{name}.value", make, dtype, "v" in biased, tp, "outputs")
         self.output = Linear(f"{name}.output", make, dtype, "o" in biased, tp, "inputs")
         self.head_dim = model.head_dim
-        self.scale = model.attention_scale or model.head_dim**-0.5
-        self.softcap, self.dropout = model.attention_softcap, model.attention_dropout
-        # A key head may be held by other ranks too.
-        num_heads, num_kv_heads = (
-            len(layer.weight.parameter) // model.head_dim for layer in (self.query, self.key)
-        )
-        self.groups = num_heads // num_kv_heads
-        self.first_head = tp.rank * num_heads
+        scale = model.attention_scale or model.head_dim**-0.5
+        self.scores, self.dropout = Scores(scale, model.attention_softcap), model.attention_dropout
+        self.first_head = tp.rank * (len(self.query.weight.parameter) // model.head_dim)
 
     def attend(
         self,
         qkv: Iterable[Tensor],
-        mask: Tensor | None,
+        seen: Visibility,
         where: Tensor | None,
         rows: tuple[Tensor, Tensor] | None,
-        is_causal: bool = False,
     ) -> Tensor:
-        """[B, S, N H], before the output's matrix.
+        """Return the mixed values [B, S, N H], before the output projection.
 
         Args:
             qkv: queries [B, S, N, H], keys and values [B, K, N or fewer, H].
-            mask: added to scores, broadcasts to [B, N, S, K].
-            where: the key of dropout of attention weights, if there is any.
-            rows: its coordinates, (sample, position) of queries; None where there is none.
-            is_causal: without a mask, a query sees keys up to its own place.
+            seen: which keys each query sees.
+            where: random key for dropout of attention weights; None: no dropout.
+            rows: (sample, position) of queries, the coordinates of dropout; None: no dropout.
         """
-        # In the dtype of products, which a CPU without bf16 instructions takes wider.
-        q, k, v = (t.transpose(1, 2).to(self.query.weight.product_dtype) for t in qkv)
-        mask = None if mask is None else mask.to(q.dtype)
-        if where is None and self.softcap is None:
-            out = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=is_causal, scale=self.scale, enable_gqa=self.groups > 1
-            )
-            return out.transpose(1, 2).flatten(2)
-        # The math path: for a cap of scores, or since dropout is a function of coordinates.
-        k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
-        scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
-        scores = scores * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        if mask is not None:
-            scores = scores + mask
-        elif is_causal:
-            length = scores.shape[-1]
-            future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, float("-inf"))
-        weights = scores.softmax(-1)
+        # Products use `product_dtype`: a CPU without bf16 instructions multiplies in fp32.
+        q, k, v = (t.to(self.query.weight.product_dtype) for t in qkv)
+        drop = None
         if where is not None:
             assert rows is not None
-            samples, positions = rows
-            heads = torch.arange(weights.shape[1], device=weights.device)[None, :, None]
-            places = (samples[:, :, None], heads + self.first_head, positions[:, None, :])
-            weights = dropout(weights, self.dropout, where, places)
-        return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+            drop = Drop(self.dropout, where, *rows, self.first_head)
+        return attend((q, k, v), self.scores, seen, drop).flatten(2)
 
 
 class Attention(MultiHead):
-    """Of a sequence to itself, with positions and a cache."""
+    """Self-attention with positions and a cache of keys and values."""
 
     def __init__(
         self,
@@ -110,52 +85,66 @@ class Attention(MultiHead):
         super().__init__(name, make, model, dtype, tp)
         self.interleaved = model.rope_interleaved
         self.norms = nn.ModuleDict()
-        """Of queries and keys, over head_dim, where there are such and no loop has its own."""
+        """Norms of queries and keys, if the model has them and loops do not own them."""
         for norm in HEAD_NORMS if model.qk_norm and own_norms else ():
-            self.norms[norm] = build_norm("rms", f"{name}.{norm}", make, model.norm_eps)
+            self.norms[norm] = build_head_norm(model, f"{name}.{norm}", make, tp)
 
     def forward(
         self,
         x_BSD: Tensor,
-        ctx: Context,
+        view: AttentionView,
+        positions: Positions,
         step: Step,
-        keys: Keys,
+        keys: SiteKeys,
         adapter: Adapter | None,
         stream_BSD: Tensor | None = None,
+        source_BSD: Tensor | None = None,
     ) -> Tensor:
-        """[B, S, D] to [B, S, D]; keys and values of earlier tokens come from ctx.cache. The stream
-        is what x is the norm of, which some adapters read; None: x."""
-        qkv = self.project(x_BSD, ctx, step, adapter, stream_BSD)
+        """Attend to these tokens and to cached ones: [B, S, D] to [B, S, D].
+
+        Args:
+            x_BSD: input of the queries, and of keys and values if `source_BSD` is None.
+            view: visible keys, rotation and cache.
+            positions: positions of the tokens, for dropout.
+            step: the step of the map.
+            keys: keys of dropout by site.
+            adapter: adapter of this loop, if loops have adapters.
+            stream_BSD: the stream before its norm, which some adapters read; None: x.
+            source_BSD: input of keys and values; None: x.
+        """
+        qkv = self.project(x_BSD, view, step, adapter, stream_BSD, source_BSD)
         where = keys.get("attention")
-        rows = None if where is None else ctx.all_rows()
-        mixed = self.attend(qkv, ctx.mask, where, rows, ctx.is_causal)
-        return self.output(mixed.to(x_BSD.dtype), *deltas_of(adapter, "output"))
+        rows = None if where is None else positions.all_rows()
+        mixed = self.attend(qkv, view.seen, where, rows)
+        out: Tensor = self.output(mixed.to(x_BSD.dtype), *deltas_of(adapter, "output"))
+        return out
 
     def project(
         self,
         x_BSD: Tensor,
-        ctx: Context,
+        view: AttentionView,
         step: Step,
         adapter: Adapter | None,
         stream_BSD: Tensor | None = None,
+        source_BSD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, S, N, H] of these tokens, keys and values [B, K, N, H] of all so far, the new
-        ones kept in ctx.cache."""
+        """Return queries [B, S, N, H] of these tokens, and keys and values [B, K, N, H] of all so
+        far. New keys and values are added to the view's cache. Arguments: see `forward`."""
         deltas = deltas_of(adapter, "query", "key", "value")
-        if ctx.source_BSD is None:
+        if source_BSD is None:
             tap = stream_BSD if adapter is not None and adapter.reads_stream else None
             qkv = apply_all((self.query, self.key, self.value), x_BSD, deltas, tap)
         else:
             assert adapter is None, "maps that halt have no adapters"
-            of_source = apply_all((self.key, self.value), ctx.source_BSD)
+            of_source = apply_all((self.key, self.value), source_BSD)
             qkv = (self.query(x_BSD), *of_source)
         q_BSNH, k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
         norms = norms_of(adapter, self.norms)
         if "query_norm" in norms:
             q_BSNH, k_BSNH = norms["query_norm"](q_BSNH), norms["key_norm"](k_BSNH)
-        if ctx.rotation is not None:
-            q_BSNH = rotate(q_BSNH, ctx.rotation, self.interleaved)
-            k_BSNH = rotate(k_BSNH, ctx.key_rotation or ctx.rotation, self.interleaved)
-        if ctx.cache is not None:
-            k_BSNH, v_BSNH = ctx.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
+        if view.rotation is not None:
+            q_BSNH = rotate(q_BSNH, view.rotation, self.interleaved)
+            k_BSNH = rotate(k_BSNH, view.key_rotation or view.rotation, self.interleaved)
+        if view.cache is not None:
+            k_BSNH, v_BSNH = view.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
         return q_BSNH, k_BSNH, v_BSNH

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.model.adapters import Adapter, informed, join, norms_of
 from megarecur.model.attention import Attention
-from megarecur.model.context import Context, Keys
+from megarecur.model.context import AttentionView, Context, MemoryView, Positions, SiteKeys
 from megarecur.model.feed_forward import FEED_FORWARDS, Gate
 from megarecur.model.norm import build_norm
 from megarecur.model.temporal import MemoryReader
 from megarecur.parallel.linear import Linear, MakeParameter, Weight
 from megarecur.parallel.random import dropout
 from megarecur.parallel.regions import ALONE, TensorParallel
-from megarecur.recurrence.inventory import SCALES, has_own_norms, injection_block, norm_names
+from megarecur.recurrence.inventory import (
+    SCALES,
+    has_injection_bias,
+    has_own_norms,
+    injection_block,
+    norm_names,
+)
 from megarecur.recurrence.layer_map import Step
 
-Body = Callable[["Block", Tensor, Context, Step, Keys, Adapter | None], Tensor]
+Body = Callable[..., Tensor]
+"""Function with the arguments of `Block.body`, preceded by the block."""
 
 
 class Block(nn.Module):
     """One set of Transformer weights, used by any number of steps of the map.
 
     Norm positions: pre, x + f(N(x)); post, N(x + f(x)), or N(x omega + f(x)) with residual
-    scales; sandwich, N2(x + f(N1(x))), as in Huginn; peri, x + N2(f(N1(x))), as in Gemma 2.
+    scales; sandwich, N2(x + f(N1(x))), as in Huginn; peri, x + N2(f(N1(x))), as in Gemma 2;
+    output, x + N(f(x)), as in OLMo 2.
     """
 
     def __init__(
@@ -42,13 +49,24 @@ class Block(nn.Module):
         tp: TensorParallel = ALONE,
         shared: nn.Module | None = None,
     ) -> None:
-        """`shared`: the feed-forward of another block, in place of one of its own."""
+        """Build the block.
+
+        Args:
+            block: number of the block.
+            make: makes parameters by name.
+            config: the run.
+            dtype: compute dtype.
+            num_loops: number of loops that have an adapter.
+            tp: the ranks that share matrices.
+            shared: feed-forward layer of another block, used instead of an own one.
+        """
         super().__init__()
         model, prefix = config.model, f"blocks.{block}"
         feed_forward = FEED_FORWARDS[model.feed_forward]
         self.injection: Linear | None = None
         if block == injection_block(config.recurrence):
-            self.injection = Linear(f"{prefix}.injection", make, dtype, False)
+            bias = has_injection_bias(config.recurrence)
+            self.injection = Linear(f"{prefix}.injection", make, dtype, bias)
         self.norm_position, self.parallel = model.norm_position, model.parallel_residual
         self.slides = model.slides(block)
         self.rates = {"mix": model.dropout, "feed": model.dropout,
@@ -58,7 +76,7 @@ class Block(nn.Module):
             self.reader = MemoryReader(prefix, make, model, dtype, tp)
             self.rates |= {"read": model.dropout, "read_attention": model.attention_dropout}
         self.compiled: Body | None = None
-        """Runs `body` in training (`model.compile`)."""
+        """Compiled `body`, used in training (`model.compile`)."""
         own_norms = has_own_norms(config)
         self.norms = nn.ModuleDict(
             {
@@ -70,97 +88,127 @@ class Block(nn.Module):
         self.feed_forward = shared or feed_forward(f"{prefix}.feed_forward", make, model, dtype, tp)
         self.gate = Gate(f"{prefix}.gate", make, dtype, tp) if model.gate else None
         self.adapters = nn.ModuleList(
-            Adapter(f"{prefix}.loops.{loop}", make, config, dtype) for loop in range(num_loops)
+            Adapter(f"{prefix}.loops.{loop}", make, config, dtype, tp) for loop in range(num_loops)
         )
         self.weights = [module for module in self.modules() if isinstance(module, Weight)]
 
-    def forward(self, x: Tensor, ctx: Context, step: Step, injected: Tensor | None) -> Tensor:
-        """One step of the map; `injected` is added, or mixed in by the adapter, first, and then
-        the level's encoding."""
-        x = self.enter(x, ctx, step, injected)
-        ctx = self.seen(ctx)
-        keys = ctx.keys(step, self.rates)
+    def forward(
+        self,
+        x: Tensor,
+        ctx: Context,
+        step: Step,
+        injected: Tensor | None,
+        source: Tensor | None = None,
+    ) -> Tensor:
+        """Run one step of the map, [B, S, D] to [B, S, D].
+
+        Args:
+            x: the residual stream.
+            ctx: the context of the micro batch.
+            step: the step of the map.
+            injected: [B, S, D], combined with x first (see `inject`), before the encoding of
+                position and level is added; None: nothing is injected.
+            source: [B, S, D], input of keys and values; None: x.
+        """
+        x = self.enter(x, ctx.positions, step, injected)
+        keys = ctx.dropout.at(step, self.rates, x.device)
         adapter = self.adapter(step)
-        if ctx.source_BSD is not None:
-            source = self.enter(ctx.source_BSD, ctx, step, None)
-            if self.norm_position != "post":
+        if source is not None:
+            source = self.enter(source, ctx.positions, step, None)
+            if self.norm_position not in ("post", "output"):
                 source = norms_of(adapter, self.norms)["attention_norm"](source)
-            ctx = replace(ctx, source_BSD=source)
-        if self.compiled is None or not ctx.training:
-            return self.body(x, ctx, step, keys, adapter)
+        compiled = self.compiled if ctx.dropout.training else None
+        if compiled is not None and torch.is_grad_enabled() and not x.requires_grad:
+            # The first step with gradient after steps without: it shares the graph of the others.
+            x = x.detach().requires_grad_(any(w.parameter.requires_grad for w in self.weights))
+        view = ctx.view(self.slides)
+        parts = (x, view, ctx.positions, ctx.memory, step, keys, adapter, source)
+        if compiled is None:
+            return self.body(*parts)
         for weight in self.weights:
-            weight.value()  # A gathered one has no copy yet; a graph takes what is there.
-        return self.compiled(self, x, ctx, step, keys, adapter)
+            weight.value()  # Make the copy of a weight that ZeRO 3 gathered; a graph makes none.
+        return compiled(self, *parts)
 
     def body(
-        self, x: Tensor, ctx: Context, step: Step, keys: Keys, adapter: Adapter | None
+        self,
+        x: Tensor,
+        view: AttentionView,
+        positions: Positions,
+        memory: MemoryView | None,
+        step: Step,
+        keys: SiteKeys,
+        adapter: Adapter | None,
+        source: Tensor | None,
     ) -> Tensor:
-        """What is compiled: one graph for all blocks and steps of the map, hence nothing here may
-        depend on which of them it is, but for tensors."""
+        """Run attention and feed-forward, [B, S, D] to [B, S, D]. This is the compiled function.
+
+        One graph serves all blocks and steps of the map, so only tensors may depend on the block
+        or step.
+        """
         norms = norms_of(adapter, self.norms)
+        seen = (view, positions, step, keys, adapter)
         if self.norm_position == "pre":
-            mixed = self.attention(norms["attention_norm"](x), ctx, step, keys, adapter, x)
+            mixed = self.attention(norms["attention_norm"](x), *seen, x, source)
             if self.parallel:
                 fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
-                x = x + self.drop(mixed, ctx, keys, "mix")
-                return x + self.drop(fed, ctx, keys, "feed")
-            a = x + self.drop(mixed, ctx, keys, "mix")
+                x = x + self.drop(mixed, positions, keys, "mix")
+                return x + self.drop(fed, positions, keys, "feed")
+            a = x + self.drop(mixed, positions, keys, "mix")
             if self.reader is not None:
-                a = a + self.drop(self.reader(a, ctx, keys), ctx, keys, "read")
+                assert memory is not None
+                a = a + self.drop(self.reader(a, memory, positions, keys), positions, keys, "read")
             u = norms["feed_forward_norm"](informed(a, adapter))
-            fed = a + self.drop(self.feed_forward(u, adapter), ctx, keys, "feed")
+            fed = a + self.drop(self.feed_forward(u, adapter), positions, keys, "feed")
             return fed if self.gate is None else torch.lerp(x, fed, self.gate(u))
-        if self.norm_position == "peri":
-            mixed = self.attention(norms["attention_norm"](x), ctx, step, keys, adapter)
-            x = x + self.drop(norms["attention_output_norm"](mixed), ctx, keys, "mix")
-            fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
-            return x + self.drop(norms["feed_forward_output_norm"](fed), ctx, keys, "feed")
+        if self.norm_position in ("peri", "output"):
+            before = self.norm_position == "peri"
+            u = norms["attention_norm"](x) if before else x
+            mixed = self.attention(u, *seen, None, source)
+            x = x + self.drop(norms["attention_output_norm"](mixed), positions, keys, "mix")
+            u = norms["feed_forward_norm"](x) if before else x
+            fed = self.feed_forward(u, adapter)
+            return x + self.drop(norms["feed_forward_output_norm"](fed), positions, keys, "feed")
         if self.norm_position == "post":
-            mixed = self.drop(self.attention(x, ctx, step, keys, adapter), ctx, keys, "mix")
+            mixed = self.drop(self.attention(x, *seen, None, source), positions, keys, "mix")
             x = norms["attention_norm"](join(x, mixed, adapter, SCALES[0]))
-            fed = self.drop(self.feed_forward(informed(x, adapter), adapter), ctx, keys, "feed")
-            return norms["feed_forward_norm"](join(x, fed, adapter, SCALES[1]))
-        mixed = self.attention(norms["attention_norm"](x), ctx, step, keys, adapter)
-        x = norms["attention_output_norm"](x + self.drop(mixed, ctx, keys, "mix"))
+            fed = self.drop(
+                self.feed_forward(informed(x, adapter), adapter), positions, keys, "feed"
+            )
+            normed: Tensor = norms["feed_forward_norm"](join(x, fed, adapter, SCALES[1]))
+            return normed
+        mixed = self.attention(norms["attention_norm"](x), *seen, None, source)
+        x = norms["attention_output_norm"](x + self.drop(mixed, positions, keys, "mix"))
         fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
-        return norms["feed_forward_output_norm"](x + self.drop(fed, ctx, keys, "feed"))
+        out: Tensor = norms["feed_forward_output_norm"](x + self.drop(fed, positions, keys, "feed"))
+        return out
 
     def remember(self, x: Tensor, ctx: Context, step: Step, injected: Tensor | None) -> None:
-        """Of a step that is skipped, put into ctx.cache the keys and values that it would have made
-        of x."""
-        x = self.enter(x, ctx, step, injected)
-        ctx = self.seen(ctx)
+        """Cache the keys and values that a skipped step would compute from x, [B, S, D]."""
+        x = self.enter(x, ctx.positions, step, injected)
         adapter, stream = self.adapter(step), x
-        if self.norm_position != "post":
+        if self.norm_position not in ("post", "output"):
             x = norms_of(adapter, self.norms)["attention_norm"](x)
-        self.attention.project(x, ctx, step, adapter, stream)
-
-    def seen(self, ctx: Context) -> Context:
-        """What tokens see from this block: a window, if it has one."""
-        if not self.slides or ctx.sliding is None:
-            return ctx
-        if ctx.source_BSD is None:
-            return ctx.sliding
-        return replace(ctx.sliding, source_BSD=ctx.source_BSD)
+        self.attention.project(x, ctx.view(self.slides), step, adapter, stream)
 
     def adapter(self, step: Step) -> Adapter | None:
-        """Of this loop, if loops have one."""
+        """Return the adapter of the step's loop, if loops have adapters."""
         return cast(Adapter, self.adapters[step.loop_index]) if self.adapters else None
 
-    def enter(self, x: Tensor, ctx: Context, step: Step, injected: Tensor | None) -> Tensor:
-        """What the step starts from."""
+    def enter(self, x: Tensor, positions: Positions, step: Step, injected: Tensor | None) -> Tensor:
+        """Return the step's input [B, S, D]: x with the injected state and the level encoding."""
         if injected is not None:
             x = self.inject(x, injected)
-        return x if ctx.places is None else x + ctx.encoding(step).to(x.dtype)
+        return x if positions.sinusoids_BSD is None else x + positions.encoding(step).to(x.dtype)
 
     def inject(self, x: Tensor, injected: Tensor) -> Tensor:
-        """x + e, or W [x, e]."""
+        """Return x + e, or W [x, e] + b if the block has an injection layer."""
         if self.injection is None:
             return x + injected
-        return self.injection(torch.cat([x, injected], dim=-1))
+        mixed: Tensor = self.injection(torch.cat([x, injected], dim=-1))
+        return mixed
 
-    def drop(self, x: Tensor, ctx: Context, keys: Keys, site: str) -> Tensor:
-        """Dropout of a residual branch."""
+    def drop(self, x: Tensor, positions: Positions, keys: SiteKeys, site: str) -> Tensor:
+        """Apply dropout to a residual branch."""
         if site not in keys:
             return x
-        return dropout(x, self.rates[site], keys[site], ctx.rows())
+        return dropout(x, self.rates[site], keys[site], positions.rows())

@@ -1,12 +1,14 @@
 """torch.compile of the block: one graph for all blocks, all loops and all depths.
 
-Compiled is `Block.body`, in training: a function of tensors alone, weights included, so that blocks
-of one shape share a graph. A second graph serves loops without gradient (where parameters are
-frozen, one more each pattern of them). The two passes of the loss over the logits are compiled
-apart. Injection, measures of the residual stream, embedding and head
-stay outside; evaluation and generation run eagerly.
+In training, `Block.body` is compiled as a function of tensors only, weights included, so blocks of
+the same shape share a graph. Loops without gradient need a second graph, and every pattern of
+frozen parameters needs one more. Inside the graph the collectives of tensor parallelism and the sum
+of weight gradients are opaque operators (`parallel.regions`, `parallel.linear`), so any layout runs
+the same messages and the same queue of products as in eager mode. The two passes of the loss over
+the logits are compiled separately. Injection, telemetry, embedding and head are not compiled.
+Evaluation and generation run eagerly.
 
-Torch's compiler, which takes seconds to import, is imported when something is compiled.
+Torch's compiler takes seconds to import, so it is imported only when something is compiled.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -27,70 +29,82 @@ Backend = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
 
 MOST_GRAPHS = 64
-"""Of one function; beyond that torch refuses. Patterns of frozen parameters may need some."""
+"""Max graphs of one function, after which torch raises an error. Every pattern of frozen parameters
+may need a graph."""
 
 
 class Compiled:
-    """A function, compiled whenever it meets a new kind of input; counts its graphs.
+    """A function that is compiled for every new kind of input, with a count of its graphs.
 
     Args:
-        function: of tensors, and of objects that hold tensors.
-        backend: makes code of a graph. None: Inductor.
+        function: takes tensors and objects that hold tensors.
+        backend: compiles a graph to code; None: Inductor.
+        lengths_vary: let one graph serve sizes that turn out to vary; otherwise each needs its own.
     """
 
-    def __init__(self, function: Callable[..., Any], backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        backend: Backend | None = None,
+        lengths_vary: bool = False,
+    ) -> None:
         self.graphs = 0
-        """Made so far, in this process."""
+        """Number of graphs compiled in this process."""
         self.backend = backend
 
         def call(*args: Any) -> Any:
             return function(*args)
 
         torch._dynamo.config.recompile_limit = MOST_GRAPHS
-        # Torch keeps graphs, and limits their number, by code object: each of these has its own.
+        # Torch stores and limits graphs per code object, so give each `Compiled` its own.
         call.__code__ = call.__code__.replace()
-        # A break in the graph is an error; sizes are constants, as those of training are.
-        self.compiled = torch.compile(call, backend=self.make, fullgraph=True, dynamic=False)
+        # A graph break raises an error. Sizes are constant in training on text, so they are
+        # compiled in.
+        dynamic = None if lengths_vary else False
+        self.compiled = torch.compile(call, backend=self.make, fullgraph=True, dynamic=dynamic)
 
     def make(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        """Called by torch for every new graph."""
+        """Compile a new graph; torch calls this for each."""
         self.graphs += 1
         if self.backend is not None:
             return self.backend(graph, inputs)
         from torch._inductor.compile_fx import compile_fx
 
-        code: Any = compile_fx(graph, inputs)
-        return code
+        return cast(Callable[..., Any], compile_fx(graph, inputs))
 
     def __call__(self, *args: Any) -> Any:
-        """As the function."""
+        """Call the compiled function."""
         return self.compiled(*args)
 
 
 class CompiledModel:
-    """Compiled parts of a model: one body for all blocks, and the loss."""
+    """The compiled parts of a model: one body for all blocks, and the loss."""
 
     def __init__(self, model: Transformer, backend: Backend | None = None) -> None:
-        self.body = Compiled(Block.body, backend)
+        # Batches of a task are padded to their longest sequence.
+        self.body = Compiled(Block.body, backend, model.config.task is not None)
         self.loss = Compiled(summarize_fused, backend), Compiled(differentiate_fused, backend)
-        for block in model.stack.blocks.values():
+        for block in model.runner.blocks.values():
             assert isinstance(block, Block)
             block.compiled = self.body
-        model.loss_kernels = LossKernels(*self.loss)
+            for weight in block.weights:
+                weight.open_handle()
+        model.readout.compiled = LossKernels(*self.loss)
         config = model.config
-        # Blocks that see a window have a mask; so that one graph serves them and others, all have.
-        slides = config.model.sliding_window is not None
-        model.always_mask = config.data.mask_documents or slides
+        model.always_separates = config.data.mask_documents
         self.told: int | None = None
-        """Graphs that `news` has told about."""
+        """Number of graphs at the last call of `news`; None: not called yet."""
 
     @property
     def graphs(self) -> int:
-        """Made so far for the block."""
+        """Number of graphs compiled for the block."""
         return self.body.graphs
 
     def news(self) -> str:
-        """A line about graphs made since this was last called; none the first time: warming up."""
+        """Return a line about graphs compiled since the last call, empty if there are none.
+
+        The first call ends the warm-up and returns an empty line.
+        """
         made = sum(part.graphs for part in (self.body, *self.loss))
         told, self.told = self.told, made
         if told is None or told == made:
@@ -106,7 +120,7 @@ class CompiledModel:
 
 
 def find_obstacle(device: torch.device) -> str | None:
-    """Why torch.compile cannot work here, and the remedy; None when a trial succeeds."""
+    """Return why torch.compile fails on the device, with the remedy; None if a trial succeeds."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -127,7 +141,7 @@ def find_obstacle(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as error:
-        # Whatever a broken toolchain may raise: missing headers, no room for the cache, ...
+        # A broken toolchain may raise any error: missing headers, no space for the cache, ...
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"compiling a trial failed ({lines[0] if lines else type(error).__name__})"
     return None

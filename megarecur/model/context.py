@@ -1,4 +1,8 @@
-"""What a step of the map may know beside the hidden state: built on every rank, never sent.
+"""The context of a forward pass: all inputs of the map's steps other than the hidden state.
+
+Every rank builds the context; it is never sent. Each reader takes only its own part of `Context`.
+Attention takes an `AttentionView`, dropout takes `DropoutKeys` and the `Positions` of tokens,
+readers of the temporal memory take a `MemoryView`, and the runner takes a `Recorder`.
 
 Shapes: B samples, S positions, K keys (S, or the cache's length), N heads, H head_dim.
 """
@@ -11,7 +15,15 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from megarecur.config.schema import ModelConfig
+from megarecur.attention.documents import Boundaries, count_boundaries, whole_samples
+from megarecur.attention.plan import Backend
+from megarecur.attention.visibility import (
+    Visibility,
+    has_plain_kernel,
+    see_documents,
+    select_rows,
+)
+from megarecur.config.model import ModelConfig
 from megarecur.model.positions import alibi_bias, alibi_slopes, decay, rotation, sinusoidal
 from megarecur.model.telemetry import Telemetry
 from megarecur.parallel.random import key, key_words
@@ -21,141 +33,239 @@ from megarecur.recurrence.layer_map import Step
 if TYPE_CHECKING:
     from megarecur.model.temporal import Chunks
 
-Keys = dict[str, Tensor]
-"""Of dropout at one step of the map, by site: `key_words`."""
+SiteKeys = dict[str, Tensor]
+"""Random keys of dropout at one step of the map, by site (`key_words`)."""
 
 
 class KeysAndValues(Protocol):
-    """What attention asks of a cache."""
+    """Interface of a cache of keys and values that attention uses."""
 
     length: int
-    """Tokens cached before this call."""
+    """Number of tokens cached before this call."""
 
     def append(self, key: tuple[int, int], k_BSNH: Tensor, v_BSNH: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of one step of the map, (block, loop): all so far, [B, K, N, H]."""
+        """Add keys and values of a step of the map, (block, loop), and return those of all tokens
+        so far, [B, K, N, H] each."""
 
 
 @dataclass(frozen=True)
-class Context:
-    """One micro batch's surroundings; equal on every rank that works on it."""
+class AttentionView:
+    """The inputs of attention over a micro batch besides the hidden state."""
 
-    seed: int
-    step: int
-    """Optimizer step."""
-    training: bool
+    seen: Visibility
+    """Which keys each query sees."""
+    rotation: tuple[Tensor, Tensor] | None
+    """cos and sin [B or 1, S, 1, dims/2] of the dims that rotate; None: nothing rotates."""
+    key_rotation: tuple[Tensor, Tensor] | None = None
+    """The rotation of keys, if it differs from the rotation of queries."""
+    cache: KeysAndValues | None = None
+
+    def select(self, rows_b: Tensor, size: int) -> AttentionView:
+        """Return the view of the samples `rows_b`, out of `size`, in this order."""
+        return replace(
+            self,
+            seen=self.seen.select(rows_b, size),
+            rotation=select_pair(self.rotation, rows_b, size),
+            key_rotation=select_pair(self.key_rotation, rows_b, size),
+        )
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The sample, the document and the position of each token of a micro batch."""
+
     sample_ids_B: Tensor
     """Global sample ids."""
-    positions_BS: Tensor
-    """Restarting with each document where documents are masked."""
-    mask: Tensor | None
-    """Added to attention scores, broadcast to [B, N, S, K]; None: what
-    `is_causal` says, or nothing to mask."""
-    is_causal: bool
-    rotation: tuple[Tensor, Tensor] | None
-    """cos and sin [B or 1, S, 1, H/2], of the dims that rotate."""
-    cache: KeysAndValues | None = None
-    telemetry: Telemetry | None = None
-    """Where the steps of the map are measured, if wanted."""
-    states: list[Tensor] | None = None
-    """The output of every step of the map, if wanted."""
-    tp: TensorParallel = ALONE
-    """The ranks that share its matrices."""
-    places: Tensor | None = None
-    """Sinusoids of positions [B or 1, S, D], to be added before every step with its level's."""
-    sliding: Context | None = None
-    """The same with mask and rotation of blocks that see a window, where they differ."""
-    key_rotation: tuple[Tensor, Tensor] | None = None
-    """Of keys, where it is not that of queries."""
-    source_BSD: Tensor | None = None
-    """What keys and values of a step are made of, where that is not what queries are made of."""
+    index_BS: Tensor
+    """Position of each token; restarts with each document if documents are masked."""
     documents_BS: Tensor | None = None
-    """Which document a token belongs to, -1 at padding; None: one document per sample."""
-    counts: list[Tensor] = field(default_factory=list)
-    """Appended to where tokens halt (`Mixture.finish`)."""
+    """Document number of each token, -1 for padding; None: one document per sample."""
     first: Tensor | None = None
-    """[], where in the sample this chunk of it begins; None: at its start. A number would be a
-    constant of a compiled graph."""
-    memory_BMD: Tensor | None = None
-    """What this chunk reads (`model.temporal`): the memory, or that and the initial one."""
-    memory_mask: Tensor | None = None
-    """Added to the scores of that reading, [B, 1, S, M]; None: all is read."""
-    shares_BS: Tensor | None = None
-    """What halting in this chunk counts for, of a token: 1 over the chunks of its document."""
-    chunks: Chunks | None = None
-    """How the sample is read, where the model has a temporal memory."""
+    """[], the position in the sample at which this chunk begins; None: 0. It is a tensor because a
+    compiled graph would treat a number as a constant."""
+    sinusoids_BSD: Tensor | None = None
+    """Sinusoids of positions [B or 1, S, D], added before every step with those of its level."""
+    tp: TensorParallel = ALONE
+    """The ranks that share matrices and, under sequence parallelism, positions."""
 
     @property
     def real_BS(self) -> Tensor | None:
-        """Which tokens are not padding; None: all."""
+        """Mask of tokens that are not padding; None: no token is padding."""
         return None if self.documents_BS is None else self.documents_BS >= 0
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """(sample, position) coordinates of random values of the residual stream, broadcasting to
-        its [B, S], which may be this rank's positions only."""
+        """Return (sample, position), the coordinates of random values in the residual stream. They
+        broadcast to its [B, S], where S may be this rank's positions only."""
         samples, positions = self.all_rows()
         return samples, self.tp.own(positions)
 
     def all_rows(self) -> tuple[Tensor, Tensor]:
-        """The same where all positions are, as in attention."""
-        length = self.positions_BS.shape[1]
+        """Return (sample, position) of all positions, as attention uses them."""
+        length = self.index_BS.shape[1]
         positions = torch.arange(length, device=self.sample_ids_B.device)
         if self.first is not None:
             positions = positions + self.first
         return self.sample_ids_B[:, None], positions[None]
 
     def encoding(self, step: Step) -> Tensor:
-        """Sinusoids of positions and of a step's level, [B or 1, S, D], or of this rank's
-        positions."""
-        assert self.places is not None
-        level = torch.full((1, 1), step.loop_index, device=self.places.device)
-        code = sinusoidal(level, self.places.shape[-1], self.places.dtype)
-        return self.tp.own(self.places) + code
+        """Return the sinusoids of positions plus those of a step's level, [B or 1, S, D], or this
+        rank's positions of it."""
+        assert self.sinusoids_BSD is not None
+        level = torch.full((1, 1), step.loop_index, device=self.sinusoids_BSD.device)
+        code = sinusoidal(level, self.sinusoids_BSD.shape[-1], self.sinusoids_BSD.dtype)
+        return self.tp.own(self.sinusoids_BSD) + code
 
-    def select(self, rows_b: Tensor) -> Context:
-        """The surroundings of some of the samples, in this order."""
-        size = len(self.sample_ids_B)
-
-        def pick(table: Tensor | None) -> Tensor | None:
-            """Tables of which one row serves all stay."""
-            if table is None or table.ndim < 3 or len(table) != size:
-                return table
-            return table.index_select(0, rows_b)
-
-        def pick_pair(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-            if pair is None or len(pair[0]) != size:
-                return pair
-            return pair[0][rows_b], pair[1][rows_b]
-
+    def select(self, rows_b: Tensor) -> Positions:
+        """Return the positions of the samples `rows_b`, in this order."""
         return replace(
             self,
             sample_ids_B=self.sample_ids_B[rows_b],
-            positions_BS=self.positions_BS[rows_b],
-            mask=pick(self.mask),
-            places=pick(self.places),
-            rotation=pick_pair(self.rotation),
-            key_rotation=pick_pair(self.key_rotation),
+            index_BS=self.index_BS[rows_b],
             documents_BS=None if self.documents_BS is None else self.documents_BS[rows_b],
-            memory_BMD=pick(self.memory_BMD),
-            memory_mask=pick(self.memory_mask),
-            sliding=None if self.sliding is None else self.sliding.select(rows_b),
+            sinusoids_BSD=select_rows(self.sinusoids_BSD, rows_b, len(self.sample_ids_B)),
         )
 
-    def where(self, site: str, step: Step | None = None) -> int:
-        """The key of a site's random values in this optimizer step."""
-        place = () if step is None else (step.block, step.loop_index)
-        return key(self.seed, self.step, site, *place)
 
-    def keys(self, step: Step, rates: dict[str, float]) -> Keys:
-        """The keys of dropout at a step of the map, as tensors, so that one compiled graph serves
-        all steps; none outside of training.
+@dataclass(frozen=True)
+class DropoutKeys:
+    """Random keys of a forward pass: functions of seed, optimizer step and place in the model."""
+
+    seed: int
+    optimizer_step: int
+    training: bool
+    """Whether dropout is active."""
+
+    def key(self, site: str, step: Step | None = None) -> int:
+        """Return the random key of a site, at a step of the map if given."""
+        place = () if step is None else (step.block, step.loop_index)
+        return key(self.seed, self.optimizer_step, site, *place)
+
+    def at(self, step: Step, rates: dict[str, float], device: torch.device) -> SiteKeys:
+        """Return the random keys of dropout at a step of the map; empty outside of training.
+
+        The keys are tensors, so that one compiled graph serves all steps.
 
         Args:
-            step: of the map.
-            rates: probability by site.
+            step: the step of the map.
+            rates: probability of dropout by site.
+            device: device of the keys.
         """
-        device = self.sample_ids_B.device
         dropped = [site for site, rate in rates.items() if self.training and rate > 0.0]
-        return {site: key_words(self.where(site, step), device) for site in dropped}
+        return {site: key_words(self.key(site, step), device) for site in dropped}
+
+
+@dataclass(frozen=True)
+class MemoryView:
+    """The temporal memory that a chunk of tokens reads (`model.temporal`)."""
+
+    memory_BMD: Tensor
+    """The memory, or the memory followed by the initial memory."""
+    seen: Visibility
+    """Which slots each token reads."""
+
+    def select(self, rows_b: Tensor, size: int) -> MemoryView:
+        """Return the view of the samples `rows_b`, out of `size`, in this order."""
+        memory_BMD = select_rows(self.memory_BMD, rows_b, size)
+        assert memory_BMD is not None
+        return MemoryView(memory_BMD, self.seen.select(rows_b, size))
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Receivers of measurements of a forward pass."""
+
+    telemetry: Telemetry | None = None
+    """Measures the steps of the map, if given."""
+    states: list[Tensor] | None = None
+    """Receives the output of every step of the map, if given."""
+    counts: list[Tensor] = field(default_factory=list)
+    """Receives counts of tokens by the number of steps they took (`Mixture.finish`)."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """The context of a forward pass over one micro batch. It is equal on all ranks that process the
+    micro batch."""
+
+    attention: AttentionView
+    positions: Positions
+    dropout: DropoutKeys
+    recorder: Recorder
+    sliding: AttentionView | None = None
+    """The view of blocks with a sliding window, if it differs from `attention`."""
+    memory: MemoryView | None = None
+    """The memory that a chunk reads, if the model has a temporal memory."""
+    shares_BS: Tensor | None = None
+    """Weight of each token's halting cost in this chunk: 1 over its document's number of chunks."""
+    chunks: Chunks | None = None
+    """The chunks of the samples, if the model has a temporal memory."""
+
+    def view(self, slides: bool) -> AttentionView:
+        """Return the view of a block; `slides`: whether it has a sliding window."""
+        return self.sliding if slides and self.sliding is not None else self.attention
+
+    def select(self, rows_b: Tensor) -> Context:
+        """Return the context of the samples `rows_b`, in this order."""
+        size = len(self.positions.sample_ids_B)
+        return replace(
+            self,
+            attention=self.attention.select(rows_b, size),
+            positions=self.positions.select(rows_b),
+            sliding=None if self.sliding is None else self.sliding.select(rows_b, size),
+            memory=None if self.memory is None else self.memory.select(rows_b, size),
+        )
+
+
+def select_pair(
+    pair: tuple[Tensor, Tensor] | None, rows_b: Tensor, size: int
+) -> tuple[Tensor, Tensor] | None:
+    """Return rows of both tables of a rotation; see `select_rows`."""
+    if pair is None or len(pair[0]) != size:
+        return pair
+    return pair[0][rows_b], pair[1][rows_b]
+
+
+@dataclass(frozen=True)
+class MaskBuilder:
+    """Builder of masks of all pairs of queries and keys, for the oracle and for generation."""
+
+    model: ModelConfig
+    past: int
+    """Number of cached tokens."""
+    length: int
+    """S."""
+    dtype: torch.dtype
+    documents_BS: Tensor | None
+    slopes_N: Tensor | None
+    device: torch.device
+
+    def see(self, window: int | None) -> Visibility:
+        """Return the visibility of blocks with a window, or without one (None)."""
+        mask = self.build(window)
+        return Visibility(self.model.causal and mask is None and self.past == 0, mask)
+
+    def build(self, window: int | None) -> Tensor | None:
+        """Return the additive mask; None if causality suffices or every token sees all."""
+        past, length, causal = self.past, self.length, self.model.causal
+        query = torch.arange(past, past + length, device=self.device)
+        keys = torch.arange(past + length, device=self.device)
+        is_plain = self.documents_BS is None and self.slopes_N is None
+        cut = window is not None and past + length > window
+        if is_plain and not cut and (past == 0 or length == 1 or not causal):
+            return None
+        allowed = keys[None, :] <= query[:, None]
+        if not causal:
+            allowed = torch.ones_like(allowed)
+        if window is not None and cut:
+            allowed &= keys[None, :] > query[:, None] - window
+        if self.documents_BS is not None:
+            same = self.documents_BS[:, None, :, None] == self.documents_BS[:, None, None, :]
+            allowed = same & allowed
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(~allowed, float("-inf"))
+        if self.slopes_N is not None:
+            mask = mask + alibi_bias(self.slopes_N, query, keys).to(self.dtype)
+        return mask
 
 
 def build_context(
@@ -164,6 +274,8 @@ def build_context(
     dtype: torch.dtype,
     *,
     documents_BS: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+    backend: Backend = "segments",
     sample_ids_B: Tensor | None = None,
     seed: int = 0,
     step: int = 0,
@@ -173,21 +285,26 @@ def build_context(
     states: list[Tensor] | None = None,
     tp: TensorParallel = ALONE,
 ) -> Context:
-    """Masks and rotations of a micro batch, made once for all steps of the map.
+    """Return the context of a micro batch. Its tables are built once for all steps of the map.
 
     Args:
         model: shapes and position scheme.
         positions_BS: position of every token.
-        dtype: compute dtype, for the mask.
-        documents_BS: which document a token belongs to; None: one document per sample.
-            -1 is padding, which sees padding and is seen by none else.
+        dtype: compute dtype.
+        documents_BS: document number of every token; None: one document per sample. Runs of equal
+            numbers are documents. -1 is padding, which sees only padding of its run, and which no
+            other token sees.
+        boundaries: the boundaries of these documents; None: they are counted here, which waits for
+            the device.
+        backend: the code that attends. `dense`, and every call with a cache, builds masks of all
+            pairs.
         sample_ids_B: global sample ids; None: 0, 1, ...
         seed: the run's seed.
         step: the optimizer step.
-        training: whether dropout is on.
+        training: whether dropout is active.
         cache: keys and values of earlier tokens.
-        telemetry: filled by the blocks, if given.
-        states: appended to by the blocks, if given.
+        telemetry: filled by the runner, if given.
+        states: list to which the runner appends the output of every step, if given.
         tp: the ranks that share matrices.
     """
     batch, length = positions_BS.shape
@@ -195,66 +312,53 @@ def build_context(
     if sample_ids_B is None:
         sample_ids_B = torch.arange(batch, device=device)
     past = cache.length if cache is not None else 0
-    query = torch.arange(past, past + length, device=device)
-    keys = torch.arange(past + length, device=device)
-    same = None
-    if documents_BS is not None:
-        same = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
-    needs_bias = model.positions == "alibi"
-    is_plain = same is None and not needs_bias
+    slopes_N = None
+    if model.positions == "alibi":
+        heads = model.num_heads // tp.size
+        slopes_N = alibi_slopes(model.num_heads)[tp.rank * heads :][:heads].to(device)
+    if cache is not None or backend == "dense":
+        see = MaskBuilder(model, past, length, dtype, documents_BS, slopes_N, device).see
+    else:
+        documents = whole_samples(batch, length, device)
+        if documents_BS is not None:
+            documents = boundaries or count_boundaries(documents_BS)
 
-    def make_mask(window: int | None) -> Tensor | None:
-        """None where causality says all, or a token sees all."""
-        cut = window is not None and past + length > window
-        if is_plain and not cut and (past == 0 or length == 1 or not model.causal):
-            return None
-        allowed = keys[None, :] <= query[:, None]
-        if not model.causal:
-            allowed = torch.ones_like(allowed)
-        if window is not None and cut:
-            allowed &= keys[None, :] > query[:, None] - window
-        if same is not None:
-            allowed = same & allowed
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
-        mask.masked_fill_(~allowed, float("-inf"))
-        if needs_bias:
-            heads = model.num_heads // tp.size
-            slopes = alibi_slopes(model.num_heads)[tp.rank * heads :][:heads]
-            mask = mask + alibi_bias(slopes, query, keys).to(dtype)
-        return mask
+        def see(window: int | None) -> Visibility:
+            """Return the visibility by documents."""
+            cut = window is not None and documents.longest > window
+            is_plain = documents_BS is None and not cut and slopes_N is None
+            return see_documents(
+                documents, documents, backend, device, causal=model.causal,
+                window=window if window is not None and cut else 0, slopes_N=slopes_N,
+                is_plain=is_plain and has_plain_kernel(backend, device),
+            )  # fmt: skip
 
-    # Without restarts every row is alike: one row of the tables serves all.
+    # Without documents all rows are equal, so one row of the tables serves all samples.
     rows = positions_BS if documents_BS is not None else positions_BS[:1]
     wide = torch.promote_types(dtype, torch.float32)
-    places = None
+    sinusoids = None
     if model.level_encoding == "sinusoidal":
-        places = sinusoidal(rows, model.hidden_size, wide)
+        sinusoids = sinusoidal(rows, model.hidden_size, wide)
 
-    def make_rotation(theta: float, factor: float) -> tuple[Tensor, Tensor] | None:
-        if model.positions not in ("rope", "xpos"):
-            return None
-        return rotation(rows, model.rotary_dims, theta, wide, factor)
-
-    mask, rotated = make_mask(None), make_rotation(model.rope_theta, model.rope_scaling_factor)
-    is_causal = model.causal and mask is None and past == 0
-    ctx = Context(
-        seed, step, training, sample_ids_B, positions_BS, mask, is_causal, rotated, cache,
-        telemetry, states, tp, places, documents_BS=documents_BS,
-    )  # fmt: skip
+    rotates = model.positions in ("rope", "xpos")
+    rotated = rotation(rows, model, wide) if rotates else None
+    of_keys = None
     if model.positions == "xpos" and rotated is not None:
         cos, sin = rotated
         scale = decay(rows, model.rotary_dims, model.xpos_scale_base, wide)
-        ctx = replace(
-            ctx, rotation=(cos * scale, sin * scale), key_rotation=(cos / scale, sin / scale)
-        )
+        rotated, of_keys = (cos * scale, sin * scale), (cos / scale, sin / scale)
+    view = AttentionView(see(None), rotated, of_keys, cache)
+    sliding = None
     local, window = model.rope_theta_local, model.sliding_window
     cuts = window is not None and past + length > window
-    if not cuts and local is None:
-        return ctx
-    if cuts:
-        mask = make_mask(window)
-    if local is not None:
-        rotated = make_rotation(local, 1.0)
-    is_causal = mask is None and past == 0
-    own = replace(ctx, mask=mask, is_causal=is_causal)
-    return replace(ctx, sliding=own if local is None else replace(own, rotation=rotated))
+    if cuts or local is not None:
+        sliding = replace(view, seen=see(window) if cuts else view.seen)
+    if sliding is not None and local is not None:
+        sliding = replace(sliding, rotation=rotation(rows, model, wide, local=True))
+    return Context(
+        view,
+        Positions(sample_ids_B, positions_BS, documents_BS, None, sinusoids, tp),
+        DropoutKeys(seed, step, training),
+        Recorder(telemetry, states),
+        sliding,
+    )

@@ -8,19 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megarecur.config.schema import ModelConfig
+from megarecur.config.model import ModelConfig
 from megarecur.model.adapters import Adapter, deltas_of
+from megarecur.model.saved import mark
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
 from megarecur.parallel.regions import ALONE, TensorParallel
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) up; keeps its two inputs only."""
+    """The product silu(gate) up, which saves only its two inputs for backward."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,8 +32,12 @@ class _SwiGLU(torch.autograd.Function):
         return d_gate, d_up
 
 
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) up(x)) (Shazeer 2020, eq. 6)."""
+    """Feed-forward layer down(silu(gate(x)) up(x)) (Shazeer 2020, eq. 6)."""
 
     def __init__(
         self,
@@ -49,25 +54,27 @@ class SwiGLU(nn.Module):
         self.down = Linear(f"{name}.down", make, dtype, bias, tp, "inputs")
 
     def forward(self, x: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """[..., D] to [..., D]."""
+        """Apply the layer: [..., D] to [..., D]. The adapter adds the deltas of its loop."""
         gate, up = apply_all((self.gate, self.up), x, deltas_of(adapter, "gate", "up"))
-        return self.down(self.combine(gate, up), *deltas_of(adapter, "down"))
+        out: Tensor = self.down(self.combine(gate, up), *deltas_of(adapter, "down"))
+        return out
 
     def combine(self, gate: Tensor, up: Tensor) -> Tensor:
-        """[..., F] each to [..., F]."""
+        """Return the gated activation: [..., F] each to [..., F]."""
         if torch.compiler.is_compiling():
             return F.silu(gate) * up
-        return _SwiGLU.apply(gate, up)
+        product: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+        return mark(product, _swiglu, gate, up)
 
 
 class _GeGLU(torch.autograd.Function):
-    """gelu(gate) up; keeps its two inputs only."""
+    """The product gelu(gate) up, which saves only its two inputs for backward."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, approximate: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.approximate = approximate
-        return F.gelu(gate, approximate=approximate).mul_(up)
+        return _geglu(gate, up, approximate)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -78,8 +85,13 @@ class _GeGLU(torch.autograd.Function):
         return d_gate, d_up, None
 
 
+def _geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
+    return F.gelu(gate, approximate=approximate).mul_(up)
+
+
 class GeGLU(SwiGLU):
-    """down(gelu(gate(x)) up(x)) (Shazeer 2020, eq. 6), exact or by tanh."""
+    """Feed-forward layer down(gelu(gate(x)) up(x)) (Shazeer 2020, eq. 6), with the exact gelu or
+    its tanh approximation."""
 
     def __init__(
         self,
@@ -93,14 +105,16 @@ class GeGLU(SwiGLU):
         self.approximate = approximation(model)
 
     def combine(self, gate: Tensor, up: Tensor) -> Tensor:
-        """[..., F] each to [..., F]."""
+        """Return the gated activation: [..., F] each to [..., F]."""
         if torch.compiler.is_compiling():
             return F.gelu(gate, approximate=self.approximate) * up
-        return _GeGLU.apply(gate, up, self.approximate)
+        product: Tensor = _GeGLU.apply(gate, up, self.approximate)  # type: ignore[no-untyped-call]
+        return mark(product, _geglu, gate, up, self.approximate)
 
 
 class GELU(nn.Module):
-    """down(gelu(up(x))), exact or by tanh (Hendrycks & Gimpel 2016)."""
+    """Feed-forward layer down(gelu(up(x))) (Hendrycks & Gimpel 2016), with the exact gelu or its
+    tanh approximation."""
 
     def __init__(
         self,
@@ -117,14 +131,25 @@ class GELU(nn.Module):
         self.down = Linear(f"{name}.down", make, dtype, bias, tp, "inputs")
 
     def forward(self, x: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """[..., D] to [..., D]."""
-        mixed = F.gelu(self.up(x, *deltas_of(adapter, "up")), approximate=self.approximate)
-        return self.down(mixed, *deltas_of(adapter, "down"))
+        """Apply the layer: [..., D] to [..., D]. The adapter adds the deltas of its loop."""
+        mixed = gelu(self.up(x, *deltas_of(adapter, "up")), self.approximate)
+        out: Tensor = self.down(mixed, *deltas_of(adapter, "down"))
+        return out
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """Return gelu(x), which backward may make again (`train.recompute`)."""
+    y = F.gelu(x, approximate=approximate)
+    return y if torch.compiler.is_compiling() else mark(y, _gelu, x, approximate)
+
+
+def _gelu(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
 
 
 class Gate(nn.Module):
-    """sigmoid(down(gelu(up(x)))) per channel (Ray Chowdhury & Caragea 2024, GatedTransformerBlock):
-    how much of a block's output replaces its input."""
+    """Gate sigmoid(down(gelu(up(x)))) per channel: the share of a block's output that replaces its
+    input (Ray Chowdhury & Caragea 2024, GatedTransformerBlock)."""
 
     def __init__(
         self, name: str, make: MakeParameter, dtype: torch.dtype, tp: TensorParallel = ALONE
@@ -134,12 +159,12 @@ class Gate(nn.Module):
         self.down = Linear(f"{name}.down", make, dtype, True, tp, "inputs")
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D], from 0 to 1."""
-        return torch.sigmoid(self.down(F.gelu(self.up(x))))
+        """Return the gate, [..., D] to [..., D], between 0 and 1."""
+        return torch.sigmoid(self.down(gelu(self.up(x), "none")))
 
 
 def approximation(model: ModelConfig) -> str:
-    """As torch names it."""
+    """Return torch's name of the gelu approximation: "tanh" or "none"."""
     return "tanh" if model.feed_forward.endswith("_tanh") else "none"
 
 

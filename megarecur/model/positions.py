@@ -8,27 +8,94 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarecur.config.model import ModelConfig
+from megarecur.config.rope import DynamicRope, Llama3Rope, RopeScaling, YarnRope
+from megarecur.model.saved import is_marked, mark
+
 
 def rotation(
-    positions_BS: Tensor, dims: int, theta: float, dtype: torch.dtype, factor: float = 1.0
+    positions_BS: Tensor, model: ModelConfig, dtype: torch.dtype, local: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, S, 1, dims/2] of rotary embeddings (Su et al. 2021, eq. 34), positions
-    divided by a factor (Chen et al. 2023)."""
+    """Return cos and sin [B, S, 1, dims/2] of rotary embeddings (Su et al. 2021, eq. 34).
+
+    Args:
+        positions_BS: position of every token, restarting with each document.
+        model: base, number of dims that rotate, and scaling of frequencies.
+        local: use the base of blocks with a sliding window, which is not scaled.
+    """
+    dims, theta, scaling = model.rotary_dims, model.rope_theta, model.rope_scaling
+    factor = model.rope_scaling_factor
+    if local:
+        assert model.rope_theta_local is not None
+        theta, factor, scaling = model.rope_theta_local, 1.0, None
     exponent = torch.arange(0, dims, 2, device=positions_BS.device).to(dtype) / dims
-    angle = positions_BS[..., None, None].to(dtype) * (theta ** (-exponent) / factor)
-    return angle.cos(), angle.sin()
+    positions = positions_BS[..., None, None].to(dtype)
+    if isinstance(scaling, DynamicRope):
+        lengths = document_lengths(positions_BS)[..., None, None].to(dtype)
+        base = grow_base(theta, lengths, scaling, dims)
+        angle = positions * base ** (-exponent)
+        return angle.cos(), angle.sin()
+    frequencies, gain = scale_frequencies(theta ** (-exponent) / factor, theta, scaling)
+    angle = positions * frequencies
+    return angle.cos() * gain, angle.sin() * gain
+
+
+def document_lengths(positions_BS: Tensor) -> Tensor:
+    """Return the length so far of every token's document, [B, S]; position 0 begins a document."""
+    numbers_BS = (positions_BS == 0).cumsum(1)
+    lengths = positions_BS.new_zeros(len(positions_BS), 1 + positions_BS.shape[1])
+    lengths = lengths.scatter_reduce(1, numbers_BS, positions_BS + 1, "amax")
+    return lengths.gather(1, numbers_BS)
+
+
+def grow_base(theta: float, lengths: Tensor, scaling: DynamicRope, dims: int) -> Tensor:
+    """Return the base for texts of these lengths (dynamic NTK scaling as in transformers)."""
+    original, factor = scaling.original_positions, scaling.factor
+    stretch = factor * lengths.clamp(min=original) / original - (factor - 1.0)
+    return theta * stretch ** (dims / (dims - 2))
+
+
+def scale_frequencies(
+    frequencies: Tensor, theta: float, scaling: RopeScaling | None
+) -> tuple[Tensor, float]:
+    """Return scaled frequencies [dims/2] and the factor of cos and sin."""
+    if isinstance(scaling, Llama3Rope):
+        # `turns` counts rotations over the original context; frequencies in between are mixed.
+        turns = frequencies * (scaling.original_positions / (2 * math.pi))
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        share = ((turns - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
+        return frequencies * (share + (1.0 - share) / scaling.factor), 1.0
+    if isinstance(scaling, YarnRope):
+        dims = 2 * len(frequencies)
+
+        def find_dim(turns: float) -> float:
+            """Return the dim that makes this number of turns over the original context."""
+            wavelength = scaling.original_positions / (2 * math.pi * turns)
+            return dims * math.log(wavelength) / (2 * math.log(theta))
+
+        low, high = find_dim(scaling.beta_fast), find_dim(scaling.beta_slow)
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dims - 1)
+        if low == high:
+            high += 0.001
+        place = torch.arange(dims // 2, device=frequencies.device).to(frequencies.dtype)
+        slow = ((place - low) / (high - low)).clamp(0.0, 1.0)
+        gain = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+        return frequencies * (slow / scaling.factor + (1.0 - slow)), gain
+    return frequencies, 1.0
 
 
 def decay(positions_BS: Tensor, dims: int, base: float, dtype: torch.dtype) -> Tensor:
-    """What xPos multiplies rotated queries with, and divides rotated keys by: [B, S, 1, dims/2]
-    (Sun et al. 2023, section 3.2, with gamma 0.4)."""
+    """Return the xPos scale [B, S, 1, dims/2], which multiplies rotated queries and divides rotated
+    keys (Sun et al. 2023, section 3.2, with gamma 0.4)."""
     first = torch.arange(0, dims, 2, device=positions_BS.device).to(dtype)
     return ((first + 0.4 * dims) / (1.4 * dims)) ** (positions_BS[..., None, None].to(dtype) / base)
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotation of pairs, scaled or not; its gradient is the same by the other way round, so that
-    nothing but angles is kept."""
+    """Rotation of pairs, optionally scaled. Its gradient is the rotation by the opposite angle, so
+    only angles are saved for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -60,16 +127,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def rotate(x_BSNH: Tensor, angles: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Rotate queries or keys; pairs are (i, i + H/2), or (2i, 2i + 1) where interleaved.
+    """Rotate queries or keys; pairs are (i, i + dims/2), or (2i, 2i + 1) if interleaved.
 
-    Where there are angles for fewer dims than a head has, those are its first.
+    If there are angles for fewer dims than a head has, only the first dims rotate.
     """
+    rotated = _rotate_dims(x_BSNH, angles, interleaved)
+    # Without a norm before it, x is not kept, so the rotated heads are.
+    if torch.compiler.is_compiling() or not is_marked(x_BSNH):
+        return rotated
+    return mark(rotated, _rotate_dims, x_BSNH, angles, interleaved)
+
+
+def _rotate_dims(x_BSNH: Tensor, angles: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Rotate the first dims of each head, for which there are angles."""
     dims = 2 * angles[0].shape[-1]
     if dims < x_BSNH.shape[-1]:
-        first = rotate(x_BSNH[..., :dims], angles, interleaved)
+        first = _rotate_dims(x_BSNH[..., :dims], angles, interleaved)
         return torch.cat((first, x_BSNH[..., dims:]), -1)
     if not torch.compiler.is_compiling():
-        return _Rotate.apply(x_BSNH, *angles, interleaved)
+        rotated: Tensor = _Rotate.apply(x_BSNH, *angles, interleaved)  # type: ignore[no-untyped-call]
+        return rotated
     cos, sin = angles
     if interleaved:
         a, b = x_BSNH.unflatten(-1, (-1, 2)).unbind(-1)
@@ -79,22 +156,24 @@ def rotate(x_BSNH: Tensor, angles: tuple[Tensor, Tensor], interleaved: bool) -> 
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """2^(-8k/N) (Press et al. 2022); head counts that are no power of two as in MPT."""
+    """Return ALiBi slopes 2^(-8k/N) (Press et al. 2022). Head counts that are not a power of two
+    follow MPT."""
     count = 2 ** math.ceil(math.log2(num_heads))
-    slopes = 2.0 ** (-8.0 / count * torch.arange(1, count + 1))
+    slopes: Tensor = 2.0 ** (-8.0 / count * torch.arange(1, count + 1))
     if count != num_heads:
         slopes = torch.cat([slopes[1::2], slopes[::2]])[:num_heads]
     return slopes
 
 
 def alibi_bias(slopes_N: Tensor, queries_S: Tensor, keys_K: Tensor) -> Tensor:
-    """Score bias [1, N, S, K]: -slope times the distance."""
+    """Return the bias of attention scores [1, N, S, K]: -slope times the distance."""
     distance = (queries_S[:, None] - keys_K[None, :]).abs().to(torch.float32)
     return -slopes_N.to(distance.device)[None, :, None, None] * distance
 
 
 def sinusoidal(positions_BS: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
-    """Fixed embedding [B, S, D]: sines, then cosines (Vaswani et al. 2017, as tensor2tensor)."""
+    """Return the fixed embedding [B, S, D]: sines, then cosines (Vaswani et al. 2017, in the layout
+    of tensor2tensor)."""
     half = (hidden_size + 1) // 2
     exponent = torch.arange(half, device=positions_BS.device).to(dtype) / max(half - 1, 1)
     angle = positions_BS[..., None].to(dtype) * 10000.0 ** (-exponent)

@@ -1,6 +1,7 @@
-"""The head of a task: classes of sequences, of pairs of them, or of tokens.
+"""The head of a task, which classifies sequences, pairs of sequences, or tokens.
 
-Shapes: B sequences, S positions, P of them on this rank, D hidden, F features, C logits, M labels.
+Shapes: B sequences, S positions, P positions of this rank, D hidden, F features, C classes, M
+labels.
 """
 
 from __future__ import annotations
@@ -9,27 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megarecur.config.schema import TaskConfig
+from megarecur.config.objective import TaskConfig
 from megarecur.parallel.linear import MakeParameter, Weight, product
 from megarecur.parallel.regions import ALONE, TensorParallel
 
-START, END = -1, -2
-"""In the place of ids: where a sequence's learned START and END stand."""
-
 
 class TaskHead(nn.Module):
-    """Pools states, and turns them into logits of classes.
+    """The head of a task: pools hidden states and computes logits of classes.
 
-    With tensor parallelism the hidden layer is cut by its outputs and the classes by their inputs:
-    every rank adds its share of the logits, which are then the same on all. It holds its parameters
-    itself, for the reason that `transformer.Embedding` gives.
+    With tensor parallelism the hidden layer is sharded by outputs and the output layer by inputs.
+    Every rank computes its share of the logits, and the sum is equal on all ranks. Parameters are
+    direct attributes, as in `embedding.Embedding`.
 
     Args:
-        task: what is classified.
-        make: makes its parameters, those that are cut as this rank holds them.
-        dtype: of what products take and give.
-        tp: the ranks that share them.
-        own_features: which of the features the classes read here, where there is no hidden layer.
+        make: makes this rank's shards of the parameters by name.
+        own_features: features that this rank's shard of the output layer reads if there is no
+            hidden layer.
     """
 
     def __init__(
@@ -52,8 +48,12 @@ class TaskHead(nn.Module):
         self.output_bias = make("task.output.bias")
 
     def forward(self, x: Tensor, real_BS: Tensor | None) -> Tensor:
-        """[B, P, D] after the final norm, or [B, D] that is pooled, to [M, C]; real_BS says what is
-        not padding, None: all."""
+        """Return logits of classes, [M, C].
+
+        Args:
+            x: [B, P, D] after the final norm, or [B, D] of pooled states.
+            real_BS: mask of tokens that are not padding; None: no token is padding.
+        """
         features = self.features(self.tp.enter(x), real_BS)
         if self.hidden is None:
             features = features[:, self.own_features]
@@ -61,7 +61,7 @@ class TaskHead(nn.Module):
             features = F.relu(product(features, self.hidden, self.hidden_bias))
         logits = product(features, self.output)
         logits = logits + (self.output_bias / self.tp.size).to(logits.dtype)
-        with self.tp.whole_sequences():  # These are no positions.
+        with self.tp.whole_sequences():  # Dim 1 of the logits is not a position.
             logits = self.tp.leave(logits)
         if logits.shape[-1] > 1:
             return logits
@@ -69,8 +69,11 @@ class TaskHead(nn.Module):
         return torch.cat([torch.zeros_like(logits), logits], dim=-1)
 
     def features(self, x_BSD: Tensor, real_BS: Tensor | None) -> Tensor:
-        """[M, F]: of tokens their states, of sequences a pooled one; of pairs, whose sides are
-        neighbours, [u; v; u*v; |u-v|]."""
+        """Return the features, [M, F].
+
+        They are the states of tokens, the pooled states of sequences, or [u; v; u*v; |u-v|] of
+        pairs, where u and v are the pooled states of neighbouring sequences.
+        """
         if self.task.kind == "token":
             return x_BSD.flatten(0, 1)
         pooled_BD = x_BSD if x_BSD.ndim == 2 else pool(x_BSD, real_BS, self.task.pooling)
@@ -81,7 +84,7 @@ class TaskHead(nn.Module):
 
 
 def pool(x_BSD: Tensor, real_BS: Tensor | None, pooling: str) -> Tensor:
-    """[B, D]: the mean of the states that are no padding, the last or the first of them."""
+    """Return [B, D]: the mean, the last or the first of the states that are not padding."""
     if pooling == "first":
         return x_BSD[:, 0]
     if real_BS is None:

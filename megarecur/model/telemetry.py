@@ -1,7 +1,7 @@
-"""What the steps of a layer map do to the residual stream, measured on log steps.
+"""Measures of the effect of each step of the layer map on the residual stream, taken on log steps.
 
-Sums over the tokens of one micro batch, so that micro batches and replicas add. |x| is the root
-mean square of a vector over its channels.
+Measures are sums over the tokens of one micro batch, so micro batches and replicas can be added.
+|x| is the root mean square of a vector over its channels.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from megarecur.recurrence.layer_map import Step
 MEASURES = (
     "residual_norm",  # |x_out|
     "relative_update",  # |x_out - x_in| / |x_in|
-    "residual_ratio",  # |x_out| / |x_in|: above 1 the stream grows
-    "fixed_point_distance",  # |x_out - x_out of the block's visit before| / |x_out|; 0 at the first
+    "residual_ratio",  # |x_out| / |x_in|; above 1 the stream grows
+    "fixed_point_distance",  # |x_out - x_out of the block's last visit| / |x_out|; 0 at the first
     "gradient_square",  # squared norm of the objective's gradient with respect to x_out
 )
 
@@ -30,12 +30,17 @@ class Telemetry:
     """The measures of one micro batch, by (block, loop) in the order of the map."""
 
     sums: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    """[len(MEASURES)] each; the last is there once backward has run."""
+    """[len(MEASURES)] for each (block, loop); backward adds the last measure."""
     visits: dict[int, Tensor] = field(default_factory=dict)
-    """What each block made of the stream at its last visit."""
+    """The output of each block at its last visit."""
 
     def record(self, step: Step, before: Tensor, after: Tensor) -> None:
-        """Measure one step of the map; before and after: [B, S, D], or a chunk of it at a time."""
+        """Measure one step of the map.
+
+        Args:
+            before: the residual stream before the step, [B, S, D] or a chunk of it.
+            after: the residual stream after the step, of the same shape.
+        """
         wide = torch.promote_types(after.dtype, torch.float32)
         last = self.visits.get(step.block)
         empty = torch.zeros(len(MEASURES), dtype=wide, device=after.device)
@@ -43,7 +48,7 @@ class Telemetry:
         with torch.no_grad():
             x_in, x_out = before.to(wide), after.to(wide)
             norm = rms(x_out)
-            # A core may start from zero: its first step then changes everything, by definition.
+            # A core may start from zero; the relative update of its first step is then 1.
             scale = rms(x_in)
             scale = torch.where(scale > 0, scale, norm).clamp(min=1e-30)
             sums[0] += norm.sum()
@@ -61,25 +66,27 @@ class Telemetry:
 
 
 def named(name: str) -> AbstractContextManager[object]:
-    """A named range in the profiler's trace; nothing at all while none is recorded."""
+    """Return a named range for the profiler's trace, or a null context if no trace is recorded."""
     return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root mean square over the last dim: [..., D] to [...]."""
+    """Return the root mean square over the last dim: [..., D] to [...]."""
     return x.square().mean(-1).sqrt()
 
 
 def name_measures(
     keys: Sequence[tuple[int, int]], sums: Sequence[Sequence[float]], tokens: int
 ) -> dict[str, float]:
-    """Metrics such as `recurrence/residual_norm/02.00`, by block and loop: at every depth the same
-    name means the same step. Means per token; gradients as each visit's share of its block's.
+    """Return metrics by block and loop, such as `recurrence/residual_norm/02.00`.
+
+    A name means the same step at every depth. Values are means per token; gradients are given as
+    each visit's share of its block's gradient.
 
     Args:
         keys: (block, loop) of each step of the map.
-        sums: the measures of each, over the global batch.
-        tokens: of the global batch.
+        sums: the measures of each step, summed over the global batch.
+        tokens: number of tokens of the global batch.
     """
     values: dict[str, float] = {}
     gradients = [max(row[-1], 0.0) ** 0.5 for row in sums]

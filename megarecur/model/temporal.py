@@ -1,14 +1,13 @@
 """The temporal latent bottleneck: a memory of a few slots, carried from chunk to chunk of a text
 (Didolkar et al. 2022; Ray Chowdhury & Caragea 2024, section 3).
 
-A fast stream, the layer map, reads one chunk of tokens at a time; in every step it also attends to
-the memory. A slow stream, the update layers, then writes the memory from what the chunk came out
-as. Cost grows linearly with the length of a text, and no token sees another chunk but through the
-memory.
+The fast stream is the layer map. It reads one chunk of tokens at a time and attends to the memory
+in every step. The slow stream is the update layers. They write the memory from the chunk's outputs.
+Cost grows linearly with the length of a text. Tokens see other chunks only through the memory.
 
 Shapes: B samples, S positions of a sample, C positions of a chunk, M slots, D hidden, N heads, H
-head_dim. A document ends inside a sample only where documents are given; then the initial memory
-lies behind the carried one, 2 M slots, and every token reads that of its own document.
+head_dim. Documents end inside a sample only if `documents_BS` is given. Then the initial memory is
+appended to the carried one, 2 M slots in all, and every token reads the one of its own document.
 """
 
 from __future__ import annotations
@@ -17,15 +16,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megarecur.config.schema import Config, ModelConfig, TemporalConfig
+from megarecur.attention.documents import Boundaries, count_boundaries, from_lengths
+from megarecur.attention.plan import Backend
+from megarecur.attention.visibility import Visibility, see_documents, see_whole
+from megarecur.config.model import ModelConfig
+from megarecur.config.run import Config
+from megarecur.config.temporal import TemporalConfig
 from megarecur.errors import ConfigError
 from megarecur.model.attention import MultiHead
-from megarecur.model.context import Context, Keys, KeysAndValues, build_context
+from megarecur.model.context import (
+    Context,
+    DropoutKeys,
+    KeysAndValues,
+    MemoryView,
+    Positions,
+    SiteKeys,
+    build_context,
+)
+from megarecur.model.documents import find_documents
 from megarecur.model.feed_forward import FEED_FORWARDS
-from megarecur.model.halting import find_documents
 from megarecur.model.norm import build_norm
 from megarecur.parallel.linear import MakeParameter, apply_all
 from megarecur.parallel.random import dropout, key_words
@@ -33,31 +46,40 @@ from megarecur.parallel.regions import ALONE, TensorParallel
 
 
 class OpenChunk(KeysAndValues, Protocol):
-    """The cache of a chunk that is not complete yet."""
+    """Interface of the cache of an incomplete chunk."""
 
     def advance(self, num_tokens: int) -> None:
-        """A forward pass over so many tokens is over."""
+        """Count the tokens of a finished forward pass as cached."""
 
     def clear(self) -> None:
-        """The next chunk begins."""
+        """Empty the cache before the next chunk."""
 
 
 @dataclass
 class Carried:
-    """What is carried on where a text is read piece by piece: give the same object to the context
-    of every piece. Of samples of equal length, one document each, outside of the graph."""
+    """The state carried between calls that read a text piece by piece.
+
+    Pass the same object to the context of every piece. Samples have equal lengths and one document
+    each. The state is outside of the graph.
+    """
 
     memory_BMD: Tensor | None = None
-    """Written by the chunks that are complete; None: the initial one."""
+    """The memory after the last complete chunk; None: the initial memory."""
     length: int = 0
-    """Tokens so far."""
+    """Number of tokens read so far."""
     outputs: list[Tensor] = field(default_factory=list)
-    """What the tokens of the open chunk came out as, [B, ., D] each piece."""
+    """Outputs of the tokens of the incomplete chunk, [B, ., D] for each piece."""
     cache: OpenChunk | None = None
-    """Keys and values of the open chunk. None: every piece but the last is whole chunks."""
+    """Keys and values of the incomplete chunk; None: every piece but the last is whole chunks."""
 
     def end_piece(self, length: int, complete: bool, memory_BMD: Tensor) -> None:
-        """So many tokens have run, which complete their chunk or do not."""
+        """Record the end of a piece.
+
+        Args:
+            length: number of tokens of the piece.
+            complete: whether the piece completes its chunk.
+            memory_BMD: the memory after the piece.
+        """
         self.length += length
         self.memory_BMD = memory_BMD.detach()
         if complete:
@@ -74,26 +96,27 @@ class Chunk:
 
     start: int
     stop: int
-    """Its positions among those of the call."""
+    """The chunk is positions start to stop of the call."""
     offset: int
-    """Tokens of the same chunk that were read before."""
+    """Number of tokens of the same chunk that earlier calls read."""
     ctx: Context
-    """Of these positions alone, which restart; the memory comes in when it is read."""
-    read_mask: Tensor | None = None
-    """Added to scores of reading, [B, 1, C, 2 M]; None: all of the one memory is read."""
-    write_mask: Tensor | None = None
-    """Added to scores of writing, [B, 1, 1 or M, C]; None: all tokens are written."""
+    """Context of these positions only, which restart here; `Memory.given` adds the memory."""
+    reads: Visibility | None = None
+    """Which of 2 M slots each token reads; None: all M slots."""
+    writes: Visibility | None = None
+    """Which tokens are written to the slots; None: all."""
     fresh_B: Tensor | None = None
-    """Samples whose memory is of another document than what this chunk writes."""
+    """Mask of samples whose memory belongs to another document than the one this chunk writes."""
     real_B: Tensor | None = None
-    """Samples of which this chunk has a token; others keep their memory and their tokens."""
+    """Mask of samples with a real token in this chunk; others keep their memory and states."""
     cut_B: Tensor | None = None
-    """Samples whose memory is cut from its past before this chunk (`backward_chunks`)."""
+    """Mask of samples whose memory is detached from the graph before this chunk
+    (`backward_chunks`)."""
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """How the samples of a call are read, and what was carried there."""
+    """The chunks of a call, and the state carried into it."""
 
     chunks: tuple[Chunk, ...]
     carried: Carried | None = None
@@ -105,24 +128,29 @@ def build_chunks(
     dtype: torch.dtype,
     *,
     documents_BS: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+    backend: Backend = "segments",
     carried: Carried | None = None,
     lengths: Sequence[int] | None = None,
     **surroundings: object,
 ) -> Context:
-    """The context of samples that are read chunk by chunk (`context.build_context`).
+    """Return the context of samples that are read chunk by chunk (see `context.build_context`).
 
     Args:
-        config: with a section `temporal`.
-        positions_BS: position of every token in its document; those in their chunks follow.
-        dtype: compute dtype, for the masks.
-        documents_BS: which document a token belongs to, -1 for padding; None: one per sample.
-        carried: of the tokens before these, and to be carried on.
-        lengths: of the chunks instead of `temporal.chunk_length`, for comparison with code that
-            cuts otherwise.
+        config: a run with a section `temporal`.
+        positions_BS: position of every token in its document; positions in chunks are derived.
+        dtype: compute dtype.
+        documents_BS: document number of every token, -1 for padding; None: one per sample.
+        boundaries: the boundaries of these documents; None: they are counted here.
+        backend: the code that attends.
+        carried: state of the tokens before these; running the map on these updates it.
+        lengths: lengths of the chunks, for comparison with code that cuts differently; None:
+            `temporal.chunk_length`.
         surroundings: further arguments of `build_context`.
 
     Raises:
-        ConfigError: pieces of a text that only whole chunks of can be read.
+        ConfigError: the tokens before these end inside a chunk and no cache was carried, or a cache
+            is carried although the model halts, which needs whole chunks.
     """
     temporal = config.temporal
     assert temporal is not None
@@ -145,20 +173,25 @@ def build_chunks(
     sizes = torch.tensor([b - a for a, b in spans])
     within_S = torch.arange(length) - starts.repeat_interleave(sizes)
     within_BS = torch.minimum(positions_BS, within_S.to(device)) if past == 0 else None
-    if within_BS is None:  # One document, so that its chunks alone tell positions.
+    if within_BS is None:  # One document: positions follow from its chunks alone.
         within_BS = within_S.to(device).expand(batch, -1)
-    surroundings = {**surroundings, "documents_BS": None}
+    surroundings = {**surroundings, "documents_BS": None, "backend": backend}
+    if documents_BS is not None and boundaries is None:
+        boundaries = count_boundaries(documents_BS)
     shared: dict[int, Context] = {}
 
     def context(index: int) -> Context:
-        """Chunks of one length without documents differ in nothing but where they begin."""
+        """Return the context of a chunk. Without documents, chunks of one length share a context
+        except for their start."""
         start, stop = spans[index]
         resumed = carried.cache if carried is not None and index == 0 else None
         found = shared.get(stop - start) if documents_BS is None and resumed is None else None
         if found is None:
             own = dict(surroundings)
             if documents_BS is not None:
+                assert boundaries is not None
                 own["documents_BS"] = documents_BS[:, start:stop]
+                own["boundaries"] = boundaries.narrow(start, stop)
             found = build_context(
                 config.model,
                 within_BS[:, start:stop],
@@ -169,42 +202,46 @@ def build_chunks(
             if documents_BS is None and resumed is None:
                 shared[stop - start] = found
         first = torch.tensor(past + start, device=device)
-        found = replace(found, first=first, cache=carried.cache if carried is not None else None)
-        if found.sliding is not None:
-            found = replace(found, sliding=replace(found.sliding, first=first, cache=found.cache))
-        return found
+        cache, sliding = carried.cache if carried is not None else None, found.sliding
+        return replace(
+            found,
+            positions=replace(found.positions, first=first),
+            attention=replace(found.attention, cache=cache),
+            sliding=None if sliding is None else replace(sliding, cache=cache),
+        )
 
     chunks = [
         Chunk(start, stop, offset if i == 0 else 0, context(i))
         for i, (start, stop) in enumerate(spans)
     ]
     if documents_BS is not None:
-        chunks = mask_documents(chunks, documents_BS, temporal.num_slots, dtype)
+        chunks = separate_documents(chunks, documents_BS, temporal.num_slots, dtype, backend)
     if config.halting is not None:
         chunks = share_halting(chunks, documents_BS, batch)
     if temporal.backward_chunks is not None:
         chunks = cut_past(chunks, temporal.backward_chunks, batch, device)
-    counts: list[Tensor] = []  # of halting, in all chunks
-    chunks = [replace(chunk, ctx=replace(chunk.ctx, counts=counts)) for chunk in chunks]
-    # Of the whole call: embedding, dropout there, and what the loss is told.
-    whole = replace(
-        chunks[0].ctx,
-        positions_BS=within_BS,
-        mask=None,
-        rotation=None,
-        key_rotation=None,
-        sliding=None,
+    context_0 = chunks[0].ctx
+    recorder = context_0.recorder  # All chunks share one.
+    chunks = [replace(chunk, ctx=replace(chunk.ctx, recorder=recorder)) for chunk in chunks]
+    # Positions of the whole call, for the embedding and its dropout.
+    positions = replace(
+        context_0.positions,
+        index_BS=within_BS,
         first=None if past == 0 else torch.tensor(past, device=device),
         documents_BS=documents_BS,
     )
-    return replace(whole, chunks=Chunks(tuple(chunks), carried))
+    seen = Visibility(backend=backend)  # Of no token: only chunks attend.
+    unmasked = replace(context_0.attention, seen=seen, rotation=None, key_rotation=None)
+    return Context(
+        unmasked, positions, context_0.dropout, recorder, chunks=Chunks(tuple(chunks), carried)
+    )
 
 
 def cut(
     length: int, offset: int, chunk_length: int, lengths: Sequence[int] | None = None
 ) -> list[tuple[int, int]]:
-    """(start, stop) of each chunk of a call over `length` tokens, the first of which continues one
-    that has `offset` tokens."""
+    """Return (start, stop) of each chunk of a call over `length` tokens. The first chunk continues
+    one that already has `offset` tokens."""
     if lengths is not None:
         assert sum(lengths) == length, "chunks must make up the sample"
         ends = torch.tensor(lengths).cumsum(0).tolist()
@@ -213,16 +250,21 @@ def cut(
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def mask_documents(
-    chunks: Sequence[Chunk], documents_BS: Tensor, num_slots: int, dtype: torch.dtype
+def separate_documents(
+    chunks: Sequence[Chunk],
+    documents_BS: Tensor,
+    num_slots: int,
+    dtype: torch.dtype,
+    backend: Backend,
 ) -> list[Chunk]:
-    """The chunks with what keeps documents apart, and padding out of the memory.
+    """Return the chunks with visibilities that separate documents and keep padding out of the
+    memory.
 
-    The memory belongs to the document of the last real token that was written. Tokens of that one
-    read it, others read the initial memory; a document that goes on in the next chunk is written on
-    top of its memory, another one on top of the initial memory.
+    The memory belongs to the document of the last real token that was written. Tokens of this
+    document read it; others read the initial memory. A document that continues in the next chunk
+    updates its memory; another document updates the initial memory.
     """
-    owner_B = documents_BS[:, 0]  # Before the first chunk both are the initial memory.
+    owner_B = documents_BS[:, 0]  # Before the first chunk the carried memory is the initial one.
     made = []
     for chunk in chunks:
         documents_BC = documents_BS[:, chunk.start : chunk.stop]
@@ -232,25 +274,52 @@ def mask_documents(
         writer_B = documents_BC.gather(1, last_B1)[:, 0]
         real_B = real_BC.any(1)
         carried_BC = documents_BC == owner_B[:, None]
-        allowed_BCM = torch.stack((carried_BC, ~carried_BC), -1).repeat_interleave(num_slots, -1)
         written_BC = documents_BC == writer_B[:, None]
-        made.append(
-            replace(
-                chunk,
-                read_mask=additive(allowed_BCM[:, None], dtype),
-                write_mask=additive(written_BC[:, None, None], dtype),
-                fresh_B=writer_B != owner_B,
-                real_B=real_B,
+        if backend == "dense":
+            allowed_BCM = torch.stack((carried_BC, ~carried_BC), -1).repeat_interleave(
+                num_slots, -1
             )
+            reads = Visibility(mask=additive(allowed_BCM[:, None], dtype))
+            writes = Visibility(mask=additive(written_BC[:, None, None], dtype))
+        else:
+            reads = see_memory(carried_BC, num_slots, backend)
+            writes = see_written(written_BC, num_slots, backend)
+        made.append(
+            replace(chunk, reads=reads, writes=writes, fresh_B=writer_B != owner_B, real_B=real_B)
         )
         owner_B = torch.where(real_B, writer_B, owner_B)
     return made
 
 
+def see_memory(carried_BC: Tensor, num_slots: int, backend: Backend) -> Visibility:
+    """Return the visibility of a chunk's tokens: those of the carried document, which come first,
+    see the first `num_slots` slots, others the rest. Waits for the device."""
+    batch, length = carried_BC.shape
+    counts_B = carried_BC.sum(1).cpu().numpy()
+    tokens = from_lengths(np.stack((counts_B, length - counts_B), 1).ravel(), batch, length, 2)
+    slots = from_lengths(np.full(2 * batch, num_slots), batch, 2 * num_slots, 2)
+    device = carried_BC.device
+    return see_documents(tokens.to(device), slots.to(device), backend, device)
+
+
+def see_written(written_BC: Tensor, num_slots: int, backend: Backend) -> Visibility:
+    """Return the visibility of the slots, which see a chunk's tokens of one document. Waits for the
+    device."""
+    batch, length = written_BC.shape
+    written = written_BC.cpu().numpy()
+    first_B, count_B = written.argmax(1), written.sum(1)
+    # Tokens before and after the document are seen by no slot.
+    parts = np.stack((first_B, count_B, length - first_B - count_B), 1)
+    slots = from_lengths(np.tile([0, num_slots, 0], batch), batch, num_slots, 3)
+    device = written_BC.device
+    tokens = from_lengths(parts.ravel(), batch, length, 3)
+    return see_documents(slots.to(device), tokens.to(device), backend, device)
+
+
 def share_halting(chunks: Sequence[Chunk], documents_BS: Tensor | None, batch: int) -> list[Chunk]:
-    """The chunks with what the cost of halting there counts for, so that the cost of a document is
-    the mean over its chunks."""
-    device = chunks[0].ctx.positions_BS.device
+    """Return the chunks with weights of the halting cost, so that the cost of a document is the
+    mean over its chunks."""
+    device = chunks[0].ctx.positions.index_BS.device
     sizes = torch.tensor([chunk.stop - chunk.start for chunk in chunks], device=device)
     if documents_BS is None:
         shares_BS = torch.full((batch, int(sizes.sum())), 1.0 / len(chunks), device=device)
@@ -265,7 +334,7 @@ def share_halting(chunks: Sequence[Chunk], documents_BS: Tensor | None, batch: i
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where allowed, -inf elsewhere."""
+    """Return an additive mask: 0 where allowed, -inf elsewhere."""
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, float("-inf"))
 
@@ -273,8 +342,11 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 def cut_past(
     chunks: Sequence[Chunk], backward_chunks: int, batch: int, device: torch.device
 ) -> list[Chunk]:
-    """The chunks with the samples whose memory is cut before each: every so many chunks, counted
-    from a sample's last one that is not padding, so that padding changes nothing."""
+    """Return the chunks with a mask of the samples whose memory is detached before each.
+
+    It is detached every `backward_chunks` chunks, counted back from a sample's last chunk with a
+    real token, so that padding has no effect.
+    """
     first = chunks[0]
     if first.real_B is None:
         count_B = torch.full((batch,), len(chunks), device=device)
@@ -297,26 +369,27 @@ class CrossAttention(MultiHead):
         self,
         x_BSD: Tensor,
         source_BKD: Tensor,
-        mask: Tensor | None,
+        seen: Visibility,
         where: Tensor | None,
         rows: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """What [B, S, D] reads of [B, K, D].
+        """Attend from [B, S, D] to [B, K, D]; returns [B, S, D].
 
         Args:
-            x_BSD: queries are of these.
-            source_BKD: keys and values are of these.
-            mask: added to scores, broadcasts to [B, N, S, K].
-            where: the key of dropout of attention weights, if there is any.
-            rows: its coordinates, (sample, position) of x.
+            x_BSD: input of the queries.
+            source_BKD: input of keys and values.
+            seen: which keys each query sees.
+            where: random key for dropout of attention weights; None: no dropout.
+            rows: (sample, position) of x, the coordinates of dropout.
         """
         made = (self.query(x_BSD), *apply_all((self.key, self.value), source_BKD))
         qkv = [t.unflatten(-1, (-1, self.head_dim)) for t in made]
-        return self.output(self.attend(qkv, mask, where, rows).to(x_BSD.dtype))
+        out: Tensor = self.output(self.attend(qkv, seen, where, rows).to(x_BSD.dtype))
+        return out
 
 
 class MemoryReader(nn.Module):
-    """What a block adds to its stream: CrossAttention(N1(x) -> N2(memory))."""
+    """The branch CrossAttention(N1(x) -> N2(memory)) of a block."""
 
     def __init__(
         self,
@@ -331,20 +404,22 @@ class MemoryReader(nn.Module):
         self.source_norm = build_norm(model.norm, f"{name}.memory_norm", make, model.norm_eps)
         self.attention = CrossAttention(f"{name}.memory_attention", make, model, dtype, tp)
 
-    def forward(self, x_BCD: Tensor, ctx: Context, keys: Keys) -> Tensor:
-        """[B, C, D] to [B, C, D]."""
-        assert ctx.memory_BMD is not None
-        return self.attention(
+    def forward(
+        self, x_BCD: Tensor, memory: MemoryView, positions: Positions, keys: SiteKeys
+    ) -> Tensor:
+        """Attend from [B, C, D] to the memory; returns [B, C, D]."""
+        read: Tensor = self.attention(
             self.norm(x_BCD),
-            self.source_norm(ctx.memory_BMD),
-            ctx.memory_mask,
+            self.source_norm(memory.memory_BMD),
+            memory.seen,
             keys.get("read_attention"),
-            ctx.all_rows(),
+            positions.all_rows(),
         )
+        return read
 
 
 class UpdateLayer(nn.Module):
-    """m + CrossAttention(N1(m) -> N2(x)), then m + FFN(N3(m)): one layer of the slow stream."""
+    """One layer of the slow stream: m + CrossAttention(N1(m) -> N2(x)), then m + FFN(N3(m))."""
 
     def __init__(
         self,
@@ -369,17 +444,25 @@ class UpdateLayer(nn.Module):
         self,
         memory_BMD: Tensor,
         x_BCD: Tensor,
-        mask: Tensor | None,
-        ctx: Context,
+        seen: Visibility,
+        keys: DropoutKeys,
         rows: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """[B, M, D] to [B, M, D]; rows: (sample, slot of a chunk), for dropout."""
+        """Update the memory: [B, M, D] to [B, M, D].
+
+        Args:
+            memory_BMD: the memory.
+            x_BCD: outputs of the chunk.
+            seen: which tokens each slot reads.
+            keys: random keys of dropout.
+            rows: (sample, slot), the coordinates of dropout; slots are numbered over all chunks.
+        """
         rate, attention_rate = self.rates
 
         def where(site: str, probability: float) -> Tensor | None:
-            if not (ctx.training and probability > 0.0):
+            if not (keys.training and probability > 0.0):
                 return None
-            return key_words(ctx.where(f"{self.name} {site}"), memory_BMD.device)
+            return key_words(keys.key(f"{self.name} {site}"), memory_BMD.device)
 
         def drop(branch: Tensor, site: str) -> Tensor:
             place = where(site, rate)
@@ -387,7 +470,7 @@ class UpdateLayer(nn.Module):
 
         place = where("attention", attention_rate)
         read = self.attention(
-            self.memory_norm(memory_BMD), self.input_norm(x_BCD), mask, place, rows
+            self.memory_norm(memory_BMD), self.input_norm(x_BCD), seen, place, rows
         )
         memory_BMD = memory_BMD + drop(read, "mix")
         fed = self.feed_forward(self.feed_forward_norm(memory_BMD))
@@ -395,7 +478,7 @@ class UpdateLayer(nn.Module):
 
 
 class Memory(nn.Module):
-    """The initial memory, and the layers that write it."""
+    """The initial memory, and the layers that update the memory."""
 
     def __init__(
         self, config: Config, make: MakeParameter, dtype: torch.dtype, tp: TensorParallel = ALONE
@@ -411,36 +494,54 @@ class Memory(nn.Module):
         )
 
     def initial(self, batch: int) -> Tensor:
-        """[B, M, D], the same for every sample."""
+        """Return the initial memory [B, M, D], which is equal for all samples."""
         return self.slots_MD.to(self.dtype).repeat(batch, 1, 1)
 
     def given(self, chunk: Chunk, memory_BMD: Tensor) -> Context:
-        """The context of a chunk, with the memory that it reads."""
-        if chunk.read_mask is not None:
+        """Return the context of a chunk with the memory that it reads."""
+        seen = chunk.reads
+        if seen is None:
+            seen = self.see_all(chunk, len(memory_BMD), chunk.stop - chunk.start, self.slots)
+        else:
             memory_BMD = torch.cat((memory_BMD, self.initial(len(memory_BMD))), 1)
-        ctx = replace(chunk.ctx, memory_BMD=memory_BMD, memory_mask=chunk.read_mask)
-        if ctx.sliding is not None:
-            sliding = replace(ctx.sliding, memory_BMD=memory_BMD, memory_mask=chunk.read_mask)
-            ctx = replace(ctx, sliding=sliding)
-        return ctx
+        return replace(chunk.ctx, memory=MemoryView(memory_BMD, seen))
+
+    @property
+    def slots(self) -> int:
+        """M."""
+        return self.config.num_slots
+
+    def see_all(self, chunk: Chunk, batch: int, queries: int, keys: int) -> Visibility:
+        """Return the visibility in which every query sees all keys."""
+        device = chunk.ctx.positions.index_BS.device
+        return see_whole(batch, queries, keys, chunk.ctx.attention.seen.backend, device)
 
     def cut(self, chunk: Chunk, memory_BMD: Tensor) -> Tensor:
-        """The same memory, without a past where backward is truncated."""
+        """Return the memory, detached from the graph for samples whose backward is truncated
+        here."""
         if chunk.cut_B is None:
             return memory_BMD
         return torch.where(chunk.cut_B[:, None, None], memory_BMD.detach(), memory_BMD)
 
     def write(self, memory_BMD: Tensor, x_BCD: Tensor, chunk: Chunk, number: int) -> Tensor:
-        """The memory after a chunk that came out as x, `number` being how many were before it."""
+        """Return the memory after a chunk, [B, M, D].
+
+        Args:
+            memory_BMD: the memory before the chunk.
+            x_BCD: outputs of the chunk.
+            chunk: the chunk.
+            number: number of chunks before it in this call.
+        """
         before_BMD = memory_BMD
         if chunk.fresh_B is not None:
             fresh = chunk.fresh_B[:, None, None]
             memory_BMD = torch.where(fresh, self.initial(len(memory_BMD)), memory_BMD)
-        slots = self.config.num_slots
+        batch, slots = len(x_BCD), self.slots
+        seen = chunk.writes or self.see_all(chunk, batch, slots, x_BCD.shape[1])
         places = torch.arange(number * slots, (number + 1) * slots, device=x_BCD.device)
-        rows = chunk.ctx.sample_ids_B[:, None], places[None]
+        rows = chunk.ctx.positions.sample_ids_B[:, None], places[None]
         for update in self.updates:
-            memory_BMD = update(memory_BMD, x_BCD, chunk.write_mask, chunk.ctx, rows)
+            memory_BMD = update(memory_BMD, x_BCD, seen, chunk.ctx.dropout, rows)
         if chunk.real_B is None:
             return memory_BMD
         return torch.where(chunk.real_B[:, None, None], memory_BMD, before_BMD)

@@ -1,7 +1,7 @@
 """The engine: from a loss to updated weights, over the data-parallel replicas.
 
-The trainer, checkpoints and verification know these five calls and nothing else. The plain engine
-is the reference: AdamW, one reduction over dp.
+The trainer, checkpoints and verification use only these five calls. The plain engine is the
+reference: AdamW and one reduction over dp.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megarecur.config.schema import Config, OptimizerConfig
+from megarecur.config.optimizer import OptimizerConfig
+from megarecur.config.run import Config
 from megarecur.model.transformer import Transformer
 from megarecur.optim.groups import build_groups, build_muon_groups
 from megarecur.parallel.mesh import Mesh
 from megarecur.parallel.regions import TensorParallel
-from megarecur.parallel.shards import Shard, whole
+from megarecur.parallel.shards import TensorShard, whole
 from megarecur.recurrence.inventory import ParameterSpec, check_patterns, is_frozen, uses_muon
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 NORM_ROW = 4096
 UPDATES = "optimizer.updates"
-"""Entry that counts the optimizer steps applied, skipped ones left out."""
+"""Checkpoint entry that counts the applied optimizer steps; skipped ones are not counted."""
 
 
 Outputs = Tensor | Sequence[Tensor]
@@ -31,51 +32,41 @@ Gradients = Sequence[Tensor | None] | None
 
 
 class Engine(Protocol):
-    """What a trainer needs."""
+    """The interface of an engine that the trainer uses."""
 
     def backward(self, outputs: Outputs, gradients: Gradients = None) -> None:
         """Add the gradient of a micro batch's share of the objective.
 
         Args:
-            outputs: the share, or, where it ends on another pipeline rank, what leads to it.
-            gradients: with respect to the outputs; None: of a share.
+            outputs: the share, or the tensors that lead to it if it ends on another pipeline rank.
+            gradients: gradients of the outputs; None for a share of the objective.
         """
 
     def gradients(self) -> dict[str, Tensor]:
-        """Raw gradients of the step so far by global name, summed over replicas, unclipped."""
+        """Return raw gradients of the step so far by global name, summed over replicas,
+        unclipped."""
 
     def step(self, lr: float) -> tuple[float, bool]:
-        """Reduce, clip, update. Returns (global norm before clipping, skipped as not finite)."""
+        """Reduce, clip and update. Returns (global norm before clipping, skipped because not
+        finite)."""
 
-    def shards(self) -> dict[str, Shard]:
-        """Checkpoint entries: parameters by name, moments as `exp_avg.NAME`, `exp_avg_sq.NAME` or,
-        of Muon, `momentum.NAME`."""
+    def shards(self) -> dict[str, TensorShard]:
+        """Return checkpoint entries: parameters by name, moments as `exp_avg.NAME`,
+        `exp_avg_sq.NAME` or, for Muon, `momentum.NAME`."""
 
-    def load(self, shards: dict[str, Shard]) -> None:
-        """Take over entries of `shards()` that were filled from a checkpoint."""
-
-
-def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Engine:
-    """The engine that `parallel.zero_stage` asks for.
-
-    Raises:
-        ConfigError: ZeRO without the DeepSpeed it needs; patterns that match no parameter.
-    """
-    if config.parallel.zero_stage == 0:
-        return PlainEngine(model, config, mesh)
-    from megarecur.optim.zero import ZeroEngine
-
-    return ZeroEngine(model, config, mesh)
+    def load(self, shards: dict[str, TensorShard]) -> None:
+        """Load entries of `shards()` that were filled from a checkpoint."""
 
 
 def global_norm(flat: Tensor) -> Tensor:
-    """The Euclidean norm of all gradients.
+    """Return the Euclidean norm of all gradients.
 
-    A CPU's vector norm adds one by one: 3e-3 of the norm is lost over 50M elements in fp32. So it
-    takes short rows, and their norms are added in pairs.
+    A CPU's vector norm adds sequentially and loses 3e-3 of the norm over 50M elements in fp32. So
+    norms of short rows are computed, and added pairwise.
     """
     if flat.device.type != "cpu":
-        return torch.linalg.vector_norm(flat)
+        norm: Tensor = torch.linalg.vector_norm(flat)
+        return norm
     rows = flat[: flat.numel() // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)
     rest = torch.linalg.vector_norm(flat[rows.numel() :], keepdim=True)
     norms = torch.cat([torch.linalg.vector_norm(rows, dim=1), rest])
@@ -83,9 +74,9 @@ def global_norm(flat: Tensor) -> Tensor:
 
 
 def is_partial(spec: ParameterSpec, tp: TensorParallel) -> bool:
-    """Whether several tensor-parallel ranks hold the same part of a parameter and each knows a part
-    of its gradient: under sequence parallelism all that is not cut, always key heads held by
-    several, and gains that each uses for its own heads."""
+    """Return True if several tensor-parallel ranks hold the same part of a parameter and each
+    computes a part of its gradient. That is true of everything uncut under sequence parallelism,
+    of key heads held by several ranks, and of gains that each rank uses for its own heads."""
     shared = tp.size > 1 and spec.holders(tp.size) > 1
     return shared and (spec.partial or spec.cut is not None or tp.sequence)
 
@@ -93,9 +84,10 @@ def is_partial(spec: ParameterSpec, tp: TensorParallel) -> bool:
 def sum_over_holders(
     gradients: Sequence[tuple[Tensor, ParameterSpec]], tp: TensorParallel
 ) -> list[Tensor]:
-    """Gradients summed over the tensor-parallel ranks that hold the same part of a parameter.
+    """Return gradients summed over the tensor-parallel ranks that hold the same part of a
+    parameter.
 
-    One call: each rank puts its own in their places of a buffer of the whole tensors.
+    Takes one call: each rank puts its own at their places in a buffer of the whole tensors.
     """
     buffer = gradients[0][0].new_zeros(sum(spec.size for _, spec in gradients))
     pieces = buffer.split([spec.size for _, spec in gradients])
@@ -110,7 +102,7 @@ def sum_over_holders(
 
 
 def sum_partial(trained: Mapping[str, nn.Parameter], model: Transformer) -> None:
-    """Sum the gradients of which each tensor-parallel rank knows a part, in place, in one call."""
+    """Sum the gradients of partial parameters over tensor parallelism, in place, in one call."""
     partial = []
     for name, parameter in trained.items():
         spec = model.inventory[name]
@@ -125,7 +117,7 @@ def sum_partial(trained: Mapping[str, nn.Parameter], model: Transformer) -> None
 def build_optimizers(
     config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
 ) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon where the config asks for it, each for the parameters that are its own."""
+    """Build AdamW, and Muon if the config uses it, each for its own parameters."""
     optimizers: list[torch.optim.Optimizer] = []
     if groups := build_groups(config, parameters):
         optimizers.append(
@@ -145,12 +137,13 @@ def build_optimizers(
 
 
 def moments_of(config: OptimizerConfig, name: str, parameter: nn.Parameter) -> tuple[str, ...]:
-    """What the parameter's optimizer keeps beside it."""
+    """Return the names of the moments that the parameter's optimizer keeps."""
     return ("momentum",) if uses_muon(config, name, parameter.ndim) else ADAMW_MOMENTS
 
 
 class PlainEngine:
-    """AdamW, and Muon, on whole parameters; gradients live in one flat buffer, reduced at once."""
+    """AdamW, and Muon, on whole parameters; gradients live in one flat buffer and are reduced at
+    once."""
 
     def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
         optimizer = config.optimizer
@@ -162,9 +155,9 @@ class PlainEngine:
             if parameter.requires_grad:
                 self.trained[name] = parameter
         self.holders = {n: model.inventory[n].holders(mesh.tp) for n in self.trained}
-        """How many tensor-parallel ranks hold each element."""
+        """Number of tensor-parallel ranks that hold each element."""
         self.copies = {n: held * (1 + (n == model.tied)) for n, held in self.holders.items()}
-        """How many ranks of a replica hold each element."""
+        """Number of ranks of a replica that hold each element."""
         self.flat = self.allocate_gradients()
         for weight in model.weights():
             weight.sum_in_place = weight.parameter.requires_grad
@@ -180,7 +173,7 @@ class PlainEngine:
         self.reduced = False
 
     def give_state(self) -> None:
-        """Let the optimizers work on our moments; each parameter's count of updates is its own."""
+        """Let the optimizers use our moments; each parameter has its own count of updates."""
         names = {parameter: name for name, parameter in self.trained.items()}
         for optimizer in self.optimizers:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -193,9 +186,10 @@ class PlainEngine:
                 optimizer.state[parameter] = state
 
     def allocate_gradients(self) -> Tensor:
-        """One zeroed buffer with every `.grad` a view of it: unused parameters have gradient 0.
+        """Return one zeroed buffer with every `.grad` a view of it, so that unused parameters have
+        gradient 0.
 
-        Those of as many copies lie side by side.
+        Parameters with equal numbers of copies are adjacent.
         """
         parameters = [
             self.trained[name] for name in sorted(self.trained, key=self.copies.__getitem__)
@@ -213,19 +207,19 @@ class PlainEngine:
         torch.autograd.backward(outputs, gradients)
 
     def reduce(self) -> None:
-        """Sum gradients over what holds the same parameters, once per step."""
+        """Sum gradients over all ranks that hold the same parameters, once per step."""
         if not self.reduced:
             self.reduce_over_tp()
             self.mesh.sum_over_dp(self.flat)
-            self.join_tied()  # Last, so that both ends have the same to the last digit.
+            self.join_tied()  # last, so that both ends are equal bit for bit
             self.reduced = True
 
     def reduce_over_tp(self) -> None:
-        """Sum the gradients of which each tensor-parallel rank knows a part."""
+        """Sum the gradients of which each tensor-parallel rank has a part."""
         sum_partial(self.trained, self.model)
 
     def join_tied(self) -> None:
-        """Sum the two gradients of a table whose ends, embedding and head, lie on two pipeline
+        """Sum the two gradients of a tied table whose ends, embedding and head, are on two pipeline
         ranks: the only weights that two of them hold."""
         if self.model.tied in self.trained:
             gradient = self.trained[self.model.tied].grad
@@ -233,7 +227,7 @@ class PlainEngine:
             gradient += self.mesh.exchange(gradient, self.model.tied_peer)
 
     def norm(self) -> float:
-        """Of all gradients, each element counted once."""
+        """Return the norm of all gradients, each element counted once."""
         counts = dict.fromkeys(sorted(self.copies.values()), 0)
         for name, copies in self.copies.items():
             counts[copies] += self.trained[name].numel()
@@ -243,12 +237,13 @@ class PlainEngine:
         return float(self.mesh.sum_over_replica(squares).sqrt())
 
     def gradients(self) -> dict[str, Tensor]:
-        """Raw gradients by global name, summed over replicas; copies."""
+        """Return copies of raw gradients by global name, summed over replicas."""
         self.reduce()
         return {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
 
     def step(self, lr: float) -> tuple[float, bool]:
-        """Reduce, clip, update. Returns (global norm before clipping, skipped as not finite)."""
+        """Reduce, clip and update. Returns (global norm before clipping, skipped because not
+        finite)."""
         self.reduce()
         norm = self.norm()
         skipped = not norm < float("inf")
@@ -265,8 +260,8 @@ class PlainEngine:
         self.reduced = False
         return norm, skipped
 
-    def shards(self) -> dict[str, Shard]:
-        """Checkpoint entries; they alias the live tensors."""
+    def shards(self) -> dict[str, TensorShard]:
+        """Return checkpoint entries; they alias the live tensors."""
         entries = {
             name: self.model.shard(name, parameter.detach())
             for name, parameter in self.model.parameters_by_name.items()
@@ -277,8 +272,8 @@ class PlainEngine:
         entries[UPDATES] = whole(self.updates)
         return entries
 
-    def load(self, shards: dict[str, Shard]) -> None:
-        """Take over entries of `shards()` that were filled from a checkpoint."""
+    def load(self, shards: dict[str, TensorShard]) -> None:
+        """Load entries of `shards()` that were filled from a checkpoint."""
         self.num_steps.fill_(self.updates.item())
         self.give_state()
         self.model.refresh()

@@ -1,4 +1,4 @@
-"""Which parameters are trained, decayed, and at which share of the learning rate."""
+"""Parameter groups: which parameters are trained, decayed, and with which learning rate."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from megarecur.config.schema import OptimizerConfig
+from megarecur.config.optimizer import OptimizerConfig
 from megarecur.recurrence.inventory import is_frozen, uses_muon
 
 
 def build_groups(
     optimizer: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """Parameters that AdamW trains in torch's groups, each with weight_decay and `lr_multiplier`.
+    """Return the parameters that AdamW trains as torch groups, each with weight_decay and
+    `lr_multiplier`.
 
     Matrices decay, vectors do not. Frozen parameters are in no group.
     """
@@ -26,7 +27,7 @@ def build_groups(
 def build_muon_groups(
     optimizer: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """The same for those that Muon trains; its own rate is a multiple of AdamW's."""
+    """Return the groups of parameters that Muon trains; their rate is a multiple of AdamW's."""
     if optimizer.muon is None:
         return []
     names = [name for name, p in parameters.items() if uses_muon(optimizer, name, p.ndim)]

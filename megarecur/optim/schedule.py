@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from megarecur.config.schema import Constant, Cosine, InverseSqrt, OptimizerConfig
+from megarecur.config.optimizer import Constant, Cosine, InverseSqrt, OptimizerConfig
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, num_steps: int) -> float:
-    """The rate of step 0, 1, ..., num_steps - 1: linear warm-up, then the schedule's course."""
+    """Return the rate of step 0, 1, ..., num_steps - 1: linear warm-up, then the schedule."""
     schedule = optimizer.schedule
     if step < schedule.warmup_steps:
         return optimizer.lr * (step + 1) / schedule.warmup_steps

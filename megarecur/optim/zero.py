@@ -1,7 +1,7 @@
-"""ZeRO 1, 2 and 3 (Rajbhandari et al. 2020) by DeepSpeed: the plain engine's results from shards.
+"""ZeRO 1, 2 and 3 (Rajbhandari et al. 2020) by DeepSpeed, with the results of the plain engine.
 
-DeepSpeed runs in fp32 throughout: our `Weight` owns the copies in the compute dtype. The only file
-that imports deepspeed, and only once an engine is made.
+DeepSpeed runs in fp32 throughout: our `Weight` owns the copies in the compute dtype. No other file
+imports deepspeed, and this one does so only when an engine is built.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.errors import ConfigError
-from megarecur.model.transformer import Stack, Transformer
+from megarecur.model.runner import ChunkedRunner, Runner
+from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import (
     ADAMW_MOMENTS,
     UPDATES,
@@ -36,19 +37,19 @@ from megarecur.optim.engine import (
 )
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh, same_error
-from megarecur.parallel.shards import Shard, boxes, whole
+from megarecur.parallel.shards import TensorShard, boxes, whole
 from megarecur.recurrence.inventory import check_patterns, is_frozen
 
 DEEPSPEED = "0.19.8"
-"""The one version whose inner workings are known here."""
+"""The only supported version; this file relies on its internals."""
 BUCKET = 50_000_000
-"""Most elements that one call reduces, or gathers ahead (fp32: 200 MB)."""
+"""Maximum elements that one call reduces, or prefetches (fp32: 200 MB)."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank owns of one parameter: elements [start, stop) of what its tensor-parallel rank
-    holds, kept one-dimensional."""
+    """The part of one parameter that this rank owns: elements [start, stop) of its tensor-parallel
+    rank's part, stored one-dimensionally."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,7 +60,8 @@ class Piece:
 
 
 class ZeroEngine:
-    """Shards optimizer state (stage 1), gradients too (2), parameters too (3) over the replicas."""
+    """The engine that shards optimizer state (stage 1), gradients (2) and parameters (3) over
+    replicas."""
 
     def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
         with same_error(mesh):
@@ -70,15 +72,15 @@ class ZeroEngine:
         train = config.train
         self.num_microbatches = train.global_batch_size // (mesh.dp * train.micro_batch_size)
         self.accumulated = 1 if mesh.pp > 1 else self.num_microbatches
-        """Backward passes that DeepSpeed counts: over pipeline ranks their number differs, so it is
-        kept out of them and reduces once."""
+        """Backward passes that DeepSpeed counts. Their number differs over pipeline ranks, so there
+        DeepSpeed does not count them and reduces once."""
         self.loss_scale = float(self.accumulated * mesh.dp)
         """DeepSpeed divides by both; our objective is a sum over micro batches and replicas."""
         self.reduction = ExitStack()
-        """Pipelined: open from a step's first backward pass to its reduction."""
+        """With a pipeline, open from a step's first backward pass to its reduction."""
         self.shapes = {n: tuple(p.shape) for n, p in model.parameters_by_name.items()}
         self.trained: dict[str, Any] = {}
-        """By name; `Any`, as DeepSpeed hangs its own attributes on parameters."""
+        """Trained parameters by name; `Any`, because DeepSpeed adds attributes to parameters."""
         self.summed: set[Any] = set()
         """Parameters whose gradient is summed over tensor-parallel ranks."""
         for name, parameter in model.parameters_by_name.items():
@@ -90,15 +92,15 @@ class ZeroEngine:
             if not self.trained:
                 raise ConfigError(
                     f"parallel.zero_stage={self.stage}: every parameter of pipeline rank "
-                    f"{mesh.pp_rank} is frozen; set zero_stage to 0, or place other blocks there"
+                    f"{mesh.pp_rank} is frozen; set zero_stage to 0, or place a trained block there"
                 )
         (client,) = build_optimizers(config.optimizer, model.parameters_by_name)
         deepspeed = import_deepspeed(mesh)
         if self.stage == 3:
-            deepspeed.utils.set_z3_leaf_modules(model, [Stack])
+            deepspeed.utils.set_z3_leaf_modules(model, [type(model.runner)])
             assert model.look_up is not None
             model.look_up.register_forward_pre_hook(self.start_of_pass)
-            anchor_stack(model.stack, mesh.device)
+            anchor_runner(model.runner, mesh.device)
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model,
             model_parameters=list(self.trained.values()),
@@ -123,8 +125,8 @@ class ZeroEngine:
                 weight.transient = True
                 free_copy_with(weight)
         self.buffer: Tensor | None = None
-        """Stage 1, or pipelined: every `.grad` is a view of it until the gradients are reduced, so
-        that uses add in place. Else DeepSpeed needs autograd's hooks for that."""
+        """With stage 1 or a pipeline, every `.grad` is a view of this buffer until gradients are
+        reduced, so that uses add in place. Otherwise DeepSpeed needs autograd's hooks for that."""
         if self.stage == 1 or mesh.pp > 1:
             size = sum(p.numel() for p in self.trained.values())
             self.buffer = torch.zeros(size, device=mesh.device)
@@ -133,16 +135,16 @@ class ZeroEngine:
                 weight.sum_in_place = weight.parameter.requires_grad and not hooked
         self.updates = torch.zeros(1, dtype=torch.float32)
         self.done = 0
-        """Backward passes of this step; pipelined, all of them from the first one on."""
+        """Backward passes of this step; with a pipeline, all of them from the first one on."""
         self.reduced = False
         model.refresh()
 
     def share(self, name: str, parameter: Any) -> None:
-        """Tell DeepSpeed what is a part of a tensor, or the norm is silently wrong; and sum what
-        several tensor-parallel ranks hold and each knows a part of, before DeepSpeed sees it."""
+        """Mark tensor-parallel shards for DeepSpeed, since otherwise the norm is silently wrong;
+        and sum partial gradients over tensor parallelism before DeepSpeed sees them."""
         spec, tp = self.model.inventory[name], self.model.tp
         holders = spec.holders(tp.size)
-        # What is not marked counts on the first rank alone, so of several holders one is marked.
+        # Unmarked parameters count on the first rank alone, so one of several holders is marked.
         parameter.model_parallel = spec.cut is not None and tp.rank % holders == 0
         if is_partial(spec, tp):
             self.summed.add(parameter)
@@ -151,10 +153,10 @@ class ZeroEngine:
                     lambda gradient: sum_over_holders([(gradient, spec)], tp)[0].contiguous()
                 )
         if name == self.model.tied and self.model.tied_peer < self.mesh.pp_rank:
-            parameter.ds_pipe_replicated = True  # Counted where the other one is.
+            parameter.ds_pipe_replicated = True  # counted on the other rank
 
     def describe(self, config: Config) -> dict[str, Any]:
-        """DeepSpeed's configuration, from ours."""
+        """Build DeepSpeed's configuration from ours."""
         sizes = [math.prod(self.shapes[name]) for name in self.trained]
         bucket = min(BUCKET, sum(sizes) + 1) // 2 * 2
         vectors = [math.prod(shape) for shape in self.shapes.values() if len(shape) < 2]
@@ -170,9 +172,9 @@ class ZeroEngine:
         if self.stage == 3:
             zero |= {
                 "stage3_prefetch_bucket_size": bucket,
-                # Norms and biases weigh nothing: they stay whole.
+                # Norms and biases are small, so they stay whole.
                 "stage3_param_persistence_threshold": max(vectors, default=0),
-                # It would replace torch's linear function, for everybody and for good.
+                # It would replace torch's linear function globally and permanently.
                 "memory_efficient_linear": False,
             }
         return {
@@ -184,7 +186,7 @@ class ZeroEngine:
         }
 
     def drop_masters(self) -> None:
-        """Stages 1 and 2 keep fp32 masters of parameters that are fp32 already: alias them."""
+        """Alias the fp32 masters of stages 1 and 2, since the parameters are fp32 already."""
         masters = self.optimizer.single_partition_of_fp32_groups
         for master, parts in zip(
             masters, self.optimizer.parallel_partitioned_bit16_groups, strict=True
@@ -193,7 +195,7 @@ class ZeroEngine:
         self.optimizer._link_all_hp_params()
 
     def start_of_pass(self, *_: Any) -> None:
-        """Stage 3: DeepSpeed learns the order of gathers from one pass for the next."""
+        """In stage 3, let DeepSpeed learn the order of gathers from each pass for the next."""
         self.optimizer.parameter_offload.get_param_coordinator().reset_step()
 
     def backward(self, outputs: Outputs, gradients: Gradients = None) -> None:
@@ -215,22 +217,24 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(self.done == self.num_microbatches)
         self.optimizer.clear_backward_seen_flag()
         if self.stage == 1:
-            self.optimizer.setup_buckets()  # Else left to a hook, of which none may run.
+            self.optimizer.setup_buckets()  # otherwise left to a hook, and none may run
         (loss,) = scaled
         self.engine.backward(loss)
 
     def open_reduction(self) -> None:
-        """Pipelined: keep DeepSpeed from reducing until the step's last backward pass is done."""
+        """With a pipeline, keep DeepSpeed from reducing before the step's last backward pass is
+        done."""
         if self.done == 0:
             self.forget_gradients()
             self.reduction.enter_context(self.engine.coalesce_grad_reduction())
             self.done = self.num_microbatches
 
     def reduce(self) -> None:
-        """Pipelined: sum gradients over what holds the same parameters, once per step."""
+        """With a pipeline, sum gradients over all ranks that hold the same parameters, once per
+        step."""
         if self.mesh.pp == 1 or self.reduced:
             return
-        self.open_reduction()  # Where no stage of this rank had a backward pass.
+        self.open_reduction()  # no stage of this rank had a backward pass
         sum_partial(self.trained, self.model)
         if self.model.tied in self.trained:
             gradient = self.trained[self.model.tied].grad
@@ -239,7 +243,7 @@ class ZeroEngine:
         self.reduced = True
 
     def forget_gradients(self) -> None:
-        """Zero what is left of the last step's: this one may leave parameters unused."""
+        """Zero the gradients of the last step, because this step may not use all parameters."""
         if self.buffer is not None:
             pieces = self.buffer.zero_().split([p.numel() for p in self.trained.values()])
             for parameter, piece in zip(self.trained.values(), pieces, strict=True):
@@ -252,7 +256,7 @@ class ZeroEngine:
                 flat.grad.zero_()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Raw gradients by global name, summed over replicas; copies. Collective."""
+        """Return copies of raw gradients by global name, summed over replicas. Collective."""
         from deepspeed.utils import safe_get_full_grad
 
         self.reduce()
@@ -260,7 +264,8 @@ class ZeroEngine:
         return {name: safe_get_full_grad(p).clone() for name, p in self.trained.items()}
 
     def step(self, lr: float) -> tuple[float, bool]:
-        """Clip, update, share out. Returns (global norm before clipping, skipped: not finite)."""
+        """Clip, update and gather. Returns (global norm before clipping, skipped because not
+        finite)."""
         self.reduce()
         assert self.done == self.num_microbatches, "a step ends with its last micro batch"
         for group in self.groups:
@@ -275,8 +280,8 @@ class ZeroEngine:
         return float(self.engine.get_global_grad_norm()), skipped
 
     def align_tied(self) -> None:
-        """Give the head the embedding's table, where both have one: their gradients were summed
-        over replicas in different places of a buffer, and so to different last digits."""
+        """Copy the embedding's table to the head if both are tied: their gradients were summed over
+        replicas at different places of a buffer, so their last bits differ."""
         table = self.trained.get(self.model.tied)
         if table is not None:
             other = self.mesh.exchange(table.detach(), self.model.tied_peer)
@@ -284,7 +289,7 @@ class ZeroEngine:
                 table.data.copy_(other)
 
     def pieces(self) -> Iterator[tuple[str, Piece]]:
-        """What this rank owns of every trained parameter."""
+        """Yield the part of every trained parameter that this rank owns."""
         for name, parameter in self.trained.items():
             shape, start, stop = self.shapes[name], 0, 0
             flat, offset = self.flats[0], 0
@@ -306,9 +311,9 @@ class ZeroEngine:
             moments = {moment: self.state[flat][moment][part] for moment in ADAMW_MOMENTS}
             yield name, Piece(name, shape, start, stop, flat.detach()[part], moments)
 
-    def shards(self) -> dict[str, Shard]:
-        """Checkpoint entries; they alias the live tensors. Nothing is gathered."""
-        entries: dict[str, Shard] = {}
+    def shards(self) -> dict[str, TensorShard]:
+        """Return checkpoint entries; they alias the live tensors. Nothing is gathered."""
+        entries: dict[str, TensorShard] = {}
         for name, piece in self.pieces():
             entries[name] = self.cut(piece, piece.values)
             for moment, values in piece.moments.items():
@@ -319,8 +324,8 @@ class ZeroEngine:
         entries[UPDATES] = whole(self.updates)
         return entries
 
-    def frozen_shard(self, name: str, parameter: Any) -> Shard:
-        """The entry of a parameter that is not trained: a piece at stage 3, else all of it."""
+    def frozen_shard(self, name: str, parameter: Any) -> TensorShard:
+        """Return the entry of a frozen parameter: a piece at stage 3, otherwise all of it."""
         if self.stage < 3:
             return self.model.shard(name, parameter.detach())
         shape, values = self.shapes[name], parameter.ds_tensor.detach()
@@ -328,8 +333,8 @@ class ZeroEngine:
         stop = min(start + values.numel(), math.prod(shape))
         return self.cut(Piece(name, shape, start, stop, values, {}), values)
 
-    def cut(self, piece: Piece, values: Tensor) -> Shard:
-        """A one-dimensional slice as rectangles of the whole tensor, without copying."""
+    def cut(self, piece: Piece, values: Tensor) -> TensorShard:
+        """Return a one-dimensional slice as rectangles of the whole tensor, without copying."""
         spec = self.model.inventory[piece.name]
         origin, _ = spec.part(self.mesh.tp_rank, self.mesh.tp)
         chunks, first = [], 0
@@ -338,14 +343,14 @@ class ZeroEngine:
             place = tuple(a + b for a, b in zip(origin, offset, strict=True))
             chunks.append((place, sizes, values[first : first + size].view(sizes)))
             first += size
-        # Ranks that hold the same have flat buffers of other lengths, cut at other places.
+        # Ranks with the same parameters have flat buffers of other lengths, cut at other places.
         first_holder = self.mesh.tp_rank % spec.holders(self.mesh.tp) == 0
         if piece.name == self.model.tied:
             first_holder = first_holder and self.mesh.pp_rank < self.model.tied_peer
-        return Shard(spec.shape, chunks, written=first_holder)
+        return TensorShard(spec.shape, chunks, written=first_holder)
 
-    def load(self, shards: dict[str, Shard]) -> None:
-        """Take over entries of `shards()` that were filled from a checkpoint. Collective."""
+    def load(self, shards: dict[str, TensorShard]) -> None:
+        """Load entries of `shards()` that were filled from a checkpoint. Collective."""
         for flat in self.flats:
             self.state[flat]["step"].fill_(self.updates.item())
         if self.stage == 3:
@@ -359,13 +364,13 @@ class ZeroEngine:
 
 @cache
 def group_of_one(world: Any, rank: int) -> Any:
-    """This process's own group, one per world: torch names such groups by their ranks and number,
-    which comes up again once other groups have ended."""
+    """Return a group of this process alone, one per world. Torch names such groups by ranks and
+    number, which repeats once other groups have ended."""
     return dist.new_group([rank], use_local_synchronization=True)
 
 
 class Groups:
-    """The mesh, in DeepSpeed's words (its `mpu`)."""
+    """The mesh as DeepSpeed's `mpu`."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -377,43 +382,43 @@ class Groups:
         self.replica_group = mesh.replica_group if mesh.replica_group is not None else alone
 
     def get_data_parallel_group(self) -> Any:
-        """Who shares out the optimizer's state."""
+        """Return the processes that share the optimizer's state."""
         return self.dp_group
 
     def get_data_parallel_world_size(self) -> int:
-        """How many they are."""
+        """Return the number of processes in the data-parallel group."""
         return self.mesh.dp
 
     def get_data_parallel_rank(self) -> int:
-        """This process among them."""
+        """Return this process's rank in the data-parallel group."""
         return self.mesh.dp_rank
 
     def get_model_parallel_group(self) -> Any:
-        """All processes of a replica."""
+        """Return all processes of a replica."""
         return self.replica_group
 
     def get_model_parallel_world_size(self) -> int:
-        """How many they are."""
+        """Return the number of processes of a replica."""
         return self.mesh.pp * self.mesh.tp
 
     def get_model_parallel_rank(self) -> int:
-        """This process among them."""
+        """Return this process's rank in its replica."""
         return self.mesh.pp_rank * self.mesh.tp + self.mesh.tp_rank
 
     def get_tensor_model_parallel_group(self) -> Any:
-        """Who shares each matrix."""
+        """Return the processes that share each matrix."""
         return self.tp_group
 
     def get_tensor_model_parallel_world_size(self) -> int:
-        """How many they are."""
+        """Return the number of processes that share each matrix."""
         return self.mesh.tp
 
     def get_tensor_model_parallel_rank(self) -> int:
-        """This process among them."""
+        """Return this process's tensor-parallel rank."""
         return self.mesh.tp_rank
 
     def get_pipeline_model_parallel_world_size(self) -> int:
-        """Stages of a replica."""
+        """Return the number of pipeline ranks of a replica."""
         return self.mesh.pp
 
 
@@ -421,10 +426,10 @@ class Groups:
 
 
 def check_deepspeed(config: Config) -> None:
-    """Refuse to run without DeepSpeed, or with one that is not known here.
+    """Reject a missing or unsupported version of DeepSpeed.
 
     Raises:
-        ConfigError: naming the extra to install.
+        ConfigError: the message names the extra to install.
     """
     stage = config.parallel.zero_stage
     try:
@@ -433,15 +438,16 @@ def check_deepspeed(config: Config) -> None:
         found = "none"
     if found != DEEPSPEED:
         raise ConfigError(
-            f"parallel.zero_stage={stage} needs deepspeed {DEEPSPEED}, installed is {found}; "
+            f"parallel.zero_stage={stage} needs deepspeed {DEEPSPEED}, found {found}; "
             "pip install 'megarecur[zero]', or set parallel.zero_stage=0"
         )
 
 
 def import_deepspeed(mesh: Mesh) -> Any:
-    """The library, for this process's device and group; nothing is compiled, little is logged."""
+    """Import the library for this process's device and group, without compilation and with little
+    logging."""
     device = mesh.device.type
-    # Asked for by DeepSpeed even where nobody started this process as one of several.
+    # DeepSpeed asks for these even in a single process.
     os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
     os.environ["DS_ACCELERATOR"] = device
     if not dist.is_initialized():
@@ -449,23 +455,23 @@ def import_deepspeed(mesh: Mesh) -> Any:
     import deepspeed
     import deepspeed.ops
 
-    # Else DeepSpeed tries what could be compiled, and compiles a collective that nobody here calls.
+    # Otherwise DeepSpeed tests what could be compiled, and compiles a collective never used here.
     deepspeed.ops.__compatible_ops__ = {}
-    # Its Muon is imported to see that the optimizer is another; being compiled for that, it would
-    # bring in all of torch's compiler (1.4 s, 45 MB).
+    # DeepSpeed imports its Muon to check that the optimizer is another one. Its compilation would
+    # import all of torch's compiler (1.4 s, 45 MB).
     from deepspeed.runtime import compiler
 
     kept, compiler.compile = compiler.compile, lambda: lambda function: function
     import deepspeed.runtime.zero.muon.muon_optimizer
 
     compiler.compile = kept
-    # From torch, at every collective of stage 3.
+    # torch warns at every collective of stage 3
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
 
 
 def open_own_group(device: str) -> None:
-    """A process group of this process alone, without addresses, until it ends."""
+    """Open a process group of this process alone, without addresses, until it ends."""
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
@@ -475,7 +481,7 @@ def open_own_group(device: str) -> None:
 
 
 class _Join(torch.autograd.Function):
-    """x itself; `other` takes part in the graph with gradient 0."""
+    """Return x; `other` takes part in the graph with gradient 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
@@ -488,11 +494,11 @@ class _Join(torch.autograd.Function):
         return grads[0], ctx.like.new_zeros(()).expand(ctx.shape)
 
 
-def anchor_stack(stack: Stack, device: torch.device) -> None:
-    """Make the gradient of the stack's input the last thing its backward pass computes, always.
+def anchor_runner(runner: Runner | ChunkedRunner, device: torch.device) -> None:
+    """Make the gradient of the runner's input the last thing its backward pass computes, always.
 
-    DeepSpeed reduces a leaf's gradients when that of its input is there. With a frozen embedding
-    the input has none, and with truncated loops nothing may lead back to it: the stack's gradients
+    DeepSpeed reduces a leaf's gradients when that of its input is ready. With a frozen embedding
+    the input has none, and with truncated loops no path may lead back to it. The runner's gradients
     would then be reduced too early or not at all. Register before DeepSpeed's own hooks.
     """
     anchor = torch.zeros((), device=device, requires_grad=True)
@@ -501,17 +507,20 @@ def anchor_stack(stack: Stack, device: torch.device) -> None:
         if not torch.is_grad_enabled():
             return None
         steps, x, *rest = args
-        return (steps, _Join.apply(x, anchor), *rest)
+        return (steps, _Join.apply(x, anchor), *rest)  # type: ignore[no-untyped-call]
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return _Join.apply(output, args[1]) if torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled():
+            return None
+        joined: Tensor = _Join.apply(output, args[1])  # type: ignore[no-untyped-call]
+        return joined
 
-    stack.register_forward_pre_hook(before)
-    stack.register_forward_hook(after)
+    runner.register_forward_pre_hook(before)
+    runner.register_forward_hook(after)
 
 
 def free_copy_with(weight: Weight) -> None:
-    """Forget the compute copy whenever DeepSpeed lets go of the gathered parameter."""
+    """Discard the compute copy whenever DeepSpeed releases the gathered parameter."""
     parameter: Any = weight.parameter
     let_go: Callable[..., None] = parameter.partition
 

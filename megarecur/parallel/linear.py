@@ -1,18 +1,21 @@
-"""The one owner of a weight's compute copy, and of the sum of its gradient over uses.
+"""Linear layers whose weights own a compute copy and sum gradients over their uses.
 
-A block that runs r times in m microbatches sums r x m gradients. Casting the weight once and
-letting autograd sum the uses in bf16 loses the sum: 3.7e-2 off at 256 uses, against 3.7e-3 for an
-fp32 sum. So a `Weight` keeps a copy in the compute dtype, made once per optimizer step outside the
-graph, and its gradient is summed in the parameter's own dtype.
+A block that runs r times in m micro batches sums r x m gradients. If the weight were cast once and
+autograd summed the uses in bf16, the error at 256 uses would be 3.7e-2, against 3.7e-3 for an fp32
+sum. So a `Weight` keeps a copy in the compute dtype, made once per optimizer step outside the
+graph, and sums its gradient in the parameter's own dtype. A compiled graph sums it the same way,
+through the operator `megarecur::sum_gradients`.
 """
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +24,11 @@ from torch import Tensor, nn
 from megarecur.parallel.regions import ALONE, TensorParallel
 
 MakeParameter = Callable[[str], nn.Parameter]
-"""Global name to parameter: the inventory decides shape and initial value."""
+"""Function from a global name to its parameter; the inventory decides shape and initial value."""
 
 
 def has_bf16_products(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices faster than fp32 ones."""
+    """Return True if the device multiplies bf16 matrices faster than fp32 ones."""
     if device.type != "cpu":
         return True
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -34,15 +37,15 @@ def has_bf16_products(device: torch.device) -> bool:
 
 
 class DeferredProducts:
-    """Products of weight gradients that a backward pass leaves for later: they wait for nobody and
-    nobody waits for them, so that a pipeline fills its waiting time with them."""
+    """Products of weight gradients postponed by a backward pass. They depend on no message and no
+    message depends on them, so a pipeline runs them in its waiting time."""
 
     def __init__(self) -> None:
         self.open: list[Callable[[], None]] | None = None
 
     @contextmanager
     def collect(self) -> Iterator[list[Callable[[], None]]]:
-        """Backward passes inside leave their products here."""
+        """Collect the products that backward passes postpone inside this context."""
         self.open = []
         try:
             yield self.open
@@ -50,8 +53,14 @@ class DeferredProducts:
             self.open = None
 
 
+HANDLES: WeakValueDictionary[int, Weight] = WeakValueDictionary()
+"""The weights whose gradients compiled graphs sum, by number (`Weight.open_handle`)."""
+_numbers = itertools.count()
+
+SUMS_WIDE = hasattr(torch.ops.aten.addmm, "dtype_out")
+"""Whether torch can add a product of bf16 matrices to an fp32 one on CUDA, without rounding it."""
 NARROW = 128
-"""Inputs of a matrix whose gradient is small beside what it is made of."""
+"""Maximum inputs of a matrix whose gradient is small compared with its operands."""
 
 
 class Weight(nn.Module):
@@ -59,7 +68,7 @@ class Weight(nn.Module):
 
     Args:
         parameter: the fp32 (or fp64) master, [out, in].
-        compute_dtype: dtype of what products take and give.
+        compute_dtype: dtype of the operands and results of products.
     """
 
     def __init__(self, parameter: nn.Parameter, compute_dtype: torch.dtype) -> None:
@@ -67,31 +76,32 @@ class Weight(nn.Module):
         self.parameter = parameter
         self.compute_dtype = compute_dtype
         self.product_dtype = compute_dtype
-        """A CPU without bf16 instructions multiplies the same bf16 numbers in fp32, at several
-        times the speed; the result is rounded to bf16 once, as ever."""
+        """A CPU without bf16 instructions multiplies the same bf16 numbers in fp32, several times
+        faster; the result is still rounded to bf16 once."""
         if compute_dtype == torch.bfloat16 and not has_bf16_products(parameter.device):
             self.product_dtype = torch.float32
         self.copy: Tensor | None = None
         self.sum_in_place = False
-        """Backward adds to `parameter.grad` itself, sparing a temporary per use. For engines that
-        keep their gradient buffers; others need autograd's hooks."""
+        """If True, backward adds to `parameter.grad` itself and saves a temporary per use. For
+        engines that keep their gradient buffers; others need autograd's hooks."""
         self.deferred: DeferredProducts | None = None
-        """Where products may be left, if they are added in place."""
+        """Queue of postponed products, if they are added in place."""
+        self.handle: Tensor | None = None
+        """Number of this weight in `HANDLES`, if compiled graphs sum its gradient in place."""
         self.transient = False
-        """The parameter is whole only for a while, between being gathered and let go of (ZeRO 3).
-        Then the copy is made by its first use, and whoever lets go of the parameter calls
-        `refresh`."""
+        """If True, the parameter is whole only between its gather and its release (ZeRO 3). Then
+        the first use makes the copy, and the code that releases the parameter calls `refresh`."""
         self.refresh()
 
     def refresh(self) -> None:
-        """Make the compute copy anew, or forget it: after every step, load and initialisation."""
+        """Renew the compute copy, or discard it: after every step, load and initialisation."""
         if self.transient:
             self.copy = None
         else:
             self.make_copy()
 
     def make_copy(self) -> None:
-        """Round the parameter, where products take another dtype."""
+        """Round the parameter, if products use another dtype."""
         if self.parameter.dtype == self.compute_dtype == self.product_dtype:
             return
         with torch.no_grad():
@@ -101,15 +111,31 @@ class Weight(nn.Module):
             else:
                 self.copy.copy_(rounded)
 
+    def open_handle(self) -> None:
+        """Let compiled graphs sum the gradient in place.
+
+        One graph serves many weights, so it takes the handle, [1] on the CPU, as an input. The
+        handle requires a gradient, always 0, because a graph drops what computes no result.
+        """
+        if self.handle is None:
+            number = next(_numbers)
+            HANDLES[number] = self
+            self.handle = torch.tensor([float(number)], dtype=torch.float64, requires_grad=True)
+
+    @property
+    def summed_by_graphs(self) -> bool:
+        """Whether a compiled graph adds to the gradient itself and returns none."""
+        return self.sum_in_place and self.handle is not None
+
     def value(self) -> Tensor:
-        """The weight in the dtype of products, outside the graph."""
+        """Return the weight in the dtype of products, outside the graph."""
         if self.transient and self.copy is None:
             self.make_copy()
         return self.parameter if self.copy is None else self.copy
 
     def gradient(self, dy: Tensor, x: Tensor) -> Tensor | None:
-        """dW = dy^T x of one use, in the parameter's dtype; None when it is added in place, now or
-        later."""
+        """Return dW = dy^T x of one use in the parameter's dtype; None if it is added in place, now
+        or later."""
         if not (self.sum_in_place and self.parameter.grad is not None):
             return (dy.t() @ x).to(self.parameter.dtype)
         if self.deferred is not None and self.deferred.open is not None:
@@ -118,12 +144,21 @@ class Weight(nn.Module):
             self.add(dy, x)
         return None
 
+    @property
+    def postpones(self) -> bool:
+        """Whether products that are added in place wait in the queue."""
+        return self.deferred is not None and self.deferred.open is not None
+
     def add(self, dy: Tensor, x: Tensor) -> None:
         """Add dy^T x to the gradient."""
         grad = self.parameter.grad
         assert grad is not None
+        if SUMS_WIDE and grad.device.type == "cuda" and dy.dtype != grad.dtype:
+            torch.ops.aten.addmm.dtype_out(grad, dy.t(), x, grad.dtype, out=grad)
+            return
         inputs, outputs = grad.shape[1], grad.shape[0]
-        if inputs <= NARROW and 8 * inputs <= outputs:  # Tall: a wide product is faster, and small.
+        # The matrix is tall: a wide product is faster, and small.
+        if inputs <= NARROW and 8 * inputs <= outputs:
             grad.add_((x.t() @ dy).t())
         elif dy.dtype == grad.dtype:
             grad.addmm_(dy.t(), x)
@@ -132,8 +167,8 @@ class Weight(nn.Module):
 
 
 class _Products(torch.autograd.Function):
-    """y_i = x W_i^T + b_i + u_i V_i^T; each dW_i summed over uses in W_i's dtype, dx summed over i
-    in place. Biases, and u_i with V_i, may be None."""
+    """Return y_i = x W_i^T + b_i + u_i V_i^T; sums each dW_i over uses in W_i's dtype, and dx over
+    i in place. Biases, and u_i with V_i, may be None."""
 
     @staticmethod
     def forward(
@@ -145,7 +180,7 @@ class _Products(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         n = len(weights)
         biases, us, parameters = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        # The parameters are saved, never the copies: a copy may be freed and made again.
+        # The parameters are saved, not the copies: a copy may be freed and made again.
         ctx.save_for_backward(x, *us, *parameters)
         ctx.weights, ctx.factors = weights, factors
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
@@ -187,8 +222,8 @@ class _Products(torch.autograd.Function):
 
 
 class _Joined(torch.autograd.Function):
-    """(x [W_1; ..; W_n]^T, x): narrow matrices as one product; and x is handed on, so that its
-    gradient from elsewhere comes by here and is added to in place."""
+    """Return (x [W_1; ..; W_n]^T, x): narrow matrices as one product. Returning x lets backward add
+    its other gradients in place here."""
 
     @staticmethod
     def forward(
@@ -221,7 +256,7 @@ class _Joined(torch.autograd.Function):
 
 
 class _Value(torch.autograd.Function):
-    """The copy, with the parameter's gradient: dW in the parameter's dtype."""
+    """Return the compute copy, with the gradient of the parameter: dW in the parameter's dtype."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
@@ -233,8 +268,52 @@ class _Value(torch.autograd.Function):
         return grads[0].to(ctx.dtype), None
 
 
+class _Summed(torch.autograd.Function):
+    """Return products y_i = x W_i^T as they are; backward lets `sum_gradients` add each dW_i. For
+    graphs: a gradient of the parameter would be a tensor of its size per use."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.num = num
+        ctx.save_for_backward(x, *tensors[:num])
+        return tuple(y.view_as(y) for y in tensors[num:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, *handles = ctx.saved_tensors
+        zero = torch.ops.megarecur.sum_gradients(handles, list(grads), x)
+        return None, None, zero, *[None] * (ctx.num - 1), *grads
+
+
+@torch.library.custom_op(
+    "megarecur::sum_gradients",
+    mutates_args=(),
+    schema="(Tensor[] handles, Tensor[] dys, Tensor x) -> Tensor",
+)
+def sum_gradients(handles: list[Tensor], dys: list[Tensor], x: Tensor) -> Tensor:
+    """Add dW_i = dy_i^T x to the gradient of each handle's weight, as eager backward passes do.
+
+    Returns 0, the gradient of a handle. The gradients of weights are no arguments: the compiler
+    would wait for them, and postponed products change them later.
+    """
+    weights = [HANDLES[int(handle)] for handle in handles]
+    if any(weight.postpones for weight in weights):
+        # The graph reuses the memory of these tensors once this operator has returned.
+        dys, x = [dy.clone() for dy in dys], x.clone()
+    for weight, dy in zip(weights, dys, strict=True):
+        if weight.parameter.grad is None:
+            weight.parameter.grad = torch.zeros_like(weight.parameter)
+        weight.gradient(dy.flatten(0, -2), x.flatten(0, -2))
+    return torch.zeros_like(handles[0])
+
+
+@sum_gradients.register_fake
+def _(handles: list[Tensor], dys: list[Tensor], x: Tensor) -> Tensor:
+    return torch.zeros_like(handles[0])
+
+
 Added = tuple[Tensor, Weight] | None
-"""u [..., r] and V [out, r]: u V^T is added to a product."""
+"""A pair of u [..., r] and V [out, r]; u V^T is added to a product."""
 
 
 def multiply(
@@ -243,61 +322,95 @@ def multiply(
     biases: Sequence[Tensor | None],
     added: Sequence[Added] = (),
 ) -> tuple[Tensor, ...]:
-    """x W_i^T + b_i for each weight, and u_i V_i^T where something is added.
+    """Return x W_i^T + b_i for each weight, plus u_i V_i^T if given.
 
-    A compiler is given the formula and derives the rest: it fuses what `_Products` spares. Its
-    graph gives dW of one use, in the parameter's dtype, and autograd sums the uses outside of it.
+    Under a compiler, only the formula is used: the compiler fuses the temporaries that `_Products`
+    avoids.
     """
     pairs = [(None, None) if pair is None else pair for pair in added or [None] * len(weights)]
     us, factors = [u for u, _ in pairs], [factor for _, factor in pairs]
     if not torch.compiler.is_compiling():
         parameters = [None if w is None else w.parameter for w in (*weights, *factors)]
-        return _Products.apply(x, weights, factors, *biases, *us, *parameters)
-    wide, values = x.to(weights[0].product_dtype), []
-    for weight, bias, u, factor in zip(weights, biases, us, factors, strict=True):
-        y = F.linear(wide, graph_value(weight), None if bias is None else bias.to(wide.dtype))
+        products: tuple[Tensor, ...] = _Products.apply(  # type: ignore[no-untyped-call]
+            x, weights, factors, *biases, *us, *parameters
+        )
+        return products
+    dtype = weights[0].product_dtype
+    wide = x.to(dtype)
+    biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    ys = multiply_in_graph(wide, weights, biases)
+    for i, (u, factor) in enumerate(zip(us, factors, strict=True)):
         if u is not None and factor is not None:
-            y = y + F.linear(u.to(wide.dtype), graph_value(factor))
-        values.append(y.to(x.dtype))
-    return tuple(values)
+            ys[i] = ys[i] + multiply_in_graph(u.to(dtype), (factor,))[0]
+    return tuple(y.to(x.dtype) for y in ys)
 
 
 def multiply_joined(x: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, Tensor]:
-    """x times all of these narrow weights [r_i, in], transposed: [..., sum of r_i]; and x, for all
-    else that reads it."""
+    """Return x times all of these narrow weights [r_i, in], transposed: [..., sum of r_i]; and x,
+    which other readers must use."""
     if not torch.compiler.is_compiling():
-        u, same = _Joined.apply(x, weights, *(weight.parameter for weight in weights))
+        u, same = _Joined.apply(  # type: ignore[no-untyped-call]
+            x, weights, *(weight.parameter for weight in weights)
+        )
         return u, same if x.requires_grad else x
     wide = x.to(weights[0].product_dtype)
-    return F.linear(wide, torch.cat([graph_value(weight) for weight in weights])).to(x.dtype), x
+    u = F.linear(wide, torch.cat([graph_value(weight) for weight in weights]))
+    parts = u.split([len(weight.parameter) for weight in weights], -1)
+    return torch.cat(sum_in_graph(wide, weights, parts), -1).to(x.dtype), x
+
+
+def multiply_in_graph(
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None] = ()
+) -> list[Tensor]:
+    """Return x W_i^T + b_i for each weight, inside a compiler's graph; x has the dtype of
+    products."""
+    pairs = zip(weights, biases or [None] * len(weights), strict=True)
+    return sum_in_graph(x, weights, [F.linear(x, graph_value(w), bias) for w, bias in pairs])
+
+
+def sum_in_graph(x: Tensor, weights: Sequence[Weight], ys: Sequence[Tensor]) -> list[Tensor]:
+    """Return products with x; backward sums the gradients of those weights that have a handle."""
+    found = list(ys)
+    summed = [i for i, weight in enumerate(weights) if weight.summed_by_graphs]
+    if summed and torch.is_grad_enabled():
+        handles = [weights[i].handle for i in summed]
+        made = _Summed.apply(x, len(summed), *handles, *(ys[i] for i in summed))  # type: ignore[no-untyped-call]
+        for i, y in zip(summed, made, strict=True):
+            found[i] = y
+    return found
 
 
 def graph_value(weight: Weight) -> Tensor:
-    """The weight in the dtype of products, inside the graph of a compiler."""
+    """Return the weight in the dtype of products, inside a compiler's graph. Its gradient is that
+    of the parameter, unless `sum_in_graph` sums it."""
+    value = weight.parameter if weight.copy is None else weight.copy
+    if weight.summed_by_graphs:
+        return value.detach()
     if weight.copy is None:
-        return weight.parameter
-    return _Value.apply(weight.parameter, weight.copy)
+        return value
+    found: Tensor = _Value.apply(weight.parameter, weight.copy)  # type: ignore[no-untyped-call]
+    return found
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out]."""
+    """Return x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out]."""
     return multiply(x, (weight,), (bias,))[0]
 
 
 class LowRank(nn.Module):
-    """scale B A x, which one loop of a block adds to a linear layer (Hu et al. 2022, eq. 3), and
-    what it adds to its bias.
+    """A low-rank delta scale B A x that one loop of a block adds to a linear layer (Hu et al. 2022,
+    eq. 3), and its delta of the bias.
 
-    With tensor parallelism one factor is cut as the layer's matrix is and the other is whole on
+    With tensor parallelism one factor is cut like the layer's matrix, and the other is whole on
     every rank: B with the outputs, A with the inputs.
 
     Args:
-        name: global, of its parameters.
-        make: makes them, those that are cut as this rank holds them.
-        dtype: of what products take and give.
-        scale: of B A x.
-        bias: whether something is added to the layer's bias.
-        factors: what the factor that takes x, and the other one, are called.
+        name: global name prefix of its parameters.
+        make: makes the parameters, cut ones as this rank's part.
+        dtype: dtype of the operands and results of products.
+        scale: factor of B A x.
+        bias: add a delta to the layer's bias.
+        factors: names of the factor applied to x and of the other one.
     """
 
     def __init__(
@@ -316,7 +429,7 @@ class LowRank(nn.Module):
         self.scale = scale
 
     def scaled(self, u: Tensor) -> Tensor:
-        """What A made of x, times the scale, which is mostly 1."""
+        """Return the output of A times the scale, which is usually 1."""
         return u if self.scale == 1.0 else u * self.scale
 
 
@@ -324,13 +437,13 @@ class Linear(nn.Module):
     """A linear layer whose weight may be used any number of times per step.
 
     Args:
-        name: global, of its parameters.
-        make: makes them, those that are cut as this rank holds them.
-        dtype: of what products take and give.
-        bias: whether it has one.
+        name: global name prefix of its parameters.
+        make: makes the parameters, cut ones as this rank's part.
+        dtype: dtype of the operands and results of products.
+        bias: add a bias.
         tp: the ranks that share the matrix.
-        cut: by its outputs (column parallel) or its inputs (row parallel); None: every rank holds
-            all of it.
+        cut: cut the matrix by outputs (column parallel) or inputs (row parallel); None means that
+        every rank holds all of it.
     """
 
     def __init__(
@@ -348,7 +461,8 @@ class Linear(nn.Module):
         self.tp, self.cut = tp, cut if tp.size > 1 else None
 
     def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
-        """[..., in] to [..., out]; cut, one of the two is this rank's share."""
+        """Map [..., in] to [..., out]; if the matrix is cut, one of the two is this rank's
+        share."""
         if self.cut != "inputs":
             return apply_all((self,), x, (delta,))[0]
         y = self.tp.leave(product(x, self.weight))
@@ -358,7 +472,7 @@ class Linear(nn.Module):
         return y if bias is None else y + bias.to(y.dtype)
 
     def bias_with(self, delta: LowRank | None) -> Tensor | None:
-        """[out], or this rank's share."""
+        """Return the bias with its delta: [out], or this rank's share."""
         if self.bias is None or delta is None or delta.bias is None:
             return self.bias
         return self.bias + delta.bias
@@ -370,8 +484,8 @@ def apply_all(
     deltas: Sequence[LowRank | None] = (),
     tap: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Each layer's output for the same x, whose gradient is then summed without temporaries; deltas
-    may read something else than x, the tap."""
+    """Return each layer's output for the same x, whose gradient is summed without temporaries;
+    deltas may read another tensor, the tap."""
     tp, cut = layers[0].tp, layers[0].cut
     inside = tp if cut == "outputs" else ALONE
     if tap is None:
@@ -386,11 +500,11 @@ def apply_all(
 def add_deltas(
     deltas: Sequence[LowRank | None], x: Tensor, tp: TensorParallel
 ) -> tuple[list[Added], Tensor]:
-    """What `multiply` adds: scale A x [..., r] and B, for each delta there is; and x, for all else
-    that reads it.
+    """Return the terms that `multiply` adds, scale A x [..., r] and B for each delta, and x, which
+    other readers must use.
 
-    The factors A are whole on every rank and take x as it is before it enters; what they make of it
-    enters in its place, which is r channels of each, not all of x's.
+    The factors A are whole on every rank and read x before it enters the tensor-parallel region;
+    only their output enters, r channels each instead of all of x.
     """
     present = [delta for delta in deltas if delta is not None]
     if not present:

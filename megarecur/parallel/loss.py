@@ -1,4 +1,4 @@
-"""Cross-entropy with z-loss, and distillation, as sums over tokens. Shapes: N tokens, V vocabulary,
+"""Cross-entropy with z-loss, and distillation, as sums over tokens. Shapes: N tokens; V vocabulary,
 or this rank's shard of it."""
 
 from __future__ import annotations
@@ -10,92 +10,79 @@ import torch
 from torch import Tensor
 
 from megarecur.parallel.regions import ALONE, TensorParallel
+from megarecur.plan.cost import LOGIT_SLICE
 
 IGNORED = -100
-"""Label of a token that does not count."""
+"""Label of tokens excluded from the loss."""
+
+
+class LossTerm(NamedTuple):
+    """A term of the objective: weight x total / (global count of the named denominator)."""
+
+    total: Tensor
+    denominator: str
+    weight: float = 1.0
+    per_token: Tensor | None = None
+    """Contribution of each token to the total, [B S], without gradient."""
 
 
 class LossKernels(NamedTuple):
     """The two passes over the logits."""
 
     summarize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(logits [N, V], index [N, 1]) to logsumexp and the logit of the index, both [N] and wide."""
+    """Maps (logits [N, V], index [N, 1]) to logsumexp and the logit at the index, both [N] in the
+    wide dtype."""
     differentiate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    """(logits, logsumexp [N], index [N, 1], scale [N, 1], d_index [N, 1]): the logits become
-    softmax times scale, plus d_index at the index."""
+    """Given (logits, logsumexp [N], index [N, 1], scale [N, 1], d_index [N, 1]), overwrites the
+    logits by softmax times scale, plus d_index at the index."""
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Sums of -log p(label) and of logsumexp^2 over the counted tokens.
+class Reading(NamedTuple):
+    """Results of reading logits, which their gradient needs; [N] each."""
 
-    Keeps the logits only; backward turns them into their own gradient in place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_NV: Tensor,
-        labels_N: Tensor,
-        kernels: LossKernels,
-        tp: TensorParallel,
-        first: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        counted_N = labels_N != IGNORED
-        own_N = (labels_N >= first) & (labels_N < first + logits_NV.shape[-1])
-        index_N1 = torch.where(own_N, labels_N - first, 0).unsqueeze(-1)
-        logsumexp_N, picked_N = kernels.summarize(logits_NV, index_N1)
-        if tp.size > 1:
-            logsumexp_N, picked_N = _join(logsumexp_N, torch.where(own_N, picked_N, 0.0), tp)
-        ctx.save_for_backward(logits_NV, logsumexp_N, counted_N, own_N, index_N1)
-        ctx.kernels = kernels
-        zero = logsumexp_N.new_zeros(())
-        losses_N = torch.where(counted_N, logsumexp_N - picked_N, zero)
-        ctx.mark_non_differentiable(losses_N)
-        return losses_N.sum(), torch.where(counted_N, logsumexp_N.square(), zero).sum(), losses_N
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits_NV, logsumexp_N, counted_N, own_N, index_N1 = ctx.saved_tensors
-        d_loss, d_square, _ = grads
-        scale_N1 = torch.where(counted_N, d_loss + 2.0 * d_square * logsumexp_N, 0.0).unsqueeze(-1)
-        d_label_N = torch.where(counted_N & own_N, -d_loss, 0.0).to(logsumexp_N.dtype)
-        # The logits are not read again: their memory becomes their gradient.
-        ctx.kernels.differentiate(logits_NV, logsumexp_N, index_N1, scale_N1, d_label_N[:, None])
-        return logits_NV, None, None, None, None
+    losses_N: Tensor
+    """Cross-entropy, 0 at ignored tokens."""
+    squares_N: Tensor
+    """logsumexp^2, 0 at ignored tokens."""
+    divergences_N: Tensor
+    """KL(teacher || student), 0 at ignored tokens and without a teacher."""
+    logsumexp_N: Tensor
+    softened_N: Tensor
+    """logsumexp at the temperature of distillation."""
+    taught_N: Tensor
+    """logsumexp of the teacher's logits at that temperature."""
+    counted_N: Tensor
+    own_N: Tensor
+    """Whether the label is in this rank's shard of the vocabulary."""
+    index_N: Tensor
+    """The label's column in it, or 0."""
 
 
-def _join(logsumexp_N: Tensor, picked_N: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
-    """logsumexp over all shards of the vocabulary, and the label's logit from the one that has it:
-    two small reductions, whatever the size of the vocabulary."""
-    largest_N = tp.max(logsumexp_N.clone())
-    both_2N = tp.sum(torch.stack(((logsumexp_N - largest_N).exp(), picked_N)))
-    return largest_N + both_2N[0].log(), both_2N[1]
+class Shares(NamedTuple):
+    """Options of reading logits: kernels, the ranks that share the vocabulary, distillation."""
+
+    kernels: LossKernels
+    tp: TensorParallel = ALONE
+    first: int = 0
+    """The first id of this rank's shard of the vocabulary."""
+    temperature: float = 1.0
 
 
-class _Distillation(torch.autograd.Function):
-    """The sums of `_CrossEntropy`, and that of KL(teacher || student) at a temperature.
-
-    One function, as cross-entropy takes the student's logits for their gradient. The teacher's are
-    only read: they have no gradient, whatever graph they come from.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_NV: Tensor,
-        labels_N: Tensor,
-        teacher_NV: Tensor,
-        temperature: float,
-        tp: TensorParallel,
-        first: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        counted_N = labels_N != IGNORED
-        own_N = (labels_N >= first) & (labels_N < first + logits_NV.shape[-1])
-        index_N1 = torch.where(own_N, labels_N - first, 0).unsqueeze(-1)
-        logsumexp_N, picked_N = summarize(logits_NV, index_N1)
-        if tp.size > 1:
-            logsumexp_N, picked_N = _join(logsumexp_N, torch.where(own_N, picked_N, 0.0), tp)
-        softened_N = logsumexp_N
+def read_logits(
+    logits_NV: Tensor, labels_N: Tensor, shares: Shares, teacher_NV: Tensor | None = None
+) -> Reading:
+    """Return what the losses of some tokens and their gradient need of the logits."""
+    tp, first, temperature = shares.tp, shares.first, shares.temperature
+    counted_N = labels_N != IGNORED
+    own_N = (labels_N >= first) & (labels_N < first + logits_NV.shape[-1])
+    index_N = torch.where(own_N, labels_N - first, 0)
+    logsumexp_N, picked_N = shares.kernels.summarize(logits_NV, index_N[:, None])
+    if tp.size > 1:
+        logsumexp_N, picked_N = _join(logsumexp_N, torch.where(own_N, picked_N, 0.0), tp)
+    zero = logsumexp_N.new_zeros(())
+    softened_N = taught_N = logsumexp_N
+    divergences_N = zero.expand(len(logsumexp_N))
+    if teacher_NV is not None:
         if temperature != 1.0:
             softened_N = _soften(logits_NV, temperature, logsumexp_N.dtype, tp)
         taught_N = _soften(teacher_NV, temperature, logsumexp_N.dtype, tp)
@@ -107,40 +94,84 @@ class _Distillation(torch.autograd.Function):
             p = (teacher - taught_N[part, None]).exp_()
             crossed_N[part] = (p * (teacher - student)).sum(-1)
         divergence_N = tp.sum(crossed_N) - taught_N + softened_N
-        ctx.save_for_backward(
-            logits_NV, teacher_NV, logsumexp_N, softened_N, taught_N, counted_N, own_N, index_N1
-        )
-        ctx.temperature = temperature
-        zero = logsumexp_N.new_zeros(())
-        losses_N = torch.where(counted_N, logsumexp_N - picked_N, zero)
-        ctx.mark_non_differentiable(losses_N)
-        square = torch.where(counted_N, logsumexp_N.square(), zero).sum()
-        divergence = temperature**2 * torch.where(counted_N, divergence_N, zero).sum()
-        return losses_N.sum(), square, divergence, losses_N
+        divergences_N = torch.where(counted_N, divergence_N, zero)
+    losses_N = torch.where(counted_N, logsumexp_N - picked_N, zero)
+    squares_N = torch.where(counted_N, logsumexp_N.square(), zero)
+    return Reading(
+        losses_N, squares_N, divergences_N, logsumexp_N, softened_N, taught_N, counted_N, own_N,
+        index_N,
+    )  # fmt: skip
+
+
+def overwrite_logits(
+    logits_NV: Tensor,
+    reading: Reading,
+    shares: Shares,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    teacher_NV: Tensor | None = None,
+) -> None:
+    """Overwrite logits by their gradient, given those of the three sums that `add_up` returns."""
+    d_loss, d_square, d_divergence = gradients
+    logsumexp_N, counted_N, own_N = reading.logsumexp_N, reading.counted_N, reading.own_N
+    index_N1 = reading.index_N[:, None]
+    wide, temperature = logsumexp_N.dtype, shares.temperature
+    scale_N1 = torch.where(counted_N, d_loss + 2.0 * d_square * logsumexp_N, 0.0).unsqueeze(-1)
+    d_label_N1 = torch.where(counted_N & own_N, -d_loss, 0.0).to(wide).unsqueeze(-1)
+    if teacher_NV is None:
+        shares.kernels.differentiate(logits_NV, logsumexp_N, index_N1, scale_N1, d_label_N1)
+        return
+    pull_N1 = torch.where(counted_N, temperature * d_divergence, 0.0).to(wide).unsqueeze(-1)
+    for part in slices(logits_NV):
+        student, teacher = logits_NV[part].to(wide), teacher_NV[part].to(wide)
+        d_logits = (student - logsumexp_N[part, None]).exp_().mul_(scale_N1[part])
+        d_logits.scatter_add_(-1, index_N1[part], d_label_N1[part])
+        p = (teacher / temperature - reading.taught_N[part, None]).exp_()
+        q = (student / temperature - reading.softened_N[part, None]).exp_()
+        d_logits.add_(q.sub_(p).mul_(pull_N1[part]))
+        logits_NV[part] = d_logits
+
+
+def add_up(reading: Reading, shares: Shares) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of cross-entropy, of logsumexp^2, and of the divergence times T^2."""
+    divergence = shares.temperature**2 * reading.divergences_N.sum()
+    return reading.losses_N.sum(), reading.squares_N.sum(), divergence
+
+
+class _Loss(torch.autograd.Function):
+    """Compute the sums of `add_up` from whole logits.
+
+    Keeps only the logits; backward overwrites them by their gradient. The teacher's logits are only
+    read and get no gradient.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (logits_NV, teacher_NV, logsumexp_N, softened_N, taught_N, counted_N, own_N, index_N1) = (
-            ctx.saved_tensors
-        )
-        d_loss, d_square, d_divergence, _ = grads
-        wide, temperature = logsumexp_N.dtype, ctx.temperature
-        scale_N1 = torch.where(counted_N, d_loss + 2.0 * d_square * logsumexp_N, 0.0).unsqueeze(-1)
-        d_label_N1 = torch.where(counted_N & own_N, -d_loss, 0.0).to(wide).unsqueeze(-1)
-        pull_N1 = torch.where(counted_N, temperature * d_divergence, 0.0).to(wide).unsqueeze(-1)
-        for part in slices(logits_NV):
-            student, teacher = logits_NV[part].to(wide), teacher_NV[part].to(wide)
-            d_logits = (student - logsumexp_N[part, None]).exp_().mul_(scale_N1[part])
-            d_logits.scatter_add_(-1, index_N1[part], d_label_N1[part])
-            p = (teacher / temperature - taught_N[part, None]).exp_()
-            q = (student / temperature - softened_N[part, None]).exp_()
-            d_logits.add_(q.sub_(p).mul_(pull_N1[part]))
-            logits_NV[part] = d_logits
-        return logits_NV, None, None, None, None, None
+    def forward(
+        ctx: Any, logits_NV: Tensor, labels_N: Tensor, shares: Shares, teacher_NV: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        reading = read_logits(logits_NV, labels_N, shares, teacher_NV)
+        ctx.save_for_backward(logits_NV, teacher_NV, *reading)
+        ctx.shares = shares
+        ctx.mark_non_differentiable(reading.losses_N)
+        return *add_up(reading, shares), reading.losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_NV, teacher_NV, *reading = ctx.saved_tensors
+        # The logits are not read again, so their memory is reused for their gradient.
+        overwrite_logits(logits_NV, Reading(*reading), ctx.shares, grads[:3], teacher_NV)  # type: ignore[arg-type]
+        return logits_NV, None, None, None
+
+
+def _join(logsumexp_N: Tensor, picked_N: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
+    """Return logsumexp over all shards of the vocabulary and the label's logit from its shard, by
+    two small reductions of a size independent of the vocabulary."""
+    largest_N = tp.max(logsumexp_N.clone())
+    both_2N = tp.sum(torch.stack(((logsumexp_N - largest_N).exp(), picked_N)))
+    return largest_N + both_2N[0].log(), both_2N[1]
 
 
 def _soften(logits_NV: Tensor, temperature: float, wide: torch.dtype, tp: TensorParallel) -> Tensor:
-    """logsumexp(logits / temperature) [N] over all shards of the vocabulary."""
+    """Return logsumexp(logits / temperature) [N] over all shards of the vocabulary."""
     logsumexp_N = logits_NV.new_empty(len(logits_NV), dtype=wide)
     for part in slices(logits_NV):
         logsumexp_N[part] = (logits_NV[part].to(wide) / temperature).logsumexp(-1)
@@ -148,7 +179,8 @@ def _soften(logits_NV: Tensor, temperature: float, wide: torch.dtype, tp: Tensor
 
 
 def summarize(logits_NV: Tensor, index_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """`LossKernels.summarize` by slices of tokens: temporaries stay small, on CPUs in the cache."""
+    """Compute `LossKernels.summarize` by slices of tokens, so that temporaries fit a CPU's
+    cache."""
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
     logsumexp_N = logits_NV.new_empty(len(logits_NV), dtype=wide)
     for part in slices(logits_NV):
@@ -159,7 +191,7 @@ def summarize(logits_NV: Tensor, index_N1: Tensor) -> tuple[Tensor, Tensor]:
 def differentiate(
     logits_NV: Tensor, logsumexp_N: Tensor, index_N1: Tensor, scale_N1: Tensor, d_index_N1: Tensor
 ) -> None:
-    """`LossKernels.differentiate` by slices of tokens."""
+    """Compute `LossKernels.differentiate` by slices of tokens."""
     for part in slices(logits_NV):
         logits = logits_NV[part]
         d_logits = logits if logits.dtype == logsumexp_N.dtype else logits.to(logsumexp_N.dtype)
@@ -170,7 +202,7 @@ def differentiate(
 
 
 def summarize_fused(logits_NV: Tensor, index_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """`LossKernels.summarize` as a formula, for a compiler."""
+    """Compute `LossKernels.summarize` as a formula, for a compiler."""
     wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     return wide_NV.logsumexp(-1), wide_NV.gather(-1, index_N1).squeeze(-1)
 
@@ -178,7 +210,7 @@ def summarize_fused(logits_NV: Tensor, index_N1: Tensor) -> tuple[Tensor, Tensor
 def differentiate_fused(
     logits_NV: Tensor, logsumexp_N: Tensor, index_N1: Tensor, scale_N1: Tensor, d_index_N1: Tensor
 ) -> None:
-    """`LossKernels.differentiate` as a formula, for a compiler."""
+    """Compute `LossKernels.differentiate` as a formula, for a compiler."""
     softmax_NV = (logits_NV.to(logsumexp_N.dtype) - logsumexp_N.unsqueeze(-1)).exp()
     columns_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device)
     d_logits_NV = softmax_NV * scale_N1 + torch.where(columns_V == index_N1, d_index_N1, 0.0)
@@ -189,8 +221,8 @@ EAGER = LossKernels(summarize, differentiate)
 
 
 def slices(logits_NV: Tensor) -> list[slice]:
-    """Tokens in pieces: of about a megabyte on a CPU, whole batches' worth of work on a GPU."""
-    elements = 1 << 18 if logits_NV.device.type == "cpu" else 1 << 26
+    """Split the tokens into slices: about a megabyte on a CPU, much larger on a GPU."""
+    elements = 1 << 18 if logits_NV.device.type == "cpu" else LOGIT_SLICE
     length = max(1, elements // logits_NV.shape[-1])
     return [slice(i, i + length) for i in range(0, logits_NV.shape[0], length)]
 
@@ -202,14 +234,17 @@ def cross_entropy(
     tp: TensorParallel = ALONE,
     first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of cross-entropy, sum of logsumexp^2) over tokens whose label is not IGNORED, and the
-    cross-entropy of each token [N], 0 where ignored, which has no gradient.
+    """Return (sum of cross-entropy, sum of logsumexp^2) over tokens whose label is not IGNORED, and
+    the cross-entropy of each token [N], 0 if ignored, which has no gradient.
 
     Consumes the logits: after backward their memory holds their gradient. With tensor parallelism
-    they are this rank's shard of the vocabulary, [N, V / size] from id `first` on; results are the
-    same on all ranks (Shoeybi et al. 2019, section 3).
+    the logits are this rank's shard of the vocabulary, [N, V / size] from id `first` on; results
+    are equal on all ranks (Shoeybi et al. 2019, section 3).
     """
-    return _CrossEntropy.apply(logits_NV, labels_N, kernels, tp, first)
+    total, square, _, losses_N = _Loss.apply(  # type: ignore[no-untyped-call]
+        logits_NV, labels_N, Shares(kernels, tp, first), None
+    )
+    return total, square, losses_N
 
 
 def distillation(
@@ -220,10 +255,14 @@ def distillation(
     tp: TensorParallel = ALONE,
     first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `cross_entropy`, with the sum over the same tokens of the forward KL divergence in third
-    place: KL(softmax(teacher / T) || softmax(student / T)) T^2 (Hinton et al. 2015).
+    """Return the results of `cross_entropy`, with the sum over the same tokens of the forward KL
+    divergence in third place: KL(softmax(teacher / T) || softmax(student / T)) T^2 (Hinton et
+    al. 2015).
 
-    Consumes the student's logits, reads the teacher's in both passes and gives them no gradient.
-    Both are this rank's shard of the vocabulary.
+    Consumes the student's logits. Reads the teacher's logits in both passes without giving them a
+    gradient. Both are this rank's shard of the vocabulary.
     """
-    return _Distillation.apply(logits_NV, labels_N, teacher_NV, temperature, tp, first)
+    sums: tuple[Tensor, Tensor, Tensor, Tensor] = _Loss.apply(  # type: ignore[no-untyped-call]
+        logits_NV, labels_N, Shares(EAGER, tp, first, temperature), teacher_NV
+    )
+    return sums

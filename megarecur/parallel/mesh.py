@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -18,18 +20,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarecur.config.mesh import check_world
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.errors import MegarecurError, MeshError
 from megarecur.parallel.regions import TensorParallel
 
+log = logging.getLogger(__name__)
+
 TIMEOUT = timedelta(minutes=10)
+PATIENCE = 20.0
+"""Seconds of waiting for other processes before a warning names the missing ones."""
 SAVE_TIMEOUT = timedelta(minutes=30)
-"""Ranks may write checkpoints at very different speeds."""
+"""Timeout of saving; ranks may write checkpoints at very different speeds."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands."""
+    """The position of this process in the mesh, and its process groups."""
 
     dp: int = 1
     pp: int = 1
@@ -37,16 +43,17 @@ class Mesh:
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dp_group: Any = None
-    """The processes that hold the same part of the model; None: this one alone."""
+    """Processes that hold the same part of the model; None if this is the only one."""
     tp_group: Any = None
-    """Those that share each matrix of a replica's stage; None: this one alone."""
+    """Processes that share each matrix of a replica's stage; None if this is the only one."""
     pp_group: Any = None
-    """Those whose stages make one replica, at one place of tensor parallelism; None: this alone."""
+    """Processes whose stages form one replica, at one tensor-parallel rank; None if this is the
+    only one."""
     replica_group: Any = None
-    """All processes of a replica: pipeline and tensor parallel; None: this one alone."""
+    """All processes of a replica, pipeline and tensor parallel; None if this is the only one."""
     save_group: Any = None
-    """All processes, over gloo: for checkpoints, which a thread of its own may be saving. None in a
-    world of one process."""
+    """All processes, over gloo, for checkpoints that a separate thread may save. None in a world of
+    one process."""
 
     @property
     def world(self) -> int:
@@ -55,30 +62,30 @@ class Mesh:
 
     @property
     def shape(self) -> dict[str, int]:
-        """Its sizes by name."""
+        """Sizes of the axes by name."""
         return {"dp": self.dp, "pp": self.pp, "tp": self.tp}
 
     @property
     def dp_rank(self) -> int:
-        """Which replica this process belongs to."""
+        """Index of this process's replica."""
         return self.rank // (self.pp * self.tp)
 
     @property
     def pp_rank(self) -> int:
-        """Which stages are its own."""
+        """Pipeline rank of this process, which decides its stages."""
         return self.rank // self.tp % self.pp
 
     def pipeline_peer(self, pp_rank: int) -> int:
-        """The global rank that runs another pipeline rank's stages for this one."""
+        """Return the global rank that runs another pipeline rank's stages for this process."""
         return self.rank + (pp_rank - self.pp_rank) * self.tp
 
     @property
     def tp_rank(self) -> int:
-        """Which share of each matrix is its own."""
+        """Tensor-parallel rank of this process, which decides its share of each matrix."""
         return self.rank % self.tp
 
     def tensor_parallel(self, sequence: bool = False) -> TensorParallel:
-        """What a model needs to know of the ranks that share its matrices."""
+        """Return what a model needs to know of the ranks that share its matrices."""
         return TensorParallel(self.tp_group, self.tp_rank, self.tp, sequence and self.tp > 1)
 
     def sum_over_dp(self, tensor: Tensor) -> Tensor:
@@ -106,7 +113,7 @@ class Mesh:
         return tensor
 
     def max_over_world(self, value: int) -> int:
-        """The largest of one integer per process."""
+        """Return the largest of one integer per process."""
         if self.world == 1:
             return value
         tensor = torch.tensor(value, device=self.device)
@@ -114,7 +121,7 @@ class Mesh:
         return int(tensor)
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Return rank 0's value on every rank."""
         if self.world == 1:
             return value
         box = [value]
@@ -122,10 +129,11 @@ class Mesh:
         return box[0]
 
     def exchange(self, tensor: Tensor, pp_rank: int) -> Tensor:
-        """What another pipeline rank has in place of a tensor, which it is given in turn."""
+        """Exchange tensors with another pipeline rank; returns its tensor."""
         found, peer = torch.empty_like(tensor), self.pipeline_peer(pp_rank)
         tensor = tensor.contiguous()
-        if self.pp_rank < pp_rank:  # nccl runs one after the other: not both may send first.
+        # nccl runs messages in order, so only one of the two may send first.
+        if self.pp_rank < pp_rank:
             dist.send(tensor, peer, group=self.pp_group)
             dist.recv(found, peer, group=self.pp_group)
         else:
@@ -134,13 +142,13 @@ class Mesh:
         return found
 
     def broadcast_over_pp(self, tensor: Tensor, pp_rank: int) -> Tensor:
-        """A pipeline rank's values on all of them, in place."""
+        """Copy a pipeline rank's values to all pipeline ranks, in place."""
         if self.pp > 1:
             dist.broadcast(tensor, self.pipeline_peer(pp_rank), group=self.pp_group)
         return tensor
 
     def gather_over_pp(self, value: Any) -> list[Any]:
-        """The values of the pipeline ranks that work with this one, in their order."""
+        """Return the values of this process's pipeline ranks, in their order."""
         if self.pp == 1:
             return [value]
         values: list[Any] = [None] * self.pp
@@ -148,7 +156,7 @@ class Mesh:
         return values
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order."""
+        """Return every rank's value, in rank order."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * dist.get_world_size()
@@ -158,9 +166,9 @@ class Mesh:
 
 @contextmanager
 def same_error(mesh: Mesh) -> Iterator[None]:
-    """Raise on every rank what a user's mistake or a full disk raised on any of them.
+    """Raise a user error or a full disk of any rank on every rank.
 
-    The body must not communicate. Without this, ranks without the error would wait for ever.
+    The body must not communicate. Otherwise, ranks without the error would wait forever.
     """
     error: Exception | None = None
     try:
@@ -173,8 +181,8 @@ def same_error(mesh: Mesh) -> Iterator[None]:
 
 
 @contextmanager
-def told_where(mesh: Mesh, what: str) -> Iterator[None]:
-    """Have errors tell on which rank, and in what, they happened."""
+def annotate_rank_errors(mesh: Mesh, what: str) -> Iterator[None]:
+    """Annotate errors with their rank and operation."""
     try:
         yield
     except Exception as error:
@@ -183,18 +191,18 @@ def told_where(mesh: Mesh, what: str) -> Iterator[None]:
 
 
 def raise_first(error: Exception | None, mesh: Mesh) -> None:
-    """Raise the first rank's error on every rank, if any has one; collective."""
+    """Raise the first rank's error on every rank, if there is one; collective."""
     errors = [e for e in mesh.gather_objects(error) if e is not None]
     if errors:
         raise errors[0]
 
 
 def join_slurm_step() -> None:
-    """Set torchrun's variables from Slurm's, where `srun` started this process and its peers.
+    """Set torchrun's variables from Slurm's, if `srun` started this process and its peers.
 
-    A step of one task is left alone: that process is by itself, or a launcher of others. The port
-    follows from job and step, so that those sharing a node keep apart; MASTER_ADDR and MASTER_PORT
-    that are set already are used.
+    A step of one task is left unchanged: that process runs alone or launches others. The port
+    derives from job and step, so that jobs sharing a node use different ports. Existing values of
+    MASTER_ADDR and MASTER_PORT are used.
 
     Raises:
         MeshError: Slurm cannot say which node comes first.
@@ -212,10 +220,10 @@ def join_slurm_step() -> None:
 
 
 def first_node(nodes: str) -> str:
-    """The first of a list as Slurm writes it, such as `n[3-5,9]`.
+    """Return the first node of a Slurm node list, such as `n[3-5,9]`.
 
     Raises:
-        MeshError: scontrol is missing or refuses the list.
+        MeshError: scontrol is missing or rejects the list.
     """
     command = ["scontrol", "show", "hostnames", nodes]
     try:
@@ -229,23 +237,127 @@ def first_node(nodes: str) -> str:
 
 
 def node_name() -> str:
-    """What Slurm calls this node, or else the machine's own name."""
+    """Return Slurm's name of this node, or else the hostname."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def world_size() -> int:
-    """Number of processes, by the process group or torchrun's variables."""
-    if dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes, from the process group or torchrun's variables.
+
+    Raises:
+        MeshError: WORLD_SIZE is not a number.
+    """
+    return dist.get_world_size() if dist.is_initialized() else read_number("WORLD_SIZE", 1)
+
+
+def check_variables(world: int) -> None:
+    """Reject a world that was never started: WORLD_SIZE is set, but the other variables do not fit.
+
+    Raises:
+        MeshError: the message names the variables that are missing or do not fit.
+    """
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    rank = read_number("RANK", 0)
+    if missing or rank >= world:
+        fault = f"{' and '.join(missing)} not" if missing else f"RANK={rank} is not below it"
+        raise MeshError(
+            f"WORLD_SIZE={world} is set in the environment, but {fault}; unset WORLD_SIZE to run "
+            "one process, or start several with `megarecur launch --nproc N`"
+        )
+
+
+def read_number(name: str, default: int) -> int:
+    """Read an integer variable of torchrun.
+
+    Raises:
+        MeshError: the value is not a number.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise MeshError(f"{name}={text} in the environment is not a number; unset or correct it")
+    return int(text)
+
+
+def meet(world: int, patience: float = PATIENCE) -> tuple[Any, int]:
+    """Wait for all processes of the world that torchrun's variables describe; return (store, rank).
+
+    Every `patience` seconds, a warning names the missing ranks.
+
+    Raises:
+        MeshError: some ranks do not appear, or the port of rank 0 is taken.
+    """
+    rank, port = read_number("RANK", 0), read_number("MASTER_PORT", 0)
+    place = f"{os.environ['MASTER_ADDR']}:{port}"
+    hint = (
+        f"(WORLD_SIZE={world}, RANK={rank} in the environment; if this process should run alone, "
+        "unset them)"
+    )
+    missing = "rank 0" if rank else "the store"
+    try:
+        with repeated(
+            patience, lambda: log.warning("waiting for %s at %s %s", missing, place, hint)
+        ):
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent has it
+                store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+            else:
+                tcp = dist.TCPStore(
+                    os.environ["MASTER_ADDR"],
+                    port,
+                    world,
+                    rank == 0,
+                    TIMEOUT,
+                    wait_for_workers=False,
+                )
+                store = dist.PrefixStore("megarecur", tcp)
+    except (RuntimeError, ValueError) as error:  # torch's, for whatever goes wrong
+        reason = str(error).splitlines()[0]
+        raise MeshError(
+            f"MASTER_ADDR and MASTER_PORT {place}: rank {rank} cannot "
+            f"{'reach rank 0 there' if rank else 'listen there'} ({reason}) {hint}"
+        ) from None
+    store.set_timeout(TIMEOUT)
+    store.set(f"here/{rank}", "")
+    keys = [f"here/{other}" for other in range(world)]
+    started = warned = time.monotonic()
+    while rank == 0 and not store.check(keys):
+        now = time.monotonic()
+        if now - warned > patience or now - started > TIMEOUT.total_seconds():
+            absent = [other for other in range(world) if not store.check([keys[other]])]
+            named = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))}"
+            if now - started > TIMEOUT.total_seconds():
+                raise MeshError(f"{named} did not connect to {place} within {TIMEOUT} {hint}")
+            log.warning("waiting for %s at %s %s", named, place, hint)
+            warned = now
+        time.sleep(0.02)
+    return store, rank
+
+
+@contextmanager
+def repeated(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    """Run an action every `seconds` seconds while the context lasts."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(seconds):
+            action()
+
+    threading.Thread(target=repeat, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is this process's CUDA device where there is one.
+    """Return the device by name; `auto` is this process's CUDA device if there is one.
 
     Raises:
-        MeshError: cuda asked for, but not there; more processes than devices.
+        MeshError: another name than auto, cpu or cuda; cuda asked for, but not there; more
+            processes than devices.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise MeshError(f"device {name!r} is unknown; set it to auto, cpu or cuda (choose GPUs by "
+                        "CUDA_VISIBLE_DEVICES)")  # fmt: skip
     if name == "cuda" and not torch.cuda.is_available():
         raise MeshError("train.device=cuda, but torch finds no CUDA device; use auto or cpu")
     if name == "cpu" or not torch.cuda.is_available():
@@ -253,25 +365,23 @@ def pick_device(name: str) -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():
         raise MeshError(
-            f"process {index} of this machine has no GPU, there are {torch.cuda.device_count()}; "
-            "start at most that many, or set train.device=cpu"
+            f"process {index} of this machine has no GPU: only {torch.cuda.device_count()} exist; "
+            "start at most that many processes, or set train.device=cpu"
         )
     return torch.device("cuda", index)
 
 
 def agree_on_devices(store: Any, rank: int, world: int, kind: str, problem: str) -> None:
-    """Wait until every process has said what it found; collective over the store, as processes on
-    unlike devices do not even meet in a process group.
+    """Check over the store that all processes found a device of the same kind; collective.
+    Processes on different kinds of devices could not form a process group.
 
     Args:
-        store: of the rendezvous.
-        rank: of this process.
-        world: how many there are.
-        kind: type of its device, "" for none.
-        problem: why it has none.
+        kind: type of this process's device, "" for none.
+        problem: why it has no device.
 
     Raises:
-        MeshError: on every rank, naming all without a device, or without a GPU that others have.
+        MeshError: raised on every rank; the message names all ranks without a device, or without a
+        GPU that others have.
     """
     store.set(f"device/{rank}", json.dumps([node_name(), kind, problem]))
     if rank == 0:
@@ -281,7 +391,7 @@ def agree_on_devices(store: Any, rank: int, world: int, kind: str, problem: str)
     if not verdict:
         return
     told, deadline = store.add("device/told", 1), time.monotonic() + 10
-    # The store may end with rank 0: not before the others have read it.
+    # Rank 0 may end the store with its exit, so it waits until the others have read it.
     while rank == 0 and told < world and time.monotonic() < deadline:
         time.sleep(0.02)
         told = store.add("device/told", 0)
@@ -289,7 +399,8 @@ def agree_on_devices(store: Any, rank: int, world: int, kind: str, problem: str)
 
 
 def judge_devices(said: Sequence[tuple[str, str, str]]) -> str:
-    """What is wrong with the (node, kind of device, problem) of each rank; "" if nothing."""
+    """Return the problems of the (node, kind of device, problem) of each rank; "" if there are
+    none."""
     lines = [
         f"{host} (rank {rank}): {problem}"
         for rank, (host, _, problem) in enumerate(said)
@@ -297,8 +408,9 @@ def judge_devices(said: Sequence[tuple[str, str, str]]) -> str:
     ]
     if any(kind == "cuda" for _, kind, _ in said):
         lines += [
-            f"{host} (rank {rank}): torch finds no CUDA device, which other processes have; leave "
-            "the node out, or set train.device=cpu"
+            f"{host} (rank {rank}): torch finds no CUDA device, which other processes have; "
+            "exclude "
+            "the node, or set train.device=cpu"
             for rank, (host, kind, _) in enumerate(said)
             if kind == "cpu"
         ]
@@ -306,7 +418,7 @@ def judge_devices(said: Sequence[tuple[str, str, str]]) -> str:
 
 
 def take_device(device: torch.device) -> torch.device:
-    """Make a device that of this process."""
+    """Make a device this process's current device."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -314,15 +426,17 @@ def take_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def open_mesh(config: Config) -> Iterator[Mesh]:
-    """This process's mesh; the process group ends with the context, unless it was there before.
+    """Yield this process's mesh; a process group that this call created ends with the context.
 
-    The world is that of the process group, torchrun or the Slurm step, in this order.
+    The world comes from the process group, torchrun or the Slurm step, in this order of preference.
 
     Raises:
-        MeshError: a world that does not fit the config, or processes without the device they need.
+        MeshError: the world does not fit the config, or processes lack the device they need.
     """
     join_slurm_step()
     world = world_size()
+    if world > 1 and not dist.is_initialized():
+        check_variables(world)
     check_world(config, world)
     if world == 1 or dist.is_initialized():
         device = take_device(pick_device(config.train.device))
@@ -332,15 +446,14 @@ def open_mesh(config: Config) -> Iterator[Mesh]:
         with saving_apart(build_mesh(config, device)) as mesh:
             yield mesh
         return
-    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    store.set_timeout(TIMEOUT)
+    store, rank = meet(world)
     found, problem = None, ""
     try:
         found = pick_device(config.train.device)
     except MeshError as error:
         problem = str(error)
     agree_on_devices(store, rank, world, found.type if found else "", problem)
-    assert found is not None, "a rank without a device is an error of all"
+    assert found is not None, "agree_on_devices raises on every rank if one has no device"
     device = take_device(found)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
@@ -352,7 +465,7 @@ def open_mesh(config: Config) -> Iterator[Mesh]:
 
 
 def build_mesh(config: Config, device: torch.device) -> Mesh:
-    """The mesh over the process group that exists; collective."""
+    """Build the mesh over the existing process group; collective."""
     tp, pp = config.parallel.tensor, config.parallel.pipeline
     world, rank = dist.get_world_size(), dist.get_rank()
     ranks = torch.arange(world).view(-1, pp, tp)
@@ -370,7 +483,8 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
 
 
 def pick_group(members: list[list[int]], rank: int) -> Any:
-    """This process's group, of groups that share out the world; None: it is alone. Collective."""
+    """Return this process's group among groups that partition the world; None if it is alone.
+    Collective."""
     if len(members[0]) == 1:
         return None
     if len(members) == 1:
@@ -381,7 +495,7 @@ def pick_group(members: list[list[int]], rank: int) -> Any:
 
 @contextmanager
 def saving_apart(mesh: Mesh) -> Iterator[Mesh]:
-    """The mesh with a process group for saving, which ends with the context."""
+    """Yield the mesh with a process group for saving, which ends with the context."""
     group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
     try:
         yield replace(mesh, save_group=group)

@@ -1,8 +1,8 @@
-"""Runs one pipeline rank's part of an order: activations travel to the weights.
+"""Run one pipeline rank's operations of an order; activations travel to the weights.
 
-Buffers exist from their use to their use. Between adjacent stages of one rank values are handed
-over. A value that later steps read stays on a rank once it is there, and so does the sum of its
-gradient, until it leaves with the stage at which the value came.
+Buffers exist only while they are used. Adjacent stages of one rank pass values on directly. A value
+that later steps read stays on a rank once it has arrived. So does the sum of its gradient, which
+leaves with the stage that received the value.
 """
 
 from __future__ import annotations
@@ -24,44 +24,46 @@ from megarecur.plan.order import Kind, Op
 from megarecur.plan.walk import Stage, Walk
 
 TIMEOUT = timedelta(minutes=10)
-"""For a message; its sender may be compiling."""
+"""Timeout of a message; its sender may be compiling."""
 
 Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
-"""(outputs, gradients of them; None: a scalar of the objective)."""
+"""Function of (outputs, gradients of them); the gradient None belongs to a scalar of the
+objective."""
 
 
 MOST_SENDS = 4
-"""Messages under way from a rank. gloo keeps them until they are waited for."""
+"""Maximum pending sends of a rank. gloo keeps each message until it is waited for."""
 AHEAD = 8
-"""Operations ahead of its turn that gloo is told of a receive: only then does its sender send."""
+"""Post receives this many operations early; a gloo sender starts only then."""
 
 Way = Literal["F", "B"]
-"""Of a message: activations forward, gradients backward."""
+"""Direction of a message: activations forward, gradients backward."""
 
 SENDS: dict[Way, Kind] = {"F": "SEND_F", "B": "SEND_B"}
 RECEIVES: dict[Way, Kind] = {"F": "RECV_F", "B": "RECV_B"}
 
 
 class PipelineError(RuntimeError):
-    """An operation failed here, or a message of another rank never came."""
+    """An operation failed here, or a message of another rank never arrived."""
 
 
 class Program(Protocol):
-    """What the stages compute."""
+    """The computation of the stages."""
 
     def shape(self, microbatch: int) -> tuple[int, ...]:
-        """Of the hidden state, on this rank."""
+        """Return the shape of the hidden state on this rank."""
 
     def forward(
         self, stage: Stage, microbatch: int, x: Tensor | None, reads: dict[str, Tensor]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(hidden state that leaves, this stage's share of the objective if it has one).
+        """Return (outgoing hidden state, this stage's share of the objective or None).
 
-        `reads` holds what the stage's steps may read; what they write is put there.
+        `reads` holds the values that the stage's steps may read; the values they write are added to
+        it.
         """
 
     def forget(self, microbatch: int) -> None:
-        """No forward pass of a micro batch is left on this rank."""
+        """Discard the state of a micro batch after its last forward pass on this rank."""
 
 
 @dataclass
@@ -70,20 +72,20 @@ class Held:
 
     value: Tensor
     gradient: Tensor | None = None
-    """Summed over the stages of this rank, and those that it was sent on to."""
+    """Gradient summed over the stages of this rank and those that received the value from it."""
 
     def add(self, gradient: Tensor | None) -> None:
-        """A share of the gradient."""
+        """Add a share of the gradient."""
         if gradient is not None:
             self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
 
 @dataclass
 class Kept:
-    """What a forward pass leaves for its backward pass."""
+    """State that a forward pass keeps for its backward pass."""
 
     x: Tensor | None
-    """The leaf that entered."""
+    """The leaf of the incoming hidden state."""
     out: Tensor | None
     objective: Tensor | None
     read: dict[str, tuple[Tensor, Held]] = field(default_factory=dict)
@@ -94,15 +96,12 @@ class Kept:
 
 
 class Pipeline:
-    """One rank, one order, one optimizer step.
+    """The execution of one order on one rank for one optimizer step.
 
     Args:
-        mesh: the processes.
-        walk: the stages of all ranks.
-        program: what they compute.
-        dtype: of the hidden state.
-        backward: how gradients are computed; None: there is no backward pass.
-        deferred: where products of weight gradients are left by I, for W.
+        program: the computation of the stages.
+        backward: computes gradients; None means forward only.
+        deferred: holds the products of weight gradients that I postpones for W.
     """
 
     def __init__(
@@ -117,15 +116,16 @@ class Pipeline:
         self.mesh, self.walk, self.program, self.dtype = mesh, walk, program, dtype
         self.backward, self.deferred = backward, deferred
         self.inbox: dict[tuple[Way, int, int], list[Tensor]] = {}
-        """What has come, or will once its receives are done; by direction, stage, micro batch."""
+        """Messages that have arrived, or will when their receives finish; by direction, stage,
+        micro batch."""
         self.outbox: dict[tuple[Way, int, int], list[Tensor]] = {}
         self.receives: dict[tuple[Way, int, int], list[Any]] = {}
         self.sends: list[tuple[Op, list[Any], list[Tensor]]] = []
         self.kept: dict[tuple[int, int], Kept] = {}
         self.held: defaultdict[int, dict[str, Held]] = defaultdict(dict)
-        """By micro batch and name."""
+        """Held values by micro batch and name."""
         self.left: dict[tuple[int, int], list[Any]] = {}
-        """Products for W."""
+        """Postponed products for W."""
         self.runs: dict[Kind, Callable[[Stage, int], None]] = {
             "F": self.run_forward,
             "B": self.run_backward,
@@ -137,14 +137,15 @@ class Pipeline:
             "RECV_B": partial(self.receive, "B"),
         }
         self.most_live = 0
-        """Most (stage, micro batch) pairs at once between F and the end of their backward."""
+        """Maximum (stage, micro batch) pairs between F and the end of their backward pass at
+        once."""
         self.bytes_sent = 0
 
     def run(self, ops: Sequence[Op]) -> None:
         """Run this rank's operations.
 
         Raises:
-            PipelineError: naming rank, stage, operation and micro batch.
+            PipelineError: the message names rank, stage, operation and micro batch.
         """
         for i, op in enumerate(ops):
             if self.mesh.device.type == "cpu":
@@ -153,21 +154,21 @@ class Pipeline:
         for op, works, _ in self.sends:
             self.wait(works, op)
         assert not (self.inbox or self.outbox or self.kept or self.left), (
-            "an order left work undone"
+            "the order left operations unfinished"
         )
 
     def begin_receives(self, ops: Sequence[Op]) -> None:
-        """Tell gloo what comes."""
+        """Post the receives of the next operations."""
         for op in ops:
             if op.kind in ("RECV_F", "RECV_B"):
                 self.perform(op)
 
     def run_one(self, op: Op) -> None:
-        """Run one operation in its turn."""
+        """Run one operation at its place in the order."""
         self.perform(op)
 
     def perform(self, op: Op) -> None:
-        """Do what an operation says; an error is told where it happened."""
+        """Run one operation; errors are annotated with it."""
         try:
             self.runs[op.kind](self.walk[op.stage], op.microbatch)
         except Exception as error:
@@ -175,7 +176,7 @@ class Pipeline:
             raise
 
     def describe(self, op: Op) -> str:
-        """An operation and where it was."""
+        """Describe an operation and its rank."""
         return (
             f"rank {self.mesh.rank} (pipeline rank {self.mesh.pp_rank}), stage {op.stage}, "
             f"{op.kind} of micro batch {op.microbatch}"
@@ -215,7 +216,7 @@ class Pipeline:
             self.program.forget(j)
 
     def run_backward(self, stage: Stage, j: int) -> None:
-        """B, or I while products are deferred."""
+        """Run B, or I if products are deferred."""
         kept = self.kept.pop((stage.index, j))
         outputs: list[Tensor] = []
         gradients: list[Tensor | None] = []
@@ -249,7 +250,7 @@ class Pipeline:
             self.give("B", stage.index - 1, j, filled, self.walk[stage.index - 1].rank)
 
     def run_inputs(self, stage: Stage, j: int) -> None:
-        """I: the gradients of inputs; products of weight gradients are left for W."""
+        """Run I: gradients of inputs; products of weight gradients are postponed for W."""
         assert self.deferred is not None
         with self.deferred.collect() as products:
             self.run_backward(stage, j)
@@ -264,30 +265,31 @@ class Pipeline:
     # ---------------------------------------------------------------------------------- messages
 
     def give(self, way: Way, to: int, j: int, message: list[Tensor], rank: int) -> None:
-        """Hand a message over to a stage of this rank, or leave it for its SEND."""
+        """Pass a message to a stage of this rank, or keep it for its SEND."""
         box = self.inbox if rank == self.mesh.pp_rank else self.outbox
         box[way, to, j] = message
 
     def take(self, way: Way, stage: int, j: int) -> list[Tensor]:
-        """A message that has come, or is waited for."""
+        """Return a message; wait for it if it has not arrived."""
         key = (way, stage, j)
         self.wait(self.receives.pop(key, []), Op(RECEIVES[way], stage, j))
         return self.inbox.pop(key)
 
     def send(self, way: Way, stage: Stage, j: int) -> None:
-        """Begin to send what a stage gives to a neighbour."""
+        """Start sending a stage's message to its neighbour."""
         to = stage.index + (1 if way == "F" else -1)
         tensors = [tensor.contiguous() for tensor in self.outbox.pop((way, to, j))]
         peer = self.mesh.pipeline_peer(self.walk[to].rank)
         works = [dist.isend(tensor, peer, group=self.mesh.pp_group) for tensor in tensors]
         self.bytes_sent += sum(tensor.nbytes for tensor in tensors)
-        if len(self.sends) == MOST_SENDS:  # Orders are such that every send could be waited for.
+        # The order is valid under rendezvous, so every send may be waited for.
+        if len(self.sends) == MOST_SENDS:
             begun, waited, _ = self.sends.pop(0)
             self.wait(waited, begun)
         self.sends.append((Op(SENDS[way], stage.index, j), works, tensors))
 
     def receive(self, way: Way, stage: Stage, j: int) -> None:
-        """Begin to receive what a stage takes from a neighbour, unless that has begun."""
+        """Start receiving a stage's message from its neighbour, unless already posted."""
         if (way, stage.index, j) in self.inbox:
             return
         source = stage.index - 1 if way == "F" else stage.index + 1
@@ -305,14 +307,14 @@ class Pipeline:
         self.inbox[way, stage.index, j] = tensors
 
     def wait(self, works: Sequence[Any], op: Op) -> None:
-        """Until messages are through.
+        """Wait until messages are complete.
 
         Raises:
-            PipelineError: the other side is gone, or silent for too long.
+            PipelineError: the other rank has ended, or did not answer within the timeout.
         """
         for work in works:
             try:
-                # With a time-out nccl blocks the host; its group has one of its own.
+                # With a timeout nccl blocks the host; its group has its own timeout.
                 work.wait(TIMEOUT) if self.mesh.device.type == "cpu" else work.wait()
             except RuntimeError as error:
-                raise PipelineError(f"{self.describe(op)} never came through: {error}") from error
+                raise PipelineError(f"{self.describe(op)} did not complete: {error}") from error

@@ -1,12 +1,13 @@
-"""Stateless randomness: every random value is a pure function of (seed, what, where).
+"""Stateless randomness: every random value is a pure function of (seed, purpose, place).
 
-No generator state exists to save, restore or keep in step between ranks: recomputation, resuming
+No generator state must be saved, restored or synchronised between ranks: recomputation, resuming
 and any mesh see the same values. Shapes: B samples, S positions, D channels.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import xxhash
@@ -18,17 +19,65 @@ _INT32_RANGE, _INT16_RANGE = 1 << 32, 1 << 16
 
 
 def key(*parts: int | str) -> int:
-    """A 64-bit key from the parts of a name, the same on every machine."""
+    """Hash the parts of a name to a 64-bit key, the same on every machine."""
     return xxhash.xxh3_64_intdigest("\x1f".join(map(str, parts)).encode())
 
 
-def initial_values(spec: ParameterSpec, seed: int, dtype: torch.dtype) -> Tensor:
-    """Initial value of a parameter, whole, on the CPU: a function of (seed, name) alone."""
+DRAWN_AT_ONCE = 1 << 21
+"""Elements of initial values drawn on the CPU at once (fp32: 8 MB); the last draw of a parameter
+has at most twice as many."""
+
+
+def initial_values(
+    spec: ParameterSpec,
+    seed: int,
+    dtype: torch.dtype,
+    part: tuple[slice, ...] | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return the initial value of a parameter, or of a part of it: a function of (seed, name) and
+    of the place in the whole alone.
+
+    The whole is drawn piece by piece and only the part is kept, so a large parameter never exists
+    beside its parts.
+
+    Args:
+        spec: the parameter.
+        seed: the run's seed.
+        dtype: dtype of the result; values are drawn in fp32.
+        part: slices of the whole, as `ParameterSpec.place` returns them; None: the whole.
+        device: device of the result.
+    """
+    spans = [s.indices(n) for s, n in zip(part or (), spec.shape, strict=part is not None)]
+    spans = spans or [(0, n, 1) for n in spec.shape]
+    out = torch.full([b - a for a, b, _ in spans], spec.mean, dtype=dtype, device=device)
     if spec.std == 0.0:
-        return torch.full(spec.shape, spec.mean, dtype=dtype)
+        return out
     generator = torch.Generator().manual_seed(key(seed, "init", spec.name) >> 1)
-    values = torch.randn(spec.shape, generator=generator, dtype=torch.float32)
-    return (spec.mean + spec.std * values).to(dtype)
+    (first, end, _), columns = spans[0], tuple(slice(a, b) for a, b, _ in spans[1:])
+    row = 0
+    for rows in _drawn_rows(spec.shape):
+        if row >= end:
+            break
+        values = torch.randn((rows, *spec.shape[1:]), generator=generator, dtype=torch.float32)
+        a, b = max(first, row), min(end, row + rows)
+        if a < b:
+            own = values[(slice(a - row, b - row), *columns)]
+            out[a - first : b - first] = (spec.mean + spec.std * own).to(dtype)
+        row += rows
+    return out
+
+
+def _drawn_rows(shape: tuple[int, ...]) -> Iterator[int]:
+    """Yield the numbers of rows to draw at once. Torch draws 16 elements together and ends a draw
+    of another size differently, so every draw but the last one is a multiple of 16 rows, and the
+    last one is not a short one."""
+    most = max(DRAWN_AT_ONCE // math.prod(shape[1:]) // 16, 1) * 16
+    left = shape[0]
+    while left > 2 * most:
+        yield most
+        left -= most
+    yield left
 
 
 def _signed(value: int) -> int:
@@ -37,36 +86,39 @@ def _signed(value: int) -> int:
 
 
 def _scramble(x: Tensor) -> Tensor:
-    """The lowbias32 finaliser (C. Wellons) on an int32 tensor; shifts made logical by masks."""
+    """Apply the lowbias32 finaliser (C. Wellons) to an int32 tensor; masks make shifts logical."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
     return x ^ ((x >> 16) & 0xFFFF)
 
 
 def _fold(x: Tensor) -> Tensor:
-    """int64 to int32, both halves kept."""
+    """Fold int64 to int32, using both halves."""
     low, high = x & 0xFFFFFFFF, x >> 32
     folded = (low ^ (high * 0x9E3779B1)) & 0xFFFFFFFF
     return torch.where(folded >= 1 << 31, folded - _INT32_RANGE, folded).to(torch.int32)
 
 
 def key_words(where: int, device: torch.device) -> Tensor:
-    """A key as a tensor, int32 [2]: for rows and for columns. A compiled graph takes it as an
-    input, where a number would be a constant of the graph."""
-    words = (_signed(where ^ (where >> 32)), _signed(where >> 17))
-    return torch.tensor(words, dtype=torch.int32, device=device)
+    """Return a key as an int32 tensor [2]: a word for rows and one for columns. A compiled graph
+    takes it as an input, where a number would be a constant of the graph."""
+    return torch.tensor(split_key(where), dtype=torch.int32, device=device)
+
+
+def split_key(where: int) -> list[int]:
+    """Return the two words of a key that random bits are made of: for rows and for columns."""
+    return [_signed(where ^ (where >> 32)), _signed(where >> 17)]
 
 
 def random_bits(
     where: int | Tensor, rows: tuple[Tensor, ...], num_columns: int, first_column: int = 0
 ) -> Tensor:
-    """int32 bits, uniform, one for each (row, column); separable, so any shard makes its own.
+    """Return uniform int32 bits for each (row, column); separable, so any shard computes its own.
 
     Args:
-        where: a 64-bit key, or its `key_words`: seed, step, site.
+        where: a 64-bit key of seed, step and site, or its `key_words`.
         rows: integer tensors that broadcast to the leading shape, such as samples [B, 1] and
             positions [B, S].
-        num_columns: size of the last dim.
         first_column: where this part of the last dim begins.
     """
     device = rows[0].device
@@ -75,15 +127,15 @@ def random_bits(
         row = _scramble(row ^ _scramble(_fold(part.to(torch.int64))))
     columns = torch.arange(first_column, first_column + num_columns, device=device)
     bits = row.unsqueeze(-1) ^ _scramble(columns.to(torch.int32) + column)
-    # In place and as few passes as do: these are the ones that cost something. The arithmetic
-    # shift makes rows that are each other's complement equal, which is as rare as equal rows.
+    # In place and in few passes, because this is the expensive part. The arithmetic shift makes
+    # complementary rows equal, which is as rare as equal rows.
     bits.mul_(_signed(0x9E3779B1))
     bits.bitwise_xor_(bits >> 15)
     return bits.mul_(_signed(0x85EBCA6B))
 
 
 def drop_share(probability: float) -> float:
-    """The probability as 16 bits hold it, which is the one that masks have."""
+    """Return the probability rounded to 16 bits, which is the one that masks realise."""
     return min(round(probability * _INT16_RANGE), _INT16_RANGE - 1) / _INT16_RANGE
 
 
@@ -94,10 +146,12 @@ def keep_mask(
     num_columns: int,
     first_column: int = 0,
 ) -> Tensor:
-    """bool, True with 1 - drop_share(probability); coordinates as those of `random_bits`."""
+    """Return a bool mask, True with probability 1 - drop_share(probability); coordinates are those
+    of `random_bits`."""
     if torch.compiler.is_compiling():
         assert isinstance(where, Tensor)
-        return _opaque_mask(probability, where, list(rows), num_columns, first_column)
+        mask: Tensor = _opaque_mask(probability, where, list(rows), num_columns, first_column)
+        return mask
     # Each word serves two columns; the multiplication leaves its lower half to be mixed.
     first_word, first = divmod(first_column, 2)
     words = random_bits(where, rows, (first + num_columns + 1) // 2, first_word)
@@ -110,13 +164,14 @@ def keep_mask(
 @torch.library.custom_op(
     "megarecur::keep_mask",
     mutates_args=(),
-    schema="(float probability, Tensor where, Tensor[] rows, int columns, int first) -> Tensor",
+    schema="(float probability, Tensor where, Tensor[] rows, SymInt columns, SymInt first)"
+    " -> Tensor",
 )
 def _opaque_mask(
     probability: float, where: Tensor, rows: list[Tensor], columns: int, first: int
 ) -> Tensor:
-    """`keep_mask` as one operation of a compiled graph. Hashes overflow, which C++, what a compiled
-    graph becomes on a CPU, leaves undefined for signed numbers: other masks came of it."""
+    """Compute `keep_mask` as one operation of a compiled graph. Hashes overflow, which is undefined
+    for signed numbers in C++, the target of compiled CPU graphs, and gave other masks."""
     return keep_mask(probability, where, tuple(rows), columns, first)
 
 
@@ -127,7 +182,7 @@ def _(probability: float, where: Tensor, rows: list[Tensor], columns: int, first
 
 
 def dropout(x: Tensor, probability: float, where: int | Tensor, rows: tuple[Tensor, ...]) -> Tensor:
-    """Inverted dropout of x [..., D] with the mask of (where, rows, channel)."""
+    """Apply inverted dropout to x [..., D] with the mask of (where, rows, channel)."""
     mask = keep_mask(probability, where, rows, x.shape[-1])
     return torch.where(mask, x * (1.0 / (1.0 - drop_share(probability))), 0.0)
 
@@ -139,7 +194,7 @@ def truncated_normal(
     first_column: int = 0,
     cut: float = 3.0,
 ) -> Tensor:
-    """Standard normal cut at +-cut, fp32, by inversion of the bits."""
+    """Return a standard normal truncated at +-cut, fp32, by inversion of the bits."""
     uniform = (
         random_bits(where, rows, num_columns, first_column).to(torch.float64) + 0.5
     ) / _INT32_RANGE + 0.5

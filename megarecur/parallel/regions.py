@@ -1,35 +1,44 @@
-"""Where activations cross the ranks of tensor parallelism (Shoeybi et al. 2019).
+"""Tensor-parallel regions: where activations cross ranks (Shoeybi et al. 2019).
 
-A block's first products of a pair are cut by output (column parallel), its second ones by input
+Of each pair of products, a block's first is cut by output (column parallel) and its second by input
 (row parallel): activations enter before the first and leave, summed, after the second. Without
 sequence parallelism the residual stream is the same on all ranks; with it (Korthikanti et al. 2022)
 every rank holds its own positions of it, and norms and dropout work on those alone.
+
+In a compiled graph every collective is one opaque operator, so that ranks communicate as in eager
+mode.
 
 Shapes: B samples, S positions, P of them on this rank, D channels.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 names them anew.
+# torch 2.13 renames them.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
+REGIONS: WeakValueDictionary[int, TensorParallel] = WeakValueDictionary()
+"""Every `TensorParallel` by number, for operators of compiled graphs."""
+_numbers = itertools.count()
+
 
 class TensorParallel:
-    """This process among those that share each matrix.
+    """The rank of this process among those that share each matrix.
 
     Args:
-        group: their process group; None: there is one.
-        rank: in the group.
-        size: of the group.
+        group: their process group; None if there is only one.
+        rank: rank in the group.
+        size: size of the group.
         sequence: cut the residual stream by position.
     """
 
@@ -37,34 +46,52 @@ class TensorParallel:
         self, group: Any = None, rank: int = 0, size: int = 1, sequence: bool = False
     ) -> None:
         self.group, self.rank, self.size, self.sequence = group, rank, size, sequence
+        self.number = next(_numbers)
+        """Number in `REGIONS`."""
+        REGIONS[self.number] = self
 
     def enter(self, x: Tensor) -> Tensor:
-        """Before products cut by output: [B, P or S, D] to [B, S, D]."""
-        return x if self.size == 1 else _Enter.apply(x, self)
+        """Enter a region before products cut by output: [B, P or S, D] to [B, S, D]."""
+        if self.size == 1:
+            return x
+        entered: Tensor = _Enter.apply(x, self)  # type: ignore[no-untyped-call]
+        return entered
 
     def leave(self, y: Tensor) -> Tensor:
-        """After products cut by input: each rank's share [B, S, D] of a sum to [B, P or S, D].
+        """Leave a region after products cut by input: sum shares [B, S, D] to [B, P or S, D].
 
         Overwrites y.
         """
-        return y if self.size == 1 else _Leave.apply(y, self)
+        if self.size == 1:
+            return y
+        left: Tensor = _Leave.apply(y, self)  # type: ignore[no-untyped-call]
+        return left
+
+    def total(self, share: Tensor) -> Tensor:
+        """Sum shares over the ranks, each of which computes its part of the results from the total:
+        both passes sum."""
+        if self.size == 1:
+            return share
+        total: Tensor = _Total.apply(share, self)  # type: ignore[no-untyped-call]
+        return total
 
     def own(self, values: Tensor, dim: int = 1) -> Tensor:
-        """This rank's positions of what is known for all: a view."""
+        """Return this rank's positions of values known for all positions, as a view."""
         if not self.sequence:
             return values
         return values.narrow(dim, *self.span(values.shape[dim]))
 
     def span(self, length: int) -> tuple[int, int]:
-        """Where this rank's positions begin, and how many they are."""
+        """Return the first of this rank's positions, and their number."""
         if not self.sequence:
             return 0, length
-        assert length % self.size == 0, f"{length} positions do not divide among {self.size} ranks"
+        assert length % self.size == 0, f"{length} positions are not divisible by {self.size} ranks"
         return self.rank * (length // self.size), length // self.size
 
     @contextmanager
     def whole_sequences(self) -> Iterator[None]:
-        """For a while every rank holds all positions: a prompt's length need not divide."""
+        """Let every rank hold all positions inside this context: a prompt's length need not be
+        divisible."""
         before, self.sequence = self.sequence, False
         try:
             yield
@@ -72,19 +99,24 @@ class TensorParallel:
             self.sequence = before
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """In place, outside of the graph."""
-        if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+        """Sum over the ranks, in place and outside the graph of autograd. Use the result: inside a
+        compiled graph it is a new tensor."""
+        if self.size == 1:
+            return tensor
+        if torch.compiler.is_compiling():
+            summed: Tensor = torch.ops.megarecur.sum_over_ranks(tensor, self.number)
+            return summed
+        dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
-        """In place, outside of the graph."""
+        """Take the maximum over the ranks, in place and outside the graph."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def gather_last(self, tensor: Tensor, sizes: list[int]) -> Tensor:
-        """Join shards of the last dim, whose sizes are those of the ranks; outside of the graph."""
+        """Join shards of the last dim, with the ranks' sizes given, outside the graph."""
         if self.size == 1:
             return tensor
         most = max(sizes)
@@ -94,14 +126,20 @@ class TensorParallel:
         return torch.cat([part[..., :n] for part, n in zip(parts, sizes, strict=True)], dim=-1)
 
     def gather_positions(self, x: Tensor) -> Tensor:
-        """[B, P, D] of each rank to [B, S, D]."""
+        """Gather [B, P, D] of each rank to [B, S, D]."""
+        if torch.compiler.is_compiling():
+            gathered: Tensor = torch.ops.megarecur.gather_positions(x, self.number)
+            return gathered
         parts = x.new_empty(self.size, *x.shape)
         all_gather(parts.view(-1, *x.shape[1:]), x.contiguous(), group=self.group)
         return parts.transpose(0, 1).flatten(1, 2)
 
     def scatter_sum(self, y: Tensor) -> Tensor:
-        """[B, S, D] of each rank, summed, to this rank's [B, P, D]."""
-        if y.device.type == "cpu":  # gloo sums everywhere
+        """Sum [B, S, D] of all ranks and return this rank's [B, P, D]. May overwrite y."""
+        if torch.compiler.is_compiling():
+            scattered: Tensor = torch.ops.megarecur.scatter_sum(y, self.number)
+            return scattered
+        if y.device.type == "cpu":  # gloo sums on every rank
             return self.own(self.sum(y.contiguous())).contiguous()
         parts = y.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
         out = torch.empty_like(parts[0])
@@ -113,7 +151,7 @@ ALONE = TensorParallel()
 
 
 class _Enter(torch.autograd.Function):
-    """All positions; backward sums over ranks what their products give."""
+    """Gather all positions; backward sums the gradients of the ranks' products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
@@ -127,7 +165,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """The sum over ranks; backward gives each its gradient."""
+    """Sum over the ranks; backward passes the gradient to each rank."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, tp: TensorParallel) -> Tensor:
@@ -137,3 +175,49 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return (ctx.tp.gather_positions(grads[0]) if ctx.sequence else grads[0]), None
+
+
+class _Total(torch.autograd.Function):
+    """Sum over the ranks; backward sums the gradients of the ranks' uses."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return tp.sum(share.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.tp.sum(grads[0].clone(memory_format=torch.contiguous_format)), None
+
+
+# ------------------------------------------------------------------- operators of compiled graphs
+
+
+@torch.library.custom_op("megarecur::sum_over_ranks", mutates_args=())
+def _sum_over_ranks(x: Tensor, number: int) -> Tensor:
+    return REGIONS[number].sum(x.clone(memory_format=torch.contiguous_format))
+
+
+@_sum_over_ranks.register_fake
+def _(x: Tensor, number: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("megarecur::gather_positions", mutates_args=())
+def _gather_positions(x: Tensor, number: int) -> Tensor:
+    return REGIONS[number].gather_positions(x)
+
+
+@_gather_positions.register_fake
+def _(x: Tensor, number: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] * REGIONS[number].size, *x.shape[2:])
+
+
+@torch.library.custom_op("megarecur::scatter_sum", mutates_args=())
+def _scatter_sum(y: Tensor, number: int) -> Tensor:
+    return REGIONS[number].scatter_sum(y.clone(memory_format=torch.contiguous_format))
+
+
+@_scatter_sum.register_fake
+def _(y: Tensor, number: int) -> Tensor:
+    return y.new_empty(y.shape[0], y.shape[1] // REGIONS[number].size, *y.shape[2:])

@@ -1,4 +1,4 @@
-"""What a rank owns of a tensor: rectangles of it, under the one name that all meshes know it by.
+"""The part of a tensor that a rank owns: rectangles of it, under the tensor's global name.
 
 Tensor parallelism cuts rows or columns, ZeRO cuts flat slices; both are lists of rectangles, so a
 checkpoint written on one mesh can be read on any other.
@@ -13,11 +13,12 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # (offset, sizes) within the whol
 
 
 @dataclass(frozen=True)
-class Shard:
-    """This rank's part of one unique tensor: rectangles (offset, sizes, tensor) of `global_shape`.
+class TensorShard:
+    """The part of one unique tensor on this rank: rectangles (offset, sizes, tensor) of
+    `global_shape`.
 
-    A rank that holds a replica gives the same rectangle as the others; it is written once. Where
-    replicas are cut in different places, all but one are not `written`, only read.
+    Ranks with replicas have equal rectangles, which are written once. If replicas are cut in
+    different places, only one of them is `written`; the others are only read.
     """
 
     global_shape: tuple[int, ...]
@@ -25,10 +26,10 @@ class Shard:
     written: bool = True
 
 
-def whole(tensor: Tensor) -> Shard:
-    """The shard of a rank that holds all of `tensor`."""
+def whole(tensor: Tensor) -> TensorShard:
+    """Return the shard of a rank that holds all of `tensor`."""
     shape = tuple(tensor.shape)
-    return Shard(shape, [((0,) * len(shape), shape, tensor)])
+    return TensorShard(shape, [((0,) * len(shape), shape, tensor)])
 
 
 def boxes(global_shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
@@ -60,7 +61,7 @@ def _within_row(row: int, rest: tuple[int, ...], start: int, stop: int) -> list[
 
 
 def tiling_fault(global_shape: tuple[int, ...], chunks: list[Box]) -> str:
-    """Say what keeps `chunks` from tiling `global_shape` exactly; "" if nothing does."""
+    """Return why `chunks` do not tile `global_shape` exactly; "" if they do."""
     shape = tuple(global_shape)
     for offset, sizes in chunks:
         fits = len(offset) == len(sizes) == len(shape) and all(
@@ -82,7 +83,7 @@ def tiling_fault(global_shape: tuple[int, ...], chunks: list[Box]) -> str:
 def _overlap(ndim: int, chunks: list[Box]) -> str:
     """Find two chunks that share an element, by a sweep along the dim that separates most of them.
 
-    Volume alone is not proof: a chunk given twice can hide one that is missing.
+    Comparing volumes is not enough: a duplicate chunk can hide a missing one.
     """
     dim = max(range(ndim), key=lambda d: len({offset[d] for offset, _ in chunks}))
     active: list[Box] = []

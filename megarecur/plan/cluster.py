@@ -1,6 +1,6 @@
-"""The machines that a plan is for: what a rank computes, holds and sends.
+"""The hardware that a plan assumes: compute, memory and links of each rank.
 
-Presets are nodes as their makers sell them. Where the figures come from:
+Presets describe nodes as vendors sell them. Sources of the figures:
 
     a100    NVIDIA A100 80 GB SXM data sheet: 312 TFLOP/s bf16 (dense), 19.5 fp32, 9.7 fp64; 80 GB;
             NVLink 600 GB/s, half of it per direction. DGX A100: 200 Gb/s InfiniBand per GPU.
@@ -19,40 +19,42 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field
 
+from megarecur.config.base import Section
 from megarecur.config.load import read_sections, validate_section
-from megarecur.config.schema import Section
 from megarecur.errors import ConfigError
 
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=1e-6, le=1.0)]
+Speed = Annotated[float, Field(ge=1e-6, le=1e9)]
+"""A speed in the unit of its field; values outside the bounds are typing errors."""
 
 
 class Peak(Section):
-    """What one rank multiplies and adds at most, in 10^12 FLOP/s, by the precision of compute."""
+    """Peak rate of one rank, in 10^12 FLOP/s, by compute precision."""
 
-    bf16: PositiveFloat
-    fp32: PositiveFloat
-    fp64: PositiveFloat
+    bf16: Speed
+    fp32: Speed
+    fp64: Speed
 
 
 class Link(Section):
-    """What carries messages of one rank."""
+    """The link that carries the messages of one rank."""
 
-    bandwidth_gb_s: PositiveFloat
-    """10^9 bytes per second, per direction and rank, as sold."""
-    latency_us: NonNegativeFloat
+    bandwidth_gb_s: Speed
+    """Nominal bandwidth in 10^9 bytes per second, per direction and rank."""
+    latency_us: Annotated[float, Field(ge=0.0, le=1e9)]
     """Microseconds before the first byte arrives."""
     attainable: Share = 0.8
-    """Of the bandwidth, by large messages."""
+    """Share of the bandwidth that large messages attain."""
 
     def time(self, num_bytes: float) -> float:
-        """Seconds for one message."""
+        """Return the seconds of one message."""
         return self.latency_us * 1e-6 + num_bytes / (self.bandwidth_gb_s * 1e9 * self.attainable)
 
     def reduce_time(self, num_bytes: float, ranks: int) -> float:
-        """Seconds for an all-reduce: every rank sends 2 (n-1)/n of the bytes, and a tree's two ways
-        cost latency."""
+        """Return the seconds of an all-reduce: every rank sends 2 (n-1)/n of the bytes, and both
+        directions of a tree add latency."""
         if ranks == 1:
             return 0.0
         rounds = 2 * (ranks - 1).bit_length()
@@ -61,21 +63,22 @@ class Link(Section):
 
 
 class Cluster(Section):
-    """Equal nodes of equal ranks; a rank is a process with its GPU, or a core."""
+    """Equal nodes with equal ranks; a rank is a process with its GPU, or a CPU core."""
 
     name: str
-    ranks_per_node: PositiveInt
+    ranks_per_node: Annotated[int, Field(gt=0, le=1 << 16)]
     peak_tflops: Peak
     attainable: Share = 0.5
-    """Of the peak, by whole steps of the map: their products, norms and activations together."""
-    memory_gb: PositiveFloat
-    """10^9 bytes of one rank."""
+    """Share of the peak that whole steps of the map attain: products, norms and activations
+    together."""
+    memory_gb: Speed
+    """Memory of one rank, in 10^9 bytes."""
     usable_memory: Share = 0.9
-    """Of them, what is left beside the allocator's gaps and the libraries."""
+    """Share of the memory left after allocator gaps and libraries."""
     node: Link
-    """Between ranks of a node."""
+    """Link between ranks of a node."""
     network: Link
-    """Between ranks of different nodes."""
+    """Link between ranks of different nodes."""
 
     @property
     def memory(self) -> int:
@@ -83,22 +86,22 @@ class Cluster(Section):
         return int(self.memory_gb * 1e9 * self.usable_memory)
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of one rank that MFU is counted against."""
+        """Return the FLOP/s of one rank that MFU is computed against."""
         return float(getattr(self.peak_tflops, precision)) * 1e12
 
     def rate(self, precision: str) -> float:
-        """FLOP/s of one rank that a plan counts on."""
+        """Return the FLOP/s of one rank that a plan assumes."""
         return self.peak(precision) * self.attainable
 
     def link(self, ranks: int, stride: int, world: int) -> Link:
-        """The slowest link of groups of `ranks`, every `stride`-th of a world: those of tensor (1)
-        and of data parallelism (tensor x pipeline)."""
-        block = ranks * stride  # Consecutive ranks that groups interleave in.
+        """Return the slowest link of groups of `ranks`, taking every `stride`-th rank of a world:
+        stride 1 for tensor, tensor x pipeline for data parallelism."""
+        block = ranks * stride  # consecutive ranks that interleaved groups cover
         aligned = block == world or self.ranks_per_node % block == 0
         return self.node if block <= self.ranks_per_node and aligned else self.network
 
     def between(self, first: int, second: int) -> Link:
-        """The link from one global rank to another."""
+        """Return the link from one global rank to another."""
         same = first // self.ranks_per_node == second // self.ranks_per_node
         return self.node if same else self.network
 
@@ -130,17 +133,21 @@ PRESETS: dict[str, Cluster] = {
 }
 
 
-def load_cluster(name: str) -> Cluster:
-    """A preset by name, or a YAML file by path.
+def load_cluster(name: str, option: str = "") -> Cluster:
+    """Load a preset by name, or a YAML file by path.
+
+    Args:
+        name: of the preset, or the path.
+        option: what named it, for the error.
 
     Raises:
-        ConfigError: no preset and no file of that name; every mistake of the file.
+        ConfigError: no preset or file has that name, or the file has mistakes (all are listed).
     """
     if name in PRESETS:
         return PRESETS[name]
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(
-            f"--cluster {name}: is none of {', '.join(PRESETS)}, nor a .yaml file; choose one"
+            f"{option}{name}: is none of {', '.join(PRESETS)}, nor a .yaml file; choose one of them"
         )
     return validate_section(Cluster, {"name": path.stem, **read_sections(path)}, str(path))

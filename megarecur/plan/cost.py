@@ -1,4 +1,4 @@
-"""What a run costs, from its config alone: parameters, executed FLOPs, memory, tokens.
+"""Estimate what a run costs from its config alone: parameters, executed FLOPs, memory, tokens.
 
 Every function is pure. `config.model.vocab_size` must be resolved (`describe.resolve_vocab_size`).
 Sizes are in parameters, FLOPs per token, bytes.
@@ -11,7 +11,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from megarecur.config.schema import Config, ModelConfig, ParallelConfig
+from megarecur.config.model import ModelConfig
+from megarecur.config.parallel import ParallelConfig
+from megarecur.config.run import Config
+from megarecur.config.train import Recompute
+from megarecur.errors import ConfigError
 from megarecur.recurrence.depth import count_depths
 from megarecur.recurrence.inventory import (
     ParameterSpec,
@@ -31,27 +35,27 @@ from megarecur.recurrence.schemes import build_map
 
 @dataclass(frozen=True, slots=True)
 class ParameterCount:
-    """Elements of parameters; `non_embedding` leaves out embedding, positions and head."""
+    """Numbers of parameters; `non_embedding` excludes embedding, positions and head."""
 
     total: int
     non_embedding: int
 
 
 def count_parameters(config: Config) -> ParameterCount:
-    """Unique parameters: what is stored and trained."""
+    """Count unique parameters: those stored and trained."""
     return _count(list(build_inventory(config).values()))
 
 
 def count_adapters(config: Config) -> ParameterCount:
-    """Those of them that belong to one loop of a block: adapters, norms, level signals."""
+    """Count the parameters that belong to one loop of a block: adapters, norms, level signals."""
     return _count([spec for spec in build_inventory(config).values() if spec.loop is not None])
 
 
 def count_unrolled_parameters(config: Config, steps: LayerMap) -> ParameterCount:
-    """Parameters of the untied model that executes the same steps: blocks counted at each use."""
+    """Count the parameters of the untied model that executes the same steps: blocks at each use."""
     shared = [s for s in build_inventory(config).values() if s.block is None]
     blocks = _by_block(config)
-    return _count(shared + [s for step in steps for s in _used(blocks[step.block], step)])
+    return _count(shared + [s for step in steps for s in _used(blocks, step)])
 
 
 def _count(specs: list[ParameterSpec]) -> ParameterCount:
@@ -59,23 +63,29 @@ def _count(specs: list[ParameterSpec]) -> ParameterCount:
     return ParameterCount(total, total - sum(s.size for s in specs if is_embedding(s.name)))
 
 
-def _used(specs: list[ParameterSpec], step: Step) -> list[ParameterSpec]:
-    """Of the parameters that a block uses, those that a step of the map does."""
-    return [spec for spec in specs if spec.loop in (None, step.loop_index)]
+MOST_PARAMETERS, MOST_BYTES = 10**14, 10**14
+"""Upper limits of a model, and of one process's memory for a micro batch."""
+BlockSpecs = dict[int, dict[int | None, list[ParameterSpec]]]
+"""Parameters by block and by loop; loop None holds those of all loops."""
 
 
-def _by_block(config: Config) -> dict[int, list[ParameterSpec]]:
-    """What each block uses, a feed-forward that another one owns included."""
-    blocks: dict[int, list[ParameterSpec]] = defaultdict(list)
+def _used(blocks: BlockSpecs, step: Step) -> list[ParameterSpec]:
+    """Return the parameters of a block that a step of the map uses."""
+    own = blocks[step.block]
+    return own[None] + own[step.loop_index]
+
+
+def _by_block(config: Config) -> BlockSpecs:
+    """Return the parameters each block uses, including a feed-forward that another block owns."""
+    blocks: BlockSpecs = defaultdict(lambda: defaultdict(list))
     for spec in build_inventory(config).values():
         if spec.block is not None:
-            blocks[spec.block].append(spec)
+            blocks[spec.block][spec.loop].append(spec)
     for block, specs in blocks.items():
         owner = feed_forward_owner(config.model, block)
         if owner != block:
-            specs += [
-                s for s in blocks[owner] if s.name.startswith(f"blocks.{owner}.feed_forward.")
-            ]
+            beginning = f"blocks.{owner}.feed_forward."
+            specs[None] += [s for s in blocks[owner][None] if s.name.startswith(beginning)]
     return blocks
 
 
@@ -86,45 +96,48 @@ def _by_block(config: Config) -> dict[int, list[ParameterSpec]]:
 class FlopEstimate:
     """FLOPs per token, averaged over a sequence of data.seq_length tokens.
 
-    A product of matrices counts 2 per multiply-add. Attention counts all S x S scores, causal or
-    not, as the field does, and all of them in blocks that see a window, as it computes them; norms,
-    activations and look-ups are left out.
+    A product of matrices counts 2 per multiply-add. Attention counts all S x S scores, as is usual,
+    regardless of those that causality, documents and windows skip, and of those that a backend
+    computes again in backward. Norms, activations and look-ups are excluded.
     """
 
     forward: int
     train: int
-    """Forward and backward: 3 x forward, 1 x for steps without gradient. MFU is by this number."""
+    """Forward and backward: 3 x forward, 1 x for steps without gradient. MFU is computed from
+    it."""
     forward_only: int
-    """The part of `train` in steps without gradient."""
+    """The part of `train` spent in steps without gradient."""
     recompute: int
-    """Forward passes repeated by activation recompute; not part of `train`."""
+    """Forward passes repeated by activation recompute, not part of `train`."""
 
     @property
     def hardware(self) -> int:
-        """Everything the hardware does."""
+        """All FLOPs that the hardware executes."""
         return self.train + self.recompute
 
 
 def count_flops(config: Config, steps: LayerMap) -> FlopEstimate:
-    """Executed FLOPs per token (recurrence.md, section 1.2)."""
+    """Return executed FLOPs per token (recurrence.md, section 1.2)."""
     forward = train = forward_only = repeated = 0
     mixing = count_halting_flops(config)  # Not recomputed.
     for step, flops in zip(steps, count_step_flops(config, steps), strict=True):
         forward += flops
         train += 3 * flops if step.grad else flops
         forward_only += 0 if step.grad else flops
-        repeated += flops - mixing if step.grad and config.train.recompute else 0
+        again = step.grad and config.train.recomputes(step.loop_index)
+        repeated += flops - mixing if again else 0
     written = count_memory_flops(config)
     forward, train = forward + written, train + 3 * written
     exits = sum(step.exit for step in steps[:-1])
     head = count_head_flops(config) * (1 + exits)
     train += 3 * head
-    repeated += count_head_flops(config) * exits  # Their logits are made again in backward.
+    # Exit logits are recomputed in backward, as are those of chunks.
+    repeated += count_head_flops(config) * (exits + is_chunked(config))
     return FlopEstimate(forward + head, train, forward_only, repeated)
 
 
 def expect_flops(config: Config) -> FlopEstimate:
-    """Executed FLOPs per token, averaged over the optimizer steps of the run."""
+    """Return executed FLOPs per token, averaged over the optimizer steps of the run."""
     shares = count_depths(config.recurrence, config.seed, config.train.steps)
     each = [
         (share, count_flops(config, build_map(config, depth))) for depth, share in shares.items()
@@ -138,25 +151,25 @@ def expect_flops(config: Config) -> FlopEstimate:
 
 
 def deepest_map(config: Config) -> LayerMap:
-    """The map of the run that keeps the most activations."""
+    """Return the map of the run that keeps the most activations."""
     shares = count_depths(config.recurrence, config.seed, config.train.steps)
     maps = (build_map(config, depth) for depth in shares)
     return max(maps, key=lambda steps: (sum(step.grad for step in steps), len(steps)))
 
 
 def count_step_flops(config: Config, steps: LayerMap) -> list[int]:
-    """Forward FLOPs per token of each step of the map, in order.
+    """Return forward FLOPs per token of each step of the map, in order.
 
-    2 per matrix parameter, 4 S heads head_dim for scores and their sum over values; the matrix of
-    an injection counts where the step reads what it injects. Keys and values of a temporal memory
-    are made once a chunk.
+    Counts 2 per matrix parameter and 4 S heads head_dim for scores and their sum over values. The
+    matrix of an injection counts if the step reads the injected value. Keys and values of a
+    temporal memory are computed once per chunk.
     """
     blocks, scores, flops = _by_block(config), count_score_flops(config), []
     slots = count_slots_per_token(config)
     for step in steps:
         sizes = [
             spec.size * (slots if spec.name.endswith(SLOT_PRODUCTS) else 1)
-            for spec in _used(blocks[step.block], step)
+            for spec in _used(blocks, step)
             if len(spec.shape) == 2
             and (step.reads or ".injection." not in spec.name)
             and ".halting." not in spec.name
@@ -166,12 +179,12 @@ def count_step_flops(config: Config, steps: LayerMap) -> list[int]:
 
 
 SLOT_PRODUCTS = ("memory_attention.key.weight", "memory_attention.value.weight")
-"""Matrices of a block that a temporal memory goes through, not the tokens."""
+"""Matrices of a block applied to the temporal memory instead of the tokens."""
 
 
 def count_score_flops(config: Config) -> int:
-    """Forward FLOPs per token of one step's attention scores and the sum over their values; with a
-    temporal memory, of those inside the chunks and of those of its slots."""
+    """Return forward FLOPs per token of one step's attention scores and the sum over their values;
+    with a temporal memory, those inside chunks and those of its slots."""
     seen, temporal = float(config.num_positions), config.temporal
     if temporal is not None:
         whole, rest = divmod(config.num_positions, temporal.chunk_length)
@@ -181,7 +194,7 @@ def count_score_flops(config: Config) -> int:
 
 
 def count_slots_per_token(config: Config) -> float:
-    """Slots of the temporal memory over all chunks of a sequence, by its tokens; 0 without one."""
+    """Return temporal memory slots over all chunks of a sequence, per token; 0 without memory."""
     temporal, length = config.temporal, config.num_positions
     if temporal is None:
         return 0.0
@@ -189,9 +202,10 @@ def count_slots_per_token(config: Config) -> float:
 
 
 def count_memory_flops(config: Config) -> int:
-    """Forward FLOPs per token of the layers that write the temporal memory; 0 without one.
+    """Return forward FLOPs per token of the layers that write the temporal memory; 0 without
+    memory.
 
-    Keys and values are of the tokens, everything else is of the slots, once a chunk.
+    Keys and values are computed per token, everything else per slot, once per chunk.
     """
     temporal, model = config.temporal, config.model
     if temporal is None:
@@ -206,8 +220,8 @@ def count_memory_flops(config: Config) -> int:
 
 
 def count_halting_flops(config: Config) -> int:
-    """Forward FLOPs per token of one application of the halting head, to every token; where means
-    over whole documents decide, to every sequence."""
+    """Return forward FLOPs per token of the halting head, applied to every token, or to every
+    sequence if means over whole documents decide."""
     if config.halting is None:
         return 0
     sizes = [
@@ -220,8 +234,8 @@ def count_halting_flops(config: Config) -> int:
 
 
 def count_head_flops(config: Config) -> int:
-    """Forward FLOPs per token of one application of the head; that of a task, which looks at a
-    sequence once, is shared out over its tokens."""
+    """Return forward FLOPs per token of the head; a task head, applied once per sequence, is
+    averaged over its tokens."""
     if config.classifies:
         own = [s for s in build_inventory(config).values() if s.name.startswith("task.")]
         flops = 2 * sum(spec.size for spec in own if len(spec.shape) == 2)
@@ -231,7 +245,7 @@ def count_head_flops(config: Config) -> int:
 
 
 def dense_twin(steps: LayerMap) -> LayerMap:
-    """The map that runs each of the same blocks once."""
+    """Return the map that runs each of the same blocks once."""
     return from_order(sorted({step.block for step in steps}))
 
 
@@ -240,45 +254,39 @@ def dense_twin(steps: LayerMap) -> LayerMap:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of one process, by kind. Activations are those of one micro batch."""
+    """Bytes of one process, by kind; activations are those of one micro batch."""
 
     parameters: int
     gradients: int
     moments: int
-    """AdamW's two, Muon's one, in the parameters' dtype."""
+    """Optimizer moments in the parameters' dtype: two for AdamW, one for Muon."""
     copies: int
-    """Matrices in the compute dtype; none where that is the parameters' own."""
-    activations_kept: int
-    activations_recomputed: int
+    """Copies of matrices in the compute dtype; none if that is the parameters' own dtype."""
+    activations: int
+    """Bytes that backward needs, with those it makes again at its peak, under train.recompute; on
+    the device, under train.offload_activations."""
     logits: int
     mask: int
-    """Of documents and ALiBi, materialised for every pair of positions of a micro batch."""
-    recompute: bool
-    """Whether the config recomputes; decides which activations `total` counts."""
+    """Masks of all pairs of positions of a micro batch, with train.attention=dense."""
     gathered: int = 0
-    """Whole parameters during a pass, where ZeRO 3 shards them: those of a stack of shared blocks
-    are gathered together, once for all uses."""
-
-    @property
-    def activations(self) -> int:
-        """The activations of the config as it stands."""
-        return self.activations_recomputed if self.recompute else self.activations_kept
+    """Whole parameters during a pass under ZeRO 3: a stack of shared blocks is gathered once for
+    all uses."""
 
     @property
     def state(self) -> int:
-        """What stays between optimizer steps, gradients included."""
+        """Bytes kept between optimizer steps, gradients included."""
         return self.parameters + self.gradients + self.moments + self.copies
 
     @property
     def total(self) -> int:
-        """The peak, to first order: allocator and libraries come on top."""
+        """Peak bytes, to first order; allocator and libraries are not counted."""
         return self.state + self.gathered + self.activations + self.logits + self.mask
 
 
 def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstimate:
-    """Memory of the largest process of one of `dp` replicas.
+    """Estimate the memory of the largest process of one of `dp` replicas.
 
-    Tensor parallelism divides matrices, heads and vocabulary, ZeRO what its stage shares out of the
+    Tensor parallelism divides matrices, heads and vocabulary, ZeRO whatever its stage shards of the
     rest. Stages 2 and 3 also hold, until the last use of a block, the gradients of a pass that are
     not reduced yet; offloaded moments are on the CPU.
     """
@@ -289,7 +297,7 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     element, wide = element_bytes(config), parameter_bytes(config)
 
     def held(some: Iterable[ParameterSpec]) -> int:
-        """Elements on the last tensor-parallel rank, whose shards are the largest."""
+        """Return the elements on the last tensor-parallel rank, which has the largest shards."""
         return sum(math.prod(spec.part(tp - 1, tp)[1]) for spec in some)
 
     size = held(specs)
@@ -298,30 +306,85 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     muon = held(s for s in moving if uses_muon(config.optimizer, s.name, len(s.shape)))
     matrices = held(s for s in specs if has_copy(s))
     tokens = config.train.micro_batch_size * config.tokens_per_sample
-    kept, recomputed = estimate_activations(config, steps)
-    # Logits, their form in the wide dtype, and the exponentials while they are summed. Of early
-    # exits those of one are there at a time, beside the last loop's; a teacher's are there too.
-    logit_bytes = element + wide + (wide if element < wide else 0)
-    logit_bytes += element if config.model.logit_softcap is not None else 0  # tanh's output
-    logit_bytes += element * sum(beside is not None for beside in (config.exits, config.distill))
+    # Logits, which their gradient overwrites, and tanh's output. Those of one early exit exist at a
+    # time, beside those of the last loop; a teacher's exist too.
+    kinds = 1 + (config.model.logit_softcap is not None)
+    kinds += sum(beside is not None for beside in (config.exits, config.distill))
+    logits = count_logits(config, tokens)
+    logit_bytes = kinds * element * logits + wide * min(logits, LOGIT_SLICE)
     return MemoryEstimate(
         parameters=-(-size // parts[3]) * wide,
         gradients=-(-trained // parts[2]) * wide,
         moments=0 if offload else -(-(2 * trained - muon) // parts[1]) * wide,
         copies=matrices * element if element < wide else 0,
-        activations_kept=tokens * kept,
-        activations_recomputed=tokens * recomputed,
-        logits=count_logits(config, tokens) * logit_bytes,
+        activations=tokens * estimate_activations(config, steps),
+        logits=logit_bytes,
         mask=tokens * count_mask_elements(config) * element,
-        recompute=config.train.recompute,
         gathered=size * wide if parts[3] > 1 else 0,
     )
 
 
+def check_size(config: Config) -> None:
+    """Reject a config that no machine has the memory for, or that recomputes loops it does not run.
+
+    Raises:
+        ConfigError: too many parameters, too large a micro batch, or a loop in train.recompute that
+        is in no map. `config.model.vocab_size` must be resolved.
+    """
+    parameters = count_parameters(config).total
+    if parameters > MOST_PARAMETERS:
+        raise ConfigError(
+            f"the model has {parameters:.3g} parameters, more than any cluster trains "
+            f"({MOST_PARAMETERS:.0e}); lower model.hidden_size={config.model.hidden_size}, "
+            f"model.ffn_hidden_size={config.model.ffn_hidden_size}, model.vocab_size="
+            f"{config.model.vocab_size} or the number of blocks ({config.recurrence.num_blocks})"
+        )
+    deepest, policy = deepest_map(config), config.train.recompute
+    most = max(step.loop_index for step in deepest)
+    if not isinstance(policy, str) and max(policy.loops) > most:
+        raise ConfigError(
+            f"train.recompute.loops={list(policy.loops)} names loop {max(policy.loops)}, but no "
+            f"block runs more than {most + 1} time(s); name loops from 0 to {most}"
+        )
+    memory = estimate_memory(config, deepest)
+    size = memory.activations + memory.logits + memory.mask
+    if size > MOST_BYTES:
+        raise ConfigError(
+            f"a micro batch takes about {size:.3g} bytes of one process, more than any machine "
+            f"has ({MOST_BYTES:.0e}); lower train.micro_batch_size={config.train.micro_batch_size} "
+            f"or data.seq_length={config.data.seq_length}"
+        )
+
+
+MOST_LOGITS = 1 << 25
+"""Logits that the loss has at a time; those of a micro batch with more are computed in chunks of
+tokens, and again in backward (`parallel.head_loss`)."""
+
+LOGIT_SLICE = 1 << 23
+"""Logits of which the loss has copies in the wide dtype at a time."""
+
+
+def chunk_tokens(tokens: int, vocab_size: int) -> int:
+    """Return the number of tokens whose logits exist at a time in the loss, out of `tokens`."""
+    chunks = -(-tokens * vocab_size // MOST_LOGITS)
+    return -(-tokens // chunks)
+
+
+def is_chunked(config: Config) -> bool:
+    """Return True if the logits of a micro batch never exist whole."""
+    tokens = config.train.micro_batch_size * config.tokens_per_sample
+    return not config.classifies and chunk_tokens(tokens, vocab_shard(config)) < tokens
+
+
+def vocab_shard(config: Config) -> int:
+    """Return the size of the largest tensor-parallel shard of the vocabulary."""
+    return -(-_vocab_size(config) // config.parallel.tensor)
+
+
 def count_logits(config: Config, tokens: int) -> int:
-    """Logits of so many tokens on one tensor-parallel rank."""
+    """Return the number of logits of `tokens` tokens that one tensor-parallel rank has at once."""
     if not config.classifies:
-        return tokens * -(-_vocab_size(config) // config.parallel.tensor)
+        return chunk_tokens(tokens, vocab_shard(config)) * vocab_shard(config)
     task = config.task
     assert task is not None and task.num_classes is not None
     return task.num_classes * (
@@ -330,9 +393,9 @@ def count_logits(config: Config, tokens: int) -> int:
 
 
 def count_state_bytes(config: Config, specs: Iterable[ParameterSpec]) -> int:
-    """Bytes of parameters with their gradients, moments and copies, without ZeRO.
+    """Return the bytes of parameters with gradients, moments and copies, without ZeRO.
 
-    On the last tensor-parallel rank, whose shards are the largest.
+    Counted on the last tensor-parallel rank, which has the largest shards.
     """
     wide, element, tp = parameter_bytes(config), element_bytes(config), config.parallel.tensor
     size = 0
@@ -347,24 +410,27 @@ def count_state_bytes(config: Config, specs: Iterable[ParameterSpec]) -> int:
 
 
 def has_copy(spec: ParameterSpec) -> bool:
-    """Whether products take it, so that there is a copy in their dtype."""
+    """Return True if products use the parameter, so that it has a copy in the compute dtype."""
     return len(spec.shape) == 2 and spec.name not in ("embedding.positions", "temporal.memory")
 
 
 def count_span(config: Config) -> int:
-    """Tokens that attention may see at most: a sequence, or a chunk of it."""
+    """Return the maximum number of tokens that attention sees: a sequence, or a chunk of it."""
     return config.temporal.chunk_length if config.temporal else config.num_positions
 
 
 def has_documents(config: Config) -> bool:
-    """Whether a sample may be of several documents, or have padding."""
+    """Return True if a sample may hold several documents or padding."""
     return config.data.mask_documents or config.task is not None
 
 
 def count_mask_heads(config: Config) -> int:
-    """Heads that attention's mask differs for: none without one, as plain causality needs none.
-    Blocks that see a window have a mask beside that of the others."""
+    """Return the number of heads with different attention masks; 0 if plain causality needs no
+    mask, as with every backend but train.attention=dense. Blocks with a window have a mask beside
+    that of the others."""
     model = config.model
+    if config.train.attention != "dense":
+        return 0
     heads = int(has_documents(config))
     if model.positions == "alibi":
         heads = model.num_heads // config.parallel.tensor
@@ -373,54 +439,80 @@ def count_mask_heads(config: Config) -> int:
 
 
 def count_mask_elements(config: Config) -> int:
-    """Of all masks, per token; where documents are masked, of reading and writing a temporal memory
-    too, beside which the initial one lies."""
+    """Return the elements of all masks per token; with documents, including those of reading and
+    writing a temporal memory beside its initial slots."""
     elements = count_span(config) * count_mask_heads(config)
-    if config.temporal is not None and has_documents(config):
+    has_masks = config.train.attention == "dense" and has_documents(config)
+    if config.temporal is not None and has_masks:
         elements += 2 * config.temporal.num_slots + 1
     return elements
 
 
-def estimate_activations(config: Config, steps: LayerMap) -> tuple[int, int]:
-    """Bytes per token kept for backward: (everything, with recompute of each step).
+def estimate_activations(config: Config, steps: LayerMap) -> int:
+    """Return bytes per token that exist on one tensor-parallel rank when backward starts: what it
+    needs, by the policy of `train.recompute`, and what it makes again of one step."""
+    ends = count_end_bytes(config) + count_memory_bytes(config)
+    kept = count_kept_bytes(config, steps)
+    if config.train.offload_activations:
+        kept = min(kept, 2 * count_step_bytes(config))  # on their way out, or back
+    return kept + ends + count_remade_bytes(config, steps)
 
-    Recompute keeps the input of every step and, at the peak, everything of one step. Values that
-    later steps read are kept in both. With tensor parallelism: those of one of its ranks.
-    """
-    ends = 2 * count_stream_bytes(config)  # input and output of the final norm
-    ends += count_memory_bytes(config)
-    kept = count_kept_bytes(config, steps, recompute=False) + ends
-    if not any(step.grad for step in steps):
-        return kept, kept
-    recomputed = count_kept_bytes(config, steps, recompute=True) + ends
-    share = count_span(config) / config.num_positions  # One chunk at a time is made again.
-    return kept, recomputed + round(count_step_bytes(config) * share)
+
+def count_remade_bytes(config: Config, steps: LayerMap) -> int:
+    """Return the maximum bytes per token that backward makes again at a time: all that a step
+    keeps, or what `selective` leaves out of it; 0 if it makes nothing again."""
+    graded = [step for step in steps if step.grad]
+    share = count_span(config) / config.num_positions  # one chunk at a time is recomputed
+    if any(config.train.recomputes(step.loop_index) for step in graded):
+        return round(count_step_bytes(config, selective=False) * share)
+    if config.train.recompute == "selective" and graded:
+        whole = count_step_bytes(config, selective=False)
+        return round((whole - count_step_bytes(config)) * share)
+    return 0
+
+
+def with_recompute(config: Config, policy: Recompute) -> Config:
+    """Return the config with another policy of `train.recompute`."""
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"recompute": policy})}
+    )
 
 
 def count_stream_bytes(config: Config) -> int:
-    """Bytes per token of the residual stream on one tensor-parallel rank."""
+    """Return bytes per token of the residual stream on one tensor-parallel rank."""
     parallel = config.parallel
     shares = parallel.tensor if parallel.sequence_parallel else 1
     return config.model.hidden_size * element_bytes(config) // shares
 
 
-def count_kept_bytes(config: Config, steps: LayerMap, recompute: bool) -> int:
-    """Bytes per token that these steps keep from their forward until their backward pass: all that
-    it needs, or with recompute the inputs of the steps. Final norm and head are left out."""
+def count_end_bytes(config: Config) -> int:
+    """Return bytes per token that backward needs after the last step: input and output of the final
+    norm, or the head's input."""
+    return (2 if config.has_final_norm else 1) * count_stream_bytes(config)
+
+
+def count_kept_bytes(config: Config, steps: LayerMap) -> int:
+    """Return bytes per token that these steps keep from forward to backward, by the policy of
+    `train.recompute`: the inputs of recomputed steps, all that backward needs of others. Final norm
+    and head are excluded."""
     stream = count_stream_bytes(config)
-    graded = [step for step in steps if step.grad]
-    mixed = count_mixture_bytes(config) * len(graded)
-    written = stream * sum(len(step.writes) for step in steps)
-    if recompute:
-        return stream * len(graded) + written + mixed
+    kept = stream * sum(len(step.writes) for step in steps)
     pair = 2 * stream if has_injection(config) else 0
-    joined = pair * sum(bool(step.reads) for step in graded)
-    return (count_step_bytes(config) - pair) * len(graded) + joined + written + mixed
+    for step in steps:
+        if not step.grad:
+            continue
+        again = config.train.recomputes(step.loop_index)
+        kept += count_mixture_bytes(config, again)
+        if again:
+            kept += stream
+        else:
+            kept += count_step_bytes(config) - pair + (pair if step.reads else 0)
+    return kept
 
 
-def count_mixture_bytes(config: Config) -> int:
-    """Bytes per token that one step of halting keeps beside the block, whether the block recomputes
-    or not: the state that it offers, what the head read and made, and of token-level halting the
+def count_mixture_bytes(config: Config, recomputed: bool) -> int:
+    """Return bytes per token that one step of halting keeps beside a block, recomputed or not: the
+    state it offers, the head's input and output, and for token-level halting the
     mixture that attention reads."""
     halting = config.halting
     if halting is None:
@@ -430,26 +522,63 @@ def count_mixture_bytes(config: Config) -> int:
     if halting.mode == "token" or config.model.causal:
         own = 0 if halting.mode == "token" and not halting.transition else 1 + halting.transition
         kept += element * (own + 2)
-    if halting.mode == "token" and not config.train.recompute:
-        kept += 2 * element
+    if halting.mode == "token":  # The mixture's norm too, unless it is made again.
+        kept += (1 if recomputed or config.train.recompute == "selective" else 2) * element
     return kept * config.model.hidden_size
 
 
-def count_step_bytes(config: Config) -> int:
-    """Bytes per token that one step keeps at most, what is injected included."""
+def count_step_bytes(config: Config, selective: bool | None = None) -> int:
+    """Return the maximum bytes per token that one step keeps, injection included.
+
+    Args:
+        config: the run.
+        selective: leave out what `train.recompute: selective` makes again; None: as the config
+            says.
+    """
     model, parallel = config.model, config.parallel
-    kept = count_kept_elements(model, count_span(config), parallel) + count_rank(config)
-    if "feed_forward" in signal_names(config):  # The sum that enters, beside the stream.
-        kept += model.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
-    kept = (kept + count_read_elements(config)) * element_bytes(config)
-    scores = 4 * model.num_heads // parallel.tensor  # logsumexp of the scores, fp32
+    shares = parallel.tensor if parallel.sequence_parallel else 1
+    span = count_span(config) if config.train.attention == "dense" else 0
+    kept = count_kept_elements(model, span, parallel) + count_rank(config)
+    if "feed_forward" in signal_names(config):  # the input sum, beside the stream
+        kept += model.hidden_size // shares
+    kept += count_read_elements(config)
+    if config.train.recompute == "selective" if selective is None else selective:
+        kept -= count_cheap_elements(config)
+    heads = model.num_heads // parallel.tensor
+    scores = 4 * heads  # logsumexp of the scores, fp32
     scores *= 2 if config.temporal is not None else 1
-    return kept + scores + (2 * count_stream_bytes(config) if has_injection(config) else 0)
+    if span and (model.attention_dropout or model.attention_softcap is not None):
+        scores = heads * span * bool(model.attention_dropout)  # masks of dropout
+    if model.dropout:
+        scores += (2 if config.temporal is None else 3) * model.hidden_size // shares
+    injected = 2 * count_stream_bytes(config) if has_injection(config) else 0
+    return kept * element_bytes(config) + scores + injected
+
+
+def count_cheap_elements(config: Config) -> int:
+    """Return elements per token of a step that `train.recompute: selective` does not keep: outputs
+    of norms, activations and, after norms of heads, rotations.
+
+    Under sequence parallelism, products read gathered outputs of norms, which are kept.
+    """
+    model, parallel, tp = config.model, config.parallel, config.parallel.tensor
+    whole = not parallel.sequence_parallel
+    norms = 0.0 if model.norm_position == "output" else 2.0 * whole
+    if model.norm_position == "sandwich":  # inputs of the inner norms are outputs of others
+        norms += 2.0 if whole else 2.0 / tp
+    if config.temporal is not None:
+        norms += 1.0
+    cheap = round(norms * model.hidden_size) + model.ffn_hidden_size // tp
+    if model.gate_hidden_size is not None:
+        cheap += model.gate_hidden_size // tp
+    if model.qk_norm:
+        cheap += (model.num_heads + max(model.num_kv_heads, tp)) // tp * model.head_dim
+    return cheap
 
 
 def count_deferred_bytes(config: Config, steps: LayerMap) -> int:
-    """Bytes per token between the backward pass of these steps' inputs and that of their weights:
-    what went into every product, and the gradient of what came out. The head is left out."""
+    """Return bytes per token kept between the backward pass of these steps' inputs and that of
+    their weights: every product's input and output gradient. The head is excluded."""
     model, tp = config.model, config.parallel.tensor
     queries = model.num_heads // tp * model.head_dim
     keys = max(model.num_kv_heads // tp, 1) * model.head_dim
@@ -461,55 +590,63 @@ def count_deferred_bytes(config: Config, steps: LayerMap) -> int:
         entered += model.hidden_size + model.gate_hidden_size // tp
         left += model.hidden_size + model.gate_hidden_size // tp
     graded = [step for step in steps if step.grad]
-    # Of an adapter, what A gave and the gradient of that.
+    # the adapter's A output and its gradient
     each = entered + left + 2 * count_rank(config)
     injections = sum(bool(step.reads) for step in graded) if has_injection(config) else 0
     elements = each * len(graded) + 3 * model.hidden_size * injections
     return elements * element_bytes(config)
 
 
-def count_kept_elements(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> int:
-    """Elements per token that one step keeps for backward on one tensor-parallel rank, attention
-    scores not materialised."""
+def count_kept_elements(model: ModelConfig, span: int, parallel: ParallelConfig) -> int:
+    """Return elements per token that one step keeps for backward on one tensor-parallel rank.
+
+    Args:
+        model: shapes.
+        span: keys of each token whose weights are kept if no fused kernel computes them; 0: none.
+        parallel: size of the tensor-parallel group.
+    """
     tp = parallel.tensor
     queries = model.num_heads // tp * model.head_dim
     keys = max(model.num_kv_heads // tp, 1) * model.head_dim
-    inputs = 2  # of two norms; their outputs are gathered where sequences are cut
+    inputs = 2  # inputs of two norms; their outputs are gathered under sequence parallelism
     if model.norm_position in ("sandwich", "peri"):
-        inputs += 2  # what the output norms normalise; their own outputs are only added
+        inputs += 2  # inputs of the output norms; their outputs are only added
     if model.parallel_residual:
-        inputs -= 1  # both have the same
+        inputs -= 1  # both share one input
     norms = 2 + inputs / (tp if parallel.sequence_parallel else 1)
-    attention = 2 * queries + 2 * keys  # q, k, v and the output's input
+    attention = 2 * queries + 2 * keys  # q, k, v and the output projection's input
     if model.qk_norm:
-        attention += queries + keys  # before their norms
+        attention += queries + keys  # inputs of the head norms
     feed_forward = (3 if model.gated else 2) * model.ffn_hidden_size // tp
-    if model.gate_hidden_size is not None:  # Around its GELU; the gate, and what it lets through.
+    # Input and output of its GELU; the gate and the gated value.
+    if model.gate_hidden_size is not None:
         feed_forward += 2 * model.gate_hidden_size // tp + 2 * model.hidden_size
     heads = model.num_heads // tp
-    # The math path: weights, and what dropout makes of them; before them tanh's output.
+    # The dense path keeps the weights, and those after dropout; before them tanh's output.
     matrices = 2 if model.attention_dropout else 0
     if model.attention_softcap is not None:
         matrices = max(matrices, 1) + 1
-    scores = matrices * heads * seq_length
+    scores = matrices * heads * span
     return round(norms * model.hidden_size) + attention + feed_forward + scores
 
 
 def count_read_elements(config: Config) -> int:
-    """Elements per token that one step keeps for backward of reading the temporal memory: what is
-    normed and what comes of it, queries and what they read; of the slots norms, keys, values."""
+    """Return elements per token that one step keeps for backward of reading the temporal memory:
+    input and output of the norm, queries and read values; norms, keys and values of the slots."""
     model, tp = config.model, config.parallel.tensor
     if config.temporal is None:
         return 0
     queries = model.num_heads // tp * model.head_dim
     keys = max(model.num_kv_heads // tp, 1) * model.head_dim
-    matrices = 2 * config.temporal.num_slots * model.num_heads // tp * bool(model.attention_dropout)
+    keeps_weights = config.train.attention == "dense" and model.attention_dropout > 0.0
+    matrices = 2 * config.temporal.num_slots * model.num_heads // tp * keeps_weights
     slots = count_slots_per_token(config) * (model.hidden_size + 2 * keys)
     return round(2 * model.hidden_size + 2 * queries + matrices + slots)
 
 
 def count_memory_bytes(config: Config) -> int:
-    """Bytes per token that writing the temporal memory keeps for backward; 0 without one."""
+    """Return bytes per token that writing the temporal memory keeps for backward; 0 without
+    memory."""
     temporal, model, tp = config.temporal, config.model, config.parallel.tensor
     if temporal is None:
         return 0
@@ -522,8 +659,8 @@ def count_memory_bytes(config: Config) -> int:
 
 
 def count_rank(config: Config) -> int:
-    """Channels between the factors of all adapters and level signals of one step of the map."""
-    # The factors that take what enters.
+    """Return the channels between the factors of all adapters and level signals of one step."""
+    # the factors applied to the block's input
     pairs = (
         spec
         for spec in build_inventory(config).values()
@@ -537,7 +674,7 @@ def count_rank(config: Config) -> int:
 
 
 def has_injection(config: Config) -> bool:
-    """Whether what the map reads goes through a learned matrix."""
+    """Return True if a learned matrix transforms what the map reads."""
     return injection_block(config.recurrence) is not None
 
 
@@ -545,12 +682,12 @@ def has_injection(config: Config) -> bool:
 
 
 def count_tokens_per_step(config: Config) -> int:
-    """Tokens of one optimizer step over all processes."""
+    """Return the tokens of one optimizer step over all processes."""
     return config.train.global_batch_size * config.tokens_per_sample
 
 
 def count_total_tokens(config: Config) -> int:
-    """Tokens of the whole run."""
+    """Return the tokens of the whole run."""
     return config.train.steps * count_tokens_per_step(config)
 
 
@@ -560,10 +697,10 @@ def _vocab_size(config: Config) -> int:
 
 
 def parameter_bytes(config: Config) -> int:
-    """Bytes of an element of parameters, gradients and moments."""
+    """Return the bytes of one element of parameters, gradients and moments."""
     return 8 if config.train.precision == "fp64" else 4
 
 
 def element_bytes(config: Config) -> int:
-    """Bytes of an element of activations."""
+    """Return the bytes of one element of activations."""
     return {"fp64": 8, "fp32": 4, "bf16": 2}[config.train.precision]

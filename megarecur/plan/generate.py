@@ -1,8 +1,8 @@
-"""Makers of orders: the closed forms of the literature, and a greedy one for any walk.
+"""Generators of pipeline orders: the closed forms of the literature, and a greedy one for any walk.
 
-Closed forms give the operations of every rank without their messages (`order.add_messages` adds
-them), or None where the walk does not suit them; the greedy one gives the whole order. Any number
-of micro batches will do. Stages without a backward pass keep their place and run forward only.
+Closed forms return the operations of every rank without messages (`order.add_messages` adds them),
+or None if the walk does not suit them; the greedy generator returns the whole order. Any number of
+micro batches is allowed. Stages without a backward pass keep their place and run forward only.
 """
 
 from __future__ import annotations
@@ -11,30 +11,27 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from megarecur.plan.order import Computes, Kind, Op, Order, count_ranks, play
+from megarecur.plan.order import Computes, Kind, Op, PipelineOrder, StageCost, count_ranks, play
 from megarecur.plan.walk import Walk
-
-if TYPE_CHECKING:
-    from megarecur.plan.simulate import StageCost
 
 # --------------------------------------------------------------------------------- closed forms
 
 
 def one_f_one_b(walk: Walk, num_microbatches: int) -> Computes | None:
-    """1F1B (Narayanan et al. 2019): walks that visit the ranks 0..p-1 once. At most p in flight."""
+    """Return 1F1B (Narayanan et al. 2019), for walks that visit ranks 0..p-1 once; at most p in
+    flight."""
     if count_loops(walk) != 1:
         return None
     return _run_loops(walk, num_microbatches, warm_hops=1)
 
 
 def interleaved(walk: Walk, num_microbatches: int) -> Computes | None:
-    """Interleaved 1F1B (Narayanan et al. 2021): walks 0..p-1 0..p-1 ..., twice or more.
+    """Return interleaved 1F1B (Narayanan et al. 2021), for walks 0..p-1 0..p-1 ..., twice or more.
 
-    Micro batches go in rounds of p through one stage of a rank, then through its next. Where p does
-    not divide their number, the order is that of the next multiple of p without the operations of
-    those that do not exist.
+    Micro batches go in rounds of p through one stage of a rank, then through its next. If p does
+    not divide their number, the order is that of the next multiple of p, without the operations of
+    the extra micro batches.
     """
     if (count_loops(walk) or 0) < 2:
         return None
@@ -42,10 +39,10 @@ def interleaved(walk: Walk, num_microbatches: int) -> Computes | None:
 
 
 def interleaved_zero_bubble(walk: Walk, num_microbatches: int) -> Computes | None:
-    """ZB1P (Qi et al. 2023), interleaved: walks 0..p-1, once or more; I and W apart.
+    """Return interleaved ZB1P (Qi et al. 2023), for walks 0..p-1, once or more, with I and W apart.
 
-    Rank r keeps W back by r operations, to fill the time in which it would wait. Rounds are those
-    of `interleaved`; a walk of one loop gives ZB-H1.
+    Rank r delays W by r operations to fill the time in which it would wait. Rounds are those of
+    `interleaved`; a walk of one loop gives ZB-H1.
     """
     if count_loops(walk) is None:
         return None
@@ -53,10 +50,10 @@ def interleaved_zero_bubble(walk: Walk, num_microbatches: int) -> Computes | Non
 
 
 def zbv(walk: Walk, num_microbatches: int) -> Computes | None:
-    """ZB-V (Qi et al. 2024): walks 0..p-1 p-1..0 in 2p stages; I and W apart.
+    """Return ZB-V (Qi et al. 2024), for walks 0..p-1 p-1..0 in 2p stages, with I and W apart.
 
     The tip of the V must be cut into two stages of rank p-1, see `walk.cuts_for_v`. Fewer than 2p-1
-    micro batches run as the first of so many.
+    micro batches run as the first ones of 2p-1.
     """
     ranks = count_ranks(walk)
     down = list(range(ranks))
@@ -69,7 +66,7 @@ def zbv(walk: Walk, num_microbatches: int) -> Computes | None:
 
 
 def count_loops(walk: Walk) -> int | None:
-    """How many times a walk visits the ranks 0..p-1 in turn; None if it does otherwise."""
+    """Return how many times a walk visits ranks 0..p-1 in turn; None if it does otherwise."""
     ranks = count_ranks(walk)
     if len(walk) % ranks or any(stage.rank != stage.index % ranks for stage in walk):
         return None
@@ -77,7 +74,8 @@ def count_loops(walk: Walk) -> int | None:
 
 
 def _run_loops(walk: Walk, num_microbatches: int, warm_hops: int, split: bool = False) -> Computes:
-    """1F1B over walks of loops; `warm_hops`: extra forward passes first, per rank yet to come."""
+    """Return 1F1B over walks of loops; `warm_hops` adds forward passes first, per remaining
+    rank."""
     ranks, loops = count_ranks(walk), count_loops(walk)
     assert loops is not None
     back: Kind = "I" if split else "B"
@@ -104,7 +102,7 @@ def _run_loops(walk: Walk, num_microbatches: int, warm_hops: int, split: bool = 
 
 
 def _run_v(rank: int, ranks: int, num_microbatches: int) -> list[Op]:
-    """ZB-V on one rank, its two stages written as the way down and the way up."""
+    """Return ZB-V on one rank, with its two stages written as the way down and the way up."""
     down, up = rank, 2 * ranks - 1 - rank
     done: dict[tuple[Kind, int], int] = defaultdict(int)
     ops: list[Op] = []
@@ -138,7 +136,7 @@ def _run_v(rank: int, ranks: int, num_microbatches: int) -> list[Op]:
 
 
 def _keep_real(ops: Sequence[Op], walk: Walk, num_microbatches: int) -> list[Op]:
-    """Without micro batches that only rounded up their number, and passes that stages lack."""
+    """Remove micro batches that only rounded up their number, and passes that stages lack."""
     return [
         op
         for op in ops
@@ -158,22 +156,19 @@ def greedy(
     alternate: bool = False,
     in_flight: float | None = None,
     room: Sequence[float] | None = None,
-) -> Order | None:
-    """An order for any walk, messages included: an idle rank takes the best that it can begin.
+) -> PipelineOrder | None:
+    """Return an order for any walk, with messages: an idle rank takes the best available operation.
 
     Backward passes come first, then forward passes, then W; of forward passes those of the oldest
     round of p micro batches, and of these the deepest.
 
     Args:
-        walk: any.
-        num_microbatches: at least 1.
-        costs: by stage.
         split: run I and W in place of B.
         alternate: forward passes come first right after a backward pass, as in 1F1B. That is better
-            where hops take time, and where there is only B.
-        in_flight: activations that a rank may keep at once, in those that one micro batch leaves
-            there. Left out: all.
-        room: the same in bytes, by rank. None is returned where one micro batch does not fit.
+            if hops take time, and without split.
+        in_flight: limit on the activations that a rank keeps at once, in units of one micro
+        batch's. None means no limit.
+        room: the limit in bytes, by rank. The result is None if one micro batch does not fit.
     """
     agenda = GreedyAgenda(walk, costs, split, alternate, in_flight, room)
     if any(agenda.room[rank] + agenda.slack < whole for rank, whole in enumerate(agenda.whole)):
@@ -182,10 +177,10 @@ def greedy(
 
 
 class GreedyAgenda:
-    """What ranks take where nobody has written it down.
+    """An agenda that picks the most urgent operation that fits in memory.
 
-    A rank may begin a forward pass if what it keeps, and what this micro batch will still leave on
-    it, fit together. So the deepest micro batch can always go on, and no rank waits for ever.
+    A rank may start a forward pass if its kept activations and those that this micro batch will
+    still add fit together. So the deepest micro batch can always continue, and no rank deadlocks.
     """
 
     def __init__(
@@ -204,7 +199,7 @@ class GreedyAgenda:
             defaultdict(list) for _ in range(self.ranks)
         ]
         self.rank_of = [stage.rank for stage in walk]
-        # What a stage keeps from F until the end of I (or B), and from there until W has run.
+        # Bytes that a stage keeps from F until the end of I (or B), and from there until W has run.
         sized = any(
             costs[s.index].activation or costs[s.index].deferred for s in walk if s.backward
         )
@@ -213,7 +208,7 @@ class GreedyAgenda:
             max(float(cost.activation) if sized else 1.0, late) if stage.backward else 0.0
             for stage, cost, late in zip(walk, costs, self.deferred, strict=True)
         ]
-        # What one micro batch keeps on the stage's rank from this stage on.
+        # Bytes that one micro batch keeps on the stage's rank from this stage on.
         self.ahead = [
             sum(self.kept[s.index] for s in walk[stage.index :] if s.rank == stage.rank)
             for stage in walk
@@ -225,17 +220,17 @@ class GreedyAgenda:
         if room is not None and sized:
             self.room = [min(pair) for pair in zip(self.room, room, strict=True)]
         self.slack = 1e-9 * max(self.whole)
-        # First stages may keep little: this bounds what later ones would have to receive early.
+        # First stages may keep little; this bounds what later ones would have to receive early.
         self.most = math.inf if in_flight is None else math.ceil(2 * in_flight)
         self.begun = self.ended = 0
         self.final = min(stage.index for stage in walk if stage.backward)
 
     def offer(self, rank: int, op: Op) -> None:
-        """Queue it."""
+        """Queue the operation."""
         heapq.heappush(self.queues[rank][op.kind, op.stage], op.microbatch)
 
     def take(self, rank: int) -> Op | None:
-        """The best that fits."""
+        """Return the most urgent operation that fits."""
         urgent: Kind = "F" if self.alternate and self.last[rank] == "B" else "B"
         best = min(
             (
@@ -262,7 +257,7 @@ class GreedyAgenda:
         return not kept or self.room[rank] + self.slack >= self.ahead[stage]
 
     def end(self, op: Op) -> None:
-        """Give back the room that it frees."""
+        """Release the memory that the operation frees."""
         kind, stage, _ = op
         if kind in ("B", "I"):
             self.room[self.rank_of[stage]] += self.kept[stage] - self.deferred[stage]
@@ -275,4 +270,4 @@ URGENCY: dict[Kind, dict[Kind, int]] = {
     "B": {"B": 0, "F": 1, "W": 2},
     "F": {"F": 0, "B": 1, "W": 2},
 }
-"""What comes before what, by what comes first."""
+"""Priority of each kind, by the kind that comes first."""

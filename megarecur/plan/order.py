@@ -1,17 +1,17 @@
-"""The order: what every pipeline rank does, one operation after the other.
+"""Pipeline orders: the sequence of operations of every pipeline rank.
 
 Operations name a stage of the walk and a micro batch:
 
-    F   forward                         B   backward, whole
-    I   backward, inputs only           W   backward, the weights that I left
-    SEND_F, RECV_F   activations: from stage s, to stage s (from s - 1)
-    SEND_B, RECV_B   gradients of activations: from stage s (to s - 1), to stage s (from s + 1)
+    F forward B backward, complete I backward, inputs only W backward, the weights that I left
+    SEND_F, RECV_F activations: from stage s, to stage s (from s - 1) SEND_B, RECV_B gradients of
+    activations: from stage s (to s - 1), to stage s (from s + 1)
 
 Per pair of ranks and direction, sends and receives come in the same order.
 
-A forward pass needs that of the stage before. A backward pass needs its own forward pass, that of
-the stage after where a gradient comes from there, and those of all later stages of its own rank,
-which hand over the gradients of values that they read. W needs I. `plan/generate.py` makes orders.
+A forward pass needs that of the previous stage. A backward pass needs its own forward pass, the
+backward pass of the next stage if a gradient comes from there, and those of all later stages on its
+rank, which pass on the gradients of values they read. W needs I. `plan/generate.py` generates
+orders.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from __future__ import annotations
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import xxhash
 
 from megarecur.plan.walk import Walk
-
-if TYPE_CHECKING:
-    from megarecur.plan.simulate import StageCost
 
 Kind = Literal["F", "B", "I", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B"]
 
@@ -43,20 +41,43 @@ class Op(NamedTuple):
         return f"{self.kind}{self.stage}.{self.microbatch}"
 
 
-Order = tuple[tuple[Op, ...], ...]
-"""By pipeline rank."""
+PipelineOrder = tuple[tuple[Op, ...], ...]
+"""The operations of each pipeline rank."""
 
 Computes = Sequence[Sequence[Op]]
 """An order without its messages: F, B, I and W by pipeline rank."""
 
 
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """Costs of one stage for one micro batch; times in any one unit, sizes in bytes."""
+
+    forward: float
+    inputs: float
+    """Time of the backward pass of the inputs (I), recompute included."""
+    weights: float
+    """Time of the backward pass of the weights (W). A complete backward (B) takes both."""
+    hop: float = 0.0
+    """Time for the activations to reach the next stage, or their gradient to come back."""
+    activation: int = 0
+    """Bytes kept from F until B or I has run."""
+    deferred: int = 0
+    """Bytes kept from I until W has run."""
+
+    def duration(self, kind: Kind) -> float:
+        """Return the time of F, B, I or W; messages take no time of their rank."""
+        if kind == "B":
+            return self.inputs + self.weights
+        return {"F": self.forward, "I": self.inputs, "W": self.weights}.get(kind, 0.0)
+
+
 def count_ranks(walk: Walk) -> int:
-    """Pipeline ranks that a walk visits."""
+    """Return the number of pipeline ranks that a walk visits."""
     return 1 + max(stage.rank for stage in walk)
 
 
 def find_backward_needs(walk: Walk) -> list[tuple[int, ...]]:
-    """By stage: the stages whose backward passes its own waits for, others following from them."""
+    """Return, by stage, the stages whose backward passes it directly waits for."""
     needs: list[tuple[int, ...]] = []
     for stage in walk:
         after = walk[stage.index + 1 :]
@@ -74,11 +95,11 @@ PARTNERS: dict[Kind, tuple[Kind, int]] = {
     "SEND_B": ("RECV_B", -1),
     "RECV_B": ("SEND_B", 1),
 }
-"""The other end of a message: its kind, and its stage counted from here."""
+"""The other end of a message: its kind, and its stage relative to this one."""
 
 
 def find_partner(op: Op) -> Op | None:
-    """The receive of a send, the send of a receive; None for F, B, I and W."""
+    """Return the receive of a send or the send of a receive; None for F, B, I and W."""
     if op.kind not in PARTNERS:
         return None
     kind, away = PARTNERS[op.kind]
@@ -86,7 +107,7 @@ def find_partner(op: Op) -> Op | None:
 
 
 def find_messages(op: Op, walk: Walk) -> tuple[Op, Op] | None:
-    """The send and the receive that follow an operation; None where nothing leaves its rank."""
+    """Return the send and receive that follow an operation; None if nothing leaves its rank."""
     stage, (kind, index, microbatch) = walk[op.stage], op
     if kind == "F" and index + 1 < len(walk) and walk[index + 1].rank != stage.rank:
         return Op("SEND_F", index, microbatch), Op("RECV_F", index + 1, microbatch)
@@ -95,8 +116,8 @@ def find_messages(op: Op, walk: Walk) -> tuple[Op, Op] | None:
     return None
 
 
-def order_hash(order: Order) -> str:
-    """A short name of an order, the same in every process: 16 hexadecimal digits."""
+def order_hash(order: PipelineOrder) -> str:
+    """Return a short hash of an order, the same in every process: 16 hexadecimal digits."""
     text = "\n".join(" ".join(map(str, ops)) for ops in order)
     return xxhash.xxh3_64_hexdigest(text.encode())
 
@@ -105,31 +126,31 @@ def order_hash(order: Order) -> str:
 
 
 class Agenda(Protocol):
-    """What ranks do next. A backward pass is called B here, whether it will be whole or not."""
+    """The source of each rank's next operation. B stands for a backward pass, complete or split."""
 
     def offer(self, rank: int, op: Op) -> None:
-        """An F, B or W whose inputs have arrived."""
+        """Add an F, B or W whose inputs have arrived."""
 
     def take(self, rank: int) -> Op | None:
-        """What an idle rank begins now."""
+        """Return the operation that an idle rank starts now, or None."""
 
     def end(self, op: Op) -> None:
-        """An operation has ended."""
+        """Record that an operation has ended."""
 
 
 class FixedAgenda:
-    """Every rank follows a list."""
+    """An agenda in which every rank follows a list."""
 
     def __init__(self, computes: Computes) -> None:
         self.waiting = [list(reversed(ops)) for ops in computes]
         self.ready: set[Op] = set()
 
     def offer(self, rank: int, op: Op) -> None:
-        """Remember it."""
+        """Mark the operation as ready."""
         self.ready.add(op)
 
     def take(self, rank: int) -> Op | None:
-        """The next of the list, if it can begin."""
+        """Return the next operation of the list, if it can start."""
         if not self.waiting[rank]:
             return None
         op = self.waiting[rank][-1]
@@ -138,19 +159,22 @@ class FixedAgenda:
         return self.waiting[rank].pop()
 
     def end(self, op: Op) -> None:
-        """Nothing to do."""
+        """Do nothing: lists are fixed."""
 
 
-def add_messages(computes: Computes, walk: Walk, costs: Sequence[StageCost] | None = None) -> Order:
-    """The order that runs these operations, sends and receives included (any there are made anew).
+def add_messages(
+    computes: Computes, walk: Walk, costs: Sequence[StageCost] | None = None
+) -> PipelineOrder:
+    """Return the order that runs these operations, with sends and receives (existing ones are
+    replaced).
 
-    Operations are replayed by the clock (left out: each takes one unit of time, B two). When one
-    ends, its send goes to the end of what its rank has begun so far, and the receive to the end of
-    what the other rank has begun. So all ranks have messages in one global order, and no wait for
-    another in a circle, even where every send waits for its receive.
+    Operations are replayed in simulated time (without costs, each takes one unit, B two). When one
+    ends, its send is appended to the operations that its rank has started, and the receive to those
+    that the other rank has started. So messages have one global order on all ranks, and no cycle of
+    waits arises even if every send waits for its receive.
 
     Raises:
-        ValueError: operations that wait for each other in a circle, or for one that is missing.
+        ValueError: operations wait for each other in a cycle, or for a missing one.
     """
     computes = [[op for op in ops if op.kind not in PARTNERS] for ops in computes]
     agenda = FixedAgenda(computes)
@@ -158,16 +182,20 @@ def add_messages(computes: Computes, walk: Walk, costs: Sequence[StageCost] | No
     order = play(walk, microbatches, agenda, costs)
     stuck = [f"rank {rank} at {ops[-1]}" for rank, ops in enumerate(agenda.waiting) if ops]
     if stuck:
-        raise ValueError(f"operations in an order that cannot run: {', '.join(stuck)}")
+        raise ValueError(
+            f"operations in an order that cannot run: {', '.join(stuck)}; correct the order"
+        )
     return order
 
 
 def play(
     walk: Walk, microbatches: Iterable[int], agenda: Agenda, costs: Sequence[StageCost] | None
-) -> Order:
-    """Let ranks take operations from an agenda by the clock; write down what they did."""
+) -> PipelineOrder:
+    """Let ranks take operations from an agenda in simulated time; return what they did."""
     needs = find_backward_needs(walk)
-    fed_by: list[list[int]] = [[] for _ in walk]  # by stage: whose backward passes wait for its own
+    fed_by: list[list[int]] = [
+        [] for _ in walk
+    ]  # by stage: stages whose backward waits for its own
     for index, stages in enumerate(needs):
         for other in stages:
             fed_by[other].append(index)
@@ -175,13 +203,13 @@ def play(
     lists: list[list[Op]] = [[] for _ in range(ranks)]
     idle, awake = [True] * ranks, set(range(ranks))
     arrived: Counter[Op] = Counter()
-    # (time, number, operation, whether it ends or an input of it arrives)
+    # (time, number, operation, whether it ends or one of its inputs arrives)
     events: list[tuple[float, int, Op, bool]] = []
     number = count()
     clock, together = 0.0, 1e-9 * max(_duration(Op("B", s.index, 0), costs) for s in walk)
 
     def arrive(op: Op, source: int) -> None:
-        """An input of `op` leaves stage `source`: it is there after the hop between them."""
+        """Send an input of `op` from stage `source`; it arrives after the hop between them."""
         away = walk[op.stage].rank != walk[source].rank
         delay = costs[min(op.stage, source)].hop if costs and away else 0.0
         heapq.heappush(events, (clock + delay, next(number), op, False))
@@ -241,11 +269,12 @@ def _duration(op: Op, costs: Sequence[StageCost] | None) -> float:
 # ----------------------------------------------------------------------------------- validation
 
 
-def validate_order(order: Order, walk: Walk, num_microbatches: int) -> list[str]:
-    """What is wrong with an order; nothing where it may run.
+def validate_order(order: PipelineOrder, walk: Walk, num_microbatches: int) -> list[str]:
+    """Return the problems of an order; empty if it can run.
 
-    Every operation once, on its rank, after what it needs; sends and receives of every pair of
-    ranks alike; and it comes to its end where a send ends only when its receive is reached.
+    Every operation must run once, on its rank, after the operations it needs; sends and receives of
+    each pair of ranks must match; and the order must finish if each send ends only when its receive
+    is reached.
     """
     problems = _check_complete(order, walk, num_microbatches)
     if not problems:
@@ -253,7 +282,7 @@ def validate_order(order: Order, walk: Walk, num_microbatches: int) -> list[str]
     return problems or _check_rendezvous(order, walk)
 
 
-def _check_complete(order: Order, walk: Walk, num_microbatches: int) -> list[str]:
+def _check_complete(order: PipelineOrder, walk: Walk, num_microbatches: int) -> list[str]:
     found = Counter((rank, op) for rank, ops in enumerate(order) for op in ops)
     expected: set[tuple[int, Op]] = set()
     for stage in walk:
@@ -277,8 +306,8 @@ def _check_complete(order: Order, walk: Walk, num_microbatches: int) -> list[str
     return problems
 
 
-def _check_needs(order: Order, walk: Walk) -> list[str]:
-    """On every rank, what an operation needs comes before it."""
+def _check_needs(order: PipelineOrder, walk: Walk) -> list[str]:
+    """Check that the operations each operation needs precede it on every rank."""
     needs, problems = find_backward_needs(walk), []
     for rank, ops in enumerate(order):
         done: set[Op] = set()
@@ -292,7 +321,7 @@ def _check_needs(order: Order, walk: Walk) -> list[str]:
 
 
 def _list_needs(op: Op, walk: Walk, needs: Sequence[Sequence[int]]) -> list[Op]:
-    """What must have run on the rank of an operation before it; B stands for I as well."""
+    """Return the operations that must precede an operation on its rank; B stands for I as well."""
     kind, index, microbatch = op
 
     def here(other: int) -> bool:
@@ -309,8 +338,9 @@ def _list_needs(op: Op, walk: Walk, needs: Sequence[Sequence[int]]) -> list[Op]:
     return [op._replace(kind=before[kind])] if kind in before else []
 
 
-def _check_pairs(order: Order, walk: Walk) -> list[str]:
-    """Per pair of ranks, messages are received in the order in which they are sent."""
+def _check_pairs(order: PipelineOrder, walk: Walk) -> list[str]:
+    """Check that messages of each pair of ranks are received in the order in which they are
+    sent."""
     sent: dict[tuple[int, int], list[Op]] = defaultdict(list)
     received: dict[tuple[int, int], list[Op]] = defaultdict(list)
     for rank, ops in enumerate(order):
@@ -332,8 +362,8 @@ def _check_pairs(order: Order, walk: Walk) -> list[str]:
     return problems
 
 
-def _check_rendezvous(order: Order, walk: Walk) -> list[str]:
-    """A replay in which sends and receives wait for each other."""
+def _check_rendezvous(order: PipelineOrder, walk: Walk) -> list[str]:
+    """Check that a replay finishes in which sends and receives wait for each other."""
     position = [0] * len(order)
     pending = list(range(len(order)))
     while pending:
@@ -345,7 +375,7 @@ def _check_rendezvous(order: Order, walk: Walk) -> list[str]:
                 continue
             other = walk[partner.stage].rank
             if order[other][position[other] : position[other] + 1] != (partner,):
-                break  # The other rank comes back here when it has reached this message.
+                break  # The other rank returns here when it has reached this message.
             position[rank] += 1
             position[other] += 1
             pending.append(other)
@@ -354,4 +384,4 @@ def _check_rendezvous(order: Order, walk: Walk) -> list[str]:
         for rank, ops in enumerate(order)
         if position[rank] < len(ops)
     ]
-    return [f"all wait for each other: {', '.join(stuck)}"] if stuck else []
+    return [f"all ranks wait for each other: {', '.join(stuck)}"] if stuck else []

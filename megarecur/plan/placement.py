@@ -1,6 +1,6 @@
-"""Where parameters live: a partition of blocks over pipeline ranks. One owner per block.
+"""Placement of parameters: a partition of blocks over pipeline ranks, with one owner per block.
 
-A block costs what it executes: its uses, not its size. Neighbours by number stay together.
+The cost of a block is its executed FLOPs (uses), not its size. Neighbouring blocks stay together.
 """
 
 from __future__ import annotations
@@ -10,9 +10,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.errors import PlacementError
-from megarecur.plan.cost import count_head_flops, count_state_bytes, count_step_flops
+from megarecur.plan.cost import (
+    count_head_flops,
+    count_state_bytes,
+    count_step_flops,
+    is_chunked,
+)
 from megarecur.recurrence.depth import count_depths, is_sampled
 from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_with_embedding
 from megarecur.recurrence.layer_map import LayerMap
@@ -24,48 +29,90 @@ POOR = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The pipeline rank of every block, of the embedding, and of the final norm with the head."""
+    """Pipeline rank of every block, of the embedding, and of the final norm with the head."""
 
     ranks: int
     owners: tuple[int, ...]
-    """By block."""
+    """Pipeline rank of each block."""
     embedding: int
     head: int
 
     def blocks(self, rank: int) -> tuple[int, ...]:
-        """The blocks that live on a rank."""
+        """Return the blocks that live on a rank."""
         return tuple(block for block, owner in enumerate(self.owners) if owner == rank)
 
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """How evenly a placement shares out the work."""
+    """The distribution of work by a placement."""
 
     loads: tuple[float, ...]
-    """FLOPs per token by rank, forward, backward and recompute, the head at its owner."""
+    """FLOPs per token of each rank: forward, backward and recompute, with the head at its owner."""
     efficiency: float
-    """The most that any order can keep the ranks busy, waiting at both ends left out."""
+    """Upper bound on how busy any order keeps the ranks, ignoring waits at both ends."""
     block: int
-    """The block that takes most on the rank that has most to do."""
+    """The most expensive block of the busiest rank."""
     advice: str
-    """What to do about a poor efficiency; "" where it is not."""
+    """The remedy for a poor efficiency; "" if it is good."""
 
 
 def place(config: Config, steps: LayerMap, *, memory_cap: int | None = None) -> Placement:
-    """The config's own placement, or the partition whose busiest rank has least to do.
+    """Return the config's own placement, or the partition that minimises the busiest rank's work.
 
     The embedding lives with the block of the first step, final norm and head with that of the last;
-    blocks from a step with `normalize` on to the end need the final norm and stay with it.
+    blocks from a step with `normalize` to the end need the final norm and share its rank.
 
     Args:
         config: with `parallel.pipeline` ranks and its vocabulary resolved.
-        steps: the layer map; where depth is sampled, work is the mean over the run.
-        memory_cap: bytes on each rank for parameters, gradients, moments and copies; a block's are
-            there once, however often it runs. Left out: no bound.
+        steps: the layer map; if depth is sampled, work is the mean over the run.
+        memory_cap: bytes on each rank for parameters, gradients, moments and copies; a block counts
+            once, however often it runs. None means no limit.
 
     Raises:
         PlacementError: blocks that must stay together do not fit, an early exit is not on the rank
-            of the head, or the memory does not do.
+        of the head, or the memory does not suffice.
+    """
+    placement = assign_blocks(config, steps, memory_cap)
+    if figures := find_exit_apart(steps, placement):
+        raise PlacementError(f"{EXIT_REASON}; {EXIT_REMEDY}".format_map(figures))
+    if memory_cap is not None:
+        bytes_of = weigh_blocks(config, steps)
+        for rank in range(placement.ranks):
+            size = bytes_of(placement.blocks(rank))
+            if size > memory_cap:
+                raise PlacementError(
+                    f"pipeline rank {rank} needs {size:,} bytes of parameters and optimizer "
+                    f"state, blocks {list(placement.blocks(rank))}, and has room for "
+                    f"{memory_cap:,}; raise parallel.pipeline or parallel.tensor, or set "
+                    "parallel.zero_stage to 1"
+                )
+    return placement
+
+
+EXIT_REASON = (
+    "exits: they come after block {block}, on pipeline rank {rank}, and the head lives with block "
+    "{last} on rank {head}"
+)
+EXIT_REMEDY = (
+    "place both blocks on one rank by parallel.placement, or make recurrence.depth a multiple of "
+    "recurrence.num_blocks"
+)
+
+
+def find_exit_apart(steps: LayerMap, placement: Placement) -> dict[str, object]:
+    """Return the figures of EXIT_REASON if an early exit is not on the rank of the head."""
+    for step in steps:
+        if step.exit and (rank := placement.owners[step.block]) != placement.head:
+            last = steps[-1].block
+            return {"block": step.block, "rank": rank, "last": last, "head": placement.head}
+    return {}
+
+
+def assign_blocks(config: Config, steps: LayerMap, memory_cap: int | None = None) -> Placement:
+    """Return the placement that `place` checks.
+
+    Raises:
+        PlacementError: blocks that must stay together do not fit.
     """
     ranks, units = config.parallel.pipeline, join_blocks(steps)
     owners = config.parallel.placement
@@ -75,45 +122,29 @@ def place(config: Config, steps: LayerMap, *, memory_cap: int | None = None) -> 
         apart = [unit for unit in units if len({owners[block] for block in unit}) > 1]
         if apart:
             raise PlacementError(
-                f"parallel.placement={list(owners)} parts blocks {list(apart[0])}; the final norm "
-                "comes before one of them, so all from there on stay with it: give them one rank"
+                f"parallel.placement={list(owners)} separates blocks {list(apart[0])}; the final "
+                "norm "
+                "precedes one of them, so all from there on share its rank: place them on one rank"
             )
     else:
         if ranks > len(units):
             raise PlacementError(
-                f"parallel.pipeline={ranks} is more than the {len(units)} part(s) that the blocks "
-                f"make, the last ones staying with the final norm; set it to at most {len(units)}"
+                f"parallel.pipeline={ranks} exceeds the {len(units)} part(s) that the blocks "
+                "form, the last ones sharing a rank with the final norm; set it to at most "
+                f"{len(units)}"
             )
         owners = _partition_blocks(config, steps, units, ranks, memory_cap)
-    placement = Placement(ranks, owners, owners[steps[0].block], owners[steps[-1].block])
-    for step in steps:
-        if step.exit and owners[step.block] != placement.head:
-            raise PlacementError(
-                f"exits: they come after block {step.block}, on pipeline rank "
-                f"{owners[step.block]}, and the head lives with block {steps[-1].block} on rank "
-                f"{placement.head}; give both blocks one rank by parallel.placement, or make "
-                "recurrence.depth a multiple of recurrence.num_blocks"
-            )
-    if memory_cap is not None:
-        bytes_of = weigh_blocks(config, steps)
-        for rank in range(ranks):
-            size = bytes_of(placement.blocks(rank))
-            if size > memory_cap:
-                raise PlacementError(
-                    f"pipeline rank {rank} would keep {size:,} bytes of parameters and optimizer "
-                    f"state, blocks {list(placement.blocks(rank))}, and has room for "
-                    f"{memory_cap:,}; raise parallel.pipeline or parallel.tensor, or set "
-                    "parallel.zero_stage to 1"
-                )
-    return placement
+    return Placement(ranks, owners, owners[steps[0].block], owners[steps[-1].block])
 
 
 def join_blocks(steps: LayerMap) -> list[tuple[int, ...]]:
-    """Blocks by what must share a rank: each by itself, but those after the final norm."""
+    """Return groups of blocks that must share a rank: single blocks, and those after the final
+    norm."""
     blocks = 1 + max(step.block for step in steps)
     normed = [i for i, step in enumerate(steps) if step.normalize]
     tail = [step.block for step in steps[normed[0] :]] if normed else [blocks - 1]
-    start, stop = min(tail), 1 + max(tail)  # Neighbours stay together, so what lies between too.
+    # Neighbours stay together, so everything in between does too.
+    start, stop = min(tail), 1 + max(tail)
     alone = [(block,) for block in range(blocks)]
     return [*alone[:start], tuple(range(start, stop)), *alone[stop:]]
 
@@ -125,7 +156,7 @@ def _partition_blocks(
     ranks: int,
     memory_cap: int | None = None,
 ) -> tuple[int, ...]:
-    """The owner of each block. Where no partition keeps within the memory, the smallest one."""
+    """Return the owner of each block; if no partition fits in memory, the smallest one."""
     costs, bytes_of = count_block_costs(config, steps), weigh_blocks(config, steps)
 
     def blocks_of(start: int, stop: int) -> list[int]:
@@ -156,17 +187,17 @@ def partition(
     ranks: int,
     fits: Callable[[int, int], bool] = lambda start, stop: True,
 ) -> tuple[int, ...] | None:
-    """Cut a row of parts into one run per rank such that the costliest run costs least.
+    """Split a row of parts into one run per rank so that the costliest run costs least.
 
     Args:
-        cost: of parts start to stop - 1.
+        cost: cost of parts start to stop - 1.
         parts: their number, at least `ranks`.
         ranks: number of runs, none of them empty.
-        fits: whether such a run may be.
+        fits: whether such a run is allowed.
 
     Returns:
-        Where each run ends, None if nothing fits. Of equal ones that with the least sum of squares,
-        then the one whose first runs are shorter.
+        The end of each run, or None if nothing fits. Ties go to the least sum of squares, then to
+        shorter first runs.
     """
     runs = {
         (start, stop): cost(start, stop)
@@ -187,10 +218,10 @@ def partition(
 
 
 def count_block_costs(config: Config, steps: LayerMap) -> list[float]:
-    """FLOPs per token that each block executes in training, the head counted with its owner.
+    """Return FLOPs per token that each block executes in training, the head counted with its owner.
 
-    A step costs its forward pass, with gradient twice as much again for the backward pass, and once
-    more where it is recomputed. Sampled depths: the mean over the run. A look-up is free.
+    A step costs its forward pass, twice as much for the backward pass if it has gradient, and once
+    more if it is recomputed. Sampled depths use the mean over the run. A look-up is free.
     """
     maps = [(1.0, steps)]
     if is_sampled(config.recurrence):
@@ -199,18 +230,20 @@ def count_block_costs(config: Config, steps: LayerMap) -> list[float]:
     costs = [0.0] * config.recurrence.num_blocks
     for share, some in maps:
         for step, flops in zip(some, count_step_flops(config, some), strict=True):
-            times = 3 + config.train.recompute if step.grad else 1
+            again = config.train.recomputes(step.loop_index)
+            times = 3 + again if step.grad else 1
             costs[step.block] += share * times * flops
     for share, some in maps:
-        exits = sum(step.exit for step in some[:-1])  # Four passes: logits are made again.
-        costs[steps[-1].block] += share * (3 + 4 * exits) * count_head_flops(config)
+        exits = sum(step.exit for step in some[:-1])  # four passes: logits are recomputed
+        passes = 3 + is_chunked(config) + 4 * exits
+        costs[steps[-1].block] += share * passes * count_head_flops(config)
     return costs
 
 
 def weigh_blocks(config: Config, steps: LayerMap) -> Callable[[Collection[int]], int]:
-    """A function from blocks to the bytes that a rank of these blocks keeps between steps.
+    """Return a function from blocks to the bytes that their rank keeps between steps.
 
-    Those of parameters, gradients, moments and copies, each block once. The embedding comes with
+    It counts parameters, gradients, moments and copies, each block once. The embedding comes with
     the first step's block, final norm and head with the last step's. A tied embedding whose two
     ends are on two ranks is on both.
     """
@@ -240,7 +273,7 @@ def weigh_blocks(config: Config, steps: LayerMap) -> Callable[[Collection[int]],
 
 
 def balance(config: Config, placement: Placement, steps: LayerMap) -> Balance:
-    """How evenly a placement shares out the work of the run."""
+    """Return how evenly a placement distributes the work of the run."""
     costs, units = count_block_costs(config, steps), join_blocks(steps)
 
     def efficiency_of(owners: Sequence[int], ranks: int) -> float:
@@ -259,13 +292,13 @@ def balance(config: Config, placement: Placement, steps: LayerMap) -> Balance:
         for ranks in range(min(placement.ranks, len(units)), 1, -1)
     }
     advice = (
-        f"parallel.pipeline={placement.ranks} keeps its ranks at most {efficiency:.0%} busy: of "
-        f"all work {max(loads) / sum(loads):.0%} is on one rank, "
+        f"parallel.pipeline={placement.ranks} keeps its ranks at most {efficiency:.0%} busy: "
+        f"{max(loads) / sum(loads):.0%} of the work is on one rank, "
         f"{costs[block] / sum(costs):.0%} in block {block}"
     )
     fewer = next((ranks for ranks, reached in reach.items() if reached >= POOR), 1)
     if reach.get(placement.ranks, 0.0) >= POOR:
-        advice += f"; leave parallel.placement out, which gives {reach[placement.ranks]:.0%}"
+        advice += f"; omit parallel.placement, which gives {reach[placement.ranks]:.0%}"
     elif fewer > 1:
         advice += f"; parallel.pipeline={fewer} would give {reach[fewer]:.0%}"
     else:

@@ -1,24 +1,28 @@
-"""What a layout would take: time, memory and bytes of one optimizer step, before anything runs.
+"""Predict the time, memory and traffic of one optimizer step of a layout before it runs.
 
-Formulas only, nothing is measured. A stage takes its FLOPs over the rate that a rank attains, and
-the collectives of tensor parallelism; the pipeline takes what the simulated order takes; gradients
-are reduced over the replicas after it, not overlapped. Left out: the optimizer's own step, loading,
-logging, and that W of frozen parameters is not run. Times are in seconds, sizes in bytes.
+Predictions come from formulas, not measurements. The time of a stage is its FLOPs over the
+attainable rate of a rank, plus the collectives of tensor parallelism. The time of the pipeline is
+that of the simulated order. Gradients are reduced over the replicas afterwards, without overlap.
+Not modelled: the optimizer's own step, loading, logging, and that W of frozen parameters does not
+run. Times are in seconds, sizes in bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from megarecur.config.load import validate
-from megarecur.config.schema import Config, Loop
+from megarecur.config.mesh import batch_rule
+from megarecur.config.recurrence import Loop
+from megarecur.config.run import Config
 from megarecur.errors import MeshError, PlacementError
 from megarecur.plan.cluster import Cluster, Link
 from megarecur.plan.cost import (
     count_deferred_bytes,
+    count_end_bytes,
     count_flops,
     count_head_flops,
     count_kept_bytes,
@@ -26,8 +30,8 @@ from megarecur.plan.cost import (
     count_memory_bytes,
     count_memory_flops,
     count_rank,
+    count_remade_bytes,
     count_score_flops,
-    count_step_bytes,
     count_step_flops,
     count_stream_bytes,
     count_tokens_per_step,
@@ -35,20 +39,21 @@ from megarecur.plan.cost import (
     element_bytes,
     estimate_memory,
     has_copy,
+    is_chunked,
     parameter_bytes,
 )
+from megarecur.plan.order import StageCost
 from megarecur.plan.placement import Placement, place
 from megarecur.plan.simulate import (
     CLOSED_FORMS,
     Choice,
     Family,
-    StageCost,
     Timeline,
     choose_order,
     lower_bound,
 )
 from megarecur.plan.walk import Stage, Walk, build_walk, cuts_for_v
-from megarecur.recurrence.depth import is_sampled
+from megarecur.recurrence.depth import Depth, count_depths, is_sampled
 from megarecur.recurrence.inventory import (
     ParameterSpec,
     build_inventory,
@@ -60,13 +65,15 @@ from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import build_map
 
 MOST_OPERATIONS = 3_000
-"""Of one simulated order, where three rounds of one micro batch per rank are not more."""
+"""Maximum operations of one simulated order, if three rounds of one micro batch per rank need no
+more."""
 FEW_OPERATIONS = 1_200
-"""Up to so many, all kinds of orders are tried; beyond, only a closed form that suits the walk."""
+"""Maximum operations for which all families of orders are tried; longer walks try only a closed
+form."""
 
 
 class Layout(NamedTuple):
-    """How a world of ranks is shared out."""
+    """The division of a world's ranks into tensor, pipeline and data parallelism."""
 
     tensor: int
     pipeline: int
@@ -85,58 +92,60 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that one process sends in a step, by what they are for."""
+    """Bytes that one process sends in a step, by purpose."""
 
     pipeline: int = 0
-    """Activations and their gradients, between stages."""
+    """Activations and their gradients between stages."""
     tensor: int = 0
-    """Collectives inside steps of the map, of the embedding and of the head."""
+    """Collectives inside steps of the map, the embedding and the head."""
     data: int = 0
-    """Gradients over the replicas; parameters that ZeRO gathers."""
+    """Gradients reduced over the replicas, and parameters that ZeRO gathers."""
     tied: int = 0
-    """The gradient of a tied embedding whose two ends live on two ranks."""
+    """The gradient of a tied embedding whose two ends are on two ranks."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes of all purposes."""
         return self.pipeline + self.tensor + self.data + self.tied
 
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """What one pipeline rank owns and does; sizes of one of its tensor-parallel processes."""
+    """The parameters and work of one pipeline rank; sizes are those of one of its tensor-parallel
+    processes."""
 
     rank: int
     blocks: tuple[int, ...]
     stages: tuple[int, ...]
     unique: int
-    """Parameters that live here, whole: over the ranks they add up to the model's, once each."""
+    """Whole parameters owned by this rank; summed over the ranks, they are the model's, each
+    once."""
     parameters: int
     gradients: int
     moments: int
     copies: int
     workspace: int
-    """For a moment: wide logits, one recomputed step, parameters that ZeRO 3 gathers."""
+    """Temporary bytes: wide logits, one recomputed step, parameters that ZeRO 3 gathers."""
     work: float
     """Seconds of compute and collectives for one micro batch."""
     collectives: float
-    """Seconds of it in collectives of tensor parallelism."""
+    """Seconds of `work` spent in collectives of tensor parallelism."""
     traffic: Traffic
     reduction: float
-    """Seconds to reduce its gradients over the replicas."""
+    """Seconds to reduce the rank's gradients over the replicas."""
 
     @property
     def state(self) -> int:
-        """Everything but activations."""
+        """Bytes of everything except activations."""
         return self.parameters + self.gradients + self.moments + self.copies + self.workspace
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A layout with all that is known of it before an order is simulated."""
+    """A layout with everything known before an order is simulated."""
 
     config: Config
-    """With the layout in `parallel`."""
+    """The config with the layout in `parallel`."""
     cluster: Cluster
     layout: Layout
     placement: Placement
@@ -145,36 +154,36 @@ class Draft:
     ranks: tuple[RankState, ...]
     tied_time: float
     deepest: tuple[Walk, tuple[StageCost, ...]] | None
-    """Of the run's step that keeps most, where steps differ in depth."""
+    """Walk and costs of the run's step that keeps most, if steps differ in depth."""
 
     @property
     def num_microbatches(self) -> int:
-        """Of one replica and step."""
+        """Number of micro batches of one replica and step."""
         train = self.config.train
         return train.global_batch_size // (train.micro_batch_size * self.layout.data)
 
     @property
     def reduction_time(self) -> float:
-        """What follows the pipeline."""
+        """Seconds after the pipeline: the longest gradient reduction."""
         return max(rank.reduction for rank in self.ranks) + self.tied_time
 
     @property
     def efficiency(self) -> float:
-        """At most attainable share of the ranks' time, as the fullest rank decides."""
+        """Upper bound on the used share of the ranks' time, set by the busiest rank."""
         work = [rank.work for rank in self.ranks]
         return sum(work) / (len(work) * max(work))
 
     @property
     def least_time(self) -> float:
-        """No order makes a shorter step."""
+        """Lower bound on the seconds of a step, over all orders."""
         split = self.config.parallel.split_backward
         bound = lower_bound(self.walk, self.costs, self.num_microbatches, split)
         return bound + self.reduction_time
 
     @property
     def least_memory(self) -> int:
-        """No order takes less on the fullest rank: one micro batch goes through all stages of a
-        rank before it comes back."""
+        """Lower bound on the peak memory per rank, over all orders: one micro batch passes all
+        stages of a rank before it comes back."""
         walk, costs = self.deepest or (self.walk, self.costs)
         kept = [0] * self.layout.pipeline
         for stage in walk:
@@ -183,19 +192,19 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A layout and what it would take."""
+class LayoutPlan:
+    """A layout with its predicted time and memory."""
 
     draft: Draft
     choice: Choice
-    """The order, of `simulated` micro batches."""
+    """The order of `simulated` micro batches."""
     simulated: int
     pipeline_time: float
-    """Of all micro batches: simulated, or what more of them add, extrapolated."""
+    """Seconds for all micro batches: simulated, or extrapolated from the simulated ones."""
     tried: Family | Literal["auto"]
-    """Which orders; auto: all that suit."""
+    """The family of orders tried; auto means all that suit."""
     activations: tuple[int, ...]
-    """The peak of every pipeline rank, at the deepest step of the run."""
+    """Peak activation bytes of every pipeline rank, at the deepest step of the run."""
     step_time: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -203,7 +212,7 @@ class Plan:
 
     @property
     def layout(self) -> Layout:
-        """The draft's."""
+        """The draft's layout."""
         return self.draft.layout
 
     @property
@@ -214,23 +223,23 @@ class Plan:
 
     @property
     def memory(self) -> tuple[int, ...]:
-        """Of every pipeline rank, all in all."""
+        """Total bytes of every pipeline rank."""
         pairs = zip(self.draft.ranks, self.activations, strict=True)
         return tuple(rank.state + activations for rank, activations in pairs)
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest rank has room."""
+        """True if every rank has enough memory."""
         return max(self.memory) <= self.draft.cluster.memory
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all replicas."""
+        """Tokens per second of all replicas."""
         return count_tokens_per_step(self.draft.config) / self.step_time
 
     @property
     def mfu(self) -> float:
-        """Share of the ranks' peak that the model's FLOPs are, recompute left out."""
+        """Model FLOPs as a share of the ranks' peak; recompute is excluded."""
         config, cluster = self.draft.config, self.draft.cluster
         flops = count_flops(config, build_map(config)).train * self.tokens_per_second
         return flops / (self.layout.world * cluster.peak(config.train.precision))
@@ -240,10 +249,10 @@ class Plan:
 
 
 def with_layout(config: Config, layout: Layout) -> Config:
-    """The config on another mesh.
+    """Return the config with another mesh.
 
     Raises:
-        ConfigError: the config's own checks refuse it.
+        ConfigError: the config's own checks reject it.
     """
     values = config.model_dump()
     own = config.parallel
@@ -261,32 +270,19 @@ def with_layout(config: Config, layout: Layout) -> Config:
     return validate(values, str(layout))
 
 
-def check_batch(config: Config, data: int) -> None:
-    """Refuse so many replicas as the batch does not divide among.
-
-    Raises:
-        MeshError: naming the numbers.
-    """
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if batch % (data * micro):
-        raise MeshError(
-            f"train.global_batch_size={batch} does not divide into {data} replicas x "
-            f"train.micro_batch_size={micro}; change one of them, or tensor or pipeline"
-        )
-
-
 def make_draft(
     config: Config, layout: Layout, cluster: Cluster, placement: Placement | None = None
 ) -> Draft:
     """Place a config's blocks on a layout and count what that costs.
 
-    `config.model.vocab_size` must be resolved. A placement that is known need not be found again:
-    it follows from the config and the number of pipeline ranks.
+    `config.model.vocab_size` must be resolved. A known placement can be passed to save time: it
+    depends only on the config and the number of pipeline ranks.
 
     Raises:
         ConfigError, MeshError, PlacementError: the layout does not suit the config.
     """
-    check_batch(config, layout.data)
+    if message := batch_rule(lambda _: layout.data).explain(config):
+        raise MeshError(message)
     config = with_layout(config, layout)
     steps = build_map(config)
     placement = placement or place(config, steps)
@@ -306,7 +302,7 @@ def make_draft(
 
 
 def walk_over(config: Config, steps: LayerMap, placement: Placement) -> Walk:
-    """The walk of a map of the config."""
+    """Return the walk of a map of the config."""
     recurrence = config.recurrence
     fresh = isinstance(recurrence, Loop) and recurrence.initial_state != "prelude"
     parallel = config.parallel
@@ -316,17 +312,28 @@ def walk_over(config: Config, steps: LayerMap, placement: Placement) -> Walk:
     return build_walk(steps, placement, cuts, fresh_core=fresh)
 
 
+def list_walks(config: Config, placement: Placement) -> Iterator[Walk]:
+    """Yield the walk of every depth that a run may draw."""
+    depths: list[Depth | None] = [None]
+    if is_sampled(config.recurrence):
+        depths += list(count_depths(config.recurrence, config.seed, config.train.steps))
+    for depth in depths:
+        yield walk_over(config, build_map(config, depth), placement)
+
+
 def ends_apart(config: Config, placement: Placement) -> bool:
-    """Whether a tied embedding is needed on two ranks."""
+    """Return True if a tied embedding is needed on two ranks."""
     return config.ties_embeddings and placement.embedding != placement.head
 
 
-def complete(draft: Draft, most_operations: int = MOST_OPERATIONS, squeeze: bool = True) -> Plan:
-    """Choose the order of a draft, and what follows from it.
+def complete(
+    draft: Draft, most_operations: int = MOST_OPERATIONS, squeeze: bool = True
+) -> LayoutPlan:
+    """Choose the order of a draft and derive the plan from it.
 
-    Of many micro batches only so many are simulated as make about `most_operations`, three rounds
-    of one per rank at least. The others take as long as those in the middle of the simulation.
-    Where the fastest order does not fit, `squeeze` looks for the fastest one that does.
+    Simulates about `most_operations` operations, and at least three rounds of one micro batch per
+    rank. The time of further micro batches is extrapolated from the middle of the simulation. If
+    the fastest order does not fit, `squeeze` searches for the fastest one that does.
     """
     few, wanted = count_simulated(draft, most_operations), pick_family(draft)
     room = tuple(draft.cluster.memory - rank.state for rank in draft.ranks)
@@ -350,23 +357,24 @@ def complete(draft: Draft, most_operations: int = MOST_OPERATIONS, squeeze: bool
     deepest = choice
     if draft.deepest is not None:
         deepest = choose(*draft.deepest)
-    return Plan(draft, choice, few, time, wanted, deepest.timeline.peak_bytes)
+    return LayoutPlan(draft, choice, few, time, wanted, deepest.timeline.peak_bytes)
 
 
 def count_simulated(draft: Draft, most_operations: int) -> int:
-    """How many micro batches `complete` simulates."""
+    """Return how many micro batches `complete` simulates."""
     ranks = draft.layout.pipeline
     rounds = most_operations // (3 * len(draft.walk) * ranks)
     return min(max(rounds, 3) * ranks, draft.num_microbatches)
 
 
 def count_operations(draft: Draft) -> int:
-    """Of the least that `complete` simulates for one order."""
+    """Return the least number of operations that `complete` simulates for one order."""
     return 3 * len(draft.walk) * count_simulated(draft, most_operations=0)
 
 
 def pick_family(draft: Draft) -> Family | Literal["auto"]:
-    """The orders that `complete` tries: the config's, or of a long walk the best closed form."""
+    """Return the orders that `complete` tries: the config's, or for a long walk the best closed
+    form."""
     parallel, walk = draft.config.parallel, draft.walk
     if parallel.order != "auto" or count_operations(draft) <= FEW_OPERATIONS:
         return parallel.order
@@ -377,10 +385,10 @@ def pick_family(draft: Draft) -> Family | Literal["auto"]:
 
 
 def measure_pace(timeline: Timeline, num_microbatches: int, alone: float) -> float:
-    """Seconds per micro batch that more of them would take.
+    """Return the seconds per additional micro batch.
 
-    How long the busiest rank takes for the second third of its work; but no less than what a micro
-    batch takes `alone` over how many are on their way at once, where they mostly wait for hops.
+    This is the pace of the busiest rank in the second third of its work, but at least the time of a
+    micro batch `alone` over the number in flight, which matters if they mostly wait for hops.
     """
     rank = max(range(len(timeline.ranks)), key=lambda rank: timeline.busy[rank])
     done, marks = 0.0, [(0.0, 0.0)]  # (work, clock)
@@ -399,8 +407,8 @@ def measure_pace(timeline: Timeline, num_microbatches: int, alone: float) -> flo
 
 
 def count_in_flight(timeline: Timeline) -> int:
-    """Most micro batches at once between their first forward and the end of their last backward
-    pass, W left out."""
+    """Return the maximum number of micro batches between their first forward and the end of their
+    last backward pass, W excluded."""
     began: dict[int, float] = {}
     ended: dict[int, float] = {}
     for ops in timeline.ranks:
@@ -408,7 +416,7 @@ def count_in_flight(timeline: Timeline) -> int:
             if kind in ("F", "B", "I"):
                 began[microbatch] = min(began.get(microbatch, start), start)
                 ended[microbatch] = max(ended.get(microbatch, end), end)
-    # At one time, ends come before beginnings.
+    # At equal times, ends come before starts.
     events = sorted([(t, 1) for t in began.values()] + [(t, -1) for t in ended.values()])
     count = most = 0
     for _, change in events:
@@ -423,12 +431,12 @@ def count_in_flight(timeline: Timeline) -> int:
 def cost_stages(
     config: Config, walk: Walk, layout: Layout, cluster: Cluster
 ) -> tuple[StageCost, ...]:
-    """Seconds and bytes of every stage and one micro batch."""
+    """Return the seconds and bytes of every stage for one micro batch."""
     tokens = config.train.micro_batch_size * config.tokens_per_sample
     seconds = tokens / (layout.tensor * cluster.rate(config.train.precision))  # per FLOP and token
     link = cluster.link(layout.tensor, 1, layout.world)
     collective = link.reduce_time(collective_bytes(config), layout.tensor)
-    ends = 2 * count_stream_bytes(config)
+    stream, ends = count_stream_bytes(config), count_end_bytes(config)
     memory, logits = estimate_memory(config, ()), _kept_logits(config)
     masked: set[int] = set()
     costs = []
@@ -438,13 +446,13 @@ def cost_stages(
             forward, backward = count_collectives(config, stage)
         activation = deferred = 0
         if stage.backward:
-            activation = tokens * count_kept_bytes(config, stage.steps, config.train.recompute)
+            activation = tokens * count_kept_bytes(config, stage.steps)
             deferred = tokens * count_deferred_bytes(config, stage.steps)
             if stage.last:
-                # An exit keeps the hidden state alone.
-                activation += tokens * (ends + len(stage.exits) * ends // 2) + logits
+                # An exit keeps only the hidden state.
+                activation += tokens * (ends + len(stage.exits) * stream) + logits
                 activation += tokens * count_memory_bytes(config)
-                deferred += tokens * ends // 2 + logits
+                deferred += tokens * stream + logits
             if stage.rank not in masked:  # The context of a micro batch outlives its stages.
                 masked.add(stage.rank)
                 activation += memory.mask
@@ -462,67 +470,71 @@ def cost_stages(
 
 
 class StageFlops(NamedTuple):
-    """Of one token."""
+    """FLOPs of one stage per token."""
 
     forward: int
     inputs: int
-    """Backward of inputs; the scores' whole backward, and forward again under recompute."""
+    """Backward pass of the inputs, with the whole backward of the scores and, under recompute,
+    forward."""
     weights: int
 
 
 def count_stage_flops(config: Config, walk: Walk) -> list[StageFlops]:
-    """FLOPs of every stage: its steps; in the last one the head, for the loss and for all exits,
-    whose logits are made again in backward."""
+    """Return the FLOPs of every stage: its steps, and in the last one the head, for the loss and
+    all exits, whose logits are recomputed in backward."""
     scores, head = count_score_flops(config), count_head_flops(config)
     each = iter(count_step_flops(config, tuple(step for stage in walk for step in stage.steps)))
     found = []
     for stage in walk:
         forward = inputs = weights = head * (stage.last + len(stage.exits))
-        inputs += head * len(stage.exits)
+        inputs += head * (len(stage.exits) + (stage.last and is_chunked(config)))
         written = count_memory_flops(config) * stage.last
         forward, inputs, weights = forward + written, inputs + written, weights + written
         for step in stage.steps:
             flops = next(each)
             forward += flops
             if step.grad and stage.backward:
-                inputs += flops + scores + (flops if config.train.recompute else 0)
+                again = config.train.recomputes(step.loop_index)
+                inputs += flops + scores + (flops if again else 0)
                 weights += flops - scores
         found.append(StageFlops(forward, inputs, weights))
     return found
 
 
 def count_collectives(config: Config, stage: Stage) -> tuple[int, int]:
-    """All-reduces of the residual stream over tensor-parallel ranks: (forward, backward).
+    """Return the all-reduces of the residual stream over tensor-parallel ranks: (forward,
+    backward).
 
-    Two for every step and direction, a third where it reads a temporal memory, forward again under
-    recompute; one where the cut embedding is summed, and one for the gradient that the cut head
-    returns, for each exit too. Under sequence parallelism each is a gather and a scatter of as many
-    bytes.
+    Counts two for every step and direction, a third if it reads a temporal memory, and the forward
+    ones again under recompute; one for the sum of the cut embedding, and one for the gradient that
+    the cut head returns, also for each exit. Under sequence parallelism each is a gather and a
+    scatter of the same number of bytes.
     """
-    graded = sum(step.grad for step in stage.steps) if stage.backward else 0
-    again = graded if config.train.recompute else 0
     each = 2 if config.temporal is None else 3
-    backward = each * (graded + again) + stage.last + len(stage.exits)
+    backward = stage.last + len(stage.exits)
+    for step in stage.steps if stage.backward else ():
+        if step.grad:
+            backward += each * (2 if config.train.recomputes(step.loop_index) else 1)
     return each * len(stage.steps) + stage.first, backward
 
 
 def collective_bytes(config: Config) -> int:
-    """The residual stream of a micro batch, whole; with its share of what lies between the factors
-    of adapters, which crosses once in the four collectives of a step of the map."""
+    """Return the bytes of a micro batch's whole residual stream, plus the share of the values
+    between adapter factors, which are sent once in the four collectives of a step of the map."""
     tokens = config.train.micro_batch_size * config.tokens_per_sample
     channels = config.model.hidden_size + count_rank(config) // 4
     return tokens * channels * element_bytes(config)
 
 
 def count_hop_bytes(config: Config, values: int) -> int:
-    """What one process sends where the hidden state or other values of a micro batch, so many in
-    all, go to another rank."""
+    """Return the bytes one process sends when `values` hidden states or other values of a micro
+    batch move to another rank."""
     tokens = config.train.micro_batch_size * config.tokens_per_sample
     return values * tokens * count_stream_bytes(config)
 
 
 def _hop_time(config: Config, walk: Walk, stage: Stage, layout: Layout, cluster: Cluster) -> float:
-    """From a stage to the next, or back."""
+    """Return the seconds from a stage to the next, or back."""
     if stage.last or walk[stage.index + 1].rank == stage.rank:
         return 0.0
     link = _hop_link(stage.rank, walk[stage.index + 1].rank, layout, cluster)
@@ -530,7 +542,7 @@ def _hop_time(config: Config, walk: Walk, stage: Stage, layout: Layout, cluster:
 
 
 def _hop_link(first: int, second: int, layout: Layout, cluster: Cluster) -> Link:
-    """The slowest of all replicas' links between two pipeline ranks."""
+    """Return the slowest link between two pipeline ranks over all replicas."""
     replica = layout.pipeline * layout.tensor
     for start in range(0, min(layout.data, cluster.ranks_per_node) * replica, replica):
         for tensor in range(layout.tensor):
@@ -542,22 +554,25 @@ def _hop_link(first: int, second: int, layout: Layout, cluster: Cluster) -> Link
 
 
 def _kept_logits(config: Config) -> int:
-    """Bytes of a micro batch's logits, which become their own gradient."""
+    """Return the bytes of a micro batch's logits, which are reused for their gradient; 0 if they
+    are computed in chunks, which nothing keeps."""
+    if is_chunked(config):
+        return 0
     tokens = config.train.micro_batch_size * config.tokens_per_sample
     kept = count_logits(config, tokens) * element_bytes(config)
-    return kept if config.model.logit_softcap is None else 2 * kept  # with tanh's output
+    return kept if config.model.logit_softcap is None else 2 * kept  # and tanh's output
 
 
 # ------------------------------------------------------------------------------------- the ranks
 
 
 def held(specs: Iterable[ParameterSpec], tensor: int) -> int:
-    """Elements on the last tensor-parallel rank, whose shards are the largest."""
+    """Return the elements on the last tensor-parallel rank, which has the largest shards."""
     return sum(math.prod(spec.part(tensor - 1, tensor)[1]) for spec in specs)
 
 
 def owner(spec: ParameterSpec, placement: Placement) -> int:
-    """The pipeline rank that a parameter lives on."""
+    """Return the pipeline rank that owns a parameter."""
     if spec.block is not None:
         return placement.owners[spec.block]
     return placement.embedding if is_with_embedding(spec.name) else placement.head
@@ -571,7 +586,7 @@ def count_ranks(
     costs: tuple[StageCost, ...],
     cluster: Cluster,
 ) -> tuple[RankState, ...]:
-    """What every pipeline rank owns, computes and sends."""
+    """Return what every pipeline rank owns, computes and sends."""
     inventory = build_inventory(config)
     by_rank: list[list[ParameterSpec]] = [[] for _ in range(layout.pipeline)]
     for spec in inventory.values():
@@ -612,7 +627,7 @@ def count_ranks(
 def _count_state(
     config: Config, specs: list[ParameterSpec], stages: tuple[Stage, ...], layout: Layout
 ) -> dict[str, int]:
-    """Bytes that stay on a rank, and those of a moment (as `cost.estimate_memory`)."""
+    """Return the bytes that a rank keeps, and its temporary bytes (like `cost.estimate_memory`)."""
     tensor, stage = layout.tensor, layout.zero_stage
     parts = [layout.data if stage >= first else 1 for first in range(4)]
     if layout.pipeline > 1:
@@ -624,8 +639,7 @@ def _count_state(
     matrices = (s for s in specs if has_copy(s))
     tokens = config.train.micro_batch_size * config.tokens_per_sample
     workspace = 0
-    if config.train.recompute and any(step.grad for s in stages for step in s.steps):
-        workspace += tokens * count_step_bytes(config)
+    workspace += tokens * count_remade_bytes(config, tuple(t for s in stages for t in s.steps))
     if any(s.last for s in stages):
         workspace += estimate_memory(config, ()).logits - _kept_logits(config)
     if parts[3] > 1:
@@ -643,7 +657,7 @@ def _count_state(
 def _count_messages(
     config: Config, walk: Walk, stages: tuple[Stage, ...], layout: Layout
 ) -> tuple[int, int]:
-    """(pipeline, tensor) bytes that a process of a rank sends in a step."""
+    """Return the (pipeline, tensor) bytes that a process of a rank sends in a step."""
     train = config.train
     microbatches = train.global_batch_size // (train.micro_batch_size * layout.data)
     hops = collectives = 0
@@ -663,11 +677,12 @@ def _count_messages(
 def _reduce(
     config: Config, specs: list[ParameterSpec], layout: Layout, link: Link
 ) -> tuple[int, float]:
-    """(bytes sent by a process, seconds) to reduce gradients over the replicas, once a step.
+    """Return (bytes sent by a process, seconds) of reducing gradients over the replicas, once a
+    step.
 
-    Shared out by ZeRO 1, gradients go one way and new parameters the other: as many bytes. Without
-    a pipeline, ZeRO 2 reduces after every micro batch, and ZeRO 3 also gathers parameters for every
-    forward and every backward pass.
+    Under ZeRO 1, gradients are scattered and new parameters gathered: the same number of bytes.
+    Without a pipeline, ZeRO 2 reduces after every micro batch, and ZeRO 3 also gathers parameters
+    for every forward and every backward pass.
     """
     wide, data = parameter_bytes(config), layout.data
     moving = [spec for spec in specs if not is_frozen(config.optimizer, spec.name)]
@@ -675,7 +690,7 @@ def _reduce(
     parameters = held(specs, layout.tensor) * wide
     train = config.train
     microbatches = train.global_batch_size // (train.micro_batch_size * data)
-    reduced, gathered = 1, 1  # times
+    reduced, gathered = 1, 1  # how often each is sent per step
     if layout.zero_stage >= 2 and layout.pipeline == 1:
         reduced = microbatches
     if layout.zero_stage == 3:

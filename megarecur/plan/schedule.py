@@ -1,47 +1,48 @@
-"""What runs where and when at an optimizer step: map, walk and order, chosen once per depth."""
+"""Schedules of a run: the map, walk and order of each depth, chosen once per depth."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from megarecur.config.schema import Config, Looped
+from megarecur.config.recurrence import Looped
+from megarecur.config.run import Config
 from megarecur.plan.cluster import load_cluster
-from megarecur.plan.order import Kind, Op, Order
+from megarecur.plan.order import Kind, Op, PipelineOrder
 from megarecur.plan.placement import Placement, place
-from megarecur.plan.predict import Layout, cost_stages, walk_over
+from megarecur.plan.predict import Layout, cost_stages, list_walks, walk_over
 from megarecur.plan.simulate import check_family, choose_order
 from megarecur.plan.walk import Walk
-from megarecur.recurrence.depth import Depth, count_depths, default_depth, is_sampled
+from megarecur.recurrence.depth import Depth, default_depth
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import build_map, layer_map, mark_exits
 
 ALONE: tuple[Kind, ...] = ("F", "B")
-"""What one rank does with a micro batch."""
+"""Operations of a single pipeline rank for one micro batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """One optimizer step, or one pass."""
+    """The map, walk and order of one optimizer step or evaluation pass."""
 
     steps: LayerMap
     walk: Walk
-    order: Order
-    """By pipeline rank."""
+    order: PipelineOrder
+    """Operations of each pipeline rank."""
     name: str
-    """Of the order's family."""
+    """Name of the order's family."""
     bubble: float = 0.0
     """Idle share of the ranks' time, by simulation."""
 
 
 class Schedules:
-    """The walks and orders of a run.
+    """The walks and orders of a run, cached by depth.
 
-    Every rank chooses for itself, from formulas alone, and so the same.
+    Every rank chooses from formulas alone, so all ranks choose the same.
 
     Raises:
         PlacementError: blocks that cannot be placed on the config's pipeline ranks.
-        ConfigError: a cluster that is not described, an order that does not suit the walk.
+        ConfigError: an unknown cluster, or an order that does not suit the walk.
     """
 
     def __init__(self, config: Config) -> None:
@@ -50,32 +51,29 @@ class Schedules:
         self.layout = Layout(config.parallel.tensor, config.parallel.pipeline, 1)
         self.cluster = load_cluster(config.parallel.cluster)
         parallel = config.parallel
-        depths: list[Depth | None] = [None]
-        if is_sampled(config.recurrence):
-            depths += list(count_depths(config.recurrence, config.seed, config.train.steps))
-        for depth in depths if parallel.pipeline > 1 else ():  # Not at the step that draws it.
-            walk = walk_over(config, build_map(config, depth), self.placement)
+        # Reject an order now, not at the step that draws the depth.
+        for walk in list_walks(config, self.placement) if parallel.pipeline > 1 else ():
             check_family(walk, parallel.order, parallel.split_backward)
         self.trained: dict[tuple[Depth | None, int], Future[Scheduled]] = {}
         self.thread = ThreadPoolExecutor(1, "orders")
 
     def training(self, depth: Depth | None, num_microbatches: int) -> Scheduled:
-        """The step of a depth and a number of micro batches per replica."""
+        """Return the schedule for a depth and a number of micro batches per replica."""
         return self.prepare(depth, num_microbatches).result()
 
     def prepare(self, depth: Depth | None, num_microbatches: int) -> Future[Scheduled]:
-        """Begin to choose the order of a step to come."""
+        """Start choosing the order of a coming step."""
         key = depth, num_microbatches
         if key not in self.trained:
             self.trained[key] = self.thread.submit(self.choose, *key)
         return self.trained[key]
 
     def close(self) -> None:
-        """Choose nothing more."""
+        """Stop choosing orders."""
         self.thread.shutdown(cancel_futures=True)
 
     def choose(self, depth: Depth | None, num_microbatches: int) -> Scheduled:
-        """The best order, by simulation."""
+        """Choose the best order by simulation."""
         parallel = self.config.parallel
         steps = build_map(self.config, depth)
         walk = walk_over(self.config, steps, self.placement)
@@ -92,7 +90,7 @@ class Schedules:
         return Scheduled(steps, walk, choice.order, choice.name, choice.timeline.bubble)
 
     def describe(self, depth: Depth | None, num_microbatches: int) -> str:
-        """A line on the pipeline of a step, with what would help where ranks wait for long."""
+        """Return a line about the pipeline of a step, with a remedy if ranks wait for long."""
         ranks, scheduled = self.placement.ranks, self.training(depth, num_microbatches)
         line = (
             f"pipeline: {ranks} ranks, {num_microbatches} micro batches, order "
@@ -106,13 +104,14 @@ class Schedules:
         return line
 
     def forward(self, depth: Depth | int | None = None, exits: bool = False) -> Scheduled:
-        """One micro batch, forward only: rank after rank; `exits`: with those of the config, one
-        after every loop but the last."""
+        """Return the schedule of one forward-only micro batch, rank after rank; `exits` adds the
+        config's exits, one after every loop except the last."""
         recurrence = self.config.recurrence
         steps = layer_map(recurrence, depth)
         if exits and self.config.exits is not None:
             if isinstance(recurrence, Looped) and depth is None:
-                depth = default_depth(recurrence).num_loops  # As if all loops carried gradient.
+                # Treat all loops as if they carried gradient.
+                depth = default_depth(recurrence).num_loops
             steps = mark_exits(layer_map(recurrence, depth))
         walk = walk_over(self.config, steps, self.placement)
         ranks: list[list[Op]] = [[] for _ in range(self.placement.ranks)]

@@ -1,7 +1,7 @@
-"""The layouts of a world of ranks: which are best, and why the others are not.
+"""Search the layouts of a world of ranks for the best ones, and explain why the others lost.
 
-Every layout is drafted (placed, counted, bounded from below) in milliseconds; orders are simulated
-in the order of the bounds, until nothing that is left can be among the best.
+Every layout is drafted (placed, counted, bounded from below) in milliseconds. Orders are simulated
+by increasing bound, until no remaining layout can be among the best.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.errors import ConfigError, MegarecurError
 from megarecur.plan.cluster import Cluster
 from megarecur.plan.describe import format_bytes, list_blocks
@@ -21,7 +21,7 @@ from megarecur.plan.placement import Placement
 from megarecur.plan.predict import (
     Draft,
     Layout,
-    Plan,
+    LayoutPlan,
     complete,
     count_operations,
     make_draft,
@@ -29,14 +29,14 @@ from megarecur.plan.predict import (
 )
 
 MOST_PLANS = 40
-"""Layouts whose orders are simulated at most."""
+"""Maximum number of layouts whose orders are simulated."""
 MOST_EFFORT, LONGEST = 100_000, 20_000
-"""Operations of all orders that are tried, some 60 microseconds each, and of one of them. Layouts
-beyond are named."""
+"""Maximum operations of all simulated orders (about 60 microseconds each), and of one order.
+Layouts beyond these limits are reported."""
 
 
 class Loss(NamedTuple):
-    """Why a layout is not among the best; the least size is the one to tell of."""
+    """Reason why a layout is not among the best; per reason, the loss of least size is reported."""
 
     layout: Layout
     reason: str
@@ -44,19 +44,19 @@ class Loss(NamedTuple):
 
 
 Losses = dict[str, list[Loss]]
-"""By kind of reason."""
+"""Losses by kind of reason."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Layouts that lost for one reason."""
+    """Layouts that lost for the same reason."""
 
     layouts: tuple[Layout, ...]
     reason: str
 
     @property
     def name(self) -> str:
-        """Their sizes: each, or from the least to the largest."""
+        """Their sizes: each value, or the range from least to largest."""
         pairs = sorted({layout[:2] for layout in self.layouts})
         if len(pairs) <= 4:
             return ", ".join(f"{tensor} x {pipeline}" for tensor, pipeline in pairs)
@@ -67,10 +67,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search has found."""
+    """Result of a search."""
 
-    best: tuple[Plan, ...]
-    """By time of a step, those that fit."""
+    best: tuple[LayoutPlan, ...]
+    """The best layouts that fit, by time of a step."""
     families: tuple[Family, ...]
     layouts: int
     simulated: int
@@ -79,15 +79,15 @@ class Search:
 def list_layouts(
     world: int, tensor: int | None = None, pipeline: int | None = None
 ) -> Iterator[tuple[int, int, int]]:
-    """All (tensor, pipeline, data) whose product is the world, some of them given.
+    """Return all (tensor, pipeline, data) whose product is the world size, with given sizes fixed.
 
     Raises:
-        ConfigError: what is given does not divide the world.
+        ConfigError: the given sizes do not divide the world size.
     """
     given = (tensor or 1) * (pipeline or 1)
     if world % given:
         raise ConfigError(
-            f"--world-size {world} does not divide into replicas of tensor={tensor or 1} x "
+            f"--world-size {world} is not a multiple of tensor={tensor or 1} x "
             f"pipeline={pipeline or 1} = {given}; choose a multiple of {given}"
         )
     for tp in [tensor] if tensor else _divisors(world // (pipeline or 1)):
@@ -106,17 +106,16 @@ def search(
     keep: int = 10,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Search:
-    """The best layouts of a world by predicted time of a step.
+    """Return the best layouts of a world by predicted time of a step.
 
     Args:
         config: with its vocabulary resolved.
-        cluster: what the ranks are.
-        world: number of ranks.
-        tensor: tensor-parallel ranks; left out: any.
-        pipeline: pipeline ranks; left out: any.
-        zero_stage: ZeRO; left out: the config's, or the first beyond it with which a layout fits.
-        keep: how many are the best.
-        report: is told how many layouts are done, and of how many.
+        tensor: tensor-parallel ranks; None means any.
+        pipeline: pipeline ranks; None means any.
+        zero_stage: ZeRO stage; None means the config's, or the first higher one with which a layout
+        fits.
+        keep: how many layouts to return.
+        report: called with the number of finished layouts and the total.
 
     Raises:
         ConfigError: `tensor` and `pipeline` do not divide the world.
@@ -124,8 +123,8 @@ def search(
     stages = range(config.parallel.zero_stage, 4) if zero_stage is None else [zero_stage]
     lost: Losses = defaultdict(list)
     sizes = list(list_layouts(world, tensor, pipeline))
-    placements: dict[int, Placement] = {}  # by pipeline ranks
-    drafts: list[tuple[Draft, Iterator[Draft]]] = []  # the first ZeRO stage, those beyond it
+    placements: dict[int, Placement] = {}  # by number of pipeline ranks
+    drafts: list[tuple[Draft, Iterator[Draft]]] = []  # the first ZeRO stage, then higher ones
     for done, size in enumerate(sizes):
         report(done, 2 * len(sizes))
         fitting = _draft_stages(config, cluster, size, stages, placements, lost)
@@ -133,7 +132,7 @@ def search(
         if first is not None:
             drafts.append((first, fitting))
     drafts.sort(key=lambda some: some[0].least_time)
-    best: list[Plan] = []
+    best: list[LayoutPlan] = []
     simulated = effort = 0
     for done, (first, others) in enumerate(drafts):
         report(len(sizes) + done, len(sizes) + len(drafts))
@@ -144,7 +143,7 @@ def search(
         operations = count_operations(first) * (10 if pick_family(first) == "auto" else 1)
         if effort + operations > MOST_EFFORT or count_operations(first) > LONGEST:
             reason = (
-                "were not simulated, for want of time: their orders are long; ask for one with "
+                "were not simulated because their orders are long; plan one with "
                 "--tensor and --pipeline"
             )
             lost["long"].append(Loss(first.layout, reason, operations))
@@ -152,7 +151,7 @@ def search(
         simulated, effort = simulated + 1, effort + operations
         try:
             plan = _first_that_fits(chain([first], others))
-        except ConfigError as error:  # parallel.order names one that does not suit the walk.
+        except ConfigError as error:  # parallel.order does not suit the walk.
             _note_refusal(first.layout, error, lost)
             continue
         if plan is None:
@@ -172,20 +171,20 @@ def _draft_stages(
     placements: dict[int, Placement],
     lost: Losses,
 ) -> Iterator[Draft]:
-    """Drafts of a layout for those ZeRO stages with which it may fit."""
+    """Yield drafts of a layout for the ZeRO stages with which it may fit."""
     closest: Draft | None = None
     fits = False
     for stage in stages:
         layout = Layout(*size, stage)
         if stage == 2 and layout.pipeline > 1 and stage != stages[0]:
-            continue  # Saves nothing over stage 1.
+            continue  # It saves nothing over stage 1.
         try:
             candidate = make_draft(config, layout, cluster, placements.get(layout.pipeline))
         except MegarecurError as error:
             if stage == stages[0]:
                 _note_refusal(layout, error, lost)
                 return
-            continue  # A stage beyond the config's, which does not go with the rest.
+            continue  # Other settings rule out this higher stage.
         placements[layout.pipeline] = candidate.placement
         if candidate.least_memory <= cluster.memory:
             fits = True
@@ -193,13 +192,14 @@ def _draft_stages(
         elif closest is None or candidate.least_memory < closest.least_memory:
             closest = candidate
         if layout.data == 1:
-            break  # There is nothing to share out.
+            break  # With one replica there is nothing to shard.
     if closest is not None and not fits:
         _note_memory(closest, lost)
 
 
-def _first_that_fits(drafts: Iterator[Draft]) -> Plan | None:
-    """With the least ZeRO stage that the fastest order fits, or the last and another order."""
+def _first_that_fits(drafts: Iterator[Draft]) -> LayoutPlan | None:
+    """Return the plan of the least ZeRO stage that the fastest order fits, or of the last with
+    another order."""
     for last in drafts:
         plan = complete(last, most_operations=0, squeeze=False)
         if plan.fits:
@@ -212,7 +212,7 @@ def _first_that_fits(drafts: Iterator[Draft]) -> Plan | None:
 
 
 def _note_refusal(layout: Layout, error: MegarecurError, lost: Losses) -> None:
-    """By the words of the refusal, whatever its numbers."""
+    """Record a rejected layout by the words of the message, whatever its numbers."""
     reason = str(error).splitlines()[-1].strip().removeprefix("config: ")
     lost[re.sub(r"\d+", "0", reason)].append(Loss(layout, reason))
 
@@ -222,14 +222,14 @@ def _note_memory(candidate: Draft, lost: Losses) -> None:
     stage = candidate.layout.zero_stage
     over = f"{format_bytes(need - room)} too much" if need > room else "its orders keep more"
     reason = (
-        f"do not fit {format_bytes(room)} of a rank; the smallest takes at least "
+        f"do not fit into {format_bytes(room)} per rank; the smallest takes at least "
         f"{format_bytes(need)} ({over})" + (f" with ZeRO {stage}" if stage else "")
     )
     lost["memory"].append(Loss(candidate.layout, reason, need))
 
 
-def _note_slow(candidate: Draft, best: list[Plan], lost: Losses) -> None:
-    """By what takes most of the time that an ideal layout would not."""
+def _note_slow(candidate: Draft, best: list[LayoutPlan], lost: Losses) -> None:
+    """Record a slow layout by its largest overhead over an ideal layout."""
     fastest = best[0].step_time
     microbatches, ranks = candidate.num_microbatches, candidate.ranks
     spent = {
@@ -239,8 +239,8 @@ def _note_slow(candidate: Draft, best: list[Plan], lost: Losses) -> None:
     mean = microbatches * sum(rank.work for rank in ranks) / len(ranks)
     idle = candidate.least_time - candidate.reduction_time - mean
     uneven = microbatches * max(rank.work for rank in ranks) - mean
-    spent["fullest rank"] = uneven
-    spent["filling of the pipeline"] = idle - uneven
+    spent["busiest rank"] = uneven
+    spent["pipeline bubble"] = idle - uneven
     cause = max(spent, key=lambda name: spent[name])
     times = candidate.least_time / fastest
     share = spent[cause] / candidate.least_time
@@ -250,18 +250,18 @@ def _note_slow(candidate: Draft, best: list[Plan], lost: Losses) -> None:
 
 
 def _explain(candidate: Draft, cause: str) -> str:
-    if cause != "fullest rank":
+    if cause != "busiest rank":
         return f"in the {cause}"
     fullest = max(candidate.ranks, key=lambda rank: rank.work)
-    text = f"waiting for the fullest rank, which owns {list_blocks(fullest.blocks)}"
+    text = f"waiting for the busiest rank, which owns {list_blocks(fullest.blocks)}"
     text += " and the head" * (fullest.rank == candidate.placement.head)
     text += f": at most {candidate.efficiency:.0%} of the ranks' time is used"
     hot = len(fullest.blocks) == 1 and fullest.rank != candidate.placement.head
-    return text + "; a hot block asks for tensor or data parallelism" * hot
+    return text + "; use tensor or data parallelism for its expensive block" * hot
 
 
 def _join_families(lost: Losses) -> tuple[Family, ...]:
-    """One family for each reason, told by its best member."""
+    """Return one family per reason, described by its best member."""
     families = []
     for members in lost.values():
         told = min(members, key=lambda loss: loss.size)
@@ -270,7 +270,7 @@ def _join_families(lost: Losses) -> tuple[Family, ...]:
 
 
 def _span(values: set[int]) -> str:
-    """2, or 2 to 64."""
+    """Format a set of values as "2" or "2 to 64"."""
     return str(min(values)) if len(values) == 1 else f"{min(values)} to {max(values)}"
 
 

@@ -1,4 +1,5 @@
-"""What an order takes: time, bubbles and memory, from the costs of the stages; and the best one."""
+"""Simulate the time, bubbles and memory of an order from the costs of its stages; choose the
+best."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from megarecur.plan.generate import (
 )
 from megarecur.plan.order import (
     Computes,
-    Kind,
     Op,
-    Order,
+    PipelineOrder,
+    StageCost,
     add_messages,
     count_ranks,
     find_partner,
@@ -29,31 +30,8 @@ from megarecur.plan.order import (
 from megarecur.plan.walk import Walk
 
 
-@dataclass(frozen=True, slots=True)
-class StageCost:
-    """One stage and one micro batch; times in any one unit, sizes in bytes."""
-
-    forward: float
-    inputs: float
-    """Backward pass of the inputs (I), recompute included."""
-    weights: float
-    """Of the weights (W). A whole backward (B) takes both."""
-    hop: float = 0.0
-    """For the activations to reach the next stage, or their gradient to come back."""
-    activation: int = 0
-    """Kept from F until B or I has run."""
-    deferred: int = 0
-    """Kept from I until W has run."""
-
-    def duration(self, kind: Kind) -> float:
-        """Of F, B, I or W; messages take none of their rank's time."""
-        if kind == "B":
-            return self.inputs + self.weights
-        return {"F": self.forward, "I": self.inputs, "W": self.weights}.get(kind, 0.0)
-
-
 class Timed(NamedTuple):
-    """An operation and when it ran."""
+    """An operation with its start and end."""
 
     op: Op
     start: float
@@ -65,15 +43,15 @@ class Timeline:
     """A simulated step, by pipeline rank."""
 
     ranks: tuple[tuple[Timed, ...], ...]
-    """All operations. A send takes no time; a receive lasts from when its rank comes to it until
-    the message is there, while the rank goes on to what does not need it."""
+    """All operations with their times. A send takes no time. A receive lasts from when its rank
+    reaches it until the message arrives; meanwhile the rank runs operations that do not need it."""
     makespan: float
     busy: tuple[float, ...]
     """Time spent in F, B, I and W."""
     peak_bytes: tuple[int, ...]
-    """Most that is kept at once; messages that have come early are not counted."""
+    """Maximum bytes kept at once; messages that arrive early are not counted."""
     peak_live: tuple[int, ...]
-    """Most (stage, micro batch) pairs between their F and the end of their backward at once."""
+    """Maximum (stage, micro batch) pairs between F and the end of their backward pass at once."""
 
     @property
     def bubble(self) -> float:
@@ -83,17 +61,17 @@ class Timeline:
         return 1.0 - sum(self.busy) / (len(self.busy) * self.makespan)
 
 
-def simulate(order: Order, walk: Walk, costs: Sequence[StageCost]) -> Timeline:
-    """Run a valid order by the clock.
+def simulate(order: PipelineOrder, walk: Walk, costs: Sequence[StageCost]) -> Timeline:
+    """Simulate a valid order.
 
-    Ranks work through their lists. A send is free for its sender; what needs a receive waits until
-    the message is there, its boundary's hop after it was sent.
+    Ranks run their lists in order. A send costs its sender nothing. An operation that needs a
+    receive waits until the message arrives, one hop after it was sent.
 
     Raises:
-        ValueError: an order that waits for ever.
+        ValueError: the order deadlocks.
     """
-    arrived: dict[Op, float] = {}  # by receive: when its message is there
-    waiting: dict[Op, int] = {}  # by receive: the rank that stands before it
+    arrived: dict[Op, float] = {}  # by receive: when its message arrives
+    waiting: dict[Op, int] = {}  # by receive: the rank waiting for it
     clocks, lists = [0.0] * len(order), [list[Timed]() for _ in order]
     pending = list(range(len(order)))
     while pending:
@@ -118,7 +96,7 @@ def simulate(order: Order, walk: Walk, costs: Sequence[StageCost]) -> Timeline:
             lists[rank].append(Timed(op, start, end))
     if waiting:
         stuck = ", ".join(f"rank {rank} at {op}" for op, rank in sorted(waiting.items()))
-        raise ValueError(f"an order that waits for ever: {stuck}")
+        raise ValueError(f"the order deadlocks: {stuck}; correct the order")
     peaks = [_find_peaks(ops, walk, costs) for ops in order]
     return Timeline(
         ranks=tuple(map(tuple, lists)),
@@ -130,7 +108,7 @@ def simulate(order: Order, walk: Walk, costs: Sequence[StageCost]) -> Timeline:
 
 
 def _find_peaks(ops: Sequence[Op], walk: Walk, costs: Sequence[StageCost]) -> tuple[int, int]:
-    """Most bytes and most (stage, micro batch) pairs that a rank keeps at once."""
+    """Return the maximum bytes and (stage, micro batch) pairs that a rank keeps at once."""
     size = live = most_size = most_live = 0
     for kind, stage, _ in ops:
         cost = costs[stage]
@@ -149,15 +127,15 @@ def _find_peaks(ops: Sequence[Op], walk: Walk, costs: Sequence[StageCost]) -> tu
 def lower_bound(
     walk: Walk, costs: Sequence[StageCost], num_microbatches: int, split: bool = True
 ) -> float:
-    """No order of the walk is faster (pipeline.md, section 5).
+    """Return a lower bound on the time of any order of the walk (pipeline.md, section 5).
 
-    Every rank waits for the first micro batch to reach it, then has its work to do; without I and
-    W apart the last backward pass that it runs must still travel to the first stage. And one micro
-    batch takes its time.
+    Every rank waits for the first micro batch, then does its work; unless I and W are apart, its
+    last backward pass must still travel to the first stage. No step is shorter than one micro
+    batch.
     """
     ranks = count_ranks(walk)
-    head: dict[int, float] = {}  # by rank: when the first micro batch is there
-    tail: dict[int, float] = {}  # by rank: from its last backward pass to the end
+    head: dict[int, float] = {}  # by rank: when the first micro batch arrives
+    tail: dict[int, float] = {}  # by rank: time from its last backward pass to the end
     work = [0.0] * ranks
     reached, returned = 0.0, [0.0] * len(walk)
     for index, (stage, cost) in enumerate(zip(walk, costs, strict=True)):
@@ -184,11 +162,11 @@ Family = Literal["1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "greed
 
 
 class ClosedForm(NamedTuple):
-    """A maker of orders for walks of one shape."""
+    """A generator of orders for walks of one shape."""
 
     make: Callable[[Walk, int], Computes | None]
     split: bool
-    """It runs I and W in place of B."""
+    """True if it runs I and W in place of B."""
     shape: str
 
 
@@ -200,15 +178,15 @@ CLOSED_FORMS: dict[Family, ClosedForm] = {
 }
 
 IN_FLIGHT = (1.0, 1.5, 2.0, 3.0)
-"""Times p: micro batches whose activations a rank of a greedy order may keep at once."""
+"""Limits for greedy orders, in units of p: micro batches whose activations a rank keeps at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An order and what it takes."""
+    """An order and its simulated timeline."""
 
     name: Family
-    order: Order
+    order: PipelineOrder
     timeline: Timeline
 
 
@@ -222,23 +200,22 @@ def choose_order(
     split: bool = True,
     wanted: Family | Literal["auto"] = "auto",
 ) -> Choice:
-    """The fastest order, by simulation, of all that are known for a walk; the same everywhere.
+    """Return the fastest of all orders known for a walk, by simulation; the result is
+    deterministic.
 
-    Where several take the same time to a thousandth, the one that keeps least. The walk is taken as
-    it is: for `zbv`, build it with `walk.cuts_for_v`.
+    Among orders within a thousandth of the best time, the one that keeps least is chosen. The walk
+    is used as given: for `zbv`, build it with `walk.cuts_for_v`.
 
     Args:
-        walk: with one cost per stage.
-        num_microbatches: of one optimizer step and replica.
-        costs: by stage.
-        memory_cap: bytes for the activations of each rank: one number, or one by rank. Left out:
-            no bound but that of greedy orders, three times p micro batches.
-        split: whether I and W may run apart; without, there is only B.
-        wanted: one family of orders alone.
+        num_microbatches: number per optimizer step and replica.
+        memory_cap: bytes for the activations of each rank: one number, or one per rank. None means
+        no limit except that of greedy orders, 3 p micro batches.
+        split: allow I and W to run apart; otherwise only B is used.
+        wanted: restrict the choice to one family of orders.
 
     Raises:
         ConfigError: the family wanted does not suit the walk, or needs I and W apart.
-        PlacementError: no order keeps within the memory.
+        PlacementError: no order fits into the memory.
     """
     check_family(walk, wanted, split)
     caps = _list_caps(walk, memory_cap)
@@ -264,10 +241,10 @@ def choose_order(
 
 
 def check_family(walk: Walk, wanted: Family | Literal["auto"], split: bool = True) -> None:
-    """Refuse a family of orders that does not suit a walk, or needs I and W apart.
+    """Reject a family of orders that does not suit a walk, or needs I and W apart.
 
     Raises:
-        ConfigError: naming the walk.
+        ConfigError: the message names the walk.
     """
     form = None if wanted == "auto" else CLOSED_FORMS.get(wanted)
     if form is not None and form.split and not split:
@@ -275,12 +252,21 @@ def check_family(walk: Walk, wanted: Family | Literal["auto"], split: bool = Tru
             f"parallel.order={wanted} runs the backward passes of inputs and weights apart; set "
             "parallel.split_backward to true, or parallel.order to auto"
         )
-    if form is not None and form.make(walk, 1) is None:
-        ranks = " ".join(str(stage.rank) for stage in walk)
-        raise ConfigError(
-            f"parallel.order={wanted} is for walks over the ranks {form.shape}; this one visits "
-            f"{ranks}; set parallel.order to greedy or auto"
-        )
+    if figures := find_unsuited(walk, wanted):
+        raise ConfigError(f"{ORDER_REASON}; {ORDER_REMEDY}".format_map(figures))
+
+
+ORDER_REASON = "parallel.order={order} requires a walk over ranks {shape}; this one visits {ranks}"
+ORDER_REMEDY = "set parallel.order to greedy or auto"
+
+
+def find_unsuited(walk: Walk, wanted: Family | Literal["auto"]) -> dict[str, object]:
+    """Return the figures of ORDER_REASON if a family of orders does not suit a walk."""
+    form = None if wanted == "auto" else CLOSED_FORMS.get(wanted)
+    if form is None or form.make(walk, 1) is not None:
+        return {}
+    ranks = " ".join(str(stage.rank) for stage in walk)
+    return {"order": wanted, "shape": form.shape, "ranks": ranks}
 
 
 def _list_caps(walk: Walk, memory_cap: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -296,8 +282,8 @@ def _list_candidates(
     caps: Sequence[int] | None,
     split: bool,
     wanted: str,
-) -> Iterator[tuple[Family, Order]]:
-    """Closed forms first, then greedy orders, those that keep little first."""
+) -> Iterator[tuple[Family, PipelineOrder]]:
+    """Yield closed forms first, then greedy orders, starting with those that keep little."""
     for name, form in CLOSED_FORMS.items():
         if wanted in ("auto", name) and split >= form.split:
             computes = form.make(walk, num_microbatches)
@@ -305,7 +291,7 @@ def _list_candidates(
                 yield name, add_messages(computes, walk, costs)
     if wanted not in ("auto", "greedy"):
         return
-    # Where memory is short, B may fit where what I leaves for W does not.
+    # If memory is short, B may fit where the values that I leaves for W do not.
     splits = (True, False) if split and caps else (split,)
     for apart, times, alternate in product(splits, IN_FLIGHT, (True, False)):
         order = greedy(
@@ -324,7 +310,7 @@ def _list_candidates(
 def _explain_memory(
     walk: Walk, costs: Sequence[StageCost], caps: Sequence[int], wanted: str
 ) -> str:
-    """Which rank is short of memory for a single micro batch; all others have room for one."""
+    """Return which rank lacks memory for a single micro batch, or for more than one."""
     alone = [0] * len(caps)
     for stage, cost in zip(walk, costs, strict=True):
         alone[stage.rank] += cost.activation if stage.backward else 0
@@ -332,8 +318,9 @@ def _explain_memory(
     short = alone[rank] > caps[rank]
     remedy = "" if short or wanted in ("auto", "greedy") else "set parallel.order to auto, or "
     return (
-        f"no order{'' if wanted == 'auto' else f' of parallel.order={wanted}'} fits: pipeline rank "
+        f"no order{'' if wanted == 'auto' else f' of parallel.order={wanted}'} fits into memory: "
+        "pipeline rank "
         f"{rank} keeps {alone[rank]:,} bytes of activations of each micro batch and has room for "
-        f"{caps[rank]:,}; {remedy}set train.recompute to true, lower train.micro_batch_size, or "
-        "raise parallel.tensor"
+        f"{caps[rank]:,}; {remedy}set train.recompute to selective or full, lower "
+        "train.micro_batch_size, or raise parallel.tensor"
     )

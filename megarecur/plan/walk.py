@@ -1,12 +1,12 @@
-"""The walk: the layer map over pipeline ranks, as stages between which activations travel.
+"""The walk: the layer map over pipeline ranks, split into stages that exchange activations.
 
 Every block has one owner, so the order of blocks is an order of ranks. A stage is a run of steps on
-one rank; between stages travel the hidden state and what later steps read. A value that a rank has
-had once stays there for its later stages of the same micro batch. Gradients travel back along the
-same hops, where any is due: steps without gradient cut their way.
+one rank. Stages send each other the hidden state and the values that later steps read. A rank keeps
+each value it received for its later stages of the same micro batch. Gradients travel back along the
+same hops; steps without gradient stop them.
 
-The hidden state after an early exit's step is such a value too, read by the loss. It never travels:
-exits are on the rank of the head.
+The loss also reads the hidden state after each early exit. That state is never sent, because exits
+are on the rank of the head.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ class Stage:
     rank: int
     steps: LayerMap
     first: bool = False
-    """It embeds the tokens first."""
+    """True if the stage embeds the tokens first."""
     last: bool = False
-    """It ends in the loss."""
+    """True if the stage ends in the loss."""
     receives: tuple[str, ...] = ()
     """Values for later reads that arrive with the hidden state."""
     sends: tuple[str, ...] = ()
-    """Those that leave with it: what the next stage receives."""
+    """Values for later reads that leave with the hidden state; the next stage receives them."""
     returns_x: bool = False
-    """The gradient of the hidden state that entered goes back to the stage before."""
+    """True if the gradient of the incoming hidden state goes back to the previous stage."""
     returns: tuple[str, ...] = ()
-    """Of what arrived for later reads: where a gradient goes back too."""
+    """Received values whose gradient goes back too."""
     backward: bool = False
-    """It has a backward pass."""
+    """True if the stage has a backward pass."""
     leaves: tuple[str, ...] = ()
-    """Early exits after its steps, whose hidden states stay on its rank for the loss."""
+    """Early exits after the stage's steps, whose hidden states stay on its rank for the loss."""
     exits: tuple[str, ...] = ()
-    """The last stage: all early exits, in order; its loss reads their hidden states, those that
-    earlier stages left and its own."""
+    """In the last stage, all early exits in order; its loss reads their hidden states, from earlier
+    stages and its own."""
 
     @property
     def sends_back(self) -> bool:
-        """Whether any gradient goes back to the stage before."""
+        """Return True if any gradient goes back to the previous stage."""
         return self.returns_x or bool(self.returns)
 
 
@@ -60,15 +60,14 @@ def build_walk(
     cuts: Collection[int] = (),
     fresh_core: bool = False,
 ) -> Walk:
-    """The stages of a map.
+    """Return the stages of a map.
 
     Args:
-        steps: the layer map.
         placement: where each block, the embedding and the head live.
-        cuts: positions in the map before which a stage begins even on the same rank, as the tip of
-            a V is cut in two.
-        fresh_core: the hidden state does not pass into the step that writes `prelude`, as the core
-            starts from a state of its own.
+        cuts: positions in the map before which a stage begins even on the same rank, for example to
+        cut the tip of a V in two.
+        fresh_core: the core starts from its own state, so the hidden state does not pass into the
+        step that writes `prelude`.
     """
     runs: list[tuple[int, list[int]]] = [(placement.embedding, [])]
     for position, step in enumerate(steps):
@@ -86,12 +85,12 @@ def build_walk(
 
 
 def cuts_for_v(steps: LayerMap, placement: Placement) -> tuple[int, ...]:
-    """Where to cut a walk that goes down the ranks and up again, for the order `zbv`.
+    """Return where to cut a walk that goes down the ranks and up again, for the order `zbv`.
 
-    That order takes two stages of every rank, so the run at the tip of the V, all on the last rank,
-    is cut in its middle: `build_walk(steps, placement, cuts_for_v(steps, placement))` is the walk
-    for it. Other orders run both the cut walk and the uncut one. () where the walk is no V, or has
-    a tip of one step.
+    That order needs two stages on every rank, so the run at the tip of the V, all on the last rank,
+    is cut in the middle: `build_walk(steps, placement, cuts_for_v(steps, placement))` is the walk
+    for it. Other orders run both the cut walk and the uncut one. Returns () if the walk is not a V,
+    or its tip has only one step.
     """
     walk = build_walk(steps, placement)
     last = placement.ranks - 1
@@ -103,10 +102,11 @@ def cuts_for_v(steps: LayerMap, placement: Placement) -> tuple[int, ...]:
 
 
 def _carry(stages: list[Stage]) -> list[Stage]:
-    """Fill in what travels for later reads: over the fewest hops, none to a rank that has it."""
+    """Fill in the values sent for later reads, over the fewest hops and only to ranks without
+    them."""
     arriving: list[list[str]] = [[] for _ in stages]
     for name in sorted({name for stage in stages for step in stage.steps for name in step.reads}):
-        source = 0  # the stage that wrote it last
+        source = 0  # the last stage that wrote it
         for stage in stages:
             for step in stage.steps:
                 if name in step.writes:
@@ -122,7 +122,8 @@ def _carry(stages: list[Stage]) -> list[Stage]:
 
 
 def _leave_exits(stages: list[Stage]) -> list[Stage]:
-    """Fill in which exits are left for the loss. Those of the last stage itself need not be."""
+    """Fill in the exits that each stage leaves for the loss, except those of the last stage
+    itself."""
     *before, last = stages
     found = [
         replace(stage, leaves=tuple(step.exit_name for step in stage.steps if step.exit))
@@ -136,11 +137,11 @@ def _leave_exits(stages: list[Stage]) -> list[Stage]:
 def _find_hops(
     stages: list[Stage], arriving: list[list[str]], name: str, source: int, reader: int
 ) -> tuple[int, ...]:
-    """The fewest further stages that a value must arrive at to get from one stage to another.
+    """Return the fewest further stages that must receive a value to bring it from source to reader.
 
-    It leaves from any rank that has it by then. Of ways as short as each other, the latest.
+    Any rank that has the value may send it. Among equally short paths, the latest is chosen.
     """
-    ways: dict[int, tuple[int, ...]] = {stages[source].rank: ()}  # by rank, so far
+    ways: dict[int, tuple[int, ...]] = {stages[source].rank: ()}  # paths found so far, by rank
     for stage in stages[source + 1 : reader + 1]:
         way = ways[stages[stage.index - 1].rank]
         if name not in arriving[stage.index]:
@@ -151,15 +152,15 @@ def _find_hops(
 
 
 def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
-    """Fill in which gradients travel: those that depend on a parameter and are asked for."""
+    """Fill in the gradients sent back: those that depend on a parameter and are needed."""
 
     def starts_fresh(writes: tuple[str, ...]) -> bool:
         return fresh_core and "prelude" in writes
 
-    # Forward: does the hidden state that enters a stage, does each value, depend on parameters?
+    # Forward: whether the hidden state entering a stage, and each value, depends on parameters.
     enters: list[bool] = []
     arrives: list[dict[str, bool]] = []
-    writes: list[list[bool]] = []  # the hidden state that enters each step, and is kept there
+    writes: list[list[bool]] = []  # the hidden state that enters each step and is kept there
     values: dict[str, bool] = {}
     x = True
     for stage in stages:
@@ -170,12 +171,12 @@ def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
             writes[-1].append(x)
             values |= dict.fromkeys(step.writes, x)
             x = step.grad
-    # Backward: is the gradient asked for, of the hidden state and, on each rank, of each value?
+    # Backward: whether the gradient of the hidden state, and of each value on each rank, is needed.
     asked_x, asked = True, dict[tuple[int, str], bool]()
     found: list[Stage] = []
     for stage in reversed(stages):
         backward = asked_x
-        for name in stage.sends:  # What the next stage returns.
+        for name in stage.sends:  # The next stage returns these.
             if name in found[-1].returns:
                 asked[stage.rank, name] = backward = True
         for step, depends in zip(stage.steps[::-1], writes[stage.index][::-1], strict=True):
@@ -190,7 +191,7 @@ def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
                 due = asked.pop((stage.rank, name), False) and depends
                 backward = backward or due
                 asked_x = asked_x or due
-        # A value stays on its rank: its gradient leaves with the stage that it arrived at.
+        # A value stays on its rank, so its gradient leaves with the stage that received it.
         returns = tuple(
             name
             for name in stage.receives

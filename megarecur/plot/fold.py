@@ -1,4 +1,4 @@
-"""The picture of a fold: where layers went, what sharing lost, what adapters start with.
+"""Picture of a fold: the layers of each block, the residuals, and the share that adapters keep.
 
 Drawn from RUN/fold.json, which `megarecur convert --scheme` writes.
 """
@@ -21,7 +21,7 @@ REPORT = "fold.json"
 
 
 def plot_fold(run: Path, out: Path | None = None) -> list[Path]:
-    """Draw the fold that made a run; returns the files written.
+    """Draw the fold that made a run; return the files written.
 
     Raises:
         DataError: the run was not folded, or its report cannot be read.
@@ -38,7 +38,8 @@ def plot_fold(run: Path, out: Path | None = None) -> list[Path]:
 
 
 def draw_fold(report: dict[str, Any]) -> Figure:
-    """Layers against blocks above; residuals and what adapters hold of them below."""
+    """Return a figure of the layers of each block, the residuals and the share that adapters
+    keep."""
     from matplotlib.figure import Figure
 
     matrices = report["matrices"]
@@ -65,13 +66,14 @@ def draw_fold(report: dict[str, Any]) -> Figure:
 
 
 def _by_step(report: dict[str, Any]) -> list[tuple[tuple[int, str], dict[str, Any]]]:
-    """((step, linear), matrix)."""
+    """Return a list of ((step, linear), matrix)."""
     places = {(s["block"], s["loop"]): i for i, s in enumerate(report["steps"])}
     return [((places[m["block"], m["loop"]], m["linear"]), m) for m in report["matrices"]]
 
 
 def _draw_sources(axes: Axes, report: dict[str, Any]) -> None:
-    """A row per block: full dots made it, rings are the layers that its loops stand for."""
+    """Draw a row per block: dots for layers that it was made of, rings for those that it
+    replaces."""
     uses = Counter((step["source"], step["block"]) for step in report["steps"])
     for (layer, block), count in uses.items():
         axes.plot(layer, block, "o", ms=11, mfc="none", mec="#4477aa", mew=1.5)
@@ -102,7 +104,7 @@ def _draw_heat(
     colours: str,
     top: float | None,
 ) -> None:
-    """Steps as rows, linears as columns."""
+    """Draw a heat map with steps as rows and linears as columns."""
     linears = list(dict.fromkeys(m["linear"] for m in report["matrices"]))
     steps = len(report["steps"])
     table = [[values.get((i, name), float("nan")) for name in linears] for i in range(steps)]

@@ -1,4 +1,4 @@
-"""The drawing of a layer map: blocks as rows, unrolled depth as columns, the walk as a line.
+"""Drawing of a layer map: blocks as rows, unrolled depth as columns, the walk as a line.
 
 megarecur check configs/quickstart.yaml --draw map.svg
 """
@@ -11,7 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megarecur.config.schema import BlockRecurrence, Config, Loop
+from megarecur.config.recurrence import BlockRecurrence, Loop
+from megarecur.config.run import Config
 from megarecur.plan.cost import (
     count_flops,
     count_parameters,
@@ -38,12 +39,12 @@ BLOCK_COLOURS = (
     "#8c6d46",
     "#667788",
 )
-"""Tol's bright scheme, safe for colour-blind readers; longer maps take a continuous one."""
+"""Tol's bright scheme, safe for colour-blind readers; larger maps use a continuous one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A named stretch of the map, drawn as a bracket above it."""
+    """A named range of the map, drawn as a bracket above it."""
 
     name: str
     start: int
@@ -51,7 +52,8 @@ class Span:
 
 
 def draw_config(config: Config) -> Figure:
-    """The map of a config, titled with its scheme and, if the vocabulary is known, its counts."""
+    """Return a figure of a config's map, with its scheme and, if vocab_size is known, its
+    counts."""
     steps = build_map(config)
     subtitle = f"{count_noun(len(count_uses(steps)), 'block')}, depth {len(steps)}"
     if config.model.vocab_size is not None:
@@ -66,7 +68,7 @@ def draw_config(config: Config) -> Figure:
 
 
 def spans(config: Config) -> tuple[Span, ...]:
-    """The parts of a map that repeats a group: prelude, loops, coda."""
+    """Return the parts of a map that repeats a group: prelude, loops, coda."""
     recurrence = config.recurrence
     if isinstance(recurrence, BlockRecurrence):
         start, length, coda = 0, recurrence.num_blocks, 0
@@ -77,7 +79,7 @@ def spans(config: Config) -> tuple[Span, ...]:
     loops = default_depth(recurrence).num_loops
     end = start + length * loops
     parts = [Span("prelude", 0, start)]
-    if length * loops <= 4 * loops and loops > 12:  # Brackets too narrow for a name each.
+    if length * loops <= 4 * loops and loops > 12:  # Brackets are too narrow for a name each.
         parts.append(Span(f"core, {loops} loops", start, end))
     else:
         for i in range(loops):
@@ -89,10 +91,11 @@ def spans(config: Config) -> tuple[Span, ...]:
 def draw_layer_map(
     steps: LayerMap, title: str = "", subtitle: str = "", spans: Sequence[Span] = ()
 ) -> Figure:
-    """A figure of the map, legible from 4 to about 64 steps.
+    """Return a figure of the map, legible from 4 to about 64 steps.
 
     A filled square is a step, its number the loop index; hollow squares run forward only. Arrows
-    lead from where a value is kept to the steps that read it; the final norm is a dashed line.
+    lead from the step that stores a value to the steps that read it; the final norm is a dashed
+    line.
     """
     from matplotlib.figure import Figure
 
@@ -100,13 +103,13 @@ def draw_layer_map(
     rows = {block: row for row, block in enumerate(blocks)}
     names = sorted({name for step in steps for name in step.writes})
     normed = any(step.normalize for step in steps)
-    cell = max(min(0.62, 15.0 / depth, 10.0 / len(blocks)), 0.2)  # inches per step and per block
-    size = min(max(cell * 18, 7.0), 10.0)  # points
-    line = size / 72 * 1.9 / cell  # a line of text, in cells
+    cell = max(min(0.62, 15.0 / depth, 10.0 / len(blocks)), 0.2)  # Inches per step and per block.
+    size = min(max(cell * 18, 7.0), 10.0)  # Points.
+    line = size / 72 * 1.9 / cell  # Height of a line of text, in cells.
     left, right, top, bottom = 1.0 / cell, 0.7 / cell, 0.1 / cell, 0.1 / cell
     top += (line + 0.4) if spans else 0.0
     bottom += line + (line + 0.9) * len(names) + (line if normed and not names else 0.0)
-    width = max((depth + left + right) * cell, 7.0)  # inches
+    width = max((depth + left + right) * cell, 7.0)  # Inches.
     height = (len(blocks) + top + bottom) * cell
     head = 0.75 if title else 0.0
     figure = Figure(figsize=(width, height + head), facecolor="white")
@@ -139,9 +142,9 @@ def save(figure: Figure, *paths: Path) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "megarecur"}):
-            undated = {"Date": None} if path.suffix == ".svg" else None  # same run, same file
+            undated = {"Date": None} if path.suffix == ".svg" else None  # reproducible
             figure.savefig(path, dpi=160, facecolor="white", metadata=undated)
-        figure.set_layout_engine("none")  # The layout is found once, not again for each format.
+        figure.set_layout_engine("none")  # Compute the layout once, not for each format.
 
 
 def _colours(count: int) -> list[Any]:
@@ -156,7 +159,7 @@ def _colours(count: int) -> list[Any]:
 def _draw_rows(
     axes: Axes, steps: LayerMap, rows: dict[int, int], colours: list[Any], size: float
 ) -> None:
-    """A pale band per block, its name in front and its number of uses behind."""
+    """Draw a pale band per block, with its name on the left and its number of uses on the right."""
     from matplotlib.patches import Rectangle
 
     depth = len(steps)
@@ -171,7 +174,7 @@ def _draw_rows(
 
 
 def _draw_walk(axes: Axes, steps: LayerMap, rows: dict[int, int], cell: float) -> None:
-    """The line from each step to the next; a way back to an earlier block is drawn lighter."""
+    """Draw the line from each step to the next, lighter where it skips a row."""
     for i, (step, after) in enumerate(pairwise(steps)):
         start, end = rows[step.block], rows[after.block]
         back = abs(end - start) > 1
@@ -251,13 +254,16 @@ def _draw_reads(
     cell: float,
     size: float,
 ) -> None:
-    """A rail below the map, from where a value is kept, with an arrow to every step that reads."""
+    """Draw a rail below the map, from each step that stores a value to the last step that reads it,
+    with an arrow to every step that reads it."""
     from matplotlib.patches import FancyArrowPatch
 
     thin = max(cell * 2, 0.8)
-    source = next(i for i, step in enumerate(steps) if name in step.writes)
+    sources = [i for i, step in enumerate(steps) if name in step.writes]
     readers = [i for i, step in enumerate(steps) if name in step.reads]
-    axes.plot([source, max(readers, default=source)], [y, y], color=ACCENT, lw=thin)
+    for source, following in pairwise([*sources, len(steps)]):
+        last = max((i for i in readers if source <= i < following), default=source)
+        axes.plot([source, last], [y, y], color=ACCENT, lw=thin)
     for i in readers:
         row = rows[steps[i].block]
         arrow = FancyArrowPatch(
@@ -274,12 +280,12 @@ def _draw_reads(
             zorder=1.5,
         )
         axes.add_patch(arrow)
-    axes.plot([source], [y], marker="D", ms=size * 0.5, color=ACCENT)
+    axes.plot(sources, [y] * len(sources), "D", ms=size * 0.5, color=ACCENT)
     axes.text(-0.75, y, name, ha="right", va="center", size=size, color=ACCENT)
 
 
 def _draw_norm(axes: Axes, steps: LayerMap, base: float, y: float, size: float) -> None:
-    """A dashed line where the hidden state passes the final norm."""
+    """Draw a dashed line where the hidden state passes the final norm."""
     for i, step in enumerate(steps):
         if step.normalize:
             axes.plot([i - 0.5] * 2, [-0.5, y - 0.3], color=ACCENT, lw=1.2, ls=(0, (3, 2)))

@@ -1,4 +1,4 @@
-"""The pictures of a run, from its folder alone: metrics.jsonl and config.yaml.
+"""Pictures of a run, from its folder alone: metrics.jsonl and config.yaml.
 
 megarecur plot runs/quickstart
 megarecur plot runs/shallow runs/deep
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from megarecur.config.load import load_config
-from megarecur.config.schema import Config, Looped, RecurrenceConfig
+from megarecur.config.recurrence import Looped, RecurrenceConfig
+from megarecur.config.run import Config
 from megarecur.errors import DataError
 from megarecur.plan.describe import count_noun, describe_scheme
 from megarecur.plot.layer_map import ACCENT, BLOCK_COLOURS, INK, SOFT, draw_config, save
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-"""One log step: `step`, `tokens` and flat metrics."""
+"""Metrics of one log step: `step`, `tokens` and flat keys."""
 
 TRAIN_COLOUR = "#4477aa"
 DEPTH_KEY = re.compile(r"val/depth_(\d+)/loss")
 
 
 def plot_run(run: Path, out: Path | None = None) -> list[Path]:
-    """Draw whatever the run has logged so far; returns the files written.
+    """Draw all that the run has logged so far; return the files written.
 
     Raises:
         DataError: there is nothing to draw.
@@ -62,7 +63,8 @@ def plot_run(run: Path, out: Path | None = None) -> list[Path]:
 
 
 def deepest(rows: Sequence[Row], recurrence: RecurrenceConfig) -> int | None:
-    """The most loops that any row has measured; None where the scheme has none."""
+    """Return the maximum number of loops that any row has measured; None if the scheme has no
+    loops."""
     if not isinstance(recurrence, Looped):
         return None
     loops = [int(key[-2:]) for row in rows for key in row if key.startswith("recurrence/resid")]
@@ -70,10 +72,10 @@ def deepest(rows: Sequence[Row], recurrence: RecurrenceConfig) -> int | None:
 
 
 def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Draw several runs together; returns the files written.
+    """Draw several runs together; return the files written.
 
     Raises:
-        DataError: a run without metrics.
+        DataError: a run has no metrics.
     """
     whole = [run.resolve() for run in runs]
     shared = os.path.commonpath([run.parent for run in whole])
@@ -86,7 +88,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> list[Path]:
 
 
 def save_figures(figures: Mapping[str, Figure | None], folder: Path) -> list[Path]:
-    """Write each as PNG and SVG."""
+    """Write each figure as PNG and SVG; return the files written."""
     written = []
     for name, figure in figures.items():
         if figure is not None:
@@ -97,13 +99,13 @@ def save_figures(figures: Mapping[str, Figure | None], folder: Path) -> list[Pat
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """One row per step, in order of steps.
+    """Return one row per step, in order of steps.
 
-    A run that resumed may have logged a step twice: the later value of a key wins. Lines that a
-    killed process left unfinished are passed over.
+    A run that resumed may have logged a step twice: the later value of a key wins. Incomplete lines
+    of a killed process are skipped.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the file cannot be read.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -127,7 +129,7 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def draw_loss(rows: Sequence[Row], config: Config) -> Figure | None:
-    """Training loss (raw and smoothed) and validation losses over tokens."""
+    """Plot training loss (raw and smoothed) and validation losses over tokens."""
     tokens, losses = _series(rows, "train/loss", "tokens")
     keys = {k for row in rows for k in row if not k.startswith("val/depth_")}
     names = sorted(k for k in keys if k.startswith("val/") and k.endswith("loss"))
@@ -157,7 +159,7 @@ def draw_loss(rows: Sequence[Row], config: Config) -> Figure | None:
 
 
 def draw_depths(rows: Sequence[Row]) -> Figure | None:
-    """Validation loss by number of loops: over training, and at the last evaluation."""
+    """Plot validation loss by number of loops: over training, and at the last evaluation."""
     keys = {key: int(m[1]) for row in rows for key in row if (m := DEPTH_KEY.fullmatch(key))}
     if not keys:
         return None
@@ -183,7 +185,8 @@ def draw_depths(rows: Sequence[Row]) -> Figure | None:
 
 
 def draw_positions(curves: Mapping[str, Sequence[float]]) -> Figure:
-    """Loss against position in the document; a curve's values are for positions 0, 1, 2-3, ..."""
+    """Plot loss over the position in the document; a curve's values are for positions 0, 1, 2-3,
+    ..."""
     figure, (axes,) = _panels(1, width=8.0, height=4.6)
     for i, (name, losses) in enumerate(curves.items()):
         middles = [0.5, *(1.5 * 2**k - 0.5 for k in range(len(losses) - 1))]
@@ -200,7 +203,7 @@ def draw_positions(curves: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def draw_runs(runs: Mapping[str, Sequence[Row]]) -> Figure | None:
-    """Training losses, smoothed, and validation losses of several runs over tokens."""
+    """Plot smoothed training losses, and validation losses, of several runs over tokens."""
     figure, (axes,) = _panels(1, width=8.0, height=4.6)
     drawn: list[float] = []
     for i, (name, rows) in enumerate(runs.items()):
@@ -222,7 +225,7 @@ def draw_runs(runs: Mapping[str, Sequence[Row]]) -> Figure | None:
 
 
 def draw_optimizer(rows: Sequence[Row]) -> Figure | None:
-    """Learning rate and gradient norm over steps; skipped steps marked."""
+    """Plot learning rate and gradient norm over steps, and mark skipped steps."""
     lr, norm = _series(rows, "optim/lr"), _series(rows, "optim/grad_norm")
     if not lr[0] and not norm[0]:
         return None
@@ -243,7 +246,8 @@ def draw_optimizer(rows: Sequence[Row]) -> Figure | None:
 
 
 def draw_speed(rows: Sequence[Row]) -> Figure | None:
-    """Tokens per second, MFU by executed FLOPs, share of time spent waiting for data."""
+    """Plot tokens per second, MFU by executed FLOPs, and the share of time spent waiting for
+    data."""
     wanted = [
         ("speed/tokens_per_second", "tokens per second", 1.0),
         ("speed/mfu", "MFU (executed FLOPs), %", 100.0),
@@ -267,7 +271,7 @@ def draw_speed(rows: Sequence[Row]) -> Figure | None:
 
 
 def draw_recurrence(rows: Sequence[Row], steps: LayerMap) -> Figure | None:
-    """What every step of the map does to the residual stream, over training."""
+    """Plot the effect of every step of the map on the residual stream, over training."""
     wanted = [
         ("recurrence/residual_norm/", "norm of the residual stream after each step of the map"),
         ("recurrence/relative_update/", "relative update: |change| / |state|"),
@@ -275,7 +279,7 @@ def draw_recurrence(rows: Sequence[Row], steps: LayerMap) -> Figure | None:
         ("recurrence/gradient_share/", "share of each visit in its block's gradient"),
     ]
     keys = [(step.block, step.loop_index) for step in steps]
-    # Also rows in which a panel has no value: their columns stay empty, not taken over.
+    # Include rows in which a panel has no value, so that their columns stay empty.
     rows = [row for row in rows if any(key.startswith(wanted[0][0]) for key in row)]
     grids = [(title, *_grid(rows, prefix, keys)) for prefix, title in wanted]
     grids = [grid for grid in grids if grid[1]]
@@ -296,7 +300,7 @@ def draw_recurrence(rows: Sequence[Row], steps: LayerMap) -> Figure | None:
 
 
 def _panels(count: int, width: float = 8.0, height: float = 4.8) -> tuple[Figure, list[Axes]]:
-    """Axes one above the other, sharing x, on a new figure."""
+    """Return a new figure with axes one above the other, which share x."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
@@ -307,7 +311,7 @@ def _panels(count: int, width: float = 8.0, height: float = 4.8) -> tuple[Figure
 
 
 def _beside(count: int) -> tuple[Figure, list[Axes]]:
-    """Axes side by side, sharing y."""
+    """Return a new figure with axes side by side, which share y."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 3.8), facecolor="white", layout="constrained")
@@ -330,7 +334,7 @@ def _title(axes: Axes, text: str) -> None:
 
 
 def _series(rows: Sequence[Row], key: str, x: str = "step") -> tuple[list[float], list[float]]:
-    """(x, y) of a key where both are finite numbers."""
+    """Return (x, y) of a key at the rows where both are finite numbers."""
     points = [(row.get(x), row.get(key)) for row in rows]
     kept = [(float(a), float(b)) for a, b in points if _is_number(a) and _is_number(b)]
     return [a for a, _ in kept], [b for _, b in kept]
@@ -341,7 +345,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """A bias-corrected moving average over about a fiftieth of the curve."""
+    """Return a bias-corrected moving average over about a fiftieth of the curve."""
     keep = 1 - 1 / max(len(values) / 50, 1.0)
     mean, weight, smoothed = 0.0, 0.0, []
     for value in values:
@@ -355,7 +359,8 @@ def _percentile(values: Sequence[float], share: float) -> float:
 
 
 def _loss_limits(values: Sequence[float]) -> tuple[float, float]:
-    """Limits that leave out a lone spike, never the start of the curve or its lowest point."""
+    """Return y limits that exclude a lone spike, but never the start of the curve or its
+    minimum."""
     if not values:
         return 0.0, 1.0
     high = max(_percentile(values, 0.995), values[0])
@@ -371,7 +376,7 @@ def _engineering() -> Any:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """0.6 instead of 6 x 10^-1 along a logarithmic axis."""
+    """Label a logarithmic axis with 0.6 instead of 6 x 10^-1."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -380,7 +385,7 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _mark_skipped(axes: Axes, rows: Sequence[Row]) -> None:
-    """A tick along the bottom wherever the count of skipped steps has grown."""
+    """Mark the steps at which the count of skipped steps has grown, along the bottom."""
     before = 0.0
     marks = []
     for step, count in zip(*_series(rows, "optim/skipped"), strict=True):
@@ -396,7 +401,8 @@ def _mark_skipped(axes: Axes, rows: Sequence[Row]) -> None:
 def _grid(
     rows: Sequence[Row], prefix: str, keys: Sequence[tuple[int, int]]
 ) -> tuple[list[int], list[list[float]]]:
-    """(steps, one list of values per step of the map), NaN where a step of the map did not run."""
+    """Return (steps, one list of values per step of the map); NaN where a step of the map did not
+    run."""
     names = [f"{prefix}{block:02d}.{loop:02d}" for block, loop in keys]
     if not any(name in row for row in rows for name in names):
         return [], []
@@ -408,7 +414,8 @@ def _grid(
 
 
 def _draw_heat(axes: Axes, x: list[int], values: list[list[float]]) -> None:
-    """A heat map on a logarithmic scale; each column reaches from its step to the one before."""
+    """Draw a heat map on a logarithmic scale; each column spans from the previous step to its
+    own."""
     from matplotlib.colors import LogNorm
 
     flat = [v for line in values for v in line if v > 0]
@@ -427,7 +434,7 @@ def _draw_heat(axes: Axes, x: list[int], values: list[list[float]]) -> None:
 
 
 def _label_steps(axes: Axes, steps: LayerMap) -> None:
-    """Block and loop of each step of the map, thinned where there are many."""
+    """Label each step of the map with its block and loop, or every n-th one of a long map."""
     every = max(math.ceil(len(steps) / 24), 1)
     ticks = list(range(0, len(steps), every))
     again = {step.block for step in steps if step.loop_index}

@@ -1,4 +1,4 @@
-"""The drawing of an order: a row per pipeline rank, a box per operation, time to the right.
+"""Drawing of a pipeline order: a row per pipeline rank, a box per operation, time to the right.
 
 megarecur plan configs/quickstart.yaml --world-size 4 --pipeline 2 --out plan.svg
 """
@@ -9,9 +9,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megarecur.plan.describe import list_blocks
-from megarecur.plan.predict import Plan, complete
-from megarecur.plan.report import ORDER_NAMES
+from megarecur.plan.describe import ORDER_NAMES, list_blocks
+from megarecur.plan.predict import LayoutPlan, complete
 from megarecur.plan.simulate import Timed, Timeline
 from megarecur.plan.walk import Walk
 from megarecur.plot.layer_map import INK, SOFT
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"F": "#0072b2", "B": "#d55e00", "I": "#e69f00", "W": "#009e73"}
-"""Okabe and Ito's, safe for colour-blind readers."""
+"""Okabe and Ito's colours, safe for colour-blind readers."""
 IDLE = "#eceff2"
 NAMES = {
     "F": "forward",
@@ -30,18 +29,18 @@ NAMES = {
     "W": "backward, weights",
 }
 LIGHTEST = 0.62
-"""How far towards white the last loop's boxes go."""
+"""Share of white in the boxes of the last loop."""
 MOST_BOXES = 260
-"""In a row of a plan's picture."""
+"""Maximum boxes per row in the picture of a plan."""
 SMALLEST = 4.2
-"""Points of a legible number."""
+"""Minimum size of a legible number, in points."""
 
 
-def draw_plan(plan: Plan) -> Figure:
-    """The order of a plan, titled with its name and its bubbles."""
+def draw_plan(plan: LayoutPlan) -> Figure:
+    """Return a figure of a plan's order, titled with its name and its bubbles."""
     draft, shown = plan.draft, plan
     if 3 * len(draft.walk) * plan.simulated > MOST_BOXES * draft.layout.pipeline:
-        shown = complete(draft, most_operations=0)  # As few micro batches as show a steady state.
+        shown = complete(draft, most_operations=0)  # The fewest micro batches with a steady state.
     of = f"{shown.simulated} of " * (shown.simulated < draft.num_microbatches)
     subtitle = (
         f"{draft.layout} on {draft.cluster.name}  ·  {of}{draft.num_microbatches} micro batches"
@@ -59,20 +58,17 @@ def draw_timeline(
     subtitle: str = "",
     rows: Sequence[str] = (),
 ) -> Figure:
-    """A figure of a simulated order, legible to about 8 ranks of 32 micro batches and beyond.
+    """Return a figure of a simulated order, legible up to about 8 ranks of 32 micro batches.
 
     Args:
         timeline: times in seconds.
-        walk: its stages; those that a rank runs later in a micro batch are drawn lighter.
-        title: above all.
-        subtitle: below the title.
-        rows: a word for every rank.
+        walk: the order's stages; later stages of a rank in a micro batch are drawn lighter.
     """
     from matplotlib.figure import Figure
 
     ranks, span = len(timeline.ranks), timeline.makespan
     boxes = max(sum(timed.end > timed.start for timed in ops) for ops in timeline.ranks)
-    width = min(max(8.0, 0.135 * boxes + 2.6), 24.0)  # inches
+    width = min(max(8.0, 0.135 * boxes + 2.6), 24.0)  # Inches.
     row = min(max(0.2, 4.2 / ranks), 0.46)
     top, bottom = (0.8 if title else 0.15), 0.92
     height = ranks * row + top + bottom
@@ -83,7 +79,7 @@ def draw_timeline(
     )
     axes.set_xlim(0, span)
     axes.set_ylim(ranks - 0.5, -0.5)
-    inch = (width - left - right) / span  # per second
+    inch = (width - left - right) / span  # Inches per second.
     loops = _number_loops(walk)
     _draw_boxes(axes, timeline, loops, span, inch)
     _draw_numbers(axes, timeline, loops, inch, row)
@@ -107,7 +103,7 @@ def draw_timeline(
 
 
 def _number_loops(walk: Walk) -> dict[int, int]:
-    """By stage: how many stages its rank has run of the micro batch before."""
+    """Return, by stage, the number of stages that its rank has run before in the micro batch."""
     seen: dict[int, int] = defaultdict(int)
     loops = {}
     for stage in walk:
@@ -117,7 +113,7 @@ def _number_loops(walk: Walk) -> dict[int, int]:
 
 
 def _shade(kind: str, loop: int, loops: int) -> tuple[float, float, float]:
-    """The colour of an operation; towards white in later loops."""
+    """Return the colour of an operation, lighter in later loops."""
     from matplotlib.colors import to_rgb
 
     share = LIGHTEST * loop / loops if loops else 0.0
@@ -126,7 +122,7 @@ def _shade(kind: str, loop: int, loops: int) -> tuple[float, float, float]:
 
 
 def _boxes(ops: Sequence[Timed]) -> list[Timed]:
-    """Those that keep a rank busy."""
+    """Return the operations that take time on a rank."""
     return [timed for timed in ops if timed.op.kind in COLOURS and timed.end > timed.start]
 
 
@@ -140,7 +136,7 @@ def _draw_boxes(
     for rank, ops in enumerate(timeline.ranks):
         idle.append(_corners(0, span, rank))
         for (kind, stage, _), start, end in _boxes(ops):
-            gap = min(0.006 / inch, 0.1 * (end - start))  # A hair of the row shows in between.
+            gap = min(0.006 / inch, 0.1 * (end - start))  # A thin gap separates the boxes.
             corners.append(_corners(start + gap, end - gap, rank))
             colours.append(_shade(kind, loops[stage], most))
     axes.add_collection(PolyCollection(idle, facecolors=IDLE, linewidths=0))
@@ -155,7 +151,7 @@ def _corners(start: float, end: float, rank: int) -> list[tuple[float, float]]:
 def _draw_numbers(
     axes: Axes, timeline: Timeline, loops: dict[int, int], inch: float, row: float
 ) -> None:
-    """The micro batch in every box, where nearly all of them have room for it."""
+    """Write the micro batch into every box, if nearly all boxes have room for it."""
     most = max(loops.values())
     texts = []
     for rank, ops in enumerate(timeline.ranks):
@@ -166,7 +162,7 @@ def _draw_numbers(
     sizes = sorted(size for size, *_ in texts)
     if sizes[len(sizes) // 10] < SMALLEST:
         return
-    common = sizes[len(sizes) // 4]  # One size for nearly all; smaller in the narrowest.
+    common = sizes[len(sizes) // 4]  # One size for all boxes but the narrowest.
     for size, x, rank, text, colour in texts:
         if size >= SMALLEST:
             ink = INK if _luminance(colour) > 0.3 else "white"
@@ -176,13 +172,13 @@ def _draw_numbers(
 
 
 def _luminance(colour: tuple[float, float, float]) -> float:
-    """Relative luminance (WCAG 2)."""
+    """Return the relative luminance (WCAG 2)."""
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in colour]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def _draw_axis(axes: Axes, span: float) -> None:
-    """Time below, in a unit that suits it."""
+    """Draw the time axis at the bottom, in s, ms or µs."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     power, unit = next(

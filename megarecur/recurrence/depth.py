@@ -1,7 +1,7 @@
-"""How deep an optimizer step runs: a pure function of (config, seed, step).
+"""Sample the depth of an optimizer step: a pure function of (config, seed, step).
 
-Every rank computes it alike, a resumed run finds the same sequence again, and nothing is stored. A
-draw is one or two uniform numbers from a hash, put through the inverse of the distribution.
+Every rank computes the same value, a resumed run repeats the same sequence, and no state is stored.
+A draw maps one or two hashed uniform numbers through the inverse distribution function.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from collections import Counter
 from statistics import NormalDist
 from typing import NamedTuple
 
-from megarecur.config.schema import (
+from megarecur.config.base import MOST_BLOCKS
+from megarecur.config.depth import (
     AroundMean,
-    Config,
     DepthCurriculum,
-    Looped,
     Poisson,
     PoissonLogNormal,
-    RecurrenceConfig,
     Split,
     Uniform,
 )
+from megarecur.config.recurrence import Looped, RecurrenceConfig
+from megarecur.config.run import Config
 
 
 class Depth(NamedTuple):
-    """Loops of one optimizer step."""
+    """Number of loops in one optimizer step, by whether they carry gradient."""
 
     num_loops: int
     backward_loops: int
-    """The last so many carry gradient; those before run forward only."""
+    """Number of last loops that carry gradient; the loops before them run forward only."""
 
 
 def sample_depth(recurrence: RecurrenceConfig, seed: int, step: int) -> Depth | None:
-    """What an optimizer step runs; None for schemes that repeat no group of blocks."""
+    """Return the depth of an optimizer step; None for schemes that repeat no group of blocks."""
     if not isinstance(recurrence, Looped):
         return None
     loops = recurrence.num_loops
@@ -53,7 +53,7 @@ def sample_depth(recurrence: RecurrenceConfig, seed: int, step: int) -> Depth | 
 
 
 def default_depth(recurrence: Looped) -> Depth:
-    """What evaluation and pictures run: rounded means, the whole curriculum passed."""
+    """Return the depth of evaluation and plots: rounded means, after the whole curriculum."""
     loops = recurrence.num_loops
     if isinstance(loops, Split):
         backward = round_half_up(mean(loops.with_gradient))
@@ -63,21 +63,21 @@ def default_depth(recurrence: Looped) -> Depth:
 
 
 def refuse_depth(config: Config, num_loops: int) -> str:
-    """Why a model cannot run so many loops; "" if it can."""
+    """Return why a model cannot run `num_loops` loops; "" if it can."""
     recurrence = config.recurrence
     if num_loops < 1:
         return f"depth {num_loops}: must be at least 1 loop"
     if not isinstance(recurrence, Looped):
-        return f"depth {num_loops}: recurrence.kind={recurrence.kind} has no loops; leave it out"
+        return f"depth {num_loops}: recurrence.kind={recurrence.kind} has no loops; omit the depth"
     most = recurrence.most_loops
     own = config.of_loops
     if own and most is not None and num_loops > most:
-        return f"depth {num_loops}: {own} are there for {most} loops; ask for at most so many"
+        return f"depth {num_loops}: {own} exist for {most} loops; set the depth to at most {most}"
     return ""
 
 
 def is_sampled(recurrence: RecurrenceConfig) -> bool:
-    """Whether optimizer steps differ in what they run."""
+    """Return True if optimizer steps differ in depth."""
     if not isinstance(recurrence, Looped):
         return False
     return recurrence.curriculum is not None or not isinstance(recurrence.num_loops, int)
@@ -86,7 +86,7 @@ def is_sampled(recurrence: RecurrenceConfig) -> bool:
 def count_depths(
     recurrence: RecurrenceConfig, seed: int, num_steps: int, most: int = 2000
 ) -> dict[Depth | None, float]:
-    """Depths of a run and the share of its steps that each has, from at most so many of them."""
+    """Return the depths of a run and the share of steps of each, from at most `most` steps."""
     if not is_sampled(recurrence):
         return {sample_depth(recurrence, seed, 0): 1.0}
     stride = -(-num_steps // most)
@@ -98,7 +98,7 @@ def count_depths(
 
 
 def draw(number: int | Uniform | AroundMean, seed: int, step: int, name: str) -> int:
-    """A whole number: `number` itself, or a value of that sampler, by (seed, step, name)."""
+    """Return `number` itself, or an integer drawn from the sampler by (seed, step, name)."""
     if isinstance(number, int):
         return number
     u, v = uniform_pair(seed, step, name)
@@ -108,12 +108,14 @@ def draw(number: int | Uniform | AroundMean, seed: int, step: int, name: str) ->
     rate = number.mean - number.min
     if isinstance(number, PoissonLogNormal):
         rate *= math.exp(number.sigma * NormalDist().inv_cdf(v) - number.sigma**2 / 2)
-    value = number.min + inverse_poisson(u, rate)
-    return value if number.max is None else min(value, number.max)
+    most = MOST_BLOCKS if number.max is None else number.max
+    # The rate is so high that any k will do, or so low that k is 0.
+    rate = min(max(rate, 1e-300), 4.0 * MOST_BLOCKS)
+    return min(number.min + inverse_poisson(u, rate), most)
 
 
 def uniform_pair(seed: int, step: int, name: str) -> tuple[float, float]:
-    """Two numbers strictly between 0 and 1, of 52 bits each."""
+    """Return two numbers strictly between 0 and 1, of 52 bits each."""
     digest = hashlib.blake2b(f"depth {name} {seed} {step}".encode(), digest_size=16).digest()
     halves = (int.from_bytes(half, "little") >> 12 for half in (digest[:8], digest[8:]))
     u, v = ((half + 0.5) / 2**52 for half in halves)
@@ -121,7 +123,7 @@ def uniform_pair(seed: int, step: int, name: str) -> tuple[float, float]:
 
 
 def inverse_poisson(u: float, rate: float) -> int:
-    """The least k with P(Poisson(rate) <= k) >= u, by summing the probabilities in logarithms."""
+    """Return the least k with P(Poisson(rate) <= k) >= u, summed from log probabilities."""
     k, below, log_rate = 0, 0.0, math.log(rate)
     most = int(rate + 40 * math.sqrt(rate) + 40)  # beyond it, sums stop growing
     while k < most:
@@ -133,14 +135,14 @@ def inverse_poisson(u: float, rate: float) -> int:
 
 
 def mean(number: int | Uniform | AroundMean) -> float:
-    """Of a number or sampler, caps left out."""
+    """Return the mean of a number or sampler, ignoring caps."""
     if isinstance(number, AroundMean):
         return number.mean
     return (number.min + number.max) / 2 if isinstance(number, Uniform) else float(number)
 
 
 def grow(loops: int, curriculum: DepthCurriculum, step: int) -> int:
-    """So many loops on the curriculum's way from `start`."""
+    """Return the number of loops on the curriculum's way from `start` to `loops`."""
     share = min(step / curriculum.steps, 1.0)
     if curriculum.kind == "1-sqrt":
         share = 1 - math.sqrt(1 - share)
@@ -148,7 +150,7 @@ def grow(loops: int, curriculum: DepthCurriculum, step: int) -> int:
 
 
 def round_half_up(value: float) -> int:
-    """2.5 to 3: Python's own rounding prefers even numbers."""
+    """Round half up, where Python's `round` prefers even numbers: 2.5 to 3."""
     return math.floor(value + 0.5)
 
 
@@ -156,7 +158,7 @@ def round_half_up(value: float) -> int:
 
 
 def describe_loops(recurrence: Looped) -> str:
-    """Like "4", or "uniform 1 to 7, the last 4 with gradient"."""
+    """Describe the loops in words, such as "4" or "uniform 1 to 7, the last 4 with gradient"."""
     loops = recurrence.num_loops
     if isinstance(loops, Split):
         text = (
@@ -174,7 +176,7 @@ def describe_loops(recurrence: Looped) -> str:
 
 
 def describe_number(number: int | Uniform | Poisson | PoissonLogNormal) -> str:
-    """Like "4" or "uniform 1 to 7"."""
+    """Describe a number or sampler in words, such as "4" or "uniform 1 to 7"."""
     if isinstance(number, int):
         return str(number)
     if isinstance(number, Uniform):

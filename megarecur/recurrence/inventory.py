@@ -1,4 +1,4 @@
-"""The inventory: which parameters exist. Fixed for a run, whatever depth is executed.
+"""The inventory: the parameters that exist, fixed for a run at any executed depth.
 
 Names are global and survive any mesh: the model, checkpoints and optimizer groups use these names
 and nothing else.
@@ -12,16 +12,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import get_args
 
-from megarecur.config.schema import (
-    AdapterTarget,
-    Config,
-    Loop,
-    Looped,
-    ModelConfig,
-    OptimizerConfig,
-    RecurrenceConfig,
-    Ring,
-)
+from megarecur.config.adapters import AdapterTarget
+from megarecur.config.model import ModelConfig
+from megarecur.config.optimizer import OptimizerConfig
+from megarecur.config.recurrence import Loop, Looped, RecurrenceConfig, Ring
+from megarecur.config.run import Config
 from megarecur.errors import ConfigError
 from megarecur.recurrence.layer_map import LayerMap, count_uses
 from megarecur.recurrence.schemes import layer_map
@@ -45,7 +40,7 @@ class ParameterSpec:
     cut: int | None = None
     unit: int = 1
     loop: int | None = None
-    """The only loop of its block that uses it; None: all do."""
+    """The only loop of its block that uses it; None if all loops do."""
     partial: bool = False
 
     @property
@@ -54,9 +49,9 @@ class ParameterSpec:
         return math.prod(self.shape)
 
     def part(self, rank: int, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(offset, sizes) of what a tensor-parallel rank of `size` holds.
+        """Return (offset, sizes) of the part that a tensor-parallel rank of `size` holds.
 
-        Where there are fewer units than ranks, neighbours hold the same one.
+        With fewer units than ranks, neighbouring ranks hold the same unit.
         """
         offset, sizes = [0] * len(self.shape), list(self.shape)
         if self.cut is not None:
@@ -67,12 +62,12 @@ class ParameterSpec:
         return tuple(offset), tuple(sizes)
 
     def place(self, rank: int, size: int) -> tuple[slice, ...]:
-        """Where in the whole tensor that part is."""
+        """Return the slices of the whole tensor that the rank's part covers."""
         offset, sizes = self.part(rank, size)
         return tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
 
     def holders(self, size: int) -> int:
-        """How many of `size` tensor-parallel ranks hold each element."""
+        """Return how many of `size` tensor-parallel ranks hold each element."""
         if self.cut is None:
             return size
         return max(size * self.unit // self.shape[self.cut], 1)
@@ -80,18 +75,18 @@ class ParameterSpec:
 
 Inventory = dict[str, ParameterSpec]
 HEAD_NORMS = ("query_norm", "key_norm")
-"""Of attention, where model.qk_norm is set."""
+"""Norms of attention heads, present if model.qk_norm is set."""
 SIGNALS = ("query", "key", "value", "feed_forward")
-"""What level signals are added to."""
+"""Linear layers that receive level signals."""
 SCALES = ("attention_residual", "feed_forward_residual")
-"""Of the residual stream, before what attention and the feed-forward give is added, where
-model.residual is admin."""
+"""Residual scales, one before each of the two residual additions, present if model.residual is
+admin."""
 SIGNAL_STD = 1e-6
-"""Of the first factor of a level signal, as the authors of RingFormer start it."""
+"""Initial deviation of the first factor of a level signal, as in the authors' RingFormer code."""
 
 
 def build_inventory(config: Config) -> Inventory:
-    """Every parameter of the run by global name, in model order.
+    """Return every parameter of the run by global name, in model order.
 
     `config.model.vocab_size` must be resolved.
     """
@@ -122,8 +117,8 @@ def build_inventory(config: Config) -> Inventory:
 
 
 def with_xavier(spec: ParameterSpec) -> ParameterSpec:
-    """The same, a matrix that multiplies hidden states with the standard deviation of Glorot &
-    Bengio 2010, for what attention reads divided by sqrt(2), as in fairseq."""
+    """Return the spec with the standard deviation of Glorot & Bengio 2010 if it is a matrix applied
+    to hidden states; for query, key and value divided by sqrt(2), as in fairseq."""
     owner, _, kind = spec.name.rpartition(".")
     if len(spec.shape) != 2 or kind != "weight" or owner in ("embedding", "head"):
         return spec
@@ -132,7 +127,7 @@ def with_xavier(spec: ParameterSpec) -> ParameterSpec:
 
 
 def block_parameters(config: Config, block: int, steps: LayerMap) -> list[ParameterSpec]:
-    """The parameters that live with one block."""
+    """Return the parameters that live with one block."""
     model, recurrence = config.model, config.recurrence
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     scaled = std = model.init_std
@@ -152,22 +147,24 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
         shape = (rows, columns)
         return linear_parameters(f"{prefix}{name}", shape, block, bias, std, cut, unit)
 
+    own_norms, names = has_own_norms(config), norm_names(model)
+
     def norm(name: str) -> list[ParameterSpec]:
-        return [] if has_own_norms(config) else norm_parameters(model, prefix + name, block)
+        exists = name in names and not own_norms
+        return norm_parameters(model, prefix + name, block) if exists else []
 
     specs = []
     if block == injection_block(recurrence):
-        specs += linear("injection", hidden, 2 * hidden, False, std)
+        specs += linear("injection", hidden, 2 * hidden, has_injection_bias(recurrence), std)
     if config.halting is not None:
         read = hidden * (1 + config.halting.transition)
         specs += linear("halting.up", hidden, read, True, std)
         specs += linear("halting.down", 1, hidden, True, std)
     specs += norm("attention_norm")
     specs += attention_parameters(model, f"{prefix}attention", block, scaled)
-    if not has_own_norms(config):
+    if not own_norms:
         specs += head_norm_parameters(model, f"{prefix}attention.", block)
-    if model.norm_position in ("sandwich", "peri"):
-        specs += norm("attention_output_norm")
+    specs += norm("attention_output_norm")
     if config.temporal is not None:
         specs += norm_parameters(model, f"{prefix}memory_attention_norm", block)
         specs += norm_parameters(model, f"{prefix}memory_norm", block)
@@ -175,8 +172,7 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
     specs += norm("feed_forward_norm")
     if block == feed_forward_owner(model, block):
         specs += feed_forward_parameters(model, f"{prefix}feed_forward", block, ffn, scaled)
-    if model.norm_position in ("sandwich", "peri"):
-        specs += norm("feed_forward_output_norm")
+    specs += norm("feed_forward_output_norm")
     if model.gate:
         assert model.gate_hidden_size is not None
         specs += linear("gate.up", model.gate_hidden_size, hidden, True, std, 0)
@@ -193,7 +189,7 @@ def linear_parameters(
     cut: int | None = None,
     unit: int = 1,
 ) -> list[ParameterSpec]:
-    """A matrix [out, in], and its bias if it has one."""
+    """Return the specs of a matrix [out, in] and of its bias if it has one."""
     weight = ParameterSpec(f"{name}.weight", shape, block, std, cut=cut, unit=unit)
     if not bias:
         return [weight]
@@ -204,7 +200,7 @@ def linear_parameters(
 def attention_parameters(
     model: ModelConfig, name: str, block: int | None, output_std: float
 ) -> list[ParameterSpec]:
-    """The four projections of an attention, norms of heads apart."""
+    """Return the specs of the four projections of an attention, without head norms."""
     hidden, head, std = model.hidden_size, model.head_dim, model.init_std
     queries, keys = model.num_heads * head, model.num_kv_heads * head
     biased, specs = biased_projections(model), []
@@ -220,7 +216,7 @@ def attention_parameters(
 def feed_forward_parameters(
     model: ModelConfig, name: str, block: int | None, ffn: int, output_std: float
 ) -> list[ParameterSpec]:
-    """The matrices of a feed-forward of width ffn."""
+    """Return the specs of the matrices of a feed-forward of width ffn."""
     hidden, bias, specs = model.hidden_size, model.feed_forward_bias, []
     for layer in ("gate", "up") if model.gated else ("up",):
         shape = (ffn, hidden)
@@ -230,10 +226,10 @@ def feed_forward_parameters(
 
 
 def temporal_parameters(config: Config) -> list[ParameterSpec]:
-    """The initial memory and the layers that write it; the norm of what a classifier reads.
+    """Return the specs of the temporal memory: initial slots, layers that write it, readout norm.
 
-    Slots start as far apart as normed tokens are: from nearly equal ones, what each chunk adds to
-    all of them would leave them equal.
+    Slots start as far apart as normed tokens are: each chunk updates all slots alike, so nearly
+    equal slots would stay equal.
     """
     model, temporal = config.model, config.temporal
     if temporal is None:
@@ -260,9 +256,9 @@ def temporal_parameters(config: Config) -> list[ParameterSpec]:
 
 
 def task_parameters(config: Config) -> list[ParameterSpec]:
-    """START and END, where there are such, and the head of a task.
+    """Return the specs of a task's head and, if present, of its START and END tokens.
 
-    The hidden layer is cut by its outputs and the classes by their inputs, as a feed-forward is.
+    The hidden layer is cut by its outputs and the classes by their inputs, like a feed-forward.
     """
     task, model = config.task, config.model
     assert task is not None and task.num_classes is not None
@@ -282,13 +278,13 @@ def task_parameters(config: Config) -> list[ParameterSpec]:
 
 
 def feed_forward_owner(model: ModelConfig, block: int) -> int:
-    """The block whose feed-forward a block uses."""
+    """Return the block whose feed-forward a block uses."""
     return 0 if model.shared_feed_forward else block
 
 
 def loop_parameters(config: Config, block: list[ParameterSpec], loop: int) -> list[ParameterSpec]:
-    """What one loop of a block has of its own, from the parameters of the block: deltas of its
-    matrices, level signals, norms, residual scales."""
+    """Return the parameters that one loop of a block has of its own, derived from the block's
+    parameters: deltas of its matrices, level signals, norms, residual scales."""
     owner = block[0].block
     prefix = f"blocks.{owner}.loops.{loop}."
     specs = adapter_parameters(config, block, prefix) + signal_parameters(config, block, prefix)
@@ -307,10 +303,10 @@ def loop_parameters(config: Config, block: list[ParameterSpec], loop: int) -> li
 def adapter_parameters(
     config: Config, block: list[ParameterSpec], prefix: str
 ) -> list[ParameterSpec]:
-    """A [r, in] and B [out, r] for each matrix that adapters are for, and what is added to biases
+    """Return the adapters A [r, in] and B [out, r] of each targeted matrix, and deltas of biases
     [out].
 
-    A starts with a deviation that keeps the scale of what it is given, B and biases at zero.
+    A starts with a deviation that preserves the scale of its input, B and biases at zero.
     """
     adapters, targets = config.adapters, adapter_targets(config)
     if adapters is None:
@@ -319,14 +315,14 @@ def adapter_parameters(
     for matrix in block:
         _, part, target, kind = f".{matrix.name}".rsplit(".", 3)
         if part not in ("attention", "feed_forward") or target not in targets:
-            continue  # How a memory is read, or a gate opens, is the same in every loop.
+            continue  # All loops share the reading of memory and the gate.
         if kind == "bias":
             added = replace(matrix, name=f"{prefix}{target}.lora_bias")
             specs += [added] if adapters.biases else []
             continue
         (rows, columns), unit = matrix.shape, matrix.unit
         rank = min(adapters.rank, rows, columns)
-        # Cut as the matrix is: B by its outputs, or A by its inputs.
+        # Cut like the matrix: B by its outputs, or A by its inputs.
         a = ParameterSpec(f"{prefix}{target}.lora_a", (rank, columns), owner, columns**-0.5)
         b = ParameterSpec(f"{prefix}{target}.lora_b", (rows, rank), owner)
         if matrix.cut == 0:
@@ -340,8 +336,8 @@ def adapter_parameters(
 def signal_parameters(
     config: Config, block: list[ParameterSpec], prefix: str
 ) -> list[ParameterSpec]:
-    """The factors of a level's signals a b x: b [r, in] and a [out, r], which is the A of the paper
-    transposed and starts at zero."""
+    """Return the factors of a level's signals a b x: b [r, in], and a [out, r], which is the A of
+    the paper transposed and starts at zero."""
     ring, hidden, owner = config.recurrence, config.model.hidden_size, block[0].block
     if not isinstance(ring, Ring):
         return []
@@ -360,7 +356,7 @@ def signal_parameters(
 
 
 def signal_names(config: Config) -> tuple[str, ...]:
-    """The level signals that every loop has."""
+    """Return the names of the level signals that every loop has."""
     ring = config.recurrence
     if not isinstance(ring, Ring):
         return ()
@@ -369,7 +365,7 @@ def signal_names(config: Config) -> tuple[str, ...]:
 
 
 def adapter_targets(config: Config) -> tuple[str, ...]:
-    """The linear layers that every loop adds to."""
+    """Return the linear layers that have an adapter in every loop."""
     if config.adapters is None:
         return ()
     return config.adapters.targets or tuple(
@@ -378,57 +374,62 @@ def adapter_targets(config: Config) -> tuple[str, ...]:
 
 
 def biased_targets(config: Config) -> tuple[str, ...]:
-    """Those of them that have a bias."""
+    """Return the adapted linear layers that have a bias."""
     initials = biased_projections(config.model) + "gud" * config.model.feed_forward_bias
     return tuple(target for target in adapter_targets(config) if target[0] in initials)
 
 
 def has_own_norms(config: Config) -> bool:
-    """Whether every loop has norms of its own, in place of its block's."""
+    """Return True if every loop has its own norms in place of the block's."""
     adapted = config.adapters is not None and config.adapters.norms
     return adapted or isinstance(config.recurrence, Ring)
 
 
 def norm_names(model: ModelConfig) -> tuple[str, ...]:
-    """The norms of a block."""
+    """Return the names of a block's norms."""
+    inputs = ("attention_norm", "feed_forward_norm")
     outputs = ("attention_output_norm", "feed_forward_output_norm")
-    return (
-        "attention_norm",
-        "feed_forward_norm",
-        *outputs[: 2 * (model.norm_position in ("sandwich", "peri"))],
+    return {"sandwich": inputs + outputs, "peri": inputs + outputs, "output": outputs}.get(
+        model.norm_position, inputs
     )
 
 
 def scale_names(model: ModelConfig) -> tuple[str, ...]:
-    """The residual scales of every use of a block."""
+    """Return the names of the residual scales of every use of a block."""
     return SCALES if model.residual == "admin" else ()
 
 
 def count_own_loops(config: Config) -> dict[int, int]:
-    """Of each block, the loops that have parameters of their own; none where all are alike."""
+    """Return the number of loops with their own parameters by block; empty if all loops are
+    alike."""
     return count_most_uses(config.recurrence) if config.of_loops else {}
 
 
 def count_most_uses(recurrence: RecurrenceConfig) -> dict[int, int]:
-    """The most uses of each block at any optimizer step."""
+    """Return the largest number of uses of each block at any optimizer step."""
     most = recurrence.most_loops if isinstance(recurrence, Looped) else None
     return count_uses(layer_map(recurrence, most))
 
 
 def injection_block(recurrence: RecurrenceConfig) -> int | None:
-    """The block that owns the learned injection adapter: the first of the core, if there is one."""
+    """Return the block that owns the learned injection adapter: the first core block, or None."""
     if isinstance(recurrence, Loop) and recurrence.injection == "linear":
         return recurrence.prelude
     return None
 
 
+def has_injection_bias(recurrence: RecurrenceConfig) -> bool:
+    """Return True if the learned injection adapter has a bias."""
+    return isinstance(recurrence, Loop) and recurrence.injection_bias
+
+
 def biased_projections(model: ModelConfig) -> str:
-    """Initials of the attention projections (query, key, value, output) that carry a bias."""
+    """Return initials of the attention projections (query, key, value, output) that have a bias."""
     return {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}[model.attention_bias]
 
 
 def norm_parameters(model: ModelConfig, name: str, block: int | None) -> list[ParameterSpec]:
-    """Gain, and for LayerNorm a bias."""
+    """Return the specs of a norm: a gain, and for LayerNorm a bias."""
     specs = [ParameterSpec(name + ".weight", (model.hidden_size,), block, mean=1.0)]
     if model.norm == "layer":
         specs.append(ParameterSpec(name + ".bias", (model.hidden_size,), block))
@@ -436,28 +437,39 @@ def norm_parameters(model: ModelConfig, name: str, block: int | None) -> list[Pa
 
 
 def head_norm_parameters(model: ModelConfig, prefix: str, block: int | None) -> list[ParameterSpec]:
-    """Gains of the norms of queries and keys, over head_dim; none where there are no such norms."""
+    """Return the gains of the query and key norms; empty without such norms.
+
+    Norms over all heads together are cut like the heads.
+    """
+    if not model.qk_norm:
+        return []
+    head, heads = model.head_dim, (model.num_heads, model.num_kv_heads)
+    if model.qk_norm_over == "all":
+        return [
+            ParameterSpec(f"{prefix}{name}.weight", (n * head,), block, mean=1.0, cut=0, unit=head)
+            for name, n in zip(HEAD_NORMS, heads, strict=True)
+        ]
     return [
-        ParameterSpec(f"{prefix}{name}.weight", (model.head_dim,), block, mean=1.0, partial=True)
-        for name in (HEAD_NORMS if model.qk_norm else ())
+        ParameterSpec(f"{prefix}{name}.weight", (head,), block, mean=1.0, partial=True)
+        for name in HEAD_NORMS
     ]
 
 
 def is_with_embedding(name: str) -> bool:
-    """Whether a parameter of no block lives where tokens are looked up; else it is the head's."""
+    """Return True if a parameter of no block lives with the embedding, False if with the head."""
     return name.startswith("embedding.") or name in ("task.start", "task.end")
 
 
 def is_embedding(name: str) -> bool:
-    """Whether the field's non-embedding count leaves this parameter out."""
+    """Return True if the field's non-embedding count excludes this parameter."""
     return name.startswith(("embedding.", "head."))
 
 
 def check_patterns(optimizer: OptimizerConfig, names: Iterable[str]) -> None:
-    """Refuse patterns that match no parameter, and a run that would train nothing.
+    """Reject patterns that match no parameter, and a run that would train nothing.
 
     Raises:
-        ConfigError: listing the patterns.
+        ConfigError: a pattern matches nothing, or every parameter is frozen.
     """
     names = list(names)
     patterns = {
@@ -466,26 +478,30 @@ def check_patterns(optimizer: OptimizerConfig, names: Iterable[str]) -> None:
         "frozen": optimizer.frozen,
         "muon.exclude": optimizer.muon.exclude if optimizer.muon else (),
     }
+    example = ", ".join(names[:3])
     idle = [
-        f"optimizer.{field}: {pattern!r} matches no parameter"
+        f"optimizer.{field}: {pattern[:80]!r} matches no parameter (of names such as {example}); "
+        "correct or remove it"
         for field, values in patterns.items()
         for pattern in values
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
     if all(is_frozen(optimizer, name) for name in names):
-        idle.append("optimizer.frozen: every parameter is frozen, nothing would be trained")
+        idle.append(
+            "optimizer.frozen: every parameter is frozen, so nothing would be trained; "
+            "remove some patterns"
+        )
     if idle:
-        example = ", ".join(names[:3])
-        raise ConfigError("\n".join([*idle, f"parameters have names such as {example}"]))
+        raise ConfigError("\n".join(idle))
 
 
 def is_frozen(optimizer: OptimizerConfig, name: str) -> bool:
-    """Whether a pattern freezes the parameter."""
+    """Return True if a pattern freezes the parameter."""
     return any(fnmatchcase(name, pattern) for pattern in optimizer.frozen)
 
 
 def uses_muon(optimizer: OptimizerConfig, name: str, ndim: int) -> bool:
-    """Whether Muon trains the parameter: matrices of blocks, patterns apart."""
+    """Return True if Muon trains the parameter: matrices of blocks, except excluded patterns."""
     if optimizer.muon is None or ndim != 2 or not name.startswith("blocks."):
         return False
     return not any(fnmatchcase(name, pattern) for pattern in optimizer.muon.exclude)

@@ -1,6 +1,7 @@
-"""Every sharing scheme as a function from its config to a layer map.
+"""Sharing schemes: each is a function from its config to a layer map.
 
-Adding a scheme: one config class with a `kind` literal in config/schema.py, one function here.
+To add a scheme, write one config class with a `kind` literal in config/recurrence.py, and one
+function here.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from megarecur.config.schema import (
+from megarecur.config.recurrence import (
     BlockRecurrence,
-    Config,
     Custom,
     Cycle,
     CycleReverse,
@@ -25,18 +25,18 @@ from megarecur.config.schema import (
     Sequence,
     Universal,
 )
+from megarecur.config.run import Config
 from megarecur.recurrence.depth import Depth, default_depth
 from megarecur.recurrence.layer_map import LayerMap, from_order, mark
 
 
 @lru_cache(maxsize=256)
 def layer_map(recurrence: RecurrenceConfig, depth: Depth | int | None = None) -> LayerMap:
-    """What runs at an optimizer step.
+    """Return the layer map of an optimizer step.
 
     Args:
-        recurrence: the config section.
-        depth: loops to run where the scheme repeats a group; a number: all of them with gradient;
-            left out: the config's num_loops, the rounded mean where they are drawn.
+        depth: loops of the repeated group, if the scheme has one. A number means that all loops
+        carry gradient; None means the config's num_loops, or the rounded mean of a sampler.
     """
     if isinstance(recurrence, Looped):
         loops = Depth(depth, depth) if isinstance(depth, int) else depth
@@ -45,16 +45,16 @@ def layer_map(recurrence: RecurrenceConfig, depth: Depth | int | None = None) ->
 
 
 def build_map(config: Config, depth: Depth | int | None = None) -> LayerMap:
-    """What a run executes at an optimizer step: the scheme's map, with the config's exits."""
+    """Return the layer map that a run executes: the scheme's map with the config's exits."""
     steps = layer_map(config.recurrence, depth)
     return steps if config.exits is None else mark_exits(steps)
 
 
 @lru_cache(maxsize=256)
 def mark_exits(steps: LayerMap) -> LayerMap:
-    """An exit after every loop but the last, where it carries gradient.
+    """Add an exit after every loop except the last, where the loop carries gradient.
 
-    Of the kinds that can have exits, none has a coda: each loop ends with the last block.
+    Kinds with exits have no coda, so each loop ends with the last block.
     """
     end = max(step.block for step in steps)
     return tuple(
@@ -64,14 +64,14 @@ def mark_exits(steps: LayerMap) -> LayerMap:
 
 
 def dense(config: Dense) -> LayerMap:
-    """0 1 2 3."""
+    """Return 0 1 2 3."""
     return from_order(range(config.num_layers))
 
 
 def sequence(config: Sequence) -> LayerMap:
-    """0 0 1 1 2 2: ceil(N/M) uses of each block until N are placed, as the authors' code does.
+    """Return 0 0 1 1 2 2: ceil(N/M) uses of each block until N are placed, as in the authors' code.
 
-    Where that leaves blocks unused (M=4, N=9), uses are spread evenly instead: floor(i M / N).
+    If that leaves blocks unused (M=4, N=9), uses are spread evenly instead: floor(i M / N).
     """
     blocks, length = config.num_blocks, config.depth
     uses = -(-length // blocks)
@@ -81,14 +81,15 @@ def sequence(config: Sequence) -> LayerMap:
 
 
 def cycle(config: Cycle) -> LayerMap:
-    """0 1 2 0 1 2."""
+    """Return 0 1 2 0 1 2."""
     return from_order(i % config.num_blocks for i in range(config.depth))
 
 
 def cycle_reverse(config: CycleReverse) -> LayerMap:
-    """0 1 2 2 1 0: all blocks, N - 2M cyclic copies, then the last uses counted down from M - 1.
+    """Return 0 1 2 2 1 0: all blocks, N - 2M cyclic copies, then a last pass counted down from M -
+    1.
 
-    The rule of the authors' code, also where M does not divide N (recurrence of 4 blocks at depth
+    The authors' code uses this rule, also if M does not divide N (recurrence of 4 blocks at depth
     10: 0 1 2 3 0 1 3 2 1 0).
     """
     blocks, length = config.num_blocks, config.depth
@@ -99,12 +100,23 @@ def cycle_reverse(config: CycleReverse) -> LayerMap:
 
 
 def reuse_map(config: ReuseMap) -> LayerMap:
-    """[4, 2, 1, 1] is 0 0 0 0 1 1 2 3 (Nguyen & Lin 2025, section 3)."""
-    return from_order(block for block, uses in enumerate(config.reuse_map) for _ in range(uses))
+    """Return 0 0 0 0 1 1 2 3 for [4, 2, 1, 1] (Nguyen & Lin 2025, section 3).
+
+    With injection, every later repetition of a block reads the input of the first one.
+    """
+    uses = config.reuse_map
+    steps = from_order(block for block, count in enumerate(uses) for _ in range(count))
+    if config.injection == "none":
+        return steps
+    return tuple(
+        replace(step, reads=("entry",) if step.loop_index else (),
+                writes=("entry",) if not step.loop_index and uses[step.block] > 1 else ())
+        for step in steps
+    )  # fmt: skip
 
 
 def block_recurrence(config: BlockRecurrence, depth: Depth) -> LayerMap:
-    """0 1 2 3 0 1 2 3, the embedding added at the start of each later loop."""
+    """Return 0 1 2 3 0 1 2 3, with the embedding added at the start of each later loop."""
     steps = from_order(list(range(config.num_blocks)) * depth.num_loops)
     steps = truncate(steps, 0, config.num_blocks, depth)
     if config.injection == "none" or depth.num_loops == 1:
@@ -116,7 +128,7 @@ def block_recurrence(config: BlockRecurrence, depth: Depth) -> LayerMap:
 
 
 def loop(config: Loop, depth: Depth) -> LayerMap:
-    """Prelude, core x num_loops, coda; every loop of the core reads the prelude's output."""
+    """Return prelude, core x num_loops, coda; every loop of the core reads the prelude's output."""
     core = range(config.prelude, config.prelude + config.core)
     coda = range(core.stop, core.stop + config.coda)
     steps = from_order([*range(config.prelude), *list(core) * depth.num_loops, *coda])
@@ -131,7 +143,7 @@ def loop(config: Loop, depth: Depth) -> LayerMap:
 
 
 def truncate(steps: LayerMap, start: int, length: int, depth: Depth) -> LayerMap:
-    """Let the first loops, of `length` steps from `start` on, run without gradient."""
+    """Run the first loops, of `length` steps each from `start` on, without gradient."""
     stop = start + length * (depth.num_loops - depth.backward_loops)
     return tuple(
         replace(step, grad=False) if start <= position < stop else step
@@ -140,17 +152,17 @@ def truncate(steps: LayerMap, start: int, length: int, depth: Depth) -> LayerMap
 
 
 def universal(config: Universal) -> LayerMap:
-    """0 0 0, all steps that there may be."""
+    """Return 0 0 0, with the maximum number of steps."""
     return from_order([0] * config.depth)
 
 
 def custom(config: Custom) -> LayerMap:
-    """Any order."""
+    """Return the order that the config lists."""
     return from_order(config.order)
 
 
 def ring(config: Ring) -> LayerMap:
-    """0 x depth (Heo et al. 2025)."""
+    """Return 0 x depth (Heo et al. 2025)."""
     return from_order([0] * config.depth)
 
 

@@ -1,39 +1,38 @@
-"""Divergence: noticed from the numbers of a log step, which are the same on every rank.
+"""Alarms: detect divergence from the values of a log step, which are the same on every rank.
 
-What is noticed goes into events.jsonl of the run folder, beside metrics.jsonl, and is acted on as
-config.alarms says. Rolling back loads the parameters and moments of the last checkpoint from before
-the trouble, while step, tokens and the data's order go on from where they are: the samples in
-between are not read again, no step has two rows of metrics, and the rest of the schedule is as it
-was. The state is saved at once, so that a run that dies then does not read them again either.
+Alarms are appended to events.jsonl in the run folder, beside metrics.jsonl, and handled as
+config.alarms says. A roll-back loads the parameters and moments of the last checkpoint from before
+the alarm. Step, tokens and sample order continue from where they are: the samples in between are
+not read again, no step gets two rows of metrics, and the rest of the schedule is unchanged. The
+state is saved at once, so that a run that dies afterwards does not read those samples again either.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megarecur.config.schema import AlarmConfig
+from megarecur.config.train import AlarmConfig
+from megarecur.files import append_row
 
 LEAST_HISTORY = 10
-"""Log steps without alarm before a value can be out of the ordinary."""
+"""Number of log steps without an alarm before spikes and growth are checked."""
 LEAST_SPREAD = 0.01
-"""Standard deviations of the loss count as at least this share of its mean."""
+"""Lower bound of the loss's standard deviation, as a share of its mean."""
 RESIDUAL = "recurrence/residual_norm/"
 
 
 class Alarms:
-    """The recent past of a run, as far as it was healthy.
+    """Alarm checks, with the values of recent healthy log steps as history.
 
     Args:
-        config: what counts as out of the ordinary.
-        rows: of metrics.jsonl so far; the last ones are the history.
-        rolled_back_at: the step of the last roll-back, whose parameters are good.
+        config: thresholds and the action.
+        rows: rows of metrics.jsonl so far; the last ones form the history.
+        rolled_back_at: the step of the last roll-back, whose parameters are healthy.
     """
 
     def __init__(
@@ -46,15 +45,34 @@ class Alarms:
         self.losses: deque[float] = deque(maxlen=config.window)
         self.residuals: deque[float] = deque(maxlen=config.window)
         self.skipped = 0
+        self.streak = 0
+        """Number of consecutive non-finite gradients up to now."""
         self.healthy_step = 0
-        """The last log step without an alarm, or with a roll-back."""
+        """The last log step without an alarm, or the step of a later roll-back."""
         for row in rows:
             if "optim/skipped" in row:
                 self.check(row["step"], row)
         self.healthy_step = max(self.healthy_step, rolled_back_at)
 
+    def note_gradient(self, finite: bool) -> None:
+        """Count consecutive non-finite gradients; call it every step, not only at log steps."""
+        self.streak = 0 if finite else self.streak + 1
+
+    @property
+    def lost(self) -> bool:
+        """Whether the parameters are unfit to be saved.
+
+        True if as many consecutive gradients as raise the alarm were not finite.
+        """
+        return self.config.non_finite is not None and self.streak >= self.config.non_finite
+
+    @property
+    def streak_in_words(self) -> str:
+        """The streak of non-finite gradients as the reason of an alarm."""
+        return f"the last {self.streak} gradients were not finite"
+
     def check(self, step: int, values: Mapping[str, float | None]) -> list[str]:
-        """What is out of the ordinary at a log step; where nothing is, its metrics are history."""
+        """Return the reasons for alarms at a log step; if there are none, add it to the history."""
         config, reasons = self.config, []
         loss, residual = values.get("train/loss"), largest_residual(values)
         skipped = int(values["optim/skipped"] or 0)
@@ -62,6 +80,8 @@ class Alarms:
         self.skipped = skipped
         if config.non_finite is not None and new >= config.non_finite:
             reasons.append(f"{new} gradients were not finite since the last log step")
+        elif self.lost:
+            reasons.append(self.streak_in_words)
         if config.loss_spike is not None and loss is not None and spikes(loss, self.losses, config):
             mean = statistics.fmean(self.losses)
             reasons.append(f"train/loss is {loss:.4g}, after a mean of {mean:.4g}")
@@ -79,7 +99,7 @@ class Alarms:
 
 
 def spikes(loss: float, losses: deque[float], config: AlarmConfig) -> bool:
-    """Whether a loss is far above those before it."""
+    """Return True if a loss is far above the recent ones, or not finite."""
     if not math.isfinite(loss):
         return True
     if len(losses) < LEAST_HISTORY:
@@ -91,9 +111,10 @@ def spikes(loss: float, losses: deque[float], config: AlarmConfig) -> bool:
 
 
 def largest_residual(values: Mapping[str, float | None]) -> float:
-    """Over the steps of the map; 0 where nothing was measured, nan where something is not finite.
+    """Return the largest residual norm over the steps of the map.
 
-    Metrics that were read back have null for what was not finite.
+    It is 0 if none was measured, NaN if one is not finite. Rows read from metrics.jsonl have None
+    for a value that was not finite.
     """
     found = [value for tag, value in values.items() if tag.startswith(RESIDUAL)]
     if any(value is None or math.isnan(value) for value in found):
@@ -102,8 +123,5 @@ def largest_residual(values: Mapping[str, float | None]) -> float:
 
 
 def record_event(run_dir: Path, **event: Any) -> None:
-    """Append one line to events.jsonl, durably."""
-    with (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one line to events.jsonl; durable on return."""
+    append_row(run_dir / "events.jsonl", event)

@@ -1,48 +1,38 @@
-"""Distillation: a frozen teacher whose distribution of the next token the run learns from.
+"""Distillation from a frozen teacher's next-token distribution.
 
-The teacher is another run of the same vocabulary, at one of its checkpoints. It is cut over tensor
-ranks as the run itself. Of a pipeline it lives whole on the rank of the head, where the loss is. No
-optimizer group, no stage of ZeRO and no checkpoint has its parameters. Or what it says was stored
-before the run (`stored_teacher.py`).
+The teacher is a checkpoint of another run with the same vocabulary. It is sharded over tensor ranks
+like the run itself. With pipeline parallelism, the rank of the head, which computes the loss, holds
+the whole teacher. Its parameters belong to no optimizer group, no ZeRO stage and no checkpoint.
+Alternatively, the teacher's distributions are stored before the run (`stored_teacher.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
+from megarecur.batch import Batch
+from megarecur.checkpoint import checkpoint
+from megarecur.checkpoint.index import Index, read_fingerprint, read_index
+from megarecur.checkpoint.initial import find_source
 from megarecur.config.load import validate
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.data.corpus import Corpus
 from megarecur.errors import ConfigError
-from megarecur.model.transformer import Batch, Transformer
+from megarecur.model.transformer import Transformer
+from megarecur.objective.teacher import Teacher
+from megarecur.parallel.head_loss import Target
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.recurrence.schemes import layer_map
-from megarecur.train import checkpoint
-from megarecur.train.checkpoint_index import Index, read_fingerprint, read_index
-from megarecur.train.initial import find_source
 from megarecur.train.stored_teacher import StoredTeacher, check_stored
 
 FIELD = "distill.teacher"
 
 
-class Teacher(Protocol):
-    """Whom a run learns from."""
-
-    def logits(self, batch: Batch) -> Tensor:
-        """[N, V] of a micro batch's tokens, or this rank's shard of the vocabulary."""
-
-
 class LiveTeacher:
-    """A model that is only asked.
-
-    Args:
-        model: with its parameters loaded.
-    """
+    """A frozen in-process teacher."""
 
     def __init__(self, model: Transformer) -> None:
         self.model, self.steps = model, layer_map(model.config.recurrence)
@@ -50,29 +40,27 @@ class LiveTeacher:
             parameter.requires_grad_(False)
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Tensor:
-        """[N, V] of a micro batch's tokens, or this rank's shard of the vocabulary; no dropout."""
+    def target(self, batch: Batch) -> Target:
+        """Return a function that computes logits of a slice of a micro batch's tokens,
+        without dropout: [n, V], or this rank's shard of V."""
         ctx = self.model.context(batch, step=0, training=False)
         x = self.model.embed(batch.tokens_BS, ctx)
         x, _ = self.model.run(self.steps, x, ctx, {})
-        return self.model.logits(x).flatten(0, 1)
+        return self.model.readout.target(x)
 
 
 def with_teacher(config: Config, tokenizer: str, corpora: Sequence[Corpus], mesh: Mesh) -> Config:
-    """The config with the fingerprint of its teacher's checkpoint filled in; collective.
+    """Return the config with the fingerprint of its teacher's checkpoint filled in; collective.
 
     Args:
-        config: with its vocabulary resolved.
-        tokenizer: fingerprint of the run's own.
-        corpora: that it trains on.
-        mesh: the processes.
+        config: the run, with its vocabulary resolved.
 
     Raises:
-        ConfigError: no run, another vocabulary or tokenizer, another checkpoint than the one that
-            the config names by its fingerprint, or a model that the mesh cannot cut; distributions
-            that were stored for other samples.
-        CheckpointError: no checkpoint that can be used.
-        DataError: no stored distributions, or damaged ones.
+        ConfigError: the teacher is not a run folder, or has another vocabulary, tokenizer or
+            fingerprint than the config; the mesh cannot shard its model; or the stored
+            distributions are for other samples.
+        CheckpointError: the teacher has no usable checkpoint.
+        DataError: stored distributions are missing or damaged.
     """
     if config.distill is None:
         return config
@@ -80,7 +68,7 @@ def with_teacher(config: Config, tokenizer: str, corpora: Sequence[Corpus], mesh
     if distill.stored is not None:
         place = f"distill.stored={distill.stored}"
         with same_error(mesh):
-            # Sizes on every rank, contents on one.
+            # All ranks check sizes, rank 0 also hashes.
             hashed = config.data.verify and mesh.rank == 0
             found = check_stored(config, tokenizer, corpora, distill.stored, hashed)
     else:
@@ -106,8 +94,15 @@ def with_teacher(config: Config, tokenizer: str, corpora: Sequence[Corpus], mesh
     return config.model_copy(update={"distill": distill})
 
 
-def check_vocabulary(config: Config, index: Index, tokenizer: str) -> None:
-    """Refuse a teacher that speaks of other tokens."""
+def check_vocabulary(config: Config, index: Index, tokenizer: str | None = None) -> None:
+    """Check that the teacher has the run's vocabulary and, if known, its tokenizer.
+
+    Args:
+        tokenizer: fingerprint of the run's tokenizer; None: unknown, not checked.
+
+    Raises:
+        ConfigError: they differ.
+    """
     assert config.distill is not None
     name = f"{FIELD}={config.distill.teacher}"
     theirs, ours = index.state["config"]["model"]["vocab_size"], config.model.vocab_size
@@ -116,7 +111,7 @@ def check_vocabulary(config: Config, index: Index, tokenizer: str) -> None:
             f"{name} has a vocabulary of {theirs}, this run one of {ours}; choose a teacher of the "
             "same tokenizer, or set model.vocab_size to the teacher's"
         )
-    if index.state.get("tokenizer") not in (None, "", tokenizer):
+    if tokenizer is not None and index.state.get("tokenizer") not in (None, "", tokenizer):
         raise ConfigError(
             f"{name} was trained with a tokenizer of fingerprint {index.state['tokenizer']}, "
             f"data.tokenizer={config.data.tokenizer} has {tokenizer}: its tokens mean something "
@@ -125,10 +120,11 @@ def check_vocabulary(config: Config, index: Index, tokenizer: str) -> None:
 
 
 def teacher_config(config: Config, index: Index) -> Config:
-    """The teacher's config as it runs beside this one: on its mesh, in its precision.
+    """Return the teacher's config for this run: on this run's mesh and in its precision.
 
     Raises:
-        ConfigError: what cannot be, such as heads that the tensor ranks do not divide.
+        ConfigError: the combination is invalid, for example tensor ranks that do not divide the
+            heads.
     """
     assert config.distill is not None
     values = dict(index.state["config"])
@@ -139,8 +135,8 @@ def teacher_config(config: Config, index: Index) -> Config:
         "sequence_parallel": parallel.sequence_parallel,
     }
     values["data"] = {**values["data"], "seq_length": config.data.seq_length}
-    own: dict[str, object] = {"compile": False, "recompute": False}
-    if values["train"]["precision"] != "fp64":  # That is of parameters too, which stay as they are.
+    own: dict[str, object] = {"offload_activations": False, "compile": False, "recompute": "none"}
+    if values["train"]["precision"] != "fp64":  # fp64 sets the parameters' dtype as well; keep it
         precision = config.train.precision
         own["precision"] = "fp32" if precision == "fp64" else precision
     values["train"] = {**values["train"], **own}
@@ -149,11 +145,10 @@ def teacher_config(config: Config, index: Index) -> Config:
 
 
 def load_teacher(config: Config, mesh: Mesh, has_head: bool) -> Teacher | None:
-    """The teacher, on ranks of the head; None on others, and where the config has none. Collective.
+    """Load the teacher on ranks of the head; None on others and without distillation. Collective.
 
     Args:
-        config: as `with_teacher` gives it.
-        mesh: the processes.
+        config: the config that `with_teacher` returns.
         has_head: whether this rank computes the loss.
 
     Raises:

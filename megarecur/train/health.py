@@ -1,26 +1,26 @@
-"""A check of every process before training: is it all there, does it compute, is it slow.
+"""Health check of every process before training: files, disk, correctness and speed.
 
-A job goes at the pace of its slowest node, and a node without its shards, its disk or its GPU ends
-the job after minutes of loading. So every process first measures itself, for a fraction of a second
-each: a matrix product that is compared with exact integers, an all-reduce within the node and one
-across all, an exchange with the neighbouring nodes, the free disk of the run folder, the shards of
-local corpora, GPUs and their free memory. Rank 0 writes what was found to RUN/health.json, for a
-supervisor that wants to leave nodes out.
+A job runs at the pace of its slowest node. A node without its shards, its disk or its GPU ends the
+job after minutes of loading. So each process first runs these measurements, each a fraction of a
+second long: a matrix product that is checked against exact integers, an all-reduce within the node
+and one across all processes, an exchange with the neighbouring nodes, the free disk space of the
+run folder, the shards of local corpora, the GPUs and their free memory. Rank 0 writes the results
+to RUN/health.json, for a supervisor that excludes nodes.
 
-Every figure is compared with the median of the job itself, the lower one where there are two, so
-that the slower of two processes can be told. What can be told of communication is less than of
-computing, since a collective is as slow for all as for the slowest:
+Each value is compared with the job's median: the lower of the two middle values, so that the slower
+of two processes can be found. Communication is harder to attribute than compute, since a collective
+takes all its ranks as long as its slowest one:
 
-- within a node: a slow all-reduce is that node's, of which process or GPU is not known. With one
+- within a node: a slow all-reduce is attributed to the node, not to a process or GPU. With one
   node, or one process on each, there is nothing to compare.
-- between nodes: processes exchange with those at the same place on the two neighbours, in a ring of
-  nodes. The faster of the two is a process's figure: a slow node is slow with both neighbours, but
-  neither of them is slow with its other one. With two nodes both are equally slow, and nothing is
-  said; a sound node between two slow ones looks slow itself.
-- across all: one figure for the job, told but blamed on nobody.
+- between nodes: processes exchange data with those of the same local index on the two neighbouring
+  nodes, in a ring. The value of a process is the faster of its two exchanges. A slow node is slow
+  with both neighbours, but each neighbour is fast with its other one. With two nodes, both are
+  equally slow and nothing is reported. A healthy node between two slow ones is reported as slow.
+- across all processes: one value for the job, reported but attributed to no node.
 
-Where more than half of a job is slow, that is its median, and nothing is noticed. Figures are the
-best of several, so that what is slow only now and then is not noticed either.
+If more than half of a job is slow, the median is slow as well and nothing is detected. Values are
+the best of several repetitions, so that intermittent slowness is not detected either.
 """
 
 from __future__ import annotations
@@ -44,68 +44,74 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarecur.config.schema import Config, HealthConfig
-from megarecur.data.corpus import read_manifest
-from megarecur.data.foreign import is_foreign, read_index
+from megarecur.config.run import Config
+from megarecur.config.train import HealthConfig
+from megarecur.data.foreign import missing_files
 from megarecur.errors import DataError, MegarecurError, MeshError
+from megarecur.files import replace_file
 from megarecur.parallel.mesh import Mesh, node_name
 from megarecur.plan.describe import format_bytes
-from megarecur.train.state import write_aside
 
 log = logging.getLogger(__name__)
 
 GEMM_SIZE = {"cpu": 320, "cuda": 4096}
 PRODUCTS = {"cpu": 1, "cuda": 8}
-"""Of one measurement. On a CPU it is short enough to fit between two switches of processes."""
+"""Matrix products per measurement; one on a CPU fits between two context switches."""
 GEMM_SECONDS = 0.1
-"""Measurements begin for so long, but at least LEAST_ROUNDS of them."""
+"""Seconds during which new measurements start; at least LEAST_ROUNDS are made."""
 LEAST_ROUNDS = 3
 MESSAGE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 REDUCTIONS = 5
 LEAST_DELAY = 1e-3
-"""Seconds that communication must take above the median to be called slow: less is chance."""
+"""Seconds above the median below which communication is never called slow: that is noise."""
 PATIENCE = 120.0
-"""Seconds a process may take for its own measurements, before it is named as hanging."""
+"""Timeout in seconds of a process's own measurements; later, it is reported as hanging."""
 
 
 @dataclass
 class Figures:
-    """What one process measured; None: not measured."""
+    """Measurements of one process; None: not measured."""
 
     host: str
     rank: int
     gemm_seconds: float | None = None
     allreduce_seconds: float | None = None
-    """Within its node."""
+    """Best time of an all-reduce within its node."""
     link_seconds: float | None = None
-    """An exchange with the neighbouring node that is the faster one."""
+    """Best time of an exchange with the faster neighbouring node."""
     world_seconds: float | None = None
-    """An all-reduce across all processes."""
+    """Best time of an all-reduce across all processes."""
     free_disk_bytes: int | None = None
-    """Of the run folder; measured by one process of each node."""
+    """Free bytes on the run folder's file system; measured by one process of each node."""
     gpu: str | None = None
-    """Identity of its GPU."""
+    """UUID of its GPU."""
     num_gpus: int = 0
-    """That this process sees."""
+    """Number of GPUs visible to this process."""
     free_gpu_bytes: int | None = None
     faults: list[str] = field(default_factory=list)
-    """What is broken, of this process or its GPU."""
+    """Faults of this process or its GPU."""
     node_faults: list[str] = field(default_factory=list)
-    """What is broken, of its node."""
+    """Faults of its node."""
     data_faults: list[str] = field(default_factory=list)
-    """Of corpora, of its node too."""
+    """Faults of corpora on its node."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong on some ranks."""
+    """A fault found on some ranks."""
 
     kind: Literal["broken", "data", "slow"]
     text: str
     ranks: tuple[int, ...]
 
+    def is_everywhere(self, hosts: Sequence[str]) -> bool:
+        """Return True if every node has it, so that no single node is to blame."""
+        return {hosts[rank] for rank in self.ranks} == set(hosts)
+
     def describe(self, hosts: Sequence[str]) -> str:
-        """The text after its nodes and ranks."""
+        """Return the text, prefixed by the nodes and ranks."""
+        if self.kind == "data" and self.is_everywhere(hosts):
+            return f"every node: {self.text}"
         places = [
             f"{host} ({name_ranks([r for r in self.ranks if hosts[r] == host])})"
             for host in dict.fromkeys(hosts[rank] for rank in self.ranks)
@@ -120,21 +126,19 @@ def check_health(
     host: str | None = None,
     patience: float = PATIENCE,
 ) -> str:
-    """Measure every process and compare; collective. Returns a line that sums it up, "" if off.
+    """Measure every process and compare; collective. Returns a one-line summary, "" if off.
 
-    With one process only disk and corpora are looked at.
+    With one process, only the disk and the corpora are checked.
 
     Args:
-        config: its `health` section says whether and how strictly, `data` what must be there.
-        run_dir: the run folder, which is there.
-        mesh: all processes.
-        host: name of this node; None: Slurm's name for it, or the machine's.
-        patience: seconds that a process may take for its own measurements.
+        config: `health` says whether and how strictly to check, `data` which files must exist.
+        host: name of this node; None: Slurm's node name, else the hostname.
+        patience: timeout in seconds of a process's own measurements.
 
     Raises:
-        DataError: on every rank, where nothing but files of corpora is missing.
-        MeshError: on every rank, for whatever else is broken, or for slow nodes where
-            health.on_slow=stop; all faults of all nodes in one message.
+        DataError: on every rank, if the only faults are missing corpus files.
+        MeshError: on every rank, for any other fault, or for slow nodes if health.on_slow=stop; one
+            message lists all faults of all nodes.
     """
     settings, started = config.health, time.perf_counter()
     if settings.enabled is False or (settings.enabled == "auto" and mesh.world == 1):
@@ -153,7 +157,7 @@ def check_health(
     every = gather(figures, mesh)
     findings = find_faults(every)
     if not findings and mesh.world > 1:
-        # Not before all are found to be sound: a broken one could keep the others waiting.
+        # Only if all processes are sound: a broken one could block the others.
         measure_communication(list(nodes.values()), mesh, figures)
         every = gather(figures, mesh)
         findings = find_faults(every) + find_slow(every, settings)
@@ -163,7 +167,7 @@ def check_health(
     if mesh.rank == 0:
         try:
             text = report_health(every, findings, stopping, seconds)
-            write_aside(run_dir / "health.json", text)
+            replace_file(run_dir / "health.json", text)
         except OSError as error:
             failure = error
     failure = gather(failure, mesh)[0]
@@ -173,13 +177,13 @@ def check_health(
         raise failure
     if mesh.rank == 0:
         for finding in findings:
-            log.warning("%s; training goes on with it (health.on_slow=warn)",
+            log.warning("%s; training continues with it (health.on_slow=warn)",
                         finding.describe(hosts))  # fmt: skip
     return sum_up(every, len(nodes), seconds)
 
 
 def gather(value: Any, mesh: Mesh) -> list[Any]:
-    """Every rank's value, over gloo: a GPU that is broken cannot carry the news of it."""
+    """Return the values of all ranks; over gloo, since a broken GPU cannot communicate."""
     if mesh.world == 1:
         return [value]
     values: list[Any] = [None] * mesh.world
@@ -188,7 +192,7 @@ def gather(value: Any, mesh: Mesh) -> list[Any]:
 
 
 def group_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
-    """Ranks of each node, nodes in the order of their first ranks."""
+    """Return the ranks of each node, nodes in the order of their first ranks."""
     nodes: dict[str, list[int]] = {}
     for rank, host in enumerate(hosts):
         nodes.setdefault(host, []).append(rank)
@@ -196,10 +200,10 @@ def group_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def wait_for_all(hosts: Sequence[str], mesh: Mesh, patience: float) -> None:
-    """Wait until every process has measured itself.
+    """Wait until every process has finished its own measurements.
 
     Raises:
-        MeshError: some did not in time. Rank 0 names them; the others cannot know.
+        MeshError: some processes timed out. Only rank 0 knows and names them.
     """
     try:
         dist.monitored_barrier(mesh.save_group, timedelta(seconds=patience), wait_all_ranks=True)
@@ -215,11 +219,11 @@ def wait_for_all(hosts: Sequence[str], mesh: Mesh, patience: float) -> None:
         raise MeshError(f"some processes {text}; rank 0 names them") from None
 
 
-# ------------------------------------------------------------------------------ each by itself
+# -------------------------------------------------------------------------------- local checks
 
 
 def look_at_node(config: Config, run_dir: Path, figures: Figures) -> None:
-    """Free disk of the run folder, and the files of local corpora."""
+    """Check the run folder's free disk space and the files of local corpora; fill in `figures`."""
     least = config.health.min_free_disk_gb * 1e9
     try:
         figures.free_disk_bytes = free = free_disk(run_dir)
@@ -256,30 +260,12 @@ def look_at_node(config: Config, run_dir: Path, figures: Figures) -> None:
 
 
 def free_disk(path: Path) -> int:
-    """Bytes that a user may still write below a folder."""
+    """Return the free bytes available to users on a folder's file system."""
     return shutil.disk_usage(path).free
 
 
-def missing_files(path: Path) -> list[str]:
-    """Files of a local corpus that are not there, by the names in its folders; nothing is opened
-    but the list of files, so that thousands of shards take no longer than a few.
-
-    Raises:
-        DataError: there is no corpus, or its list of files is damaged.
-        OSError: a folder that cannot be listed.
-    """
-    if is_foreign(path):  # A shard, or else its compressed file.
-        entries = [(entry["raw_data"], entry.get("zip_data")) for entry in read_index(path)]
-        wanted = [[part["basename"] for part in parts if part] for parts in entries]
-    else:
-        wanted = [[name] for name in read_manifest(path).files]
-    folders = {(path / name).parent for either in wanted for name in either}
-    there = {f / name for f in folders if f.is_dir() for name in os.listdir(f)}
-    return [either[-1] for either in wanted if not any(path / name in there for name in either)]
-
-
 def measure_device(config: Config, device: torch.device, figures: Figures) -> None:
-    """The matrix product, and where it ran."""
+    """Identify the GPU and time a checked matrix product; fill in `figures`."""
     try:
         if device.type == "cuda":
             figures.num_gpus = torch.cuda.device_count()
@@ -292,17 +278,17 @@ def measure_device(config: Config, device: torch.device, figures: Figures) -> No
                 f"{wrong} of {GEMM_SIZE[device.type]} rows of a product of small integers came out "
                 f"wrong on {device}; exclude the node and have it tested"
             )
-    except RuntimeError as error:  # torch's, for whatever goes wrong on a device
+    except RuntimeError as error:  # from torch, for any failure of a device
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         figures.faults.append(f"a matrix product on {device} failed ({first}); exclude the node")
 
 
 def time_gemm(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
-    """(seconds of the best measurement, rows that are wrong), by products of whole numbers.
+    """Time products of integer matrices. Returns (best time in seconds, number of wrong rows).
 
-    Of factors that are 0 seven times in eight, else 1 or -1, so that every sum is small enough to
-    be exact in bf16 too. C = A B is compared without a second product of matrices (Freivalds 1977):
-    C V with A (B V), for whole numbers V [size, 4], exact in fp64.
+    Elements are 0 with probability 7/8, else 1 or -1, so that every sum is small enough to be exact
+    in bf16. C = A B is verified without a second matrix product (Freivalds 1977): C V is compared
+    with A (B V), for a random integer matrix V [size, 4], exact in fp64.
     """
     size, products = GEMM_SIZE[device.type], PRODUCTS[device.type]
     with torch.no_grad(), measured_apart(device):
@@ -330,12 +316,12 @@ def time_gemm(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """The product that is measured."""
+    """Return a @ b, the product that is measured."""
     return a @ b
 
 
 def settled(device: torch.device) -> float:
-    """The clock, once the device has done what it was given; seconds."""
+    """Synchronize the device and return the clock in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -343,26 +329,21 @@ def settled(device: torch.device) -> float:
 
 @contextmanager
 def measured_apart(device: torch.device) -> Iterator[None]:
-    """Leave no memory of the measurement behind, nor a trace in the peaks of training."""
+    """Free the memory of a measurement and reset the peak memory statistics afterwards."""
     yield
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-# ------------------------------------------------------------------------------------- together
+# ---------------------------------------------------------------------------- collective checks
 
 
 def measure_communication(nodes: list[list[int]], mesh: Mesh, figures: Figures) -> None:
-    """All-reduces within the node and across all, and exchanges with the neighbours; collective.
-
-    Args:
-        nodes: ranks of each.
-        mesh: all processes.
-        figures: of this process, filled in.
+    """Time all-reduces within the node and across all, and neighbour exchanges; collective.
 
     Raises:
-        MeshError: a connection broke, where that was noticed.
+        MeshError: a connection broke and the failure was detected.
     """
     own = next(k for k, ranks in enumerate(nodes) if mesh.rank in ranks)
     try:
@@ -391,8 +372,10 @@ def measure_communication(nodes: list[list[int]], mesh: Mesh, figures: Figures) 
 
 
 def time_all_reduce(tensor: Tensor, group: Any, size: int, where: str, figures: Figures) -> float:
-    """Seconds of the best of several; ones are added up, and any other sum than `size` is noted as
-    a fault."""
+    """Return the best time of an all-reduce in seconds; a wrong sum is recorded as a fault.
+
+    All elements are 1, so that every sum must equal `size`.
+    """
 
     def reduce() -> None:
         dist.all_reduce(tensor.fill_(1), group=group)
@@ -407,7 +390,10 @@ def time_all_reduce(tensor: Tensor, group: Any, size: int, where: str, figures: 
 
 
 def time_links(tensor: Tensor, nodes: list[list[int]], own: int, mesh: Mesh) -> float | None:
-    """Seconds of an exchange with the same place on the neighbouring nodes, of the faster one."""
+    """Return the best time of an exchange with the faster neighbouring node, in seconds.
+
+    The peer has the same local index on its node. None: no neighbour has such a process.
+    """
     place, found, best = nodes[own].index(mesh.rank), torch.empty_like(tensor), None
     for pairs in ring_rounds(len(nodes)):
         for pair in pairs:
@@ -429,7 +415,7 @@ def exchange(tensor: Tensor, found: Tensor, peer: int) -> None:
 
 
 def ring_rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Neighbours in a ring of so many nodes, in rounds in which no node has two of them."""
+    """Return the neighbour pairs of a ring of `count` nodes, in rounds of disjoint pairs."""
     pairs = [(k, k + 1) for k in range(count - 1)]
     rounds = [pairs[::2], pairs[1::2]]
     if count > 2:
@@ -439,7 +425,7 @@ def ring_rounds(count: int) -> list[list[tuple[int, int]]]:
 
 
 def time_best(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds of the best of several, after one that makes the connections."""
+    """Return the best of several times in seconds, after one warm-up call that connects."""
     work()
     best = float("inf")
     for _ in range(REDUCTIONS):
@@ -449,11 +435,11 @@ def time_best(work: Callable[[], None], device: torch.device) -> float:
     return best
 
 
-# --------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------ evaluation
 
 
 def find_faults(every: Sequence[Figures]) -> list[Finding]:
-    """What is broken, by the figures of all ranks; the same faults of several are one finding."""
+    """Return the faults of all ranks; equal faults of several ranks are one finding."""
     nodes = group_by_host([figures.host for figures in every])
     found: dict[tuple[Literal["broken", "data"], str], list[int]] = {}
     for figures in every:
@@ -468,7 +454,7 @@ def find_faults(every: Sequence[Figures]) -> list[Finding]:
     if on_gpus and not any(figures.faults for figures in every):
         without = [figures.rank for figures in every if figures.gpu is None]
         if without:
-            text = "no GPU is seen, other processes have one; exclude the node or have it mended"
+            text = "no GPU is seen, other processes have one; exclude the node or have it repaired"
             found[("broken", text)] = without
     for ranks in nodes.values():
         gpus = {every[rank].gpu for rank in ranks} - {None}
@@ -483,8 +469,10 @@ def find_faults(every: Sequence[Figures]) -> list[Finding]:
 
 
 def find_slow(every: Sequence[Figures], settings: HealthConfig) -> list[Finding]:
-    """Nodes that are slower than the job's median by more than the factor, or whose GPUs are
-    partly taken; one finding for each node and measure."""
+    """Find nodes slower than the median by the factor, or with GPU memory already in use.
+
+    Returns one finding per node and measure.
+    """
     hosts = [figures.host for figures in every]
     sizes = {host: len(ranks) for host, ranks in group_by_host(hosts).items()}
     found = []
@@ -493,7 +481,7 @@ def find_slow(every: Sequence[Figures], settings: HealthConfig) -> list[Finding]
         ("allreduce_seconds", "an all-reduce within the node", LEAST_DELAY),
         ("link_seconds", "an exchange with the faster of its neighbouring nodes", LEAST_DELAY),
     ):
-        # Reductions over more processes take longer: only nodes of one size are compared.
+        # All-reduces over more processes take longer: compare only nodes of equal size.
         for kind in sorted(set(sizes.values())) if name == "allreduce_seconds" else (0,):
             values = {
                 figures.rank: getattr(figures, name)
@@ -528,19 +516,21 @@ def find_slow(every: Sequence[Figures], settings: HealthConfig) -> list[Finding]
 
 
 def group_by_host_of(ranks: Any, hosts: Sequence[str]) -> list[tuple[int, ...]]:
-    """Some ranks, those of each node together."""
+    """Group the given ranks by node."""
     names = dict.fromkeys(hosts[rank] for rank in ranks)
     return [tuple(sorted(r for r in ranks if hosts[r] == name)) for name in names]
 
 
 def one_error(findings: Sequence[Finding], hosts: Sequence[str]) -> MegarecurError:
-    """All that stops the run."""
+    """Return one error that lists all findings that stop the run."""
     kind = DataError if all(finding.kind == "data" for finding in findings) else MeshError
     lines = "".join(f"\n  {finding.describe(hosts)}" for finding in findings)
     count = f"{len(findings)} fault{'s' if len(findings) > 1 else ''}"
+    everywhere = all(finding.is_everywhere(hosts) for finding in findings)
+    without = "" if everywhere else "start without those nodes, "
     return kind(
-        f"the health check before training found {count}; mend what is named, start without those "
-        f"nodes, or skip the check with health.enabled=off:{lines}"
+        f"the health check before training found {count}; correct what is named, {without}"
+        f"or skip the check with health.enabled=off:{lines}"
     )
 
 
@@ -550,8 +540,11 @@ def report_health(
     stopping: Sequence[Finding],
     seconds: float,
 ) -> str:
-    """RUN/health.json: of each node the worst of its processes' figures, `faults` that stop the run
-    and `slow`, what was only warned of; null is what was not measured."""
+    """Return the content of RUN/health.json.
+
+    A node's values are the worst of its processes'. `faults` stop the run, `slow` was only warned
+    of; null: not measured.
+    """
 
     def worst(name: str, ranks: Sequence[int], choose: Callable[..., Any] = max) -> Any:
         values = [v for v in (getattr(every[rank], name) for rank in ranks) if v is not None]
@@ -585,7 +578,7 @@ def report_health(
 
 
 def sum_up(every: Sequence[Figures], num_nodes: int, seconds: float) -> str:
-    """One line for whoever watches."""
+    """Return a one-line summary."""
     parts = [
         f"{len(every)} process{'es' if len(every) > 1 else ''} on {num_nodes} "
         f"node{'s' if num_nodes > 1 else ''}",
@@ -607,7 +600,7 @@ def sum_up(every: Sequence[Figures], num_nodes: int, seconds: float) -> str:
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """Like `rank 3` or `ranks 0-3, 6`."""
+    """Format ranks, for example `rank 3` or `ranks 0-3, 6`."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:

@@ -1,62 +1,149 @@
-"""metrics.jsonl is the truth; TensorBoard mirrors it; one line tells how the run goes."""
+"""Output of a run's metrics: metrics.jsonl, its copy for TensorBoard, and a progress line."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from megarecur.config.load import to_yaml
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
+from megarecur.files import publish, replace_file
+
+log = logging.getLogger(__name__)
 
 TAIL_BYTES = 1 << 20
-"""Of metrics.jsonl: holds all rows of its last step, whatever the depth."""
+"""Number of bytes at the end of metrics.jsonl that hold all rows of its last step, at any depth."""
 
 
 HALTED_AT = "recurrence/halted_at"
-"""Metrics `recurrence/halted_at/03` are the bars of one histogram: shares of tokens by steps."""
+"""Prefix of metrics that form one histogram: `recurrence/halted_at/03` is a share of tokens."""
+
+METRICS = {
+    "step": "optimizer steps done",
+    "tokens": "tokens of all global batches so far",
+    "train/loss": "cross-entropy per valid token in nats, mean over the interval",
+    "train/distill": "KL(teacher || student), with a teacher",
+    "train/exit_{n}/loss": "cross-entropy of the exit after loop n",
+    "train/exit_{n}/distill": "KL(last loop || exit after loop n)",
+    "train/exit_{n}/z_loss": "mean of logsumexp(logits)^2 of the exit after loop n",
+    "train/halting": "expected number of steps of a token, as the objective weighs it",
+    "train/z_loss": "mean of logsumexp(logits)^2",
+    "train/loss_of/{corpus}": "training loss by corpus, if there are several",
+    "optim/lr": "learning rate",
+    "optim/grad_norm": "global gradient norm before clipping",
+    "optim/skipped": "optimizer steps skipped so far because a gradient was not finite",
+    "speed/tokens_per_second": "tokens per second over all processes",
+    "speed/step_seconds": "seconds per optimizer step",
+    "speed/data_wait": "share of the time spent waiting for data",
+    "speed/flops_per_token": "executed training FLOPs per token, without recompute",
+    "speed/mfu": "executed training FLOPs as a share of the peak of the hardware",
+    "speed/mfu_forward_only": "the same for loops without gradient",
+    "speed/mfu_with_recompute": "the same with recompute counted",
+    "speed/attention/{backend}": "1, named by the attention backend of the run",
+    "speed/graphs": "graphs that torch.compile has made",
+    "speed/save_seconds": "seconds for which saving blocked training",
+    "speed/write_seconds": "seconds that writing the last checkpoint took",
+    "memory/peak_bytes": "peak memory: of the GPU, on CPUs of the process",
+    "memory/parameters": "bytes of parameters on this process",
+    "memory/moments": "bytes of optimizer moments",
+    "memory/gradients": "bytes of gradients",
+    "memory/copies": "bytes of copies of weights in the compute dtype",
+    "recurrence/num_loops": "mean number of loops, where it is drawn",
+    "recurrence/backward_loops": "mean number of loops with gradient",
+    "recurrence/residual_norm/{block}.{loop}": "|x_out|: RMS of the stream after this visit",
+    "recurrence/relative_update/{block}.{loop}": "|x_out - x_in| / |x_in|",
+    "recurrence/residual_ratio/{block}.{loop}": "|x_out| / |x_in|",
+    "recurrence/fixed_point_distance/{block}.{loop}": "|x_out - x_out of the last visit| / |x_out|",
+    "recurrence/gradient_share/{block}.{loop}": "share of this visit in its block's gradient",
+    "recurrence/halting_depth": "mean number of steps of a token, with halting",
+    "recurrence/executed_share": "share of all steps that was computed, with halting",
+    "recurrence/halted_at/{steps}": "share of tokens that took this number of steps",
+    "val/loss": "validation loss per token in nats, over all corpora",
+    "val/bits_per_byte": "validation loss per byte of text in bits",
+    "val/exit_{n}/loss": "validation loss of the exit after loop n",
+    "val/accuracy": "share of scored predictions that are right, of a task",
+    "val/glitch_rate": "share of scored tokens that are wrong (kind: token)",
+    "val/last_accuracy": "share of samples whose last scored token is right (kind: token)",
+    "val/accuracy_by_length/{tokens}": "accuracy by the length of the sample",
+    "val/depth_{n}/{metric}": "a validation metric at n loops (train.eval_depths)",
+    "val/{corpus}/{metric}": "a validation metric by corpus, if there are several",
+    "alarms/raised": "alarms raised at this log step",
+}
+"""Every key of a row of metrics.jsonl, which is also the tag in TensorBoard; {...} is any text."""
 
 
 class Metrics:
-    """Where rank 0 writes a run's numbers; flat keys equal TensorBoard tags.
+    """Writer of a run's metrics, used by rank 0; keys of rows equal TensorBoard tags.
 
-    A resumed run drops the rows of steps it is about to repeat, so that curves stay single-valued.
-    TensorBoard's files cannot be rewritten; they are told from which step on to forget what they
-    hold. Where the step that the run goes on from is yet to be scored, that is this step itself,
-    for a part of its scores may be there: its row is written once more.
+    A resumed run drops the rows of steps that it repeats, so that each step has one row.
+    TensorBoard's files cannot be rewritten; a new file states the step from which TensorBoard
+    ignores earlier files. If the evaluation of the resumed step is still missing, that is the
+    resumed step itself, as earlier files may hold a part of its scores; its row is then written
+    again.
     """
 
     def __init__(self, run_dir: Path, config: Config, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = run_dir / "metrics.jsonl"
+        self.path, self.folder = run_dir / "metrics.jsonl", run_dir / "tensorboard"
+        self.config = f"```yaml\n{to_yaml(config)}```"
         drop_after(self.path, step)
         last = [row for row in read_rows(self.path, TAIL_BYTES) if row["step"] == step]
         scored = any("val/loss" in row for row in last)
-        self.file = self.path.open("a", encoding="utf-8")
-        folder = run_dir / "tensorboard"
-        put_in_order(folder, int(time.time()))
-        self.board = SummaryWriter(str(folder), purge_step=step + scored)
-        # At the step to come: whoever goes on from the same step again takes this one's place.
-        self.board.add_text("config", f"```yaml\n{to_yaml(config)}```", step + 1)
-        for row in last if not scored else ():
-            self.draw(step, {tag: row[tag] for tag in row.keys() - {"step", "tokens"}})
+        self.file = self.path.open("a+", encoding="utf-8")
+        put_in_order(self.folder, int(time.time()))
+        self.board = Board(self.folder, step + scored)
+        # Tagged with the next step: a later resume from this same step replaces the text.
+        self.board.add_text("config", self.config, step + 1)
+        if not scored:
+            self.draw_rows(last)
 
     def write(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
-        """One row. JSON has no infinity: what is not finite becomes null."""
+        """Write one row. JSON has no infinity, so non-finite values become null."""
         finite = {tag: v if math.isfinite(v) else None for tag, v in values.items()}
         row = {"step": step, "tokens": tokens, **finite}
-        self.draw(step, finite)  # First: of a run killed in between, TensorBoard can forget it.
+        self.draw(step, finite)  # First: TensorBoard can ignore it if the run is killed now.
         self.file.write(json.dumps(row, allow_nan=False) + "\n")
         self.file.flush()
 
+    def restore(self) -> list[str]:
+        """Recreate files that were deleted during the run; returns the missing paths.
+
+        A deleted metrics.jsonl is copied from the file that is still open. TensorBoard's events are
+        rebuilt from it, except for texts of earlier steps.
+        """
+        missing = []
+        if is_gone(self.path, self.file):
+            missing.append(str(self.path))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                self.file.seek(0)
+                replace_file(self.path, self.file.read())
+            self.file.close()
+            self.file = self.path.open("a+", encoding="utf-8")
+        if is_gone(self.board.path, self.board.file):
+            missing.append(str(self.board.path))
+            rows = read_rows(self.path)
+            self.board.close()
+            self.board = Board(self.folder, 0)
+            self.board.add_text("config", self.config, rows[0]["step"] if rows else 0)
+            self.draw_rows(rows)
+        return missing
+
+    def draw_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows of metrics.jsonl to TensorBoard."""
+        for row in rows:
+            self.draw(row["step"], {tag: row[tag] for tag in row.keys() - {"step", "tokens"}})
+
     def draw(self, step: int, values: Mapping[str, float | None]) -> None:
-        """The values of a row that are there, for TensorBoard."""
+        """Write the values of a row to TensorBoard, except those that are None."""
         for tag, value in values.items():
             if value is not None:
                 self.board.add_scalar(tag, value, step)
@@ -66,10 +153,11 @@ class Metrics:
         self.board.flush()
 
     def draw_histogram(self, step: int, tag: str, shares: Sequence[float]) -> None:
-        """Shares of 0, 1, 2, ..."""
+        """Write a histogram to TensorBoard; shares[i] is the share of the value i."""
         numbers = range(len(shares))
         self.board.add_histogram_raw(
             tag,
+            step,
             min=0.0,
             max=float(len(shares) - 1),
             num=1.0,
@@ -77,73 +165,136 @@ class Metrics:
             sum_squares=sum(i * i * share for i, share in enumerate(shares)),
             bucket_limits=[i + 0.5 for i in numbers],
             bucket_counts=list(shares),
-            global_step=step,
         )
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Texts by tag, shown as they are."""
+        """Write texts by tag to TensorBoard, shown verbatim."""
         for tag, text in texts.items():
             indented = "\n".join("    " + line for line in text.splitlines())
             self.board.add_text(tag, indented, step)
 
     def close(self) -> None:
-        """Make everything durable."""
+        """Sync and close all files."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         self.board.close()
 
 
-def put_in_order(folder: Path, now: int) -> None:
-    """Rename event files so that one made in this second is read after them.
+class Board:
+    """A TensorBoard event file.
 
-    They are read in the order of their names, which begin with the second they were made in, and
-    the clock of the node that made them may have been ahead of this one's.
+    The caller's thread writes it. The library's writer uses a thread that dies with a traceback if
+    the file cannot be written.
 
     Args:
-        folder: of the event files; it need not be there.
-        now: this second, in UNIX time.
+        purge_step: the step from which TensorBoard ignores the content of earlier files.
+    """
+
+    numbers = itertools.count()
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+
+        self.make, self.event = summary, Event
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self.numbers)}"
+        self.path = folder / f"events.out.tfevents.{stamp}"
+        self.file: IO[bytes] = self.path.open("wb")
+        self.records = RecordWriter(self.file)
+        self.add(file_version="brain.Event:2")
+        self.add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        self.flush()
+
+    def add(self, **fields: Any) -> None:
+        """Write an event."""
+        self.records.write(self.event(wall_time=time.time(), **fields).SerializeToString())
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Write a point of a curve."""
+        self.add(step=step, summary=self.make.scalar(tag, value))
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Write a text in Markdown."""
+        self.add(step=step, summary=self.make.text(tag, text))
+
+    def add_histogram_raw(self, tag: str, step: int, **bars: Any) -> None:
+        """Write a histogram; see torch.utils.tensorboard.summary.histogram_raw."""
+        self.add(step=step, summary=self.make.histogram_raw(tag, **bars))
+
+    def flush(self) -> None:
+        """Flush all events to the operating system."""
+        self.records.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.records.close()
+
+
+def is_gone(path: Path, file: IO[Any]) -> bool:
+    """Return True if a path no longer refers to the file that was opened there."""
+    try:
+        return not os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return True
+
+
+def put_in_order(folder: Path, now: int) -> None:
+    """Rename event files so that a file created in this second is read after them.
+
+    TensorBoard reads them in the order of their names, which begin with the second of their
+    creation. The clock of the node that created them may have been ahead of this one's.
+
+    Args:
+        folder: the folder of event files; it may be missing.
+        now: the current second in UNIX time.
     """
     for i, path in enumerate(sorted(folder.glob("events.out.tfevents.*"))):
         stamp, _, rest = path.name.removeprefix("events.out.tfevents.").partition(".")
         if stamp.isdigit() and int(stamp) >= now:
-            # ~ comes after the names of hosts.
-            path.rename(folder / f"events.out.tfevents.{now - 1:010d}.~{i:06d}.{rest}")
+            # ~ sorts after hostnames.
+            publish(path, folder / f"events.out.tfevents.{now - 1:010d}.~{i:06d}.{rest}")
 
 
 def read_rows(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """Whole rows of a metrics.jsonl, or of its last bytes; a line cut short by a crash, or by
-    where reading began, is left out."""
+    """Return the complete rows of a metrics.jsonl, or of its last bytes.
+
+    Lines truncated by a crash, or by the start of reading, are skipped.
+    """
     if not path.exists():
         return []
     with path.open("rb") as file:
         if last_bytes is not None:
             file.seek(max(file.seek(0, os.SEEK_END) - last_bytes, 0))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
-    rows = []
-    for line in lines:
+    rows, damaged = [], 0
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif 1 < number < len(lines):  # A crash or the start of reading may truncate these.
+            damaged += 1
+    if damaged:
+        log.warning("%s: %d damaged row(s) are passed over", path, damaged)
     return rows
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Rewrite metrics.jsonl without rows beyond a step; aside, then renamed."""
+    """Rewrite metrics.jsonl without the rows beyond a step."""
     rows = read_rows(path)
     if not path.exists():
         return
-    aside = path.with_suffix(".jsonl.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    kept = (json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+    replace_file(path, "".join(kept))
 
 
 class Progress:
-    """One line per log step: rewritten in place on a terminal, plain elsewhere."""
+    """Progress display: one line per log step, rewritten in place on a terminal."""
 
     def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
         self.num_steps, self.stream = num_steps, stream or sys.stdout
@@ -152,7 +303,7 @@ class Progress:
         self.first: tuple[int, float] | None = None
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Step, loss, rate, gradient norm, speed, time left."""
+        """Show step, loss, learning rate, gradient norm, speed and remaining time."""
         now = time.monotonic()
         if self.first is None:
             self.first = (step, now)
@@ -179,12 +330,12 @@ class Progress:
         if not self.terminal:
             self.put(line + "\n")
             return
-        # A validated step keeps its line.
+        # Keep the line of a validated step.
         self.open_line = "val/loss" not in values
         self.put("\r\x1b[K" + line + ("" if self.open_line else "\n"))
 
     def put(self, text: str) -> None:
-        """Write; a reader that has gone away (`| head`) must not end a run."""
+        """Write text; a closed pipe (`| head`) must not end a run."""
         try:
             self.stream.write(text)
             self.stream.flush()
@@ -192,7 +343,7 @@ class Progress:
             self.stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print text on a separate line."""
         self.put(("\n" if self.open_line else "") + text + "\n")
         self.open_line = False
 
@@ -206,7 +357,7 @@ def _thousands(value: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Like 1h02m, 3m04s or 5s; ? when unknown."""
+    """Format a duration, for example 1h02m, 3m04s or 5s; ? if unknown."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""A window of optimizer steps recorded by torch's profiler, for Perfetto or TensorBoard."""
+"""Profiling of a window of optimizer steps by torch's profiler, for Perfetto or TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from megarecur.config.schema import ProfileConfig
+from megarecur.config.train import ProfileConfig
+from megarecur.files import publish
 from megarecur.parallel.mesh import Mesh
 
 
 class Profiler:
-    """Records steps [start, start + steps) of one start of a run into RUN/profile.
+    """Profiler of steps [start, start + steps), counted from 0; writes a trace to RUN/profile.
 
     Named ranges in the trace: data, forward, backward, optimizer, save; and every step of the map.
     """
@@ -24,7 +25,7 @@ class Profiler:
         self.profile: torch.profiler.profile | None = None
 
     def begin(self, step: int) -> None:
-        """Before optimizer step `step`, counted from 0."""
+        """Start recording if `step`, counted from 0, is the first step of the window."""
         if self.config is None or step != self.config.start:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -36,7 +37,7 @@ class Profiler:
         self.profile.start()
 
     def end(self, step: int) -> str:
-        """After it; where the trace is, once it is written."""
+        """Stop recording after the window's last step; returns a note on the trace, else ""."""
         if self.profile is None or self.config is None:
             return ""
         if step + 1 < self.config.start + self.config.steps:
@@ -44,7 +45,7 @@ class Profiler:
         return self.close()
 
     def close(self) -> str:
-        """Write what was recorded, if anything is under way; where it is."""
+        """Write the trace if recording is active; returns a note that names its file, else ""."""
         profile, self.profile = self.profile, None
         if profile is None:
             return ""
@@ -52,5 +53,5 @@ class Profiler:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name("tmp-" + self.path.name)
         profile.export_chrome_trace(str(aside))
-        aside.rename(self.path)
+        publish(aside, self.path)
         return f"profile written to {self.path}; open it at ui.perfetto.dev"

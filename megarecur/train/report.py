@@ -1,22 +1,19 @@
-"""The numbers of a run: gathered between log steps, reduced once, written by rank 0."""
+"""Metrics of a run: accumulated between log steps, reduced once, written by rank 0."""
 
 from __future__ import annotations
 
-import json
 import re
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
-from megarecur.errors import ConfigError
+from megarecur.errors import ConfigError, MegarecurError, explain_os_error
 from megarecur.model.compile import CompiledModel
 from megarecur.model.telemetry import name_measures
 from megarecur.parallel.loss import IGNORED
@@ -36,42 +33,42 @@ from megarecur.train.evaluate import short_names
 from megarecur.train.metrics import HALTED_AT, Metrics, Progress, read_rows
 from megarecur.train.signals import StopFlag
 from megarecur.train.speed import peak_flops, peak_memory
-from megarecur.train.state import TrainState
+from megarecur.train.state import RunFolder, TrainState
 
 EXIT_LOSS = re.compile(r"exit_[0-9]+/loss")
 EXECUTED = "recurrence/executed_share"
 STEPS = "/steps"
-"""Ends the name of the share of an interval's steps that had an exit."""
+"""Suffix of the entry that holds the share of an interval's steps with a given exit."""
 
 
 @dataclass
 class StepResult:
-    """One optimizer step on this rank.
+    """Results of one optimizer step on this rank.
 
-    Losses are sums over its micro batches, each divided by its global denominator; telemetry, by
-    (block, loop), sums over its tokens.
+    Losses are sums over its micro batches, each divided by its global denominator. Telemetry holds
+    sums over its tokens by (block, loop).
     """
 
     depth: Depth | None
-    """Loops; None for schemes without."""
+    """Number of loops; None for schemes without loops."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     telemetry: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     sources: Tensor | None = None
-    """[2, sources]: loss and counted tokens of each corpus, where there are several."""
+    """[2, sources]: summed loss and number of counted tokens per corpus, if there are several."""
     num_sources: int = 1
     counts: Tensor | None = None
-    """Tokens by the steps they took, and what was computed (`Mixture.finish`), where they halt."""
+    """With halting: tokens by steps, then computed and possible steps (`Mixture.finish`)."""
     places: float = 0.0
-    """Tokens of the global batch that are computed, padding of a task's batches included."""
+    """Computed tokens of the global batch, including the padding of a task's batches."""
     lr: float = 0.0
     grad_norm: float = 0.0
     skipped: bool = False
     data_seconds: float = 0.0
-    """Waiting for the loader."""
+    """Seconds spent waiting for the loader."""
     seconds: float = 0.0
 
     def add_sources(self, batch: MicroBatch, losses_N: Tensor | None) -> None:
-        """Add a micro batch's losses to those of the corpora that its samples are of."""
+        """Add the losses of a micro batch to those of its samples' corpora."""
         count = self.num_sources
         if count < 2 or losses_N is None:
             return
@@ -83,21 +80,23 @@ class StepResult:
         self.sources = sums if self.sources is None else self.sources + sums
 
     def add_counts(self, counts: list[Tensor]) -> None:
-        """Add what a micro batch counted, and forget it there."""
+        """Add the counts of micro batches, and clear the list."""
         while counts:
             own = counts.pop()
             self.counts = own if self.counts is None else self.counts + own
 
     def count_exits(self, mesh: Mesh) -> None:
-        """Note which exits this step had, where that differs from step to step: beside the losses,
-        so that their mean over an interval is over the steps that had them."""
+        """Record which exits this step had, beside the losses, if that varies from step to step.
+
+        An exit's mean loss over an interval then covers only the steps that had the exit.
+        """
         for name in [name for name in self.losses if EXIT_LOSS.fullmatch(name)]:
             steps = torch.tensor(1.0 / mesh.dp, dtype=torch.float64, device=mesh.device)
             self.losses[name.replace("/loss", STEPS)] = steps
 
 
 class Interval:
-    """Sums since the last log step. Skipped steps count for time, not for losses."""
+    """Sums since the last log step, in fp64. Skipped steps count for time but not for losses."""
 
     def __init__(self) -> None:
         self.losses: dict[str, Tensor] = {}
@@ -108,7 +107,7 @@ class Interval:
         self.counts: Tensor | None = None
 
     def add(self, result: StepResult) -> None:
-        """One optimizer step."""
+        """Add the result of an optimizer step."""
         self.num_steps += 1
         self.data_seconds += result.data_seconds
         self.seconds += result.seconds
@@ -122,35 +121,55 @@ class Interval:
         if result.sources is not None:
             self.sources = result.sources if self.sources is None else self.sources + result.sources
         for name, value in result.losses.items():
-            self.losses[name] = self.losses[name] + value if name in self.losses else value
+            total = self.losses.get(name, torch.zeros((), dtype=torch.float64, device=value.device))
+            self.losses[name] = total + value
 
     def carry(self, mesh: Mesh) -> dict[str, Any]:
-        """What a checkpoint inside an interval keeps, for its mean loss to survive; collective."""
-        own = {n: mesh.sum_over_dp(v.clone()) for n, v in self.losses.items()}
-        if self.sources is not None:
-            own["sources"] = mesh.sum_over_dp(self.sources.clone())
-        if self.counts is not None:
-            own["counts"] = mesh.sum_over_dp(self.counts.clone())
-        carried = add_up(mesh.gather_over_pp({name: sums.tolist() for name, sums in own.items()}))
-        apart = {name: carried.pop(name) for name in ("sources", "counts") if name in carried}
-        return {"losses": carried, "num_losses": self.num_losses} | apart
+        """Return the state that a checkpoint inside an interval keeps of it; collective.
+
+        The sums of each rank are kept separately. If they were added over ranks here, rounding
+        would differ from that of an uninterrupted run.
+        """
+        own: dict[str, Any] = {"losses": {n: float(v) for n, v in self.losses.items()}}
+        for name in ("sources", "counts"):
+            if (sums := getattr(self, name)) is not None:
+                own[name] = sums.tolist()
+        ranks = mesh.gather_objects(own)[:: mesh.tp]  # Tensor ranks hold the same values.
+        return {
+            "num_losses": self.num_losses,
+            "depths": self.depths,
+            "mesh": [mesh.dp, mesh.pp],
+            "ranks": ranks,
+        }
 
     def restore(self, carried: dict[str, Any], mesh: Mesh) -> None:
-        """Go on inside an interval. The sums are given to one replica's first pipeline rank, as
-        they are over all."""
+        """Resume inside an interval from the state of `carry`.
+
+        Each rank gets its own sums; on another mesh, the first rank gets the sums of all ranks.
+        """
         self.num_losses = carried.get("num_losses", 0)
-        if mesh.pp_rank:
-            return
+        self.depths = [depth and Depth(*depth) for depth in carried.get("depths", [])]
+        # Older checkpoints hold only the sums over all ranks.
+        ranks, place = carried.get("ranks", [carried]), mesh.rank // mesh.tp
+        same = carried.get("mesh") == [mesh.dp, mesh.pp]
+        sums = ranks[place] if same else {
+            "losses": add_up([rank.get("losses", {}) for rank in ranks]),
+            **add_up([{n: r[n] for n in ("sources", "counts") if n in r} for r in ranks]),
+        }  # fmt: skip
+
+        def share(value: Any) -> Tensor:
+            """Return the value; zeros on ranks without a share, as all reduce the same names."""
+            tensor = torch.tensor(value, dtype=torch.float64, device=mesh.device)
+            return tensor if same or place == 0 else torch.zeros_like(tensor)
+
+        self.losses = {name: share(value) for name, value in sums.get("losses", {}).items()}
         for name in ("sources", "counts"):
-            if name in carried:
-                sums = torch.tensor(carried[name], dtype=torch.float64, device=mesh.device)
-                setattr(self, name, sums if mesh.dp_rank == 0 else torch.zeros_like(sums))
-        for name, value in carried.get("losses", {}).items():
-            self.losses[name] = torch.tensor(value if mesh.dp_rank == 0 else 0.0).to(mesh.device)
+            if name in sums:
+                setattr(self, name, share(sums[name]))
 
 
 def add_up(parts: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
-    """Numbers, and lists of them, summed by key."""
+    """Sum numbers, and lists of numbers elementwise, by key."""
     total: dict[Any, Any] = {}
     for key, value in (item for part in parts for item in part.items()):
         if key in total:
@@ -162,8 +181,11 @@ def add_up(parts: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
 
 
 def name_counts(counts: Sequence[float]) -> dict[str, float]:
-    """As metrics: mean steps of a token, the share of all steps that was computed, and of tokens
-    the share that took 0, 1, ... steps; none of no counts (`Mixture.finish`)."""
+    """Return the metrics of halting; none if no tokens were counted (`Mixture.finish`).
+
+    They are the mean number of steps of a token, the share of all steps that was computed, and the
+    share of tokens that took 0, 1, ... steps.
+    """
     *by_steps, executed, possible = counts or [0.0, 0.0]
     tokens = sum(by_steps)
     if not tokens:
@@ -177,29 +199,31 @@ def name_counts(counts: Sequence[float]) -> dict[str, float]:
 
 
 class Report:
-    """Turns intervals into metrics; rank 0 writes them, and a line that tells how the run goes."""
+    """Conversion of intervals into metrics; rank 0 writes them and shows the progress line."""
 
-    def __init__(self, run_dir: Path, config: Config, state: TrainState, mesh: Mesh) -> None:
-        self.config, self.mesh, self.run_dir = config, mesh, run_dir
+    def __init__(self, folder: RunFolder, config: Config, state: TrainState, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.folder, self.run_dir = folder, folder.path
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(mesh.device, dtype) * mesh.world
         self.sources = short_names([source.path for source in config.data.train])
         self.flops: dict[Depth | None, FlopEstimate] = {}
-        """Executed per token, by depth."""
-        self.told = False
+        """Executed FLOPs per token, by depth."""
+        self.always = 3 * (count_head_flops(config) + count_memory_flops(config))
+        """Part of the training FLOPs that is executed however early tokens halt."""
+        self.has_reported_memory = False
         self.interval = Interval()
         self.interval.restore(state.interval, mesh)
-        self.next_beat = 0.0
         self.metrics: Metrics | None = None
         self.progress: Progress | None = None
         if mesh.rank == 0:
-            self.metrics = Metrics(run_dir, config, state.step)
+            self.metrics = Metrics(self.run_dir, config, state.step)
             self.progress = Progress(config.train.steps)
             if state.step:
-                self.progress.note(f"resumed {run_dir} at step {state.step}")
+                self.progress.note(f"resumed {self.run_dir} at step {state.step}")
 
     def close_interval(self, state: TrainState, last: StepResult) -> dict[str, float]:
-        """The interval as metrics, reduced over replicas; collective, one reduction."""
+        """Return the interval's metrics, and start a new one; collective, one reduction."""
         interval, self.interval = self.interval, Interval()
         own: dict[Any, Tensor] = {n: v / interval.num_losses for n, v in interval.losses.items()}
         if interval.sources is not None:
@@ -238,9 +262,9 @@ class Report:
         return values
 
     def reduce(self, own: Mapping[Any, Tensor]) -> dict[Any, Any]:
-        """Sums over replicas and pipeline ranks, as lists; collective, one reduction of each kind.
+        """Sum over replicas and pipeline ranks, as lists; collective, one reduction of each kind.
 
-        Pipeline ranks may know of different things, replicas do not.
+        Pipeline ranks may have different keys, replicas have the same.
         """
         sums = [tensor.to(torch.float64).flatten() for tensor in own.values()]
         flat = self.mesh.sum_over_dp(torch.cat(sums)) if sums else torch.empty(0)
@@ -254,25 +278,22 @@ class Report:
     def count_work(
         self, depths: Sequence[Depth | None], rate: float, executed: float = 1.0
     ) -> dict[str, float]:
-        """FLOPs per token that steps of these depths executed, those of recompute left out; as
-        shares of the hardware's peak, apart for loops without gradient and for recompute; and
-        their mean depth.
+        """Return executed FLOPs per token, MFU and the mean depth of optimizer steps.
+
+        FLOPs exclude recompute. MFU is the share of the hardware's peak; loops without gradient,
+        and recompute, have separate metrics.
 
         Args:
-            depths: of each optimizer step.
-            rate: tokens per second.
-            executed: share of the steps of the map that was computed, where tokens halt.
+            executed: share of the steps of the map that was computed, with halting.
         """
         for depth in set(depths) - set(self.flops):
             steps = build_map(self.config, depth)
             self.flops[depth] = count_flops(self.config, steps)
 
         def count(kind: str) -> float:
-            """Executed per token. Maps that halt have no exits: the head is applied once."""
+            """Return executed FLOPs per token. Maps that halt apply the head once: no exits."""
             flops = sum(getattr(self.flops[depth], kind) for depth in depths) / len(depths)
-            always = 0.0
-            if kind in ("train", "hardware"):
-                always = 3 * (count_head_flops(self.config) + count_memory_flops(self.config))
+            always = self.always if kind in ("train", "hardware") else 0
             return float(always + executed * (flops - always))
 
         def share(kind: str) -> float:
@@ -289,15 +310,15 @@ class Report:
             work["recurrence/backward_loops"] = sum(d.backward_loops for d in loops) / len(loops)
         return work
 
-    def tell_memory(self, held: Mapping[str, int], steps: LayerMap) -> Mapping[str, float]:
-        """What the process holds, as metrics; once, also as a line beside the estimate."""
+    def report_memory(self, held: Mapping[str, int], steps: LayerMap) -> Mapping[str, float]:
+        """Return the memory metrics; the first call prints them beside the estimate."""
         peak = peak_memory(self.mesh.device)
-        if not self.told:
-            self.told = True
+        if not self.has_reported_memory:
+            self.has_reported_memory = True
             parts = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in held.items())
             what = "on the GPU" if self.mesh.device.type == "cuda" else "of the process"
             line = f"memory: {parts}; peak {what} {format_bytes(peak)}"
-            if self.mesh.pp == 1:  # Of pipeline ranks, `megarecur plan` tells.
+            if self.mesh.pp == 1:  # `megarecur plan` estimates pipeline ranks.
                 estimate = estimate_memory(self.config, steps, self.mesh.dp)
                 line += (
                     f"; estimated {format_bytes(estimate.total)}, of it activations "
@@ -307,66 +328,64 @@ class Report:
         return {"memory/peak_bytes": peak, **{f"memory/{kind}": n for kind, n in held.items()}}
 
     def write(self, state: TrainState, values: dict[str, float], stop: StopFlag) -> None:
-        """One row and one line; a row that cannot be written ends the run on every rank."""
+        """Write one row and one line; a write error ends the run on every rank."""
         if self.metrics is None or self.progress is None:
             return
-        try:
+        with self.failing(stop):
+            self.restore()
             self.metrics.write(state.step, state.tokens, values)
-        except OSError as error:
-            reason = f"{error.strerror}; free some space and start again"
-            stop.fail(ConfigError(f"{self.metrics.path}: {reason}"))
         self.progress.show(state.step, values)
 
-    def write_texts(self, state: TrainState, texts: dict[str, str]) -> None:
-        """Texts for TensorBoard, by tag."""
+    def write_texts(self, state: TrainState, texts: dict[str, str], stop: StopFlag) -> None:
+        """Write texts by tag to TensorBoard."""
         if self.metrics is not None:
-            self.metrics.write_texts(state.step, texts)
+            with self.failing(stop):
+                self.restore()
+                self.metrics.write_texts(state.step, texts)
 
-    def tell_graphs(self, compiled: CompiledModel | None) -> dict[str, float]:
-        """Graphs of the block made so far, as a metric; of those made after warming up, a line."""
+    @contextmanager
+    def failing(self, stop: StopFlag) -> Iterator[None]:
+        """Turn an error of the body into a stop of the run on every rank."""
+        try:
+            yield
+        except MegarecurError as error:
+            stop.fail(error)
+        except OSError as error:
+            stop.fail(ConfigError(explain_os_error(error, self.run_dir)))
+
+    def restore(self) -> None:
+        """Recreate deleted files of the run folder, and print a note for each."""
+        assert self.metrics is not None
+        for path in [*self.folder.restore(), *self.metrics.restore()]:
+            self.note(f"{path} was deleted under the run; it is made again")
+
+    def count_graphs(self, compiled: CompiledModel | None) -> dict[str, float]:
+        """Return the number of compiled graphs; print a note on those made after warm-up."""
         if compiled is None:
             return {}
         if news := compiled.news():
             self.note(news)
         return {"speed/graphs": float(compiled.graphs)}
 
-    def beat(self, step: int, phase: str) -> None:
-        """Say in RUN/heartbeat.json what the run is at, for those who watch it from outside; of
-        training as often as it costs a hundredth of the time, or every 5 seconds.
-
-        Args:
-            step: optimizer steps done.
-            phase: train, evaluate, save, done, stopped or diverged.
-        """
-        now = time.monotonic()
-        if self.metrics is None or (phase == "train" and now < self.next_beat):
-            return
-        beat = {"time": time.time(), "step": step, "phase": phase}
-        with suppress(OSError):  # A full disk is told of where something is lost by it.
-            aside = self.run_dir / "heartbeat.json.tmp"
-            aside.write_text(json.dumps(beat))
-            aside.rename(self.run_dir / "heartbeat.json")
-        done = time.monotonic()
-        self.next_beat = done + min(100 * (done - now), 5.0)
-
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print text on a separate line."""
         if self.progress is not None:
             self.progress.note(text)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The last rows of the metrics, on every rank alike; collective."""
+        """Return the last rows of the metrics, the same on every rank; collective."""
         rows = read_rows(self.run_dir / "metrics.jsonl")[-500:] if self.mesh.rank == 0 else []
         return list(self.mesh.broadcast_object(rows))
 
     def is_validated(self, step: int) -> bool:
-        """Whether the metrics hold scores of this step, on every rank alike; collective."""
+        """Return True, on every rank, if the metrics hold scores of this step; collective."""
         rows = read_rows(self.run_dir / "metrics.jsonl") if self.mesh.rank == 0 else []
         found = any(row["step"] == step and "val/loss" in row for row in rows)
         return bool(self.mesh.max_over_world(int(found)))
 
     def finish(self, text: str) -> None:
-        """Say how the run ended."""
+        """Close the metrics and print how the run ended."""
         if self.metrics is not None and self.progress is not None:
+            self.restore()  # A file deleted after the last row would be lost.
             self.metrics.close()
             self.progress.note(text)

@@ -1,10 +1,10 @@
-"""Initial values of residual scales (model.residual: admin), by a pass over the first samples.
+"""Initialization of residual scales (model.residual: admin) by a pass over the first samples.
 
-Admin (Liu et al. 2020) sets them such that, at the start of training, no branch
-outweighs the stream, however deep the map. In the order of the map, over attention and feed-forward
-of each step: omega_1 = 1, omega_{i+1} = sqrt(Var(x_i omega_i) + Var(f_i(x_i))) (Takase & Kiyono
-2021; recurrence.md, section 5.2). Each scale is used as soon as it is set, so that what follows
-sees the stream as training will.
+Admin (Liu et al. 2020) chooses the scales such that no branch outweighs the stream at the start of
+training, however deep the map. In the order of the map, over attention and feed-forward of each
+step: omega_1 = 1, omega_{i+1} = sqrt(Var(x_i omega_i) + Var(f_i(x_i))) (Takase & Kiyono 2021;
+recurrence.md, section 5.2). Each scale is applied as soon as it is set, so that later layers see
+the stream as in training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from megarecur.config.schema import Config, Looped
+from megarecur.config.recurrence import Looped
+from megarecur.config.run import Config
 from megarecur.data.loader import Loader
 from megarecur.model.adapters import ResidualScale
 from megarecur.model.transformer import Transformer
@@ -23,25 +24,25 @@ from megarecur.recurrence.inventory import scale_names
 from megarecur.recurrence.schemes import layer_map
 
 TOKENS = 4096
-"""About so many, in whole samples, and at most a global batch."""
+"""Approximate number of tokens of the pass: whole samples, at most a global batch."""
 
 
-class Profile:
-    """Sets the scales of a model while it runs, each at its first use.
+class ScaleSetter:
+    """Forward pre-hook that sets each residual scale of a model at its first use.
 
     Args:
         mesh: its processes run the same tokens, or parts of them.
-        real_BS: which of these are not padding; None: all.
+        real_BS: mask of the tokens that are not padding; None: all.
     """
 
     def __init__(self, mesh: Mesh, real_BS: Tensor | None) -> None:
         self.mesh, self.real_BS = mesh, real_BS
         self.ratio = 1.0
-        """The next scale."""
+        """Value of the next scale."""
         self.done: set[ResidualScale] = set()
 
     def __call__(self, scale: ResidualScale, inputs: tuple[Tensor, Tensor]) -> None:
-        """A forward pre-hook: x and f(x) are known, their sum is not."""
+        """Set the scale, given its inputs x and f(x) before they are added."""
         if scale in self.done:
             return
         self.done.add(scale)
@@ -50,13 +51,15 @@ class Profile:
         self.ratio = math.sqrt(self.variance(x * scale.weight) + self.variance(branch))
 
     def variance(self, x: Tensor) -> float:
-        """Of all elements of [B, S, D] that are not padding. Every process has the same one to the
-        last digit: parts and copies are summed over all of them, by which a share of two sums does
-        not change."""
+        """Return the variance of all elements of [B, S, D] that are not padding.
+
+        The result is bitwise the same on every process. Parts and copies are summed over all
+        processes; copies leave the ratios of the sums unchanged.
+        """
         values = (x if self.real_BS is None else x[self.real_BS]).double()
         size = values.new_tensor(float(values.numel()))
         sums = self.mesh.sum_over_world(torch.stack([size, values.sum(), values.square().sum()]))
-        count, first, second = sums.tolist()
+        count, first, second = map(float, sums.tolist())
         return max(second / count - (first / count) ** 2, 0.0)
 
 
@@ -64,11 +67,11 @@ class Profile:
 def profile_scales(model: Transformer, config: Config, loader: Loader, mesh: Mesh) -> None:
     """Set the initial residual scales of a model that has some; collective.
 
-    Every replica runs the same samples, whatever the mesh and the micro batch size. A part of a
-    pipeline runs all of the model, made for this pass.
+    Every replica runs the same samples, whatever the mesh and the micro batch size. A pipeline rank
+    builds the whole model for this pass.
 
     Raises:
-        MegarecurError: on every rank, why one could not read its samples.
+        MegarecurError: on every rank, the reason why a rank could not read its samples.
     """
     if not scale_names(config.model):
         return
@@ -79,12 +82,13 @@ def profile_scales(model: Transformer, config: Config, loader: Loader, mesh: Mes
     recurrence = config.recurrence
     most = recurrence.most_loops if isinstance(recurrence, Looped) else None
     ctx = whole.context(batch, step=0, training=False)
-    real_BS = None if ctx.real_BS is None else ctx.tp.own(ctx.real_BS)
-    profile = Profile(mesh, real_BS)
+    positions = ctx.positions
+    real_BS = None if positions.real_BS is None else positions.tp.own(positions.real_BS)
+    setter = ScaleSetter(mesh, real_BS)
     scales = [module for module in whole.modules() if isinstance(module, ResidualScale)]
-    hooks = [scale.register_forward_pre_hook(profile) for scale in scales]
+    hooks = [scale.register_forward_pre_hook(setter) for scale in scales]
     whole.run(layer_map(recurrence, most), whole.embed(batch.tokens_BS, ctx), ctx, {})
     for hook in hooks:
         hook.remove()
     for name, parameter in model.parameters_by_name.items() if whole is not model else ():
-        parameter.data.copy_(whole.parameters_by_name[name].data)  # All but scales as they were.
+        parameter.data.copy_(whole.parameters_by_name[name].data)  # Only scales have changed.

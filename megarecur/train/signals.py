@@ -1,6 +1,7 @@
-"""Signals that ask a run to save and stop: noted when they come, obeyed at the step boundary.
+"""Signals that make a run save and stop; recorded on arrival, handled at the step boundary.
 
-Imports nothing heavy: a worker notes signals before it spends seconds on importing torch.
+This module imports nothing heavy, since a worker installs its handlers before it spends seconds on
+importing torch.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ if TYPE_CHECKING:
     from megarecur.parallel.mesh import Mesh
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STACKS_VARIABLE = "MEGARECUR_STACKS"
+"""Environment variable with the folder for every process's stacks; set by the monitor."""
 STDERR = 2
 FAILED = 1 << 16
-"""Above every signal: this rank cannot go on, and nothing is worth saving."""
+"""Value above every signal number: this rank has failed, and the run ends without saving."""
 
 
 class StopFlag:
-    """The last stop signal that this process received, 0 for none; or an error of this rank."""
+    """The last stop signal that this process received, 0 for none, or an error of this rank."""
 
     def __init__(self) -> None:
         self.number, self.noted = 0, 0.0
         self.error: MegarecurError | None = None
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler. A second Ctrl-C, a second or more later, stops at once."""
+        """Record a signal; a second Ctrl-C, over a second after the first, ends the process."""
         now = time.monotonic()
         if number == self.number == signal.SIGINT and now - self.noted > 1.0:
             signal.signal(number, signal.SIG_DFL)
@@ -43,14 +46,14 @@ class StopFlag:
             self.number, self.noted = number, now
 
     def fail(self, error: MegarecurError) -> None:
-        """Let every rank end with this error at the next boundary, instead of one alone."""
+        """Record an error, which every rank raises at the next step boundary."""
         self.number, self.error = FAILED, error
 
     def agreed(self, mesh: Mesh) -> int:
-        """The signal any rank received, the same on all ranks; collective, once per step.
+        """Return the signal that any rank received, the same on all; collective, once per step.
 
         Raises:
-            MegarecurError: on every rank, what a rank failed with.
+            MegarecurError: on every rank, the error of the first rank that failed.
         """
         number = mesh.max_over_world(self.number)
         if number == FAILED:
@@ -59,7 +62,7 @@ class StopFlag:
 
 
 def note_signals() -> StopFlag:
-    """Note stop signals from now on instead of dying of them; one held back until now comes in."""
+    """Install handlers that record stop signals, and unblock these signals."""
     flag = StopFlag()
     for number in STOP_SIGNALS:
         signal.signal(number, flag.note)
@@ -68,28 +71,30 @@ def note_signals() -> StopFlag:
 
 
 def write_stacks_on_demand() -> None:
-    """On SIGQUIT, write the Python stacks of all threads and go on: into the folder that
-    MEGARECUR_STACKS names, as stacks-RANK.txt, or to stderr."""
-    folder = os.environ.get("MEGARECUR_STACKS")
+    """On SIGQUIT, write the Python stacks of all threads and continue.
+
+    They go to stacks-RANK.txt in the folder that STACKS_VARIABLE names, or to stderr.
+    """
+    folder = os.environ.get(STACKS_VARIABLE)
     if folder is None:
         faulthandler.register(signal.SIGQUIT, file=STDERR)
         return
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
     path = Path(folder) / f"stacks-{rank}.txt"
-    # Seen by other machines at once, also on a network's file system.
+    # O_SYNC makes the file visible on other machines at once, on network file systems too.
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_SYNC)
     faulthandler.register(signal.SIGQUIT, file=file)
 
 
 def ignore_signals() -> None:
-    """From here on the process only has to end: a late signal must not change its exit code."""
+    """Ignore stop signals: a signal during shutdown must not change the exit code."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def watch_signals() -> Iterator[StopFlag]:
-    """Note stop signals; the former handlers come back at the end."""
+    """Record stop signals; restore the former handlers at the end."""
     former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     flag = note_signals()
     try:

@@ -1,4 +1,4 @@
-"""What the hardware could do at most, for MFU, and how much memory a process took."""
+"""Peak FLOP/s of the hardware, for MFU, and memory use of the process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 
 from megarecur.model.transformer import Transformer
-from megarecur.parallel.shards import Shard
+from megarecur.parallel.shards import TensorShard
 
-# Dense bf16 products, from the makers' data sheets (SXM parts), FLOP/s.
+# Peak FLOP/s of dense bf16 products, from the vendor's data sheets (SXM variants).
 BF16_PEAK = {
     "A100": 312e12,
     "H100": 989e12,
@@ -23,9 +23,9 @@ BF16_PEAK = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU is counted against: the data sheet's for a known GPU, else a measured GEMM.
+    """Return the peak FLOP/s for MFU: from the data sheet of a known GPU, else a measured GEMM.
 
-    On a CPU the better of fp32 and the compute dtype, since a product may run in either.
+    On a CPU, the better of fp32 and the compute dtype, since a product may run in either.
     """
     if device.type == "cuda":
         words = torch.cuda.get_device_name(device).replace("-", " ").split()
@@ -37,7 +37,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of the best of a few square matrix products; tens of milliseconds."""
+    """Return the FLOP/s of the best of a few square matrix products; takes tens of milliseconds."""
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
@@ -52,20 +52,15 @@ def measure_gemm(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, or that this process took on a CPU."""
+    """Return the peak bytes of tensors on a GPU, or of this whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measure_state(model: Transformer, shards: Mapping[str, Shard]) -> dict[str, int]:
-    """Bytes that a run keeps on this process between optimizer steps, by kind.
-
-    Args:
-        model: what is trained.
-        shards: the engine's, parameters and moments.
-    """
+def measure_state(model: Transformer, shards: Mapping[str, TensorShard]) -> dict[str, int]:
+    """Return the bytes that this process keeps between optimizer steps, by kind."""
     held = {"parameters": 0, "moments": 0}
     for name, shard in shards.items():
         kind = "parameters" if name in model.parameters_by_name else "moments"

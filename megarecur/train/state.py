@@ -1,4 +1,4 @@
-"""The run folder: its lease, its config, and where a run stands."""
+"""The run folder, with its lease and config, and the state of a run."""
 
 from __future__ import annotations
 
@@ -12,38 +12,44 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from megarecur.config.load import changed_fixed_fields, to_yaml, validate
-from megarecur.config.schema import Config
-from megarecur.config.write import write_aside
+from megarecur.config.locate import record_origin
+from megarecur.config.run import Config
+from megarecur.data.tokenizer import copy_tokenizer_files
 from megarecur.errors import CheckpointError, ConfigError
+from megarecur.files import replace_file
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.plan.cost import count_tokens_per_step
 from megarecur.recurrence.schemes import layer_map
+from megarecur.train.metrics import is_gone
+
+FOLDERS = ("checkpoints", "logs", "plots")
+"""Subfolders created at the start; the writers of other files create their own."""
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """How far a run has come."""
+    """Progress of a run."""
 
     step: int = 0
-    """Optimizer steps done, skipped ones included."""
+    """Finished optimizer steps, including skipped ones."""
     tokens: int = 0
     """Tokens read."""
     skipped: int = 0
-    """Steps whose gradient was not finite, or that were left out."""
+    """Steps without an update: a non-finite gradient, or listed in skipped_steps.json."""
     interval: dict[str, Any] = field(default_factory=dict)
-    """Losses since the last log step, where a checkpoint falls inside an interval."""
+    """Sums since the last log step, if a checkpoint falls inside an interval (`Interval.carry`)."""
     roll_backs: int = 0
-    """Times that an alarm brought an earlier checkpoint back."""
+    """Number of roll-backs to earlier checkpoints."""
     rolled_back_at: int = 0
-    """Step of the last one."""
+    """Step of the last roll-back."""
 
     def advance(self, config: Config, skipped: bool) -> TrainState:
-        """One optimizer step later."""
+        """Return the state after one more optimizer step."""
         tokens = count_tokens_per_step(config)
         return replace(
             self,
@@ -54,14 +60,14 @@ class TrainState:
         )
 
     def rolled_back(self) -> TrainState:
-        """The same place in data and schedule, with an earlier checkpoint's parameters."""
+        """Return the state after a roll-back: the position in data and schedule does not change."""
         return replace(self, roll_backs=self.roll_backs + 1, rolled_back_at=self.step)
 
 
 def save_state(
     state: TrainState, config: Config, mesh: Mesh, data: dict[str, Any], tokenizer: str, order: str
 ) -> dict[str, Any]:
-    """What a checkpoint keeps beside tensors, as JSON; `order` names that of the next step."""
+    """Return the JSON state of a checkpoint; `order` is the next step's pipeline order hash."""
     return {
         **asdict(state),
         "data": data,
@@ -76,11 +82,12 @@ def save_state(
 
 
 def check_resume(saved: dict[str, Any], config: Config, tokenizer: str, path: Path) -> TrainState:
-    """Where to go on from, once the config is found to be that of the run.
+    """Check that a checkpoint fits the config; returns the state to resume from.
 
     Raises:
-        ConfigError: listing every fixed field that changed.
-        CheckpointError: a tokenizer other than the run's.
+        ConfigError: fixed fields have changed, all of which are listed, or the run is past its last
+            step.
+        CheckpointError: the tokenizer differs from the run's.
     """
     former = validate(saved["config"], f"{path}/index.json")
     changed = changed_fixed_fields(former, config)
@@ -95,77 +102,140 @@ def check_resume(saved: dict[str, Any], config: Config, tokenizer: str, path: Pa
             f"{path} was trained with a tokenizer of fingerprint {saved['tokenizer']}, "
             f"data.tokenizer={config.data.tokenizer} has {tokenizer}; use the run's own"
         )
+    if saved["step"] > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps}: the run has {saved['step']} steps behind it "
+            f"({path}); raise train.steps to at least {saved['step']}, or choose another run_dir "
+            "for a new run (init_from: RUN@STEP starts it from a checkpoint of this one)"
+        )
     return TrainState(**{f.name: saved[f.name] for f in fields(TrainState) if f.name in saved})
 
 
 def is_reordered(saved: dict[str, Any], config: Config, mesh: Mesh, order: str) -> bool:
-    """Whether the next step sums in another order than it would have when it was saved, though the
-    mesh is the same: another version chose it, or a cluster's description changed."""
+    """Return True if the pipeline order of the next step has changed, though the mesh is the same.
+
+    Sums then differ in their last bits. The order changes if another version of megarecur chose it,
+    or the cluster's description was edited.
+    """
     micro = saved["config"]["train"]["micro_batch_size"]
     same = saved["mesh"] == mesh.shape and micro == config.train.micro_batch_size
     return same and saved["order_hash"] not in (None, order)
 
 
-def write_config(run_dir: Path, config: Config) -> None:
-    """The resolved config, which re-runs the job."""
-    write_aside(run_dir / "config.yaml", to_yaml(config))
-
-
 def steps_left_out(run_dir: Path, mesh: Mesh) -> frozenset[int]:
-    """Steps (0: the first) whose samples are not trained on: those that failed again and again, as
-    whoever starts the run has listed them in RUN/skipped_steps.json. Collective.
+    """Return the steps (0: the first) whose samples are not trained on; collective.
+
+    A supervisor lists steps that failed repeatedly in RUN/skipped_steps.json.
 
     Raises:
-        ConfigError: the file is no list of numbers.
+        ConfigError: the file is not a list of numbers.
     """
     path, steps = run_dir / "skipped_steps.json", []
     with same_error(mesh):
         if mesh.rank == 0 and path.exists():
             try:
                 steps = [int(step) for step in json.loads(path.read_text())]
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, RecursionError):
                 raise ConfigError(f"{path}: must be a list of steps such as [41]") from None
     return frozenset(mesh.broadcast_object(steps))
 
 
-@contextmanager
-def open_run(config: Config, mesh: Mesh) -> Iterator[Path]:
-    """The run folder, made and leased to this job by rank 0 until the context ends.
+class RunFolder:
+    """The folder of a run; rank 0 leases it and recreates deleted files.
 
-    The lease is a lock of the operating system on `lease`: it ends with its process, however that
-    ends.
+    The lease is a file lock of the operating system on `lease`. It ends with its process, even if
+    that is killed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = ""
+        """Content of config.yaml; empty before it is written."""
+        self.lease: TextIO | None = None
+
+    def open(self) -> str:
+        """Create the folder and take its lease; returns the reason if that fails, else ""."""
+        try:
+            self.make_folders()
+            return self.take_lease()
+        except OSError as error:
+            return (
+                f"run_dir={self.path}: cannot be written ({error.strerror}); choose another run_dir"
+            )
+
+    def make_folders(self) -> list[str]:
+        """Create missing subfolders; returns their paths."""
+        missing = [self.path / name for name in FOLDERS if not (self.path / name).is_dir()]
+        for folder in missing:
+            folder.mkdir(parents=True, exist_ok=True)
+        return [str(folder) for folder in missing]
+
+    def take_lease(self) -> str:
+        """Lock the lease; returns an error message that names the holder, "" on success."""
+        self.close()
+        self.lease = (self.path / "lease").open("a+", encoding="utf-8")
+        return take_lease(self.lease, self.path)
+
+    def write_config(self, config: Config) -> None:
+        """Write the resolved config, the origin of its paths, and a copy of the tokenizer.
+
+        With these, the folder can be used and the job repeated anywhere.
+        """
+        copy_tokenizer_files(config.data.tokenizer, self.path)
+        record_origin(self.path, config)
+        self.config = to_yaml(config)
+        replace_file(self.path / "config.yaml", self.config)
+
+    def restore(self) -> list[str]:
+        """Recreate files deleted during the run; returns the missing paths.
+
+        Raises:
+            ConfigError: the lease was deleted, and another job holds it now.
+            OSError: a file cannot be created.
+        """
+        missing = self.make_folders()
+        if self.lease is not None and is_gone(self.path / "lease", self.lease):
+            missing.append(str(self.path / "lease"))
+            if refusal := self.take_lease():
+                raise ConfigError(refusal)
+        path = self.path / "config.yaml"
+        if self.config and not path.exists():
+            missing.append(str(path))
+            replace_file(path, self.config)
+        return missing
+
+    def close(self) -> None:
+        """Release the lease."""
+        if self.lease is not None:
+            self.lease.close()
+
+
+@contextmanager
+def open_run(config: Config, mesh: Mesh) -> Iterator[RunFolder]:
+    """Create and lease the run folder; rank 0 holds the lease until the context ends.
 
     Raises:
         ConfigError: another job holds the folder, it cannot be written, or its disk is full.
     """
-    run_dir, refusal, file = Path(config.run_dir), "", None
-    if mesh.rank == 0:
-        try:
-            for name in ("checkpoints", "logs", "plots"):
-                (run_dir / name).mkdir(parents=True, exist_ok=True)
-            file = (run_dir / "lease").open("a+", encoding="utf-8")
-            refusal = take_lease(file, run_dir)
-        except OSError as error:
-            refusal = f"run_dir={run_dir}: cannot be written ({error.strerror})"
-    refusal = mesh.broadcast_object(refusal)
+    folder = RunFolder(Path(config.run_dir))
+    refusal = mesh.broadcast_object(folder.open() if mesh.rank == 0 else "")
     try:
         if refusal:
             raise ConfigError(refusal)
-        yield run_dir
+        yield folder
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ConfigError(
-            f"run_dir={run_dir}: {error.strerror}; free some space and start again, "
+            f"run_dir={folder.path}: {error.strerror}; free some space and start again, "
             "checkpoints already there are untouched"
         ) from None
     finally:
-        if file is not None:
-            file.close()
+        folder.close()
 
 
 def take_lease(file: Any, run_dir: Path) -> str:
-    """Lock an open lease file for this process; returns who holds it otherwise."""
+    """Lock an open lease file; returns an error message that names the holder, "" on success."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""One optimizer step: the global batch through the stages of this rank, forward and backward."""
+"""Forward and backward pass of an optimizer step: the global batch through this rank's stages."""
 
 from __future__ import annotations
 
@@ -7,33 +7,32 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megarecur.config.schema import Config
+from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.errors import MegarecurError
 from megarecur.model.context import Context
-from megarecur.model.halting import begin_BS
+from megarecur.model.documents import begin_BS
 from megarecur.model.telemetry import Telemetry, named
-from megarecur.model.transformer import LossTerm, Transformer
+from megarecur.model.transformer import Transformer
+from megarecur.objective.teacher import Teacher
 from megarecur.optim.engine import Engine
+from megarecur.parallel.loss import LossTerm
 from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.parallel.pipeline import Pipeline
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.walk import Stage
 from megarecur.recurrence.depth import is_sampled, sample_depth
-from megarecur.train.distill import Teacher
 from megarecur.train.report import StepResult
 
 
 class Training:
-    """What the stages compute in an optimizer step (`parallel.pipeline.Program`).
+    """Computation of the stages in an optimizer step (`parallel.pipeline.Program`).
 
     Args:
-        model: this rank's part.
-        batches: all micro batches of the replica.
-        step: the optimizer step.
         denominators: counts over the global batch, by name.
-        result: told of losses and, where `telemetry`, of what steps of the map do.
-        teacher: whom it learns from, on ranks of the head.
+        result: receives the losses and, if `telemetry`, the measures of the steps of the map.
+        telemetry: whether to measure the steps of the map.
+        teacher: source of the teacher's logits, on ranks of the head; None: no distillation.
     """
 
     def __init__(
@@ -53,11 +52,11 @@ class Training:
         self.seen: list[Telemetry] = []
 
     def shape(self, microbatch: int) -> tuple[int, ...]:
-        """Of the hidden state, on this rank."""
+        """Return the shape of the hidden state on this rank."""
         return self.model.hidden_shape(self.batches[microbatch].tokens_BS)
 
     def context(self, microbatch: int) -> Context:
-        """Made at a micro batch's first stage here, for all of them."""
+        """Return the context of a micro batch; its first stage here creates it."""
         if microbatch not in self.contexts:
             seen = Telemetry() if self.telemetry else None
             self.seen += [seen] if seen else []
@@ -69,14 +68,14 @@ class Training:
     def forward(
         self, stage: Stage, microbatch: int, x: Tensor | None, reads: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """(hidden state that leaves, this stage's share of the objective)."""
+        """Return (outgoing hidden state, this stage's share of the objective or None)."""
         batch, ctx = self.batches[microbatch], self.context(microbatch)
         with named("forward"):
             if stage.first:
                 x = self.model.embed(batch.tokens_BS, ctx)
             assert x is not None
             x, terms = self.model.run(stage.steps, x, ctx, reads)
-            self.result.add_counts(ctx.counts)
+            self.result.add_counts(ctx.recorder.counts)
             if stage.last:
                 terms = self.loss(x, batch, {n: reads[n] for n in stage.exits}) | terms
         for name, term in terms.items():
@@ -89,21 +88,21 @@ class Training:
     def loss(
         self, x: Tensor, batch: MicroBatch, exits: Mapping[str, Tensor]
     ) -> dict[str, LossTerm]:
-        """The terms of the last stage."""
+        """Return the loss terms of the last stage."""
         if self.teacher is None:
             return self.model.loss(x, batch, exits)
         with named("teacher"):
-            logits_NV = self.teacher.logits(batch)
-        return self.model.loss(x, batch, exits, logits_NV)
+            target = self.teacher.target(batch)
+        return self.model.loss(x, batch, exits, target)
 
     def forget(self, microbatch: int) -> None:
-        """Let go of masks, and of what telemetry compares visits with."""
-        ctx = self.contexts.pop(microbatch)
-        if ctx.telemetry is not None:
-            ctx.telemetry.visits.clear()
+        """Free a micro batch's context, and the visits that its telemetry keeps for comparison."""
+        telemetry = self.contexts.pop(microbatch).recorder.telemetry
+        if telemetry is not None:
+            telemetry.visits.clear()
 
     def finish(self) -> None:
-        """Add up the telemetry; gradients are in it once the backward passes are done."""
+        """Add up the telemetry, which includes gradients after the backward passes."""
         for seen in self.seen:
             for key, sums in seen.sums.items():
                 before = self.result.telemetry.get(key)
@@ -111,7 +110,7 @@ class Training:
 
 
 def build_model(config: Config, mesh: Mesh, schedules: Schedules) -> Transformer:
-    """This process's part of the model."""
+    """Build this process's part of the model."""
     return Transformer(
         config,
         mesh.device,
@@ -133,14 +132,14 @@ def forward_backward(
     schedules: Schedules | None = None,
     teacher: Teacher | None = None,
 ) -> StepResult:
-    """Gradients of the objective over the global batch, left in the engine.
+    """Compute the gradients of the objective over the global batch; they stay in the engine.
 
-    The objective divides sums by counts over the global batch, known before the forward pass, so
-    that it depends on neither dp, micro batch size nor padding.
+    The objective divides sums by counts over the global batch. The counts are known before the
+    forward pass, so that the objective does not depend on dp, micro batch size or padding.
 
     Raises:
-        MegarecurError: on every rank, why one could not read its batches (`unread`).
-        PipelineError: an operation of the order failed, here or on another rank.
+        MegarecurError: on every rank, the reason why a rank could not read its batches (`unread`).
+        PipelineError: an operation of the pipeline order failed, here or on another rank.
     """
     depth = sample_depth(config.recurrence, config.seed, step)
     denominators = count_denominators(batches, mesh, unread)
@@ -161,7 +160,7 @@ def forward_backward(
 
 
 def sum_losses(result: StepResult, mesh: Mesh, name: str = "loss") -> float:
-    """A loss over the global batch, on every rank; collective."""
+    """Return a loss over the global batch, on every rank; collective."""
     own = result.losses.get(name, torch.zeros((), device=mesh.device)).to(torch.float64)
     return float(mesh.sum_over_world(own) / mesh.tp)
 
@@ -169,11 +168,13 @@ def sum_losses(result: StepResult, mesh: Mesh, name: str = "loss") -> float:
 def count_denominators(
     batches: Sequence[MicroBatch], mesh: Mesh, unread: MegarecurError | None = None
 ) -> dict[str, float]:
-    """Counted tokens (labels) and documents of the global batch, at least 1, and `places`, all that
-    is computed, padding included; one all-reduce, of failures to read too.
+    """Count tokens, documents and places of the global batch; collective, one all-reduce.
+
+    Tokens are those with labels. Tokens and documents are at least 1. Places are all computed
+    tokens, including padding. The all-reduce also counts the ranks that failed to read.
 
     Raises:
-        MegarecurError: on every rank, why one could not read its batches.
+        MegarecurError: on every rank, the reason why a rank could not read its batches.
     """
     own = [
         sum(batch.num_tokens for batch in batches),
@@ -185,7 +186,7 @@ def count_denominators(
     tokens, documents, places, failures = counts.tolist()
     if failures:
         raise_first(unread, mesh)
-    # Every rank of a replica reads, and counts, the same samples.
+    # Every rank of a replica reads and counts the same samples.
     share = mesh.dp / mesh.world
     return {
         "tokens": max(tokens * share, 1.0),
@@ -195,13 +196,13 @@ def count_denominators(
 
 
 def count_documents(batch: MicroBatch) -> int:
-    """Documents of a micro batch; what a sample has of one counts as one."""
+    """Count the documents of a micro batch; the part of a document in one sample counts as one."""
     if batch.single_document:
         return len(batch.documents_BS)
     return int(begin_BS(batch.documents_BS).sum())
 
 
 def objective(terms: Mapping[str, LossTerm], denominators: Mapping[str, float]) -> Tensor:
-    """The weighted sum of all loss terms."""
+    """Return the weighted sum of all loss terms."""
     parts = [t.total * (t.weight / denominators[t.denominator]) for t in terms.values()]
     return torch.stack(parts).sum()

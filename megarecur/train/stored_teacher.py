@@ -1,10 +1,10 @@
-"""What a teacher says about a run's samples, written down before the run: its likeliest tokens.
+"""Stored teacher distributions of a run's samples: the top-k tokens of every position.
 
-Samples are a function of (seed, step), so that a teacher need be asked about each only once, before
-all runs that learn from it, and no run has to hold it. Of every position the k likeliest tokens are
-kept; what is left of the distribution is spread evenly over all others.
+Samples are a function of (seed, step). So the teacher evaluates each sample only once, before all
+runs that learn from it, and no run has to hold the teacher in memory. For every position, the k
+most likely tokens are stored. The remaining probability is spread evenly over all other tokens.
 
-    FOLDER/teacher.json              what it was made of and for, sizes and hashes of the others
+    FOLDER/teacher.json              teacher and samples; sizes and hashes of the other files
     FOLDER/samples-00000.safetensors `ids` and `log_probs` [samples, S, k], int32 and float16
 """
 
@@ -20,25 +20,25 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megarecur.config.schema import Config
-from megarecur.config.write import write_aside
+from megarecur.batch import Batch
+from megarecur.config.run import Config
 from megarecur.data.corpus import Corpus, find_fault, hash_file
 from megarecur.data.loader import Loader, MicroBatch
 from megarecur.errors import ConfigError, DataError
-from megarecur.model.transformer import Batch
+from megarecur.files import replace_file
+from megarecur.parallel.head_loss import Target
 from megarecur.parallel.regions import TensorParallel
-from megarecur.train.checkpoint_storage import write_file
 
 RECORD = "teacher.json"
 BYTES_PER_FILE = 2**28
 ENTRY_BYTES = 6
 
-Ask = Callable[[MicroBatch], Tensor]
-"""Logits [N, V] of a micro batch's tokens."""
+TeacherLogits = Callable[[MicroBatch], Tensor]
+"""Function that returns the logits [N, V] of a micro batch's tokens."""
 
 
 def describe_samples(config: Config, tokenizer: str, corpora: Sequence[Corpus]) -> dict[str, Any]:
-    """What decides which tokens sample i of a run has."""
+    """Return the settings that determine the tokens of a run's samples."""
     data = config.data
     return {
         "seed": config.seed,
@@ -54,11 +54,10 @@ def describe_samples(config: Config, tokenizer: str, corpora: Sequence[Corpus]) 
 
 
 class StoredTeacher:
-    """The teacher of a run that reads what was written down.
+    """A teacher that reads stored distributions.
 
     Args:
-        folder: made by `write_down`.
-        tp: the ranks that share the vocabulary.
+        folder: the output folder of `write_down`.
     """
 
     def __init__(self, folder: str | Path, tp: TensorParallel) -> None:
@@ -67,25 +66,28 @@ class StoredTeacher:
         self.vocab_size = int(record["samples"]["model.vocab_size"])
         self.per_file = int(record["samples_per_file"])
 
-    def logits(self, batch: Batch) -> Tensor:
-        """[N, V] of a micro batch's tokens, up to a constant, or this rank's shard of the
-        vocabulary."""
+    def target(self, batch: Batch) -> Target:
+        """Return a function that gives logits of a slice of a micro batch's tokens, up to a
+        constant: [n, V], or this rank's shard of V."""
         kept = [self.read(int(sample)) for sample in batch.sample_ids_B.tolist()]
         device = batch.tokens_BS.device
         ids_NK, log_p_NK = (torch.cat(parts).to(device) for parts in zip(*kept, strict=True))
-        log_p_NK = log_p_NK.to(torch.float32)
+        return lambda part: self.spread(ids_NK[part], log_p_NK[part].to(torch.float32))
+
+    def spread(self, ids_NK: Tensor, log_p_NK: Tensor) -> Tensor:
+        """Return logits [N, V] of the most likely tokens and the rest, or this rank's shard."""
         first, end = (self.vocab_size * r // self.tp.size for r in (self.tp.rank, self.tp.rank + 1))
         rest = max(self.vocab_size - ids_NK.shape[1], 1)
-        # Rounding may leave nothing, or less, for all others.
+        # Rounding may leave zero or less for the other tokens.
         left_N = (1.0 - log_p_NK.exp().sum(-1)).clamp_min(1e-6)
-        # One column more takes what other ranks have.
+        # An extra column takes the tokens of other ranks.
         logits_NV = (left_N / rest).log()[:, None].repeat(1, end - first + 1)
         own_NK = (ids_NK >= first) & (ids_NK < end)
         logits_NV.scatter_(-1, torch.where(own_NK, ids_NK - first, end - first), log_p_NK)
         return logits_NV[:, :-1].contiguous()
 
     def read(self, sample: int) -> tuple[Tensor, Tensor]:
-        """Ids and log-probabilities [S, k] of a sample."""
+        """Read the ids and log-probabilities [S, k] of a sample."""
         number, row = divmod(sample, self.per_file)
         with safe_open(self.folder / file_name(number), "pt") as file:
             ids, log_probs = (file.get_slice(name)[row] for name in ("ids", "log_probs"))
@@ -93,15 +95,15 @@ class StoredTeacher:
 
 
 def file_name(number: int) -> str:
-    """Of the file that has samples number x samples_per_file and on."""
+    """Return the name of the file whose first sample is number x samples_per_file."""
     return f"samples-{number:05d}.safetensors"
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """What teacher.json says.
+    """Read teacher.json.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: the file is missing or cannot be read.
     """
     path = Path(folder) / RECORD
     try:
@@ -120,10 +122,14 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 def check_stored(
     config: Config, tokenizer: str, corpora: Sequence[Corpus], folder: str, hashed: bool
 ) -> str:
-    """The fingerprint of what a teacher said, if it is about this run's samples.
+    """Check that stored distributions fit the run's samples; returns the teacher's fingerprint.
+
+    Args:
+        folder: the output folder of `write_down`.
+        hashed: whether to check the hashes of files, not only their sizes.
 
     Raises:
-        ConfigError: other samples, or too few; every difference is a line.
+        ConfigError: they are for other samples or too few steps; one line per difference.
         DataError: missing or damaged files.
     """
     record = read_record(folder)
@@ -153,24 +159,22 @@ def write_down(
     config: Config,
     tokenizer: str,
     loader: Loader,
-    ask: Ask,
+    ask: TeacherLogits,
     folder: Path,
     top_k: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Ask a teacher about all samples of a run. Files that are complete are not made again.
+    """Store a teacher's distributions for all samples of a run; complete files are kept.
 
     Args:
         config: the run, with the vocabulary and the teacher's fingerprint resolved.
-        tokenizer: fingerprint of the run's own.
-        loader: of one replica, which reads every sample.
-        ask: the teacher.
-        folder: to make, or to complete.
-        top_k: tokens to keep of each position.
-        advance: told of tokens as they are done.
+        loader: a loader of one replica, which reads every sample.
+        folder: the folder to create or complete.
+        top_k: number of tokens to store per position.
+        advance: called with the number of finished tokens.
 
     Raises:
-        ConfigError: top_k beyond the vocabulary, or a folder made for something else.
+        ConfigError: top_k exceeds the vocabulary, or the folder was started with other settings.
     """
     assert config.distill is not None and config.model.vocab_size is not None
     if not 0 < top_k <= config.model.vocab_size:
@@ -193,7 +197,7 @@ def write_down(
             f"{folder}: was begun with another config, teacher or top_k; choose another folder, or "
             "delete it"
         )
-    write_aside(begun, json.dumps(record))
+    replace_file(begun, json.dumps(record))
     files = {}
     for number, start in enumerate(range(0, config.train.steps, steps_per_file)):
         steps = range(start, min(start + steps_per_file, config.train.steps))
@@ -203,19 +207,26 @@ def write_down(
         else:
             advance(len(steps) * size * length)
         files[path.name] = {"bytes": path.stat().st_size, "xxh64": hash_file(path)}
-    write_aside(folder / RECORD, json.dumps(record | {"steps": config.train.steps, "files": files}))
+    replace_file(
+        folder / RECORD, json.dumps(record | {"steps": config.train.steps, "files": files})
+    )
 
 
 def len_of(path: Path) -> int:
-    """Samples of a file."""
+    """Return the number of samples in a file."""
     with safe_open(path, "pt") as file:
         return int(file.get_slice("ids").get_shape()[0])
 
 
 def write_samples(
-    path: Path, loader: Loader, ask: Ask, steps: range, top_k: int, advance: Callable[[int], None]
+    path: Path,
+    loader: Loader,
+    ask: TeacherLogits,
+    steps: range,
+    top_k: int,
+    advance: Callable[[int], None],
 ) -> None:
-    """One file, aside and then renamed."""
+    """Write the file of the given steps."""
     ids, log_probs = [], []
     for step in steps:
         for batch in loader.batch(step):
@@ -225,8 +236,5 @@ def write_samples(
             ids.append(top.indices.to(torch.int32).view(shape).cpu())
             log_probs.append(top.values.to(torch.float16).view(shape).cpu())
             advance(batch.tokens_BS.numel())
-    aside = path.with_suffix(".tmp")
-    aside.unlink(missing_ok=True)
     tensors = {"ids": torch.cat(ids), "log_probs": torch.cat(log_probs)}
-    write_file(aside, safetensors.torch.save(tensors))
-    aside.rename(path)
+    replace_file(path, safetensors.torch.save(tensors))

@@ -1,40 +1,44 @@
-"""Training: `train()` is the table of contents."""
+"""The training loop: `train()` sets up a run, `loop()` takes its optimizer steps."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megarecur.config.schema import Config
-from megarecur.data.corpus import Corpus, open_corpus
+from megarecur.checkpoint import checkpoint
+from megarecur.checkpoint.initial import load_initial
+from megarecur.checkpoint.mirror import fetch_newest
+from megarecur.checkpoint.saving import Saver, find_non_finite
+from megarecur.config.run import Config
 from megarecur.data.loader import Loader, MicroBatch
-from megarecur.data.samples import TaskCorpus, TaskLoader, open_samples
-from megarecur.data.tokenizer import Tokenizer, load_tokenizer
-from megarecur.errors import CheckpointError, ConfigError, DataError, MegarecurError, MeshError
-from megarecur.model.compile import CompiledModel, find_obstacle
+from megarecur.data.open import Data, open_data
+from megarecur.errors import CheckpointError, MegarecurError, MeshError
+from megarecur.model.compile import CompiledModel
 from megarecur.model.telemetry import named
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import Engine, build_engine
+from megarecur.objective.teacher import Teacher
+from megarecur.optim.build import build_engine
+from megarecur.optim.engine import Engine
 from megarecur.optim.schedule import learning_rate
-from megarecur.parallel.mesh import Mesh, open_mesh, same_error, told_where
+from megarecur.parallel.mesh import Mesh, annotate_rank_errors, open_mesh, same_error
+from megarecur.plan.cost import check_size
 from megarecur.plan.order import order_hash
 from megarecur.plan.schedule import Schedules
+from megarecur.progress import Note
 from megarecur.recurrence.depth import Depth, sample_depth
 from megarecur.recurrence.schemes import build_map
-from megarecur.train import checkpoint
 from megarecur.train.alarms import Alarms, record_event
+from megarecur.train.compiler import choose_compiler
 from megarecur.train.distill import load_teacher, with_teacher
-from megarecur.train.evaluate import Score, continue_prompts, score_corpus, score_values
+from megarecur.train.evaluate import continue_prompts, validate
 from megarecur.train.health import check_health
-from megarecur.train.initial import load_initial
-from megarecur.train.mirror import fetch_newest
+from megarecur.train.heartbeat import Heartbeat
 from megarecur.train.profile import Profiler
 from megarecur.train.report import Report, StepResult
-from megarecur.train.saving import Saver
 from megarecur.train.scales import profile_scales
 from megarecur.train.signals import StopFlag, watch_signals
 from megarecur.train.speed import measure_state
@@ -45,240 +49,279 @@ from megarecur.train.state import (
     open_run,
     save_state,
     steps_left_out,
-    write_config,
 )
 from megarecur.train.step import build_model, forward_backward
-from megarecur.train.task_scores import TaskScore, score_task, task_values
 
 log = logging.getLogger(__name__)
 
 FINISHED, DIVERGED, STOPPED = 0, 1, 3
-"""Exit codes: all steps done; ended by an alarm; saved and stopped by a signal."""
+"""Exit codes: all steps are done; an alarm ended the run; a signal made it save and stop."""
+
+
+@dataclass
+class Run:
+    """Components and progress of a running training."""
+
+    config: Config
+    mesh: Mesh
+    data: Data
+    schedules: Schedules
+    model: Transformer
+    engine: Engine
+    teacher: Teacher | None
+    compiled: CompiledModel | None
+    saver: Saver
+    report: Report
+    alarms: Alarms
+    profiler: Profiler
+    beat: Heartbeat
+    stop: StopFlag
+    left_out: Container[int]
+    """Steps that skipped_steps.json excludes."""
+    state: TrainState
+    saved: int
+    """Step of the newest checkpoint."""
+    validated: int
+    """Step of the newest evaluation."""
+    postponed: bool = False
+    """Whether a checkpoint is due, but waits for healthy parameters."""
 
 
 def train(config: Config, stop: StopFlag | None = None) -> int:
-    """Train, or go on training, the run in config.run_dir. Returns the exit code.
+    """Train, or resume, the run in config.run_dir. Returns the exit code.
 
     Args:
-        config: the run.
-        stop: where signals are noted; None: they are watched while this function runs.
+        stop: the flag that records signals; None: handlers are installed while this runs.
 
     Raises:
-        MegarecurError: for whatever the user can mend.
+        MegarecurError: for any error that the user can fix.
     """
     with ExitStack() as resources:
         stop = stop or resources.enter_context(watch_signals())
         mesh = resources.enter_context(open_mesh(config))
         compiling, reason = choose_compiler(config, mesh)
-        run_dir = resources.enter_context(open_run(config, mesh))
+        folder = resources.enter_context(open_run(config, mesh))
+        run_dir = folder.path
+        beat = Heartbeat(run_dir, mesh.rank == 0)
+        beat.enter("start", 0, "health check")
         health = check_health(config, run_dir, mesh)
-        data = open_data(config, mesh)
-        loader = resources.enter_context(closing(data)).loader
+        beat.advance("start", "opening corpora")
+        data = resources.enter_context(closing(open_data(config, mesh)))
         config = with_teacher(data.config, data.tokenizer, data.loader.corpora, mesh)
+        check_size(config)
         schedules = resources.enter_context(closing(open_schedules(config, mesh)))
+        beat.advance("start", "building the model")
         model = build_model(config, mesh, schedules)
         if config.model.residual == "admin" and not has_checkpoints(run_dir, mesh):
             profile_scales(model, config, data.loader, mesh)
         engine = build_engine(model, config, mesh)
-        saver = resources.enter_context(Saver(run_dir, config, mesh))
-        state = resume(run_dir, config, data, engine, schedules, mesh)
+        saver = resources.enter_context(Saver(run_dir, config, mesh, beat.note("save")))
+        state = resume(run_dir, config, data, engine, schedules, mesh, beat.note("start"))
         teacher = load_teacher(config, mesh, model.project is not None)
         left_out = steps_left_out(run_dir, mesh)
         saver.prepare(engine.shards())
         with same_error(mesh):
-            write_config(run_dir, config) if mesh.rank == 0 else None
-            report = Report(run_dir, config, state, mesh)
+            folder.write_config(config) if mesh.rank == 0 else None
+            report = Report(folder, config, state, mesh)
         alarms = Alarms(config.alarms, report.rows(), state.rolled_back_at)
-        for line in filter(None, (health, reason)):
+        stays = config.train.offload_activations and mesh.device.type == "cpu"
+        unmoved = "train.offload_activations=true moves nothing on a CPU" if stays else ""
+        for line in filter(None, (health, model.attention.describe(), reason, unmoved)):
             report.note(line)
         if mesh.pp > 1:
             report.note(schedules.describe(*step_to_take(config, mesh, state.step)))
         compiled = CompiledModel(model) if compiling else None
         profiler = Profiler(config.train.profile, run_dir, mesh)
         resources.callback(profiler.close)
-        saved = validated = state.step
-        if state.step and not report.is_validated(state.step):
-            validated = 0  # The run ended between saving this step and scoring it.
-        while True:
-            saver.poll(stop)
-            number = stop.agreed(mesh)
-            if is_due(state.step, config.train.eval_every, config) and validated < state.step:
-                report.beat(state.step, "evaluate")
-                values, number = validate(model, data, mesh, schedules, state, stop)
-                if values:
-                    report.write_texts(state, continue_prompts(model, config, mesh, schedules))
-                    report.write(state, values, stop)
-                saver.scored()
-                validated = state.step
-            if number:
-                break
-            if state.step == config.train.steps:
-                saver.finish()
-                report.beat(state.step, "done")
-                report.finish(f"done: {state.step} steps, {state.tokens} tokens in {run_dir}")
-                return FINISHED
-            report.beat(state.step, "train")
-            profiler.begin(state.step)
-            started = time.perf_counter()
-            with named("data"):
-                batches, unread = read_batches(loader, state.step, mesh)
-            schedules.prepare(*step_to_take(config, mesh, state.step))
-            schedules.prepare(*step_to_take(config, mesh, state.step + 1))
-            waited = time.perf_counter() - started
-            trained = state.step not in left_out
-            due = trained and is_due(state.step + 1, config.train.log_every, config)
-            if not trained:
-                result = StepResult(depth=None, skipped=True)
-                report.note(f"step {state.step + 1} is left out, as skipped_steps.json says")
-            else:
-                result = forward_backward(
-                    model, engine, config, batches, state.step, mesh,
-                    due, unread, schedules, teacher,
-                )  # fmt: skip
-                result.lr = learning_rate(config.optimizer, state.step, config.train.steps)
-                what = f"reduction and update of step {state.step + 1}"
-                with named("optimizer"), told_where(mesh, what):
-                    result.grad_norm, result.skipped = engine.step(result.lr)
-            result.data_seconds, result.seconds = waited, time.perf_counter() - started
-            state = state.advance(config, result.skipped)
-            if trained:
-                report.interval.add(result)
-            if due:
-                values = report.close_interval(state, result) | saver.timings()
-                held = measure_state(model, engine.shards())
-                values |= report.tell_memory(held, build_map(config, result.depth))
-                values |= report.tell_graphs(compiled)
-                reasons = alarms.check(state.step, values)
-                report.write(state, values | {"alarms/raised": len(reasons)}, stop)
-                action, source = choose_action(reasons, alarms, saver, state, report)
-                if action == "stop":
-                    saver.finish()
-                    report.beat(state.step, "diverged")
-                    report.finish(f"stopped at step {state.step} by an alarm, unsaved")
-                    return DIVERGED
-                if source is not None:
-                    load_checkpoint(source, engine, mesh)
-                    state = state.rolled_back()
-                    alarms.healthy_step = saved = state.step
-                    save(saver, config, data, engine, schedules, state, report, last=False)
-                    saver.wait()  # A run that dies now must not read those samples again.
-            if saved < state.step and is_due(state.step, config.checkpoint.every, config):
-                last = state.step == config.train.steps
-                report.beat(state.step, "save")
-                with named("save"):
-                    save(saver, config, data, engine, schedules, state, report, last)
-                saved = state.step
-            if written := profiler.end(state.step - 1):
-                report.note(written)
-        report.beat(state.step, "save")
-        if saved < state.step:
-            save(saver, config, data, engine, schedules, state, report, last=True)
-        saver.finish()
-        report.beat(state.step, "stopped")
-        mesh.max_over_world(0)  # Its word is there before the first process leaves.
-        report.finish(
-            f"saved at step {state.step} and stopped by signal {number}; "
-            "the same command goes on from there"
-        )
-        return STOPPED
+        # An earlier job may have ended between saving a step and scoring it.
+        validated = state.step if state.step and report.is_validated(state.step) else 0
+        return loop(
+            Run(
+                config, mesh, data, schedules, model, engine, teacher, compiled, saver, report,
+                alarms, profiler, beat, stop, left_out, state, state.step, validated,
+            )
+        )  # fmt: skip
+
+
+def loop(run: Run) -> int:
+    """Take optimizer steps until the last one, a signal or an alarm. Returns the exit code."""
+    while True:
+        run.saver.poll(run.stop.fail)
+        signal = evaluate_if_due(run, run.stop.agreed(run.mesh))
+        if signal:
+            return end_stopped(run, signal)
+        if run.state.step >= run.config.train.steps:
+            return end_finished(run)
+        result = train_one_step(run)
+        reasons = log_and_check(run, result) if result is not None else []
+        code = save_if_due(run, reasons)
+        if code is not None:
+            return code
+        if written := run.profiler.end(run.state.step - 1):
+            run.report.note(written)
+
+
+def evaluate_if_due(run: Run, signal: int) -> int:
+    """Score the validation corpora if it is due; returns the signal to stop for, 0 if none."""
+    config, mesh, state, beat = run.config, run.mesh, run.state, run.beat
+    if run.validated >= state.step or not is_due(state.step, config.train.eval_every, config):
+        return signal
+    beat.enter("evaluate", state.step)
+    values, signal = validate(run.model, run.data, mesh, run.schedules, state, run.stop, beat)
+    if values:
+        note = beat.note("evaluate")
+        texts = continue_prompts(run.model, config, mesh, run.schedules, note)
+        run.report.write_texts(state, texts, run.stop)
+        run.report.write(state, values, run.stop)
+    beat.enter("save", state.step)
+    run.saver.scored()
+    run.validated = state.step
+    return signal
+
+
+def train_one_step(run: Run) -> StepResult | None:
+    """Take an optimizer step and advance `run.state`; returns None for an excluded step.
+
+    Raises:
+        MegarecurError: on every rank, the reason why a rank could not read its batches.
+    """
+    config, mesh, step = run.config, run.mesh, run.state.step
+    run.beat.enter("train", step)
+    run.profiler.begin(step)
+    started = time.perf_counter()
+    with named("data"):
+        batches, unread = read_batches(run.data.loader, step, mesh)
+    for ahead in (step, step + 1):
+        run.schedules.prepare(*step_to_take(config, mesh, ahead))
+    waited = time.perf_counter() - started
+    if step in run.left_out:
+        run.report.note(f"step {step + 1} is left out, as skipped_steps.json says")
+        run.state = run.state.advance(config, skipped=True)
+        return None
+    telemetry = is_due(step + 1, config.train.log_every, config)
+    result = forward_backward(
+        run.model, run.engine, config, batches, step, mesh,
+        telemetry, unread, run.schedules, run.teacher,
+    )  # fmt: skip
+    result.lr = learning_rate(config.optimizer, step, config.train.steps)
+    with named("optimizer"), annotate_rank_errors(mesh, f"reduction and update of step {step + 1}"):
+        result.grad_norm, result.skipped = run.engine.step(result.lr)
+    result.data_seconds, result.seconds = waited, time.perf_counter() - started
+    run.state = run.state.advance(config, result.skipped)
+    run.report.interval.add(result)
+    run.alarms.note_gradient(finite=not result.skipped)
+    return result
+
+
+def log_and_check(run: Run, result: StepResult) -> list[str]:
+    """Write the metrics of an interval if it is due; returns the reasons for alarms."""
+    config, state, report = run.config, run.state, run.report
+    if not is_due(state.step, config.train.log_every, config):
+        return []
+    values = report.close_interval(state, result) | run.saver.timings()
+    held = measure_state(run.model, run.engine.shards())
+    values |= report.report_memory(held, build_map(config, result.depth))
+    values |= report.count_graphs(run.compiled)
+    values |= {f"speed/attention/{run.model.attention.backend}": 1.0}
+    reasons = run.alarms.check(state.step, values)
+    report.write(state, values | {"alarms/raised": len(reasons)}, run.stop)
+    return reasons
+
+
+def save_if_due(run: Run, reasons: Sequence[str]) -> int | None:
+    """Save a checkpoint if it is due, or act on alarms. Returns the exit code, None to continue."""
+    config, alarms, step = run.config, run.alarms, run.state.step
+    due = run.postponed or is_due(step, config.checkpoint.every, config)
+    last, saving = step == config.train.steps, due and run.saved < step
+    broken = find_non_finite(run.engine.shards(), run.mesh) if saving else ""
+    action, source = choose_action(run, reasons, broken)
+    if action == "stop":
+        return end_diverged(run, "by an alarm")
+    if source is not None:
+        roll_back(run, source)
+    elif saving and last and alarms.lost:
+        return end_diverged(run, f"as {alarms.streak_in_words}")
+    elif saving and alarms.streak and not last:
+        run.postponed = True  # These parameters may be the cause; good checkpoints must stay.
+    elif saving:
+        run.postponed = False
+        run.beat.enter("save", step)
+        with named("save"):
+            save(run, last)
+        run.saved = step
+    return None
+
+
+def roll_back(run: Run, source: Path) -> None:
+    """Load a checkpoint and save it under the current step; collective.
+
+    The samples since that checkpoint are not read again.
+    """
+    run.beat.enter("save", run.state.step)
+    load_checkpoint(source, run.engine, run.mesh, run.beat.note("save"))
+    run.state = run.state.rolled_back()
+    run.alarms.healthy_step = run.saved = run.state.step
+    run.alarms.streak = 0
+    save(run, last=False)
+    run.saver.wait()  # A run that dies now must not read those samples again.
+
+
+def end_finished(run: Run) -> int:
+    """End a run whose steps are done. Returns the exit code; collective."""
+    state, beat = run.state, run.beat
+    beat.enter("save", state.step)
+    run.saver.finish()
+    beat.enter("done", state.step)
+    run.report.finish(f"done: {state.step} steps, {state.tokens} tokens in {run.saver.run_dir}")
+    return FINISHED
+
+
+def end_stopped(run: Run, signal: int) -> int:
+    """Save and end a run that a signal stops. Returns the exit code; collective."""
+    state, beat = run.state, run.beat
+    beat.enter("save", state.step)
+    what = f"saved at step {state.step}"
+    if run.saved < state.step:
+        broken = find_non_finite(run.engine.shards(), run.mesh)
+        if broken or run.alarms.lost:
+            why = f"{broken} is not finite" if broken else run.alarms.streak_in_words
+            what = f"not saved at step {state.step}, as {why},"
+        else:
+            save(run, last=True)
+    run.saver.finish()
+    beat.enter("stopped", state.step)
+    run.mesh.max_over_world(0)  # The heartbeat is written before the first process exits.
+    run.report.finish(
+        f"{what} and stopped by signal {signal}; the same command resumes from "
+        "the newest checkpoint"
+    )
+    return STOPPED
+
+
+def end_diverged(run: Run, why: str) -> int:
+    """End a run without saving its diverged parameters. Returns the exit code; collective."""
+    step = run.state.step
+    run.beat.enter("save", step)
+    run.saver.finish()
+    run.beat.enter("diverged", step)
+    run.report.finish(f"stopped at step {step} {why}, unsaved")
+    return DIVERGED
 
 
 def is_due(done: int, every: int, config: Config) -> bool:
-    """Whether something done every so many steps, and at the end, is due; every 0: at the end."""
-    return done == config.train.steps or (every > 0 and done % every == 0)
+    """Return True if a periodic action is due: every `every` steps (0: never), and at the end."""
+    return done >= config.train.steps or (every > 0 and done % every == 0)
 
 
-# ---------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run reads, and the config with what follows from it filled in."""
-
-    config: Config
-    loader: Loader
-    validation: list[Corpus]
-    tokenizer: str
-    """Fingerprint."""
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        self.loader.close()
-        for corpus in self.validation:
-            corpus.close()
-
-
-def open_data(config: Config, mesh: Mesh) -> Data:
-    """Open and check tokenizer and corpora.
-
-    Raises:
-        DataError: on every rank, when any of them finds damage, or a tokenizer that differs.
-    """
-    with same_error(mesh):
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        if config.task is not None:
-            return open_task(with_vocab_size(config, tokenizer.vocab_size), tokenizer, mesh)
-        train, validation = (
-            [
-                open_corpus(
-                    s.path,
-                    config.data.tokenizer,
-                    tokenizer.fingerprint,
-                    config.data.verify,
-                    part=mesh.dp_rank,
-                    num_parts=mesh.dp,
-                    remote=s.remote,
-                    cache_gb=s.cache_gb,
-                )
-                for s in sources
-            ]
-            for sources in (config.data.train, config.data.val)
-        )
-        config = with_vocab_size(config, tokenizer.vocab_size)
-        loader = Loader(
-            [(corpus, s.weight) for corpus, s in zip(train, config.data.train, strict=True)],
-            seq_length=config.data.seq_length,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            shuffle_shards=config.data.shuffle_shards,
-            mask_documents=config.data.mask_documents,
-        )
-    return Data(config, loader, validation, tokenizer.fingerprint)
-
-
-def open_task(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Data:
-    """The labelled samples of a task.
-
-    Raises:
-        DataError: damage, or corpora that do not fit the task.
-    """
-    assert config.task is not None
-    train, validation = open_samples(config, mesh.dp_rank, mesh.dp)
-    loader = TaskLoader(
-        [(corpus, s.weight) for corpus, s in zip(train, config.data.train, strict=True)],
-        config.task,
-        multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
-        seq_length=config.data.seq_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-    )
-    return Data(config, loader, list(validation), tokenizer.fingerprint)
+# --------------------------------------------------------------------------------------- start
 
 
 def open_schedules(config: Config, mesh: Mesh) -> Schedules:
-    """Where blocks live and in which order stages run; collective.
+    """Build the placement and pipeline orders, and check that all ranks agree; collective.
 
     Raises:
-        MegarecurError: a placement or an order that cannot be.
-        MeshError: ranks that choose different orders, and would wait for each other for ever.
+        MegarecurError: the placement or the order is invalid.
+        MeshError: the ranks chose different orders, with which they would deadlock.
     """
     with same_error(mesh):
         schedules = Schedules(config)
@@ -292,7 +335,7 @@ def open_schedules(config: Config, mesh: Mesh) -> Schedules:
 
 
 def step_to_take(config: Config, mesh: Mesh, step: int) -> tuple[Depth | None, int]:
-    """Depth and micro batches per replica of an optimizer step."""
+    """Return depth and number of micro batches per replica of an optimizer step."""
     train = config.train
     depth = sample_depth(config.recurrence, config.seed, step)
     return depth, train.global_batch_size // (mesh.dp * train.micro_batch_size)
@@ -301,7 +344,7 @@ def step_to_take(config: Config, mesh: Mesh, step: int) -> tuple[Depth | None, i
 def read_batches(
     loader: Loader, step: int, mesh: Mesh
 ) -> tuple[list[MicroBatch], MegarecurError | None]:
-    """This rank's micro batches, or why they cannot be read; those of the next steps are begun."""
+    """Return this rank's micro batches, or the error of reading; prefetches the next step's."""
     try:
         batches = [batch.to(mesh.device) for batch in loader.batch(step)]
     except MegarecurError as error:
@@ -310,121 +353,48 @@ def read_batches(
     return batches, None
 
 
-def with_vocab_size(config: Config, vocab_size: int) -> Config:
-    """The config with model.vocab_size resolved.
+# ------------------------------------------------------------------------------ save, resume
+
+
+def save(run: Run, last: bool) -> None:
+    """Start to save a checkpoint.
+
+    Args:
+        last: no optimizer step follows.
 
     Raises:
-        DataError: fewer rows than the tokenizer has ids.
+        CheckpointError: this or the previous save failed; earlier checkpoints are untouched.
     """
-    rows = config.model.vocab_size
-    if rows is None:
-        model = config.model.model_copy(update={"vocab_size": vocab_size})
-        return config.model_copy(update={"model": model})
-    if rows < vocab_size:
-        raise DataError(
-            f"model.vocab_size={rows} is below the {vocab_size} ids of "
-            f"data.tokenizer={config.data.tokenizer}; raise it or leave it out"
-        )
-    return config
+    config, mesh = run.config, run.mesh
+    state = replace(run.state, interval=run.report.interval.carry(mesh))
+    order = run.schedules.training(*step_to_take(config, mesh, state.step)).order
+    cursor = run.data.loader.state(state.step)
+    content = save_state(state, config, mesh, cursor, run.data.tokenizer, order_hash(order))
+    run.saver.save(state.step, run.engine.shards(), content, last)
 
 
-def choose_compiler(config: Config, mesh: Mesh) -> tuple[bool, str]:
-    """(whether every rank compiles, why not where `auto` had to choose so); collective.
-
-    Raises:
-        ConfigError: train.compile=true without what torch.compile needs.
-    """
-    wish = config.train.compile
-    obstacle = find_obstacle(mesh.device) if wish else None
-    with same_error(mesh):
-        if wish is True and obstacle is not None:
-            raise ConfigError(
-                f"train.compile=true: {obstacle}; or run eagerly: train.compile=false"
-            )
-    obstacles = [found for found in mesh.gather_objects(obstacle) if found is not None]
-    if obstacles:
-        return False, f"train.compile=auto: running eagerly, as {obstacles[0]}"
-    return bool(wish), ""
-
-
-# -------------------------------------------------------------------------- evaluate, save, resume
-
-
-def validate(
-    model: Transformer,
-    data: Data,
-    mesh: Mesh,
-    schedules: Schedules,
-    state: TrainState,
-    stop: StopFlag,
-) -> tuple[dict[str, float], int]:
-    """(scores of the validation corpora, stop signal); at the end of a run all of them is read.
-
-    At train.eval_depths, losses are `val/depth_R/loss`, one curve per number of loops, always over
-    train.eval_samples.
-    """
-    config = data.config
-    some = config.train.eval_samples
-    paths = [source.path for source in config.data.val]
-    values: dict[str, float] = {}
-    for depth in (None, *config.train.eval_depths):
-        samples = 0 if depth is None and state.step == config.train.steps else some
-        scores: list[Score] = []
-        of_tasks: list[TaskScore] = []
-        for corpus in data.validation:
-            if isinstance(corpus, TaskCorpus):
-                scored = score_task(model, corpus, config, mesh, samples, stop, depth, schedules)
-                if scored is None:
-                    return {}, stop.agreed(mesh)
-                of_tasks.append(scored)
-                continue
-            score = score_corpus(model, corpus, config, mesh, samples, stop, depth, schedules)
-            if score is None:
-                return {}, stop.agreed(mesh)
-            scores.append(score)
-        prefix = "val/" if depth is None else f"val/depth_{depth}/"
-        found = task_values(of_tasks, paths) if of_tasks else score_values(scores, paths)
-        for name, value in found.items():
-            values[prefix + name.removeprefix("val/")] = value
-    return values, stop.agreed(mesh)
-
-
-def save(
-    saver: Saver,
+def resume(
+    run_dir: Path,
     config: Config,
     data: Data,
     engine: Engine,
     schedules: Schedules,
-    state: TrainState,
-    report: Report,
-    last: bool,
-) -> None:
-    """Begin to write a checkpoint; `last`: no optimizer step follows.
-
-    Raises:
-        CheckpointError: one could not be written; the earlier ones are untouched.
-    """
-    state = replace(state, interval=report.interval.carry(saver.mesh))
-    order = schedules.training(*step_to_take(config, saver.mesh, state.step)).order
-    cursor = data.loader.state(state.step)
-    content = save_state(state, config, saver.mesh, cursor, data.tokenizer, order_hash(order))
-    saver.save(state.step, engine.shards(), content, last)
-
-
-def resume(
-    run_dir: Path, config: Config, data: Data, engine: Engine, schedules: Schedules, mesh: Mesh
+    mesh: Mesh,
+    note: Note,
 ) -> TrainState:
-    """Load the newest good checkpoint, if there is one, or the parameters to start from.
+    """Load the newest intact checkpoint if there is one, else the initial parameters.
 
     Raises:
-        ConfigError: a fixed field changed, or `init_from` names no run.
-        CheckpointError: checkpoints that cannot be used, or nothing but damaged ones, here and in
-            the mirror: starting over would write over what is left of the run.
+        ConfigError: a fixed field has changed, or `init_from` does not name a run.
+        CheckpointError: a checkpoint cannot be used, or all are damaged, here and in the mirror. A
+            fresh start would overwrite the rest of the run.
     """
     root, mirror = run_dir / "checkpoints", config.checkpoint.mirror
-    path, damaged = checkpoint.find_checkpoint(root, group=mesh.save_group)
+    path, damaged = checkpoint.find_checkpoint(root, group=mesh.save_group, note=note)
     if path is None and mirror is not None:
-        path, more = checkpoint.from_first_rank(lambda: fetch_newest(mirror, root), mesh.save_group)
+        path, more = checkpoint.from_first_rank(
+            lambda: fetch_newest(mirror, root, note), mesh.save_group
+        )
         damaged = [*damaged, *more]
         if path is not None and mesh.rank == 0:
             log.warning("%s has no checkpoint to go on from; %s was fetched from %s",
@@ -443,7 +413,7 @@ def resume(
     saved = checkpoint.read_state(path)
     state = check_resume(saved, config, data.tokenizer, path)
     data.loader.check_state(saved["data"])
-    load_checkpoint(path, engine, mesh)
+    load_checkpoint(path, engine, mesh, note)
     order = schedules.training(*step_to_take(config, mesh, state.step)).order
     if mesh.rank == 0 and is_reordered(saved, config, mesh, order_hash(order)):
         log.warning("the pipeline's order of operations is not the one %s was saved with, though "
@@ -452,34 +422,47 @@ def resume(
 
 
 def has_checkpoints(run_dir: Path, mesh: Mesh) -> bool:
-    """Whether any rank sees some, whatever their state; collective."""
+    """Return True if any rank sees checkpoints, even damaged ones; collective."""
     found = checkpoint.list_checkpoints(run_dir / "checkpoints")
     return mesh.max_over_world(len(found)) > 0
 
 
-def load_checkpoint(path: Path, engine: Engine, mesh: Mesh) -> None:
-    """Give the engine the parameters and moments of a checkpoint; collective."""
+def load_checkpoint(path: Path, engine: Engine, mesh: Mesh, note: Note) -> None:
+    """Load the parameters and moments of a checkpoint into the engine; collective."""
     shards = engine.shards()
-    checkpoint.load(path, shards, group=mesh.save_group)
+    checkpoint.load(path, shards, group=mesh.save_group, note=note)
     engine.load(shards)
 
 
-def choose_action(
-    reasons: Sequence[str], alarms: Alarms, saver: Saver, state: TrainState, report: Report
-) -> tuple[str, Path | None]:
-    """What to do about alarms (the config's choice, where it can be done), and from which
-    checkpoint to go on; collective. What happened is told and recorded."""
-    if not reasons:
+def choose_action(run: Run, reasons: Sequence[str], broken: str) -> tuple[str, Path | None]:
+    """Choose the action on alarms: the config's if possible, else stop; collective.
+
+    The alarms and the action are printed, and recorded in events.jsonl.
+
+    Args:
+        broken: an entry of the state that is not finite, "" if none; the action is then never just
+            a warning.
+
+    Returns:
+        The action, "" if nothing is wrong, and the checkpoint to roll back to.
+    """
+    alarms, saver, state, report = run.alarms, run.saver, run.state, run.report
+    if not reasons and not broken:
         return "", None
     rule, source, reasons = alarms.config, None, list(reasons)
     action: str = rule.action
+    if broken:
+        reasons.append(f"{broken} is not finite")
+        action = "stop" if action == "warn" else action
     if action == "roll_back" and state.roll_backs >= rule.max_roll_backs:
         action = "stop"
         reasons.append(f"alarms.max_roll_backs={rule.max_roll_backs} are used up")
     if action == "roll_back":
         saver.wait()
+        # Every saved checkpoint is finite, and may be newer than the last log step.
+        at_most = None if broken else alarms.healthy_step
         source, _ = checkpoint.find_checkpoint(
-            saver.root, group=saver.mesh.save_group, at_most=alarms.healthy_step
+            saver.root, group=saver.mesh.save_group, at_most=at_most
         )
         if source is None:
             action = "stop"

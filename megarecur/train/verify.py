@@ -1,11 +1,11 @@
-"""The parity certificate: a config's mesh against one process, by losses, norms and raw gradients.
+"""Parity certificate: compare a config's mesh with one process, by losses, norms and gradients.
 
-Both take the same few optimizer steps; `record` writes what each made of them, as a checkpoint of
-gradients per step, and `compare` puts the two side by side. Gradients are compared by
+Both take the same few optimizer steps. `record` writes the results of each step as a checkpoint of
+gradients, and `compare` compares two recordings. The error of a gradient is
 
-    |g - g0| / max(|g0|, 1e-3 |G|)         g0 of one process, G all of its gradients
+    |g - g0| / max(|g0|, 1e-3 |G|)         g0: from one process; G: all of its gradients
 
-raw, before clipping and stepping, since Adam hides scale.
+Gradients are raw, before clipping and the update, since Adam hides their scale.
 """
 
 from __future__ import annotations
@@ -16,67 +16,72 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megarecur.checkpoint import checkpoint
 from megarecur.config.load import validate
-from megarecur.config.schema import Config
-from megarecur.optim.engine import build_engine
+from megarecur.config.run import Config
+from megarecur.data.open import open_data
+from megarecur.model.compile import Backend, CompiledModel
+from megarecur.optim.build import build_engine
 from megarecur.optim.schedule import learning_rate
 from megarecur.parallel.mesh import open_mesh
 from megarecur.parallel.shards import whole
 from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.inventory import build_inventory
-from megarecur.train import checkpoint
+from megarecur.train.compiler import choose_compiler
 from megarecur.train.distill import load_teacher, with_teacher
 from megarecur.train.scales import profile_scales
 from megarecur.train.step import build_model, forward_backward, sum_losses
-from megarecur.train.trainer import open_data
 
 TOLERANCES = {"fp32": (2e-6, 2e-5), "fp64": (1e-11, 1e-11)}
-"""Of the first step, and of those after it."""
+"""Tolerances of the first step and of later steps, by precision."""
 LEAST_EPS = 1e-5
-"""AdamW's eps in what is compared: a smaller one turns rounding of tiny gradients into steps."""
+"""Lower bound of AdamW's eps: a smaller one turns rounding of tiny gradients into updates."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer step, compared."""
+    """Comparison of one optimizer step."""
 
     step: int
     losses: tuple[float, float]
-    """Of one process, and of the mesh."""
+    """Losses of one process and of the mesh."""
     loss_error: float
-    """Relative."""
+    """Relative error of the loss."""
     norm_error: float
     gradient_errors: dict[str, float]
     tolerance: float
 
     @property
     def gradient(self) -> str:
-        """The one that differs most."""
+        """Name of the gradient with the largest error."""
         errors = self.gradient_errors
         return max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
 
     @property
     def gradient_error(self) -> float:
-        """Its error."""
+        """The largest error of a gradient."""
         return self.gradient_errors[self.gradient]
 
     @property
     def equal(self) -> bool:
-        """Whether all of it is within the tolerance."""
+        """Whether all errors are within the tolerance."""
         worst = max(self.loss_error, self.norm_error, self.gradient_error)
-        return worst <= self.tolerance  # false for nan
+        return worst <= self.tolerance  # False for NaN
 
 
 def certified(config: Config, small: bool, dp: int) -> Config:
-    """The config as it is compared: in fp32 (or fp64), eager; `small`: narrow and short, with the
-    same blocks, heads and mesh.
+    """Return the config to compare: in fp32 (or fp64), compiled if `train.compile` is true.
+
+    Args:
+        small: reduce widths and lengths; blocks, heads and mesh stay the same.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: such a config is invalid.
     """
     values = config.model_dump(mode="json")
     precision = "fp64" if config.train.precision == "fp64" else "fp32"
-    values["train"] |= {"precision": precision, "compile": False, "profile": None}
+    compiled = config.train.compile is True
+    values["train"] |= {"precision": precision, "compile": compiled, "profile": None}
     values["optimizer"]["eps"] = max(config.optimizer.eps, LEAST_EPS)
     if small:
         hidden = config.model.num_heads * 8
@@ -104,11 +109,17 @@ def certified(config: Config, small: bool, dp: int) -> Config:
     return validate(values, "verify")
 
 
-def record(config: Config, steps: int, folder: Path) -> None:
-    """Take optimizer steps on this process's mesh, and write loss, norm and gradients of each.
+def record(config: Config, steps: int, folder: Path, backend: Backend | None = None) -> None:
+    """Take optimizer steps on this process's mesh; write the loss, norm and gradients of each.
+
+    Args:
+        config: the run.
+        steps: number of optimizer steps.
+        folder: where the results are written.
+        backend: compiles graphs to code if `train.compile` is set; None: Inductor.
 
     Raises:
-        MegarecurError: for whatever the user can mend.
+        MegarecurError: for any error that the user can fix.
     """
     with open_mesh(config) as mesh:
         data = open_data(config, mesh)
@@ -118,6 +129,9 @@ def record(config: Config, steps: int, folder: Path) -> None:
         profile_scales(model, config, data.loader, mesh)
         engine = build_engine(model, config, mesh)
         teacher = load_teacher(config, mesh, model.project is not None)
+        compiling, _ = choose_compiler(config, mesh)
+        if compiling:
+            CompiledModel(model, backend)
         for step in range(steps):
             batches = [batch.to(mesh.device) for batch in data.loader.batch(step)]
             result = forward_backward(
@@ -132,7 +146,7 @@ def record(config: Config, steps: int, folder: Path) -> None:
 
 
 def compare(config: Config, steps: int, alone: Path, mesh: Path) -> list[Row]:
-    """Two recordings of a config, step by step."""
+    """Compare two recordings of a config; returns one row per step."""
     rows = []
     for step in range(steps):
         name = f"step-{step:08d}"
@@ -158,7 +172,7 @@ def compare(config: Config, steps: int, alone: Path, mesh: Path) -> list[Row]:
 
 
 def read(path: Path, config: Config) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, norm and whole gradients, in fp64, of a recorded step."""
+    """Read the loss, norm and whole gradients (in fp64) of a recorded step."""
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
     state, names = checkpoint.read_state(path), checkpoint.read_names(path)
     gradients = {

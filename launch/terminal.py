@@ -1,0 +1,35 @@
+"""Tables for a terminal, and the same in full for files and pipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console, RenderableType
+
+PAGE = 100
+"""Columns of a page where there is no terminal; what is wider gets the room it needs."""
+UNBOUNDED = 100_000
+
+
+def make_console() -> Console:
+    """Return the terminal; elsewhere a page of 100 columns."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PAGE)
+
+
+def show(draw: Callable[[int], RenderableType]) -> None:
+    """Print to the terminal's width; to a file or pipe in full, so that no cell is cut short.
+
+    Args:
+        draw: makes what is printed, given the columns that a picture may take.
+    """
+    console = make_console()
+    content = draw(max(console.width, 60))
+    if console.is_terminal:
+        console.print(content)
+        return
+    options = console.options.update(width=UNBOUNDED)
+    console.width = max(PAGE, console.measure(content, options=options).maximum)
+    with console.capture() as captured:
+        console.print(content)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))

@@ -1,0 +1,44 @@
+"""The micro batch as the model reads it. Shapes: B samples, S positions."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from megarecur.attention.documents import Boundaries
+
+START, END = -1, -2
+"""Ids of a task's learned START and END tokens."""
+
+
+class Batch(Protocol):
+    """The interface of a micro batch that the model reads."""
+
+    @property
+    def tokens_BS(self) -> Tensor:
+        """Ids."""
+
+    @property
+    def labels_BS(self) -> Tensor:
+        """Ids of the next tokens, or IGNORED."""
+
+    @property
+    def positions_BS(self) -> Tensor:
+        """Positions of the tokens in their documents."""
+
+    @property
+    def documents_BS(self) -> Tensor:
+        """Index of each token's document within its sample."""
+
+    @property
+    def boundaries(self) -> Boundaries | None:
+        """The boundaries of the documents; None: counted from `documents_BS` where needed."""
+
+    @property
+    def sample_ids_B(self) -> Tensor:
+        """Global sample ids."""
+
+    @property
+    def single_document(self) -> bool:
+        """True if no document ends inside a sample."""

@@ -1,0 +1,424 @@
+"""Checkpoints: saved from any mesh, loaded on any other, and published atomically.
+
+    save(root, step, shards, state).result()      every rank passes the shards it owns
+    path, damaged = find_checkpoint(root)         the newest checkpoint whose checksums all match
+    load(path, shards); state = read_state(path)
+
+torch.distributed.checkpoint plans: which rank writes a replica, which rank reads which part of
+which chunk. It also raises an error of one rank on all ranks. The file format is ours (see
+storage.py). All ranks must see the same file system.
+"""
+
+import errno
+import logging
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megarecur.checkpoint.index import DTYPES, DamagedCheckpoint, Index, read_index, unseal
+from megarecur.checkpoint.planning import ShardLoadPlanner, ShardSavePlanner, Values
+from megarecur.checkpoint.storage import FolderReader, FolderWriter, find_damage
+from megarecur.errors import CheckpointError, MegarecurError
+from megarecur.parallel.shards import TensorShard, boxes
+from megarecur.progress import Note, note_nothing
+
+__all__ = [
+    "SaveHandle",
+    "TensorShard",
+    "boxes",
+    "chunks_to_write",
+    "find_checkpoint",
+    "from_first_rank",
+    "list_checkpoints",
+    "load",
+    "read_state",
+    "save",
+    "verify",
+    "write",
+]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STEP_FOLDER = re.compile(r"step-[0-9]{8}")
+TEMPORARY = re.compile(r"(step-[0-9]{8}(\.damaged)?|latest|best)\.tmp")
+POINTERS = ("latest", "best")
+"""Files that name a checkpoint, for people and scripts. The folders are authoritative."""
+
+# Filters are global to the process. They are set once, since a save may run beside other work.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+class VanishedCheckpoint(CheckpointError):
+    """Raised if a checkpoint's folder was deleted while it was written."""
+
+
+class SaveHandle:
+    """Handle of a running save: `result()` returns the checkpoint's path or raises the error.
+
+    `work` runs in the constructor or, with `in_background`, in a daemon thread. The interpreter
+    does not wait for that thread at exit: call `result()`.
+    """
+
+    def __init__(self, work: Callable[[], Path], in_background: bool = False) -> None:
+        self._future: Future[Path] = Future()
+        self.seconds = 0.0
+        """Duration of the work in seconds; 0 until it is done."""
+        if in_background:
+            Thread(target=self._run, args=(work,), name="save", daemon=True).start()
+        else:
+            self._run(work)
+
+    def _run(self, work: Callable[[], Path]) -> None:
+        began = time.perf_counter()
+        path, failure = Path(), None
+        try:
+            path = work()
+        except Exception as error:
+            failure = error
+        self.seconds = time.perf_counter() - began
+        if failure is not None:
+            self._future.set_exception(failure)
+        else:
+            self._future.set_result(path)
+
+    def done(self) -> bool:
+        """Return True if `result()` would return at once."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> Path:
+        """Wait until the checkpoint is complete and return its path.
+
+        Raises:
+            CheckpointError: the checkpoint could not be written.
+            TimeoutError: it takes longer than `timeout` seconds.
+        """
+        return self._future.result(timeout)
+
+
+def save(
+    root: Path,
+    step: int,
+    shards: dict[str, TensorShard],
+    state: dict[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
+    in_background: bool = False,
+    values: Values | None = None,
+) -> SaveHandle:
+    """Start `write` and return its handle; errors are raised by the handle's `result()`.
+
+    In the background, shards must not change and nothing else may use `group` until it is done.
+    """
+    return SaveHandle(
+        lambda: write(root, step, shards, state, group=group, values=values), in_background
+    )
+
+
+def write(
+    root: Path,
+    step: int,
+    shards: dict[str, TensorShard],
+    state: dict[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
+    values: Values | None = None,
+    note: Note = note_nothing,
+) -> Path:
+    """Write `root/step-XXXXXXXX` and point `root/latest` to it; collective over `group` (gloo).
+
+    `state` must be JSON (keys become strings, tuples lists); only that of the group's first rank is
+    written. Tensors without elements are skipped, here and in `load`. Existing checkpoints stay
+    untouched, even if this fails. For tensors on `meta`, `values` is called one at a time in the
+    order of `shards`, so that the written tensors need not fit into memory together.
+
+    Raises:
+        CheckpointError: the same on every rank, if the disk is full, a shard is wrong or an intact
+            checkpoint of that step exists.
+        RuntimeError: from gloo, if a rank is gone (restart then).
+    """
+    final = Path(root) / f"step-{step:08d}"
+    if not STEP_FOLDER.fullmatch(final.name):
+        raise CheckpointError(f"cannot save {final}: steps run from 0 to 99999999")
+    for last in (False, True):
+        writer = FolderWriter(final, state, note)
+        try:
+            with _one_error(f"cannot save {final}"):
+                dcp.save(
+                    {},
+                    storage_writer=writer,
+                    planner=ShardSavePlanner(shards, values),
+                    process_group=group,
+                )
+        except CheckpointError as error:
+            # Raised on all ranks alike, hence no rank is still writing.
+            if _rank(group) == 0:
+                shutil.rmtree(writer.temporary, ignore_errors=True)
+                with suppress(OSError):
+                    (final.parent / "latest.tmp").unlink()
+            if last or not isinstance(error, VanishedCheckpoint):
+                raise
+            logger.warning("%s; it was deleted meanwhile and is written once more", error)
+            continue
+        return final
+    raise AssertionError("the second try returns or raises")
+
+
+def load(
+    path: Path,
+    shards: dict[str, TensorShard],
+    *,
+    group: dist.ProcessGroup | None = None,
+    verify: bool = True,
+    partial: bool = False,
+    note: Note = note_nothing,
+) -> None:
+    """Fill the tensors of `shards` in place from a checkpoint of any mesh; collective over `group`.
+
+    Raises CheckpointError on every rank, before any tensor is changed, if names (over all ranks),
+    shapes or dtypes differ. With `partial`, entries that no rank requests are allowed. For a
+    damaged chunk, the error has DamagedCheckpoint's message, and some tensors may already be
+    filled.
+    """
+    path = Path(path)
+    shards = {name: shard for name, shard in shards.items() if 0 not in shard.global_shape}
+    index, error = None, ""
+    try:
+        index = read_index(path)
+    except CheckpointError as failure:
+        error = str(failure)
+    wrong = _mismatches(index, shards) if index else {}
+    seen = _gather((error, set(shards), wrong), group)
+    errors = {error for error, _, _ in seen if error}
+    if errors or index is None:
+        raise CheckpointError("; ".join(sorted(errors)))
+    asked = set().union(*(names for _, names, _ in seen))
+    wrong = {name: text for _, _, faults in seen for name, text in faults.items()}
+    lines = [f"  {name}: not in the checkpoint" for name in sorted(asked - set(index.tensors))]
+    if not partial:
+        extra = sorted(set(index.tensors) - asked)
+        lines += [f"  {name}: in the checkpoint, not in this run" for name in extra]
+    lines += [f"  {name}: {text}" for name, text in sorted(wrong.items())]
+    if lines:
+        raise CheckpointError(
+            f"{path} does not fit this run in {len(lines)} tensor(s); "
+            "use the config it was written with, or start a new run:\n" + "\n".join(lines)
+        )
+    with _one_error(f"cannot load {path}"):
+        reader = FolderReader(path, index, verify, note)
+        dcp.load({}, storage_reader=reader, planner=ShardLoadPlanner(shards), process_group=group)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the state saved with a checkpoint. Raises CheckpointError if its index is damaged."""
+    return read_index(Path(path)).state
+
+
+def read_names(path: Path) -> list[str]:
+    """Return the entry names of a checkpoint. Raises CheckpointError if its index is damaged."""
+    return list(read_index(Path(path)).tensors)
+
+
+def verify(path: Path) -> list[str]:
+    """Read a whole checkpoint and list the damage by file and tensor; [] if it is intact.
+
+    Raises CheckpointError if its format version cannot be read.
+    """
+    return _damage(Path(path), 0, 1, note_nothing)
+
+
+def find_checkpoint(
+    root: Path,
+    *,
+    group: dist.ProcessGroup | None = None,
+    at_most: int | None = None,
+    note: Note = note_nothing,
+) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint under `root` (None if there is none), and messages.
+
+    Collective over `group`: the ranks share the reading and agree on the result. There is one
+    message for each damaged checkpoint that was skipped, naming files and tensors, and one for each
+    damaged pointer.
+
+    at_most: ignore checkpoints of later steps.
+    """
+    root = Path(root)
+    paths, messages = from_first_rank(
+        lambda: (list_checkpoints(root), _check_pointers(root)), group
+    )
+    rank, size = _rank(group), _size(group)
+    if at_most is not None:
+        paths = [path for path in paths if step_of(path.name) <= at_most]
+    for path in reversed(paths):
+        damage, refusal = [], ""
+        try:
+            damage = _damage(path, rank, size, note)
+        except CheckpointError as error:
+            refusal = str(error)
+        parts = _gather((damage, refusal), group)
+        if any(refusal for _, refusal in parts):
+            raise CheckpointError(next(refusal for _, refusal in parts if refusal))
+        found = list(dict.fromkeys(line for damage, _ in parts for line in damage))
+        if not found:
+            return path, messages
+        messages.append(f"{path} is damaged and was skipped: " + "; ".join(found))
+    return None, messages
+
+
+def step_of(name: str) -> int:
+    """Return the optimizer step in the name of a checkpoint folder."""
+    return int(name.removeprefix("step-"))
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """List the complete checkpoints under `root`, oldest first, including damaged ones."""
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and p.is_dir())
+
+
+def _damage(path: Path, part: int, num_parts: int, note: Note) -> list[str]:
+    try:
+        index = read_index(path)
+    except DamagedCheckpoint as error:
+        return [str(error)]
+    return find_damage(path, index, part, num_parts, note=note)
+
+
+def _check_pointers(root: Path) -> list[str]:
+    """Return the faults of the pointer files of `root`."""
+    messages = []
+    for path in (root / pointer for pointer in POINTERS if (root / pointer).exists()):
+        try:
+            name = unseal(path)
+        except DamagedCheckpoint as error:
+            messages.append(f"{error}; it is ignored")
+            continue
+        if not (root / name).is_dir():
+            messages.append(f"{path} names {name}, which is missing")
+    return messages
+
+
+def _mismatches(index: Index, shards: dict[str, TensorShard]) -> dict[str, str]:
+    """Return the tensors of this rank whose shape, dtype or chunks do not fit the checkpoint."""
+    wrong = {}
+    for name, shard in shards.items():
+        saved = index.tensors.get(name)
+        if saved is None:
+            continue
+        if tuple(saved.shape) != tuple(shard.global_shape):
+            wrong[name] = f"shape {saved.shape} in the checkpoint, {list(shard.global_shape)} here"
+            continue
+        for offset, sizes, tensor in shard.chunks:
+            if tensor.dtype != DTYPES[saved.dtype]:
+                wrong[name] = f"{DTYPES[saved.dtype]} in the checkpoint, {tensor.dtype} here"
+            ends = [o + s for o, s in zip(offset, sizes, strict=True)]
+            if tuple(tensor.shape) != tuple(sizes) or any(
+                end > size for end, size in zip(ends, saved.shape, strict=True)
+            ):
+                wrong[name] = f"chunk at {offset} of sizes {sizes} is given as {tensor.shape}"
+    return wrong
+
+
+# -------------------------------------------------------------------------- collective operations
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Return the values of all ranks, ordered by rank, on every rank."""
+    if _size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * _size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def chunks_to_write(
+    shards: dict[str, TensorShard], group: dist.ProcessGroup | None
+) -> set[tuple[str, tuple[int, ...]]]:
+    """Return (name, offset) of the chunks that this rank must write; collective.
+
+    Each replicated chunk is written once, by the holder with the fewest bytes assigned so far.
+    """
+    held = [
+        (name, tuple(offset), tensor.nbytes)
+        for name, shard in shards.items()
+        for offset, _, tensor in shard.chunks
+        if tensor.numel() and shard.written
+    ]
+    holders: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    ranks = _gather(held, group)
+    for rank, chunks in enumerate(ranks):
+        for name, offset, size in chunks:
+            holders.setdefault((name, offset), []).append(rank)
+            sizes[name, offset] = size
+    written, mine = [0] * len(ranks), set()
+    for chunk, candidates in holders.items():
+        writer = min(candidates, key=lambda rank: written[rank])
+        written[writer] += sizes[chunk]
+        if writer == _rank(group):
+            mine.add(chunk)
+    return mine
+
+
+def from_first_rank(compute: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Return the result of `compute` on the group's first rank; raise its errors on every rank."""
+    result: T | Exception | None = None
+    if _rank(group) == 0:
+        try:
+            result = compute()
+        except (MegarecurError, OSError) as error:
+            result = error
+    first: Any = _gather(result, group)[0]
+    if isinstance(first, OSError):
+        raise CheckpointError(f"{first.filename} cannot be read: {first.strerror}")
+    if isinstance(first, MegarecurError):
+        raise first
+    return cast(T, first)
+
+
+@contextmanager
+def _one_error(doing: str) -> Iterator[None]:
+    """Merge the errors of all ranks into one CheckpointError, the same on every rank."""
+    try:
+        yield
+    except CheckpointException as failure:
+        reasons = {_explain(rank, error) for rank, (error, _) in failure.failures.items()}
+        for error, _ in failure.failures.values():
+            if not isinstance(error, MegarecurError | OSError):
+                logger.error("%s: %s", doing, failure)  # our bug: keep the tracebacks
+                break
+        vanished = any(isinstance(e, FileNotFoundError) for e, _ in failure.failures.values())
+        kind = VanishedCheckpoint if vanished else CheckpointError
+        raise kind(f"{doing}: " + "; ".join(sorted(reasons))) from None
+
+
+def _explain(rank: int, error: BaseException) -> str:
+    if isinstance(error, MegarecurError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = error.filename or f"rank {rank}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"no space left on the disk of {where}: free some, or lower checkpoint.keep_last"
+        return f"{where}: {error.strerror}"
+    return f"rank {rank}: {type(error).__name__}: {error}"

@@ -1,0 +1,38 @@
+"""The table of conflicts between sections of a config, one row each.
+
+`find_conflicts` evaluates all rows. A page of the documentation is generated from these rows
+(`docs/config_pages.py`), and a test breaks and cures each of them by an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megarecur.config.rule import Rule
+from megarecur.config.rules_attention import ATTENTION_RULES
+from megarecur.config.rules_memory import HALTING_RULES, RECOMPUTE_RULES, TEMPORAL_RULES
+from megarecur.config.rules_model import MODEL_RULES
+from megarecur.config.rules_objective import EXIT_RULES, TASK_RULES
+from megarecur.config.rules_run import CHECKPOINT_RULES, OPTIMIZER_RULES, PARALLEL_RULES
+from megarecur.config.run import Config
+
+RULES = (
+    *MODEL_RULES,
+    *ATTENTION_RULES,
+    *HALTING_RULES,
+    *TEMPORAL_RULES,
+    *RECOMPUTE_RULES,
+    *TASK_RULES,
+    *EXIT_RULES,
+    *PARALLEL_RULES,
+    *OPTIMIZER_RULES,
+    *CHECKPOINT_RULES,
+)
+
+
+def find_conflicts(config: Config, rules: Sequence[Rule] = RULES) -> list[str]:
+    """Return the conflicts in a config, one message with its remedy for each broken rule.
+
+    Rules about values that cannot be read (see `base.Section`) are skipped.
+    """
+    return [message for rule in rules if (message := rule.explain(config))]

@@ -1,0 +1,209 @@
+"""Rules about the run: the mesh, the optimizer, the schedule and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from megarecur.config.optimizer import WarmupStableDecay
+from megarecur.config.recurrence import Loop
+from megarecur.config.rule import Rule
+from megarecur.config.run import Config
+
+
+def count_blocks_together(c: Config) -> int:
+    """Return the number of last blocks that must stay on one pipeline rank."""
+    loop = c.recurrence
+    return loop.coda if isinstance(loop, Loop) and loop.final_norm_after_core else 1
+
+
+def find_most_ranks(c: Config) -> Mapping[str, object]:
+    """Return the number of blocks and the maximum pipeline size, if the pipeline exceeds it."""
+    blocks, together = c.recurrence.num_blocks, count_blocks_together(c)
+    if c.parallel.pipeline <= blocks - together + 1:
+        return {}
+    stay = f", of which the last {together} stay together for final_norm_after_core"
+    return {"blocks": f"{blocks}{stay if together > 1 else ''}", "most": blocks - together + 1}
+
+
+def find_wrong_blocks(c: Config) -> Mapping[str, object]:
+    """Return the blocks that a placement omits, or lists although they do not exist."""
+    blocks, placement = c.recurrence.num_blocks, c.parallel.placement
+    if placement is None or len(placement) == blocks:
+        return {}
+    if len(placement) < blocks:
+        wrong = f"blocks {list(range(len(placement), blocks))} are missing"
+    else:
+        wrong = f"blocks {list(range(blocks, len(placement)))} do not exist"
+    return {"wrong": wrong, "blocks": blocks}
+
+
+def splits_coda(c: Config) -> Mapping[str, object]:
+    """Return the number of last blocks that must stay together, if a placement splits them."""
+    blocks, together = c.recurrence.num_blocks, count_blocks_together(c)
+    placement = c.parallel.placement
+    apart = (
+        placement is not None
+        and len(placement) == blocks
+        and len(set(placement[blocks - together :])) > 1
+    )
+    return {"together": together} if apart else {}
+
+
+def find_decay(c: Config) -> Mapping[str, object]:
+    """Return the steps of decay and the minimum steps of a run, if the schedule does not fit."""
+    schedule = c.optimizer.schedule
+    decay = schedule.decay_steps if isinstance(schedule, WarmupStableDecay) else 0
+    least = schedule.warmup_steps + decay
+    return {"decay": decay, "least": least} if least > c.train.steps else {}
+
+
+def rolls_back_too_far(c: Config) -> bool:
+    """Return True if an alarm may find no checkpoint from before the last log step."""
+    saving = c.checkpoint
+    kept = (saving.keep_last - 1) * saving.every + 1
+    rolls = c.alarms.action == "roll_back" and not saving.keep_every and saving.every > 0
+    return rolls and kept < c.train.log_every
+
+
+def divided_by_tensor(key: str, size: Callable[[Config], int | None]) -> Rule:
+    """Return the rule that parallel.tensor divides a size, where the model has it."""
+    return Rule(
+        keys=("parallel.tensor", key),
+        when=lambda c: (size(c) or 0) % c.parallel.tensor != 0,
+        reason=f"parallel.tensor={{parallel.tensor}} does not divide {key}={{{key}}}",
+        remedy=f"set {key} to a multiple of {{parallel.tensor}}, or lower tensor",
+    )
+
+
+PLACEMENT_RULES = (
+    Rule(
+        keys=("parallel.pipeline", "recurrence"),
+        when=find_most_ranks,
+        reason="parallel.pipeline={parallel.pipeline} exceeds the number of blocks that "
+        "recurrence.kind={recurrence.kind} can divide among ranks ({blocks})",
+        remedy="set it to at most {most}",
+    ),
+    Rule(
+        keys=("parallel.placement", "recurrence"),
+        when=find_wrong_blocks,
+        reason="parallel.placement={parallel.placement}: {wrong}",
+        remedy="name one rank for each of the {blocks} block(s)",
+    ),
+    Rule(
+        keys=("parallel.placement", "recurrence.final_norm_after_core"),
+        when=splits_coda,
+        reason="parallel.placement={parallel.placement}: the last {together} blocks stay together "
+        "for recurrence.final_norm_after_core",
+        remedy="give them one rank",
+    ),
+)
+"""Rules that a config keeps whose blocks can be placed."""
+PARALLEL_RULES = (
+    *PLACEMENT_RULES,
+    divided_by_tensor("model.num_heads", lambda c: c.model.num_heads),
+    Rule(
+        keys=("parallel.tensor", "model.num_kv_heads"),
+        when=lambda c: (
+            c.model.num_kv_heads % c.parallel.tensor != 0
+            and c.parallel.tensor % c.model.num_kv_heads != 0
+        ),
+        reason="parallel.tensor={parallel.tensor} does not divide model.num_kv_heads="
+        "{model.num_kv_heads}, nor the reverse",
+        remedy="set model.num_kv_heads to a multiple of {parallel.tensor}, or to a divisor",
+    ),
+    divided_by_tensor("model.ffn_hidden_size", lambda c: c.model.ffn_hidden_size),
+    divided_by_tensor("model.gate_hidden_size", lambda c: c.model.gate_hidden_size),
+    divided_by_tensor(
+        "temporal.update_ffn_hidden_size",
+        lambda c: None if c.temporal is None else c.temporal.update_ffn_hidden_size,
+    ),
+    Rule(
+        keys=("parallel.sequence_parallel", "parallel.tensor", "data.seq_length", "task.augment"),
+        when=lambda c: (
+            {"length": c.num_positions}
+            if c.parallel.sequence_parallel and c.num_positions % c.parallel.tensor
+            else False
+        ),
+        reason="parallel.sequence_parallel=true: parallel.tensor={parallel.tensor} does not divide "
+        "data.seq_length={data.seq_length} ({length} positions, START and END included)",
+        remedy="choose a length that it divides, or set sequence_parallel to false",
+    ),
+    Rule(
+        keys=("parallel.pipeline", "model.shared_feed_forward"),
+        when=lambda c: c.parallel.pipeline > 1 and c.model.shared_feed_forward,
+        reason="model.shared_feed_forward=true with parallel.pipeline={parallel.pipeline} would "
+        "use one feed-forward on several ranks",
+        remedy="set pipeline to 1, or shared_feed_forward to false",
+    ),
+    Rule(
+        keys=("parallel.zero_stage", "parallel.pipeline"),
+        when=lambda c: c.parallel.zero_stage == 3 and c.parallel.pipeline > 1,
+        reason="parallel.zero_stage=3 with parallel.pipeline={parallel.pipeline} would gather "
+        "every stage's weights for every micro batch",
+        remedy="set zero_stage to 1, or pipeline to 1",
+    ),
+    Rule(
+        keys=("parallel.zero_stage", "train.precision"),
+        when=lambda c: c.parallel.zero_stage > 0 and c.train.precision == "fp64",
+        reason="parallel.zero_stage={parallel.zero_stage} runs in fp32 or bf16, not in "
+        "train.precision=fp64",
+        remedy="set zero_stage to 0, or precision to fp32",
+    ),
+)
+OPTIMIZER_RULES = (
+    Rule(
+        keys=("optimizer.muon", "parallel.tensor"),
+        when=lambda c: c.optimizer.muon is not None and c.parallel.tensor > 1,
+        reason="optimizer.muon needs whole matrices, parallel.tensor={parallel.tensor} splits them",
+        remedy="set parallel.tensor to 1, or leave muon out",
+    ),
+    Rule(
+        keys=("optimizer.muon", "parallel.zero_stage"),
+        when=lambda c: c.optimizer.muon is not None and c.parallel.zero_stage > 0,
+        reason="optimizer.muon needs whole matrices, parallel.zero_stage={parallel.zero_stage} "
+        "splits them",
+        remedy="set parallel.zero_stage to 0, or leave muon out",
+    ),
+    Rule(
+        keys=("optimizer.muon", "parallel.pipeline"),
+        when=lambda c: c.optimizer.muon is not None and c.parallel.pipeline > 1,
+        reason="optimizer.muon with parallel.pipeline={parallel.pipeline} is not available in this "
+        "version",
+        remedy="set pipeline to 1, or leave muon out",
+    ),
+    Rule(
+        keys=("optimizer.schedule.warmup_steps", "optimizer.schedule.decay_steps", "train.steps"),
+        when=find_decay,
+        reason="optimizer.schedule: warmup_steps={optimizer.schedule.warmup_steps} and decay_steps="
+        "{decay} do not fit in train.steps={train.steps}",
+        remedy="raise train.steps to at least {least}, or lower warmup_steps or decay_steps",
+    ),
+)
+CHECKPOINT_RULES = (
+    Rule(
+        keys=("checkpoint.keep_best", "data.val"),
+        when=lambda c: bool(c.checkpoint.keep_best) and not c.data.val,
+        reason="checkpoint.keep_best={checkpoint.keep_best} needs data.val to score checkpoints, "
+        "which is empty",
+        remedy="name a corpus in data.val, or set keep_best to 0",
+    ),
+    Rule(
+        keys=("alarms.action", "checkpoint.every"),
+        when=lambda c: (
+            c.alarms.action == "roll_back"
+            and not c.checkpoint.keep_every
+            and c.checkpoint.every == 0
+        ),
+        reason="alarms.action=roll_back needs checkpoints to go back to, and checkpoint.every=0 "
+        "makes none",
+        remedy="set checkpoint.every",
+    ),
+    Rule(
+        keys=("alarms.action", "checkpoint.keep_last", "checkpoint.every", "train.log_every"),
+        when=rolls_back_too_far,
+        reason="alarms.action=roll_back looks at every train.log_every={train.log_every} steps, "
+        "when checkpoint.keep_last={checkpoint.keep_last} of checkpoint.every={checkpoint.every} "
+        "has nothing left from the log step before",
+        remedy="raise keep_last or every, or lower log_every",
+    ),
+)

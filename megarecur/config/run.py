@@ -1,0 +1,153 @@
+"""The complete config of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from megarecur.config.adapters import AdaptersConfig
+from megarecur.config.base import CONFIG_VERSION, UNREADABLE, Section, as_size, free
+from megarecur.config.checkpoint import CheckpointConfig
+from megarecur.config.data import DataConfig
+from megarecur.config.model import ModelConfig
+from megarecur.config.objective import DistillConfig, ExitConfig, TaskConfig
+from megarecur.config.optimizer import OptimizerConfig
+from megarecur.config.parallel import ParallelConfig
+from megarecur.config.recurrence import HaltingConfig, RecurrenceConfig, Ring
+from megarecur.config.temporal import TemporalConfig
+from megarecur.config.train import AlarmConfig, HealthConfig, TrainConfig
+
+
+class PaperConfig(Section):
+    """The row of a published table that this run reproduces; `megarecur check` compares."""
+
+    row: Annotated[str, Field(min_length=1)]
+    """Authors, year, table and row."""
+    parameters: Annotated[int, Field(gt=0, le=10**18)]
+    """Parameters as published, or by the published formula."""
+    without_embedding: bool = False
+    """Exclude embedding, positions and head from this number."""
+    published: str = ""
+    """Other results of the row: its score, in words."""
+    difference: str = ""
+    """Reason why the parameters here differ from the published ones, if they do."""
+
+
+class Config(Section):
+    """The config of a run. `load_config` also rejects conflicts between sections (config/rules.py);
+    this class alone does not."""
+
+    version: Literal[1] = CONFIG_VERSION
+    """Version of the config's format."""
+    run_dir: str = free(min_length=1)
+    """Folder of the run, relative to the current directory."""
+    init_from: str | None = free(None, min_length=1)
+    """RUN or RUN@STEP: a new run starts from the parameters of another run, or of a converted
+    model; moments and counters start at zero. A run that has checkpoints resumes from those.
+    Default: random initial parameters."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    """Seed of all random numbers."""
+    model: ModelConfig
+    """The shape of a block, and the layers around the blocks."""
+    recurrence: RecurrenceConfig
+    """The scheme: the order in which blocks run."""
+    adapters: AdaptersConfig | None = None
+    """Layer-wise LoRA: parameters of single loops. Default: none."""
+    temporal: TemporalConfig | None = None
+    """A memory carried from chunk to chunk. Default: a sequence is read in one piece."""
+    data: DataConfig
+    """Corpora, tokenizer and sequence length."""
+    optimizer: OptimizerConfig
+    """AdamW, Muon and the learning rate schedule."""
+    exits: ExitConfig | None = None
+    """Losses after earlier loops. Default: the loss of the last loop alone."""
+    distill: DistillConfig | None = None
+    """A teacher. Default: none."""
+    task: TaskConfig | None = None
+    """Classification. Default: next-token prediction."""
+    parallel: ParallelConfig = free(ParallelConfig())
+    """The mesh: how processes divide the model and its state."""
+    train: TrainConfig
+    """Steps, batches, precision and evaluation."""
+    checkpoint: CheckpointConfig = free(CheckpointConfig())
+    """Intervals between saves, and retention."""
+    alarms: AlarmConfig = free(AlarmConfig())
+    """Criteria of divergence."""
+    health: HealthConfig = free(HealthConfig())
+    """The check of every process before training."""
+    paper: PaperConfig | None = free(None)
+    """The published row that the run reproduces. Default: none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_in(cls, values: Any) -> Any:
+        """Fill in the rows of a learned position table, and the width of the memory's layers."""
+        if not isinstance(values, dict):
+            return values
+        model, data = values.get("model"), values.get("data")
+        if not (isinstance(model, dict) and isinstance(data, dict)):
+            return values
+        longest, temporal = data.get("seq_length"), values.get("temporal")
+        if isinstance(temporal, dict):
+            hidden = as_size(model.get("hidden_size")) or UNREADABLE
+            values = {**values, "temporal": {"update_ffn_hidden_size": hidden, **temporal}}
+            longest = temporal.get("chunk_length")
+        if model.get("positions") == "learned" and model.get("max_positions") is None:
+            task = values.get("task")
+            ends = 2 * bool(isinstance(task, dict) and task.get("augment"))
+            longest = as_size(longest)
+            if longest is not None and not isinstance(temporal, dict):
+                longest += ends
+            model = {**model, "max_positions": longest}
+        return {**values, "model": model}
+
+    @property
+    def halting(self) -> HaltingConfig | None:
+        """The section by which tokens halt; None if all steps run."""
+        halting = getattr(self.recurrence, "halting", None)
+        return None if halting is None or halting.mode == "none" else halting
+
+    @property
+    def classifies(self) -> bool:
+        """True if the head of a task replaces the vocabulary's."""
+        return self.task is not None and self.task.targets == "labels"
+
+    @property
+    def reads_memory(self) -> bool:
+        """True if the task's head reads the temporal memory instead of the states of tokens."""
+        pooled = self.temporal is not None and self.temporal.pooling is not None
+        return pooled and self.task is not None and self.task.kind != "token"
+
+    @property
+    def has_final_norm(self) -> bool:
+        """True if there is a norm between the layer map and a head, or between a core and its
+        coda."""
+        if self.reads_memory and not getattr(self.recurrence, "final_norm_after_core", False):
+            return False
+        return self.model.final_norm and self.model.norm_position != "post"
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """True if embedding and head are one table."""
+        return self.model.tie_embeddings and not self.classifies
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the longest sequence, with the START and END of a task."""
+        return self.data.seq_length + 2 * (self.task is not None and self.task.augment)
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Positions of a sample; for a pair, those of both sequences."""
+        return self.num_positions * (1 + (self.task is not None and self.task.kind == "pair"))
+
+    @property
+    def of_loops(self) -> str:
+        """Description of the parameters that belong to single loops; "" if loops share all of
+        them."""
+        if self.adapters is not None:
+            return "adapters"
+        if self.model.residual == "admin":
+            return "residual scales"
+        return "levels" if isinstance(self.recurrence, Ring) else ""

@@ -1,0 +1,145 @@
+"""Durable, atomic writes of files and folders; the only module that renames.
+
+replace_file(run_dir / "config.yaml", text)            write to a temporary file, sync, rename
+with open_replacement(path) as file: file.write(...)   the same, in several writes
+with create_folder(path) as aside: ...                 the same for a whole folder
+publish(aside, path)                                   only sync and rename
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from platform import node
+from typing import Any, BinaryIO
+
+
+def aside_of(path: Path, shared: bool = False) -> Path:
+    """Return the temporary path for `path`, in the same folder so that a rename is atomic.
+
+    Args:
+        shared: whether several processes may write `path` at once; the temporary name then includes
+            the host and process id.
+    """
+    own = f".{node()}.{os.getpid()}" if shared else ""
+    return path.with_name(f"{path.name}{own}.tmp")
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Rename a complete file or folder to its final path; durable on return.
+
+    An existing file is replaced. Files inside a folder must be synced by their writers.
+    """
+    sync(aside)
+    os.rename(aside, path)
+    sync(path.parent)
+
+
+@contextmanager
+def open_replacement(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
+    """Open a temporary file for writing; rename it to `path` on exit, or remove it on an error.
+
+    Args:
+        shared: see `aside_of`.
+    """
+    aside = aside_of(path, shared)
+    try:
+        with open(aside, "wb") as file:
+            yield file
+        publish(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def replace_file(path: Path, data: bytes | str, durable: bool = True) -> None:
+    """Write a whole file atomically, text as UTF-8; readers see either the old or the new content.
+
+    Args:
+        durable: whether the content must survive a power failure right after this returns.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    if durable:
+        with open_replacement(path) as file:
+            file.write(data)
+    else:
+        aside_of(path).write_bytes(data)
+        os.rename(aside_of(path), path)
+
+
+def create_file(path: Path, data: bytes | str) -> None:
+    """Create, write and sync a file inside a folder that is not yet published."""
+    with open(path, "xb", buffering=0) as file:
+        write_all(file, data.encode() if isinstance(data, str) else data, path)
+        os.fsync(file.fileno())
+
+
+def write_all(file: FileIO, data: memoryview | bytes, path: Path) -> None:
+    """Write all of `data`. An OSError names `path`."""
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a line of JSON, durable on return. Terminates a truncated last line first."""
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        cut = False
+        if size:
+            file.seek(-1, os.SEEK_END)
+            cut = file.read(1) != b"\n"
+        file.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if not size:
+        sync(path.parent)
+
+
+@contextmanager
+def create_folder(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder to fill; rename it to `path` on exit, or remove it on an error.
+
+    Args:
+        path: the final path; it must not exist, or be an empty folder.
+        shared: see `aside_of`.
+    """
+    aside = aside_of(path, shared)
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+        yield aside
+        for inside in aside.rglob("*"):
+            if not inside.is_symlink():
+                sync(inside)
+        publish(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def delete_folder(path: Path, suffix: str = ".tmp") -> None:
+    """Rename a folder and delete it, so that a crash leaves a `.tmp`, never a partial folder."""
+    doomed = path.with_name(path.name + suffix)
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,79 @@
+"""The embedding, and the head that computes logits of tokens.
+
+Shapes: B samples, S positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megarecur.batch import END, START
+from megarecur.parallel.head_loss import ChunkedLoss
+from megarecur.parallel.linear import Weight, product
+from megarecur.parallel.regions import ALONE, TensorParallel
+
+
+class Embedding(nn.Module):
+    """The embedding of tokens and learned positions.
+
+    The parameters are attributes of this module, and their use is a call of it: ZeRO 3 gathers only
+    a module's direct parameters, for the duration of its call.
+    """
+
+    def __init__(
+        self,
+        weight: Weight,
+        positions: nn.Parameter | None,
+        scale: float,
+        tp: TensorParallel = ALONE,
+        first: int = 0,
+        ends: Sequence[nn.Parameter] = (),
+    ) -> None:
+        super().__init__()
+        self.table, self.positions, self.scale = weight.parameter, positions, scale
+        self.tp, self.first = tp, first
+        self.start: nn.Parameter | None = ends[0] if ends else None
+        self.end: nn.Parameter | None = ends[1] if ends else None
+        """Embeddings of START and END, the ends of a task's sequences."""
+
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        """Embed ids: [B, S] to [B, S, D], or this rank's positions of it, in the parameters'
+        dtype."""
+        x = self.look_up(tokens_BS if self.start is None else tokens_BS.clamp(min=0))
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.start is not None and self.end is not None:
+            own = self.tp.own(tokens_BS).unsqueeze(-1)
+            x = torch.where(own == START, self.start, torch.where(own == END, self.end, x))
+        if self.positions is not None:
+            x = x + F.embedding(self.tp.own(positions_BS), self.positions)
+        return x
+
+    def look_up(self, tokens_BS: Tensor) -> Tensor:
+        """Return rows of the table; if it is sharded by ids, each row comes from the rank that has
+        it."""
+        if self.tp.size == 1:
+            return F.embedding(tokens_BS, self.table)
+        rows_BS = tokens_BS - self.first
+        own_BS = (rows_BS >= 0) & (rows_BS < len(self.table))
+        x = F.embedding(torch.where(own_BS, rows_BS, 0), self.table)
+        return self.tp.leave(torch.where(own_BS[..., None], x, 0.0))
+
+
+class Head(nn.Module):
+    """The output projection. Its parameter is a direct attribute, as in `Embedding`."""
+
+    def __init__(self, weight: Weight, tp: TensorParallel = ALONE) -> None:
+        super().__init__()
+        self.table, self.weight, self.tp = weight.parameter, weight, tp
+
+    def forward(self, x: Tensor, loss: ChunkedLoss | None = None) -> Any:
+        """Return logits: [B, S, D] to [B, S, V], or to this rank's shard of the vocabulary; or
+        what `loss` makes of x, [B S, D], and the table."""
+        x = self.tp.enter(x)
+        return product(x, self.weight) if loss is None else loss(x.flatten(0, 1), self.weight)

@@ -1,0 +1,14 @@
+"""Fixtures of tests of conversion and export."""
+
+from typing import Any
+
+import pytest
+
+from megarecur.data.torchvision_stub import make_torchvision_importable
+
+
+@pytest.fixture(scope="session")
+def transformers() -> Any:
+    """Return Hugging Face's transformers; the import costs seconds."""
+    make_torchvision_importable()
+    return pytest.importorskip("transformers")

@@ -1,0 +1,92 @@
+"""The command line as users run it: what it prints, how it ends, what it imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.commands import CHECK_WITHOUT_TORCH, megarecur
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIG = """
+run_dir: runs/quickstart
+model: {hidden_size: 128, num_heads: 4, ffn_hidden_size: 512, vocab_size: 1024}
+recurrence: {kind: reuse_map, reuse_map: [4, 2, 1, 1]}
+data: {train: [{path: a}], tokenizer: absent.model, seq_length: 1024}
+optimizer: {lr: 3.0e-3}
+train: {steps: 400, global_batch_size: 16, micro_batch_size: 8}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_check_explains_a_run_without_importing_torch(config: Path) -> None:
+    command = [sys.executable, "-c", CHECK_WITHOUT_TORCH, "check", str(config), "train.steps=7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "[]", "heavy imports"
+    words = done.stdout.split()
+    for word in ("●───●───●───●─╮", "1,180,800", "1,049,728", "2,230,400", "1.94", "114,688"):
+        assert word in words, word
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_that_come_along_are_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = megarecur(capsys, "check", path, "model.vocab_size=2048")
+    assert code == 0 and "layer map" in out, err
+
+
+def test_mistakes_are_one_message_and_exit_code_2(config: Path) -> None:
+    mistakes = ["model.vocab_sise=3", "train.steps=0"]
+    command = [sys.executable, "-m", "megarecur.launch.cli", "check", str(config), *mistakes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {config}: 2 problems\n")
+    assert "did you mean 'vocab_size'?" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["check", "{tmp}/absent.yaml"], "cannot be read"),
+        (["check", "{tmp}/config.yaml", "model.vocab_size=null"], "set model.vocab_size"),
+        (["check", "{tmp}/config.yaml", "--draw", "map.gif"], "must end in .png or .svg"),
+        (["plot", "{tmp}"], "metrics.jsonl"),
+        (["check"], "Missing argument"),
+        (["chek"], "No such command"),
+        (["check", "{tmp}/config.yaml", "--wrong"], "No such option"),
+    ],
+)
+def test_user_errors(
+    config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str
+) -> None:
+    code, _, err = megarecur(capsys, *(a.format(tmp=config.parent) for a in arguments))
+    assert code == 2 and part in err and "Traceback" not in err
+
+
+def test_the_vocabulary_of_bytes_needs_no_file(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = megarecur(capsys, "check", config, "model.vocab_size=", "data.tokenizer=bytes")
+    assert code == 0, err
+    assert "model.vocab_size" in out
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_check_draws(config: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
+    picture = config.parent / "new" / f"map.{suffix}"
+    code, out, err = megarecur(capsys, "check", config, "--draw", picture)
+    assert code == 0, err
+    assert str(picture) in out.replace("\n", "") and picture.stat().st_size > 5_000
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = megarecur(capsys, "--help")
+    assert code == 0 and "check" in out and "plot" in out

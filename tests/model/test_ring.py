@@ -1,0 +1,625 @@
+"""RingFormer (Heo et al. 2025; recurrence.md, section 3): parity with the authors' code, and what
+its levels are equal to."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.configs import make_config
+from support.decoding import VOCAB, compare_with_recomputation
+from support.harness import Trace, assert_gradients_close, compare
+from support.meshes import config_of, later, reference, trace
+from support.models import Batch, assert_same, build, make_batch, make_model_config, objective, run
+from support.parity import FP32_TOL, cases, read_case
+from torch import Tensor, nn
+
+from megarecur.config.run import Config
+from megarecur.convert.hf import layers_of
+from megarecur.convert.llama import LLAMA
+from megarecur.errors import ConfigError
+from megarecur.inference.cache import Cache
+from megarecur.model.adapters import Adapter, informed
+from megarecur.model.block import Block
+from megarecur.model.compile import CompiledModel
+from megarecur.model.transformer import Transformer
+from megarecur.parallel import random
+from megarecur.parallel.linear import product
+from megarecur.plan.cost import count_flops, count_parameters
+from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_embedding
+from megarecur.recurrence.layer_map import from_order
+from megarecur.recurrence.schemes import layer_map
+from megarecur.train.verify import certified
+
+RING = {"kind": "ring", "depth": 3, "level_rank": 3, "feed_forward_rank": 2}
+FORMS: list[dict[str, Any]] = [
+    {"norm_position": "post", "norm": "layer", "feed_forward": "gelu"},
+    {"norm_position": "pre", "norm": "layer", "feed_forward": "gelu", "attention_bias": "all",
+     "feed_forward_bias": True, "num_kv_heads": 2},
+]  # fmt: skip
+
+
+def noisy(spec: ParameterSpec, *args: Any) -> Tensor:
+    """Initial values with signals that matter."""
+    if ".signal_" in spec.name:
+        spec = replace(spec, std=0.15)
+    return random.initial_values(spec, *args)
+
+
+def build_noisy(config: Config) -> Transformer:
+    with mock.patch("megarecur.model.transformer.initial_values", noisy):
+        return build(config)
+
+
+def ring(model: dict[str, Any], precision: str = "fp64", **recurrence: Any) -> Config:
+    return make_model_config({**RING, **recurrence}, precision, **model)
+
+
+# ---------------------------------------------------------------------------------------- parity
+
+PARTS = {
+    "q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value",
+    "attn_proj": "attention.output", "query": "attention.query", "key": "attention.key",
+    "value": "attention.value", "out": "attention.output",
+    "FFN1.0": "feed_forward.up", "FFN2.0": "feed_forward.down",
+    "fc1": "feed_forward.up", "fc2": "feed_forward.down",
+}  # fmt: skip
+SIGNALS = {"Q": "query", "K": "key", "V": "value", "F": "feed_forward"}
+
+
+def our_names(name: str) -> list[str]:
+    """Our parameters that make theirs, one of each level where theirs holds all; none where there
+    is no counterpart here."""
+    if match := re.fullmatch(
+        r"(?:encoders|decoders|layers)\.0\."
+        r"(?:self_attention|masked_self_attention|positionWiseFeedForward|attn|ffn)\.(.*)\.(\w+)",
+        name,
+    ):
+        return [f"blocks.0.{PARTS[match[1]]}.{match[2]}"]
+    if match := re.fullmatch(r"(\w*layer_norms\w*)\.(\d+)\.(\w+)", name):
+        kind = {
+            "layer_norms_01": "attention_norm",
+            "layer_norms_02": "feed_forward_norm",
+            "ATTN_layer_norms": "attention_norm",
+            "FF_layer_norms": "feed_forward_norm",
+        }
+        return [f"blocks.0.loops.{match[2]}.{kind[match[1]]}.{match[3]}"]  # fmt: skip
+    if match := re.fullmatch(r"(?:lev_param|\w*lev_embed)_(?:SA_)?([QKVF])F?_0([12])", name):
+        of = f"signal_{SIGNALS[match[1]]}.{'ab'[int(match[2]) - 1]}"
+        return [f"blocks.0.loops.{{}}.{of}"]
+    return []
+
+
+class Side:
+    """One of their stacks as our model: weights of a prefix, gradients under their names."""
+
+    def __init__(
+        self, case: dict[str, Any], weights: dict[str, Tensor], levels: int, precision: str,
+        **model: Any,
+    ) -> None:  # fmt: skip
+        c, self.levels = case["config"], levels
+        ranks = {"level_rank": c.get("rank", c.get("attn_signal_rank")),
+                 "feed_forward_rank": c.get("rank", c.get("ffn_signal_rank"))}  # fmt: skip
+        bias = c.get("bias", True)
+        shape = {"hidden_size": c["d"], "num_heads": c["heads"], "head_dim": c["head_dim"],
+                 "ffn_hidden_size": c["ffn"], "feed_forward": "gelu", "positions": "none",
+                 "norm": "layer", "norm_eps": 1e-5, "attention_bias": "all" if bias else "none",
+                 "feed_forward_bias": bias}  # fmt: skip
+        recurrence = {"kind": "ring", "depth": levels, **ranks}
+        self.config = make_model_config(recurrence, precision, **{**shape, **model})
+        self.model = Transformer(self.config)
+        missing = {n for n in self.model.parameters_by_name if not n.startswith("task.")}
+        missing -= {"embedding.weight"}
+        self.known = {name: ours for name in weights if (ours := our_names(name))}
+        for name, ours in self.known.items():
+            for parameter, value in zip(
+                self.each(ours), weights[name][:levels].unbind() if "lev_" in name else
+                [weights[name]], strict=True,
+            ):  # fmt: skip
+                parameter.data.copy_(value.T if parameter.shape != value.shape else value)
+            missing -= {one.format(i) for one in ours for i in range(levels)}
+        if self.model.final_norm is not None:
+            missing -= {"final_norm.weight", "final_norm.bias"}
+        assert not missing, missing
+        self.model.refresh()
+        self.seen: dict[str, list[Tensor]] = defaultdict(list)
+        block = self.model.runner.blocks["0"]
+        assert isinstance(block, Block)
+        self.watch("attention", block.attention)
+        self.watch("feed_forward", block.feed_forward)
+        self.loops = [loop for loop in block.adapters if isinstance(loop, Adapter)]
+        for loop in self.loops:
+            for name, norm in loop.norms.items():
+                self.watch(name, norm)
+
+    def each(self, ours: list[str]) -> list[nn.Parameter]:
+        names = [ours[0].format(i) for i in range(self.levels)] if "{" in ours[0] else ours
+        return [self.model.parameters_by_name[name] for name in names]
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        module.register_forward_hook(lambda _m, _i, out: self.seen[name].append(out))
+
+    def run(self, x: Tensor, real_BS: Tensor) -> Tensor:
+        """From the input of the first level to the output of the last."""
+        positions = torch.arange(x.shape[1]).expand(x.shape[:2])
+        documents = torch.where(real_BS, 0, -1)
+        ids = torch.zeros_like(documents)
+        batch = Batch(ids, ids, positions, documents, torch.arange(len(x)), bool(real_BS.all()))
+        states: list[Tensor] = []
+        ctx = self.model.context(batch, step=0, training=False, states=states)
+        x, _ = self.model.run(layer_map(self.config.recurrence), x, ctx, {})
+        self.seen["out"] = states
+        return x
+
+    def gradients(self) -> dict[str, Tensor]:
+        found = {}
+        for name, ours in self.known.items():
+            parts = [p.grad for p in self.each(ours)]
+            if "lev_" in name:
+                parts = [g.T if name.endswith("01") else g for g in parts]
+                found[name] = torch.stack(parts)
+            else:
+                found[name] = parts[0]
+        return found
+
+
+class Theirs:
+    """What of a case has no counterpart here, as leaves, and everything stored of it."""
+
+    def __init__(self, path: Path, precision: str) -> None:
+        self.case, arrays = read_case(path)
+        dtype = torch.float64 if precision == "fp64" else torch.float32
+        self.arrays = {k: v.to(dtype) if v.is_floating_point() else v for k, v in arrays.items()}
+        self.weights = {
+            k.removeprefix("w/"): v.clone().requires_grad_()
+            for k, v in self.arrays.items() if k.startswith("w/")
+        }  # fmt: skip
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)}
+
+    def check(self, name: str, actual: Tensor, real: Tensor | None = None) -> None:
+        expected = self.arrays[name]
+        if real is not None:
+            actual, expected = actual[real], expected[real]
+        torch.testing.assert_close(
+            actual.detach(), expected, rtol=FP32_TOL, atol=FP32_TOL,
+            msg=lambda text: f"{name}: {text}",
+        )  # fmt: skip
+
+    def check_gradients(self, ours: dict[str, Tensor]) -> None:
+        """All that are stored; those of key biases, which are zero, absolutely."""
+        stored = {
+            k.removeprefix("grad/"): v for k, v in self.arrays.items() if k.startswith("grad/")
+        }
+        own = {k: w.grad for k, w in self.weights.items() if w.grad is not None}
+        found = {name: (ours | own)[name] for name in stored}
+        zero = [name for name in stored if re.search(r"(k_proj|key)\.bias$", name)]
+        for name in zero:
+            torch.testing.assert_close(
+                found.pop(name), torch.zeros_like(stored.pop(name)), rtol=0, atol=1e-6
+            )
+        assert_gradients_close(found, stored, FP32_TOL)
+
+
+def cross_attention(w: dict[str, Tensor], x: Tensor, memory: Tensor, real: Tensor, heads: int):
+    """Of their decoder, without signals."""
+    q, k, v = (
+        F.linear(source, w[f"{part}_proj.weight"], w.get(f"{part}_proj.bias"))
+        .unflatten(-1, (heads, -1)).transpose(1, 2)
+        for part, source in (("q", x), ("k", memory), ("v", memory))
+    )  # fmt: skip
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None])
+    return F.linear(out.transpose(1, 2).flatten(2), w["attn_proj.weight"], w.get("attn_proj.bias"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("path", cases("ringformer", "translation"))
+def test_parity_ringformer_translation(path: Path, precision: str) -> None:
+    """Encoder and decoder are our models. The decoder's cross-attention, which is not there yet,
+    and what surrounds the stacks are plain torch here."""
+    theirs = Theirs(path, precision)
+    c, arrays, weights = theirs.case["config"], theirs.arrays, theirs.weights
+    source, target = arrays["in/src"], arrays["in/trg"]
+    sides = {}
+    for side, levels in (("encoder", c["enc_levels"]), ("decoder", c["dec_levels"])):
+        given = theirs.under(f"{side}.")
+        if side == "decoder":  # Theirs: 01 self-attention, 02 cross-attention, 03 feed-forward.
+            given = {k: v for k, v in given.items() if "norms_02" not in k}
+            given = {k.replace("norms_03", "norms_02"): v for k, v in given.items()}
+        sides[side] = Side(
+            theirs.case, given, levels, precision, norm_position="post", causal=side == "decoder"
+        )
+    encoder, decoder = sides.values()
+
+    def embed(side: str, ids: Tensor) -> Tensor:
+        table = weights[f"{side}.emb_layer.emb_layer.weight"]
+        return F.embedding(ids, table, 0) + weights[f"{side}.pos_layer.pe"][:, : ids.shape[1]]
+
+    x = embed("encoder", source)
+    theirs.check("mid/enc/input_state", x)
+    real_source = source != c["pad_id"]
+    memory = encoder.run(x, real_source)
+    theirs.check("out/encoder", memory, real_source)
+
+    cross = theirs.under("decoder.decoders.0.enc_dec_attention.")
+    for i, loop in enumerate(decoder.loops):
+        norm = theirs.under(f"decoder.layer_norms_02.{i}.")
+
+        def attend(_m: Any, _i: Any, a: Tensor, norm: dict[str, Tensor] = norm) -> Tensor:
+            branch = cross_attention(cross, a, memory, real_source, c["heads"])
+            decoder.seen["cross"].append(branch)
+            return F.layer_norm(a + branch, a.shape[-1:], norm["weight"], norm["bias"])
+
+        loop.norms["attention_norm"].register_forward_hook(attend)
+    real_target = target != c["pad_id"]
+    x = decoder.run(embed("decoder", target), real_target)
+    theirs.check("out/decoder", x, real_target)
+    logits = F.linear(x, weights["fc.weight"], weights["fc.bias"])
+    theirs.check("out/logits", logits, real_target)
+    for name, side, real in (("enc", encoder, real_source), ("dec", decoder, real_target)):
+        for i in range(side.levels):
+            at = f"mid/{name}/level{i}/"
+            theirs.check(at + "self_attn_branch", side.seen["attention"][i], real)
+            theirs.check(at + "after_self_attn_ln", side.seen["attention_norm"][i], real)
+            theirs.check(at + "ffn_branch", side.seen["feed_forward"][i], real)
+            theirs.check(at + "out", side.seen["out"][i], real)
+    for i, branch in enumerate(decoder.seen["cross"]):
+        theirs.check(f"mid/dec/level{i}/cross_attn_branch", branch, real_target)
+    loss = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), target[:, 1:].flatten(), ignore_index=c["pad_id"]
+    )
+    theirs.check("out/loss", loss)
+    loss.backward()
+    ours = {f"encoder.{k}": g for k, g in encoder.gradients().items()}
+    ours |= {
+        f"decoder.{k.replace('norms_02', 'norms_03')}": g for k, g in decoder.gradients().items()
+    }
+    theirs.check_gradients(ours)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("path", cases("ringformer", "vision"))
+def test_parity_ringformer_vision(path: Path, precision: str) -> None:
+    """Patches and the head of classes are plain torch here."""
+    theirs = Theirs(path, precision)
+    c, arrays = theirs.case["config"], theirs.arrays
+    encoder = theirs.under("transformer.encoder.")
+    side = Side(
+        theirs.case, encoder, c["levels"], precision,
+        norm_position="pre", causal=False, final_norm_eps=1e-6,
+    )  # fmt: skip
+    names = {f"encoder_norm.{kind}": f"final_norm.{kind}" for kind in ("weight", "bias")}
+    for theirs_name, ours_name in names.items():
+        side.model.parameters_by_name[ours_name].data.copy_(encoder[theirs_name].data)
+    front = theirs.under("transformer.embeddings.")
+    patches = F.conv2d(
+        arrays["in/images"], front["patch_embeddings.weight"], front["patch_embeddings.bias"],
+        stride=c["patch"],
+    )  # fmt: skip
+    first = front["cls_token"].expand(len(patches), -1, -1)
+    x = torch.cat([first, patches.flatten(2).transpose(1, 2)], 1)
+    x = x + front["position_embeddings.pos_embed"].detach()
+    theirs.check("mid/input_state", x)
+    x = side.run(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    assert side.model.final_norm is not None
+    x = side.model.final_norm(x)
+    theirs.check("out/encoded", x)
+    head = theirs.under("head.")
+    logits = F.linear(x[:, 0], head["weight"], head["bias"])
+    theirs.check("out/logits", logits)
+    watched = {"attn_branch": "attention", "attn_norm_out": "attention_norm", "out": "out",
+               "ff_norm_out": "feed_forward_norm", "ffn_branch": "feed_forward"}  # fmt: skip
+    for i in range(c["levels"]):
+        for name, ours in watched.items():
+            theirs.check(f"mid/level{i}/{name}", side.seen[ours][i])
+    loss = F.cross_entropy(logits, arrays["in/labels"])
+    theirs.check("out/loss", loss)
+    loss.backward()
+    found = side.gradients() | {
+        name: side.model.parameters_by_name[ours].grad for name, ours in names.items()
+    }
+    theirs.check_gradients({f"transformer.encoder.{k}": g for k, g in found.items()})
+
+
+# --------------------------------------------------------------------- what levels are equal to
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_signals_of_zero_leave_a_cycle_with_norms_of_its_own(form: dict[str, Any]) -> None:
+    """Section 3.8, check 1, and 6.5b: A = 0, as it starts, is CYCLE(1, N) with adapters whose rank
+    adds nothing and norms per loop; with one set of norms, the plain CYCLE(1, N)."""
+    batch = make_batch()
+    loss, logits, grads = run(ring(form, "fp32"), batch)
+    cycle = make_model_config({"kind": "cycle", "num_blocks": 1, "depth": 3}, "fp32", **form)
+    relaxed = Config.model_validate(
+        {**cycle.model_dump(), "adapters": {"rank": 2, "targets": ["down"], "norms": True}}
+    )
+    other = run(relaxed, batch)
+    shared = {name: grads[name] for name in other[2] if name in grads}
+    assert len(shared) == len(grads) - 4 * 3 * 2
+    assert_same((loss, logits, shared), (*other[:2], {name: other[2][name] for name in shared}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_copied_norms_and_no_signals_leave_the_tied_layer(form, depth) -> None:
+    """Check 2; one level is one layer of the vanilla model. Also 6.5b: the gradient of each shared
+    parameter, and of copied norms together, is that of the tied layer."""
+    batch, config = make_batch(), ring(form, "fp64", depth=depth)
+    plain = {"kind": "cycle", "num_blocks": 1, "depth": depth}
+    if depth == 1:
+        plain = {"kind": "dense", "num_layers": 1}
+    tied = build(make_model_config(plain, "fp64", **form))
+    model = Transformer(config)
+    for name, parameter in model.parameters_by_name.items():
+        if ".signal_" not in name:
+            parameter.data.copy_(tied.parameters_by_name[re.sub(r"loops\.\d\.", "", name)].data)
+        elif name.endswith("a"):
+            assert not parameter.any()
+    loss, logits, grads = run(config, batch, False, model)
+    expected = run(tied.config, batch, False, tied)
+    torch.testing.assert_close((loss, logits), expected[:2], rtol=1e-12, atol=1e-12)
+    summed: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+    for name, grad in grads.items():
+        if ".signal_" not in name:
+            name = re.sub(r"loops\.\d\.", "", name)
+            summed[name] = summed[name] + grad
+    assert_gradients_close(dict(summed), expected[2], 1e-11)
+
+
+def unrolled(model: Transformer) -> tuple[Transformer, Any]:
+    """Check 3: the post-norm twin without signals. Layers have W + A^T B and W_1 (I + A^T B)."""
+    depth = model.config.recurrence.depth
+    form = model.config.model.model_dump()
+    dense = make_model_config({"kind": "dense", "num_layers": depth}, "fp64", **form)
+    twin, ours = Transformer(dense), model.parameters_by_name
+    for name, parameter in twin.parameters_by_name.items():
+        match = re.fullmatch(r"blocks\.(\d+)\.(.*)", name)
+        if match is None:
+            parameter.data.copy_(ours[name].data)
+            continue
+        level, rest = match.groups()
+        own = f"blocks.0.loops.{level}."
+        parameter.data.copy_(ours.get(own + rest, ours.get("blocks.0." + rest)).data)
+        kind = rest.split(".")[1]
+        if rest.endswith("weight") and own + f"signal_{kind}.a" in ours:
+            a, b = (ours[own + f"signal_{kind}.{factor}"].data for factor in "ab")
+            parameter.data += a @ b
+        if rest == "feed_forward.up.weight":
+            a, b = (ours[own + f"signal_feed_forward.{factor}"].data for factor in "ab")
+            parameter.data += parameter.data @ (a @ b)
+    twin.refresh()
+    return twin, from_order(range(depth))
+
+
+def test_post_norm_signals_are_deltas_of_matrices() -> None:
+    model, batch = build_noisy(ring(FORMS[0])), make_batch()
+    twin, steps = unrolled(model)
+    loss, logits = objective(model, layer_map(model.config.recurrence), batch)
+    expected = objective(twin, steps, batch)
+    torch.testing.assert_close((loss, logits), expected, rtol=1e-11, atol=1e-11)
+    with pytest.raises(AssertionError):
+        ours = model.parameters_by_name["blocks.0.loops.2.signal_value.a"]
+        ours.data.zero_()
+        model.refresh()
+        again = objective(model, layer_map(model.config.recurrence), batch)
+        torch.testing.assert_close(again, expected, rtol=1e-11, atol=1e-11)
+
+
+def loops_of(model: Transformer) -> tuple[Block, list[Adapter]]:
+    block = model.runner.blocks["0"]
+    assert isinstance(block, Block)
+    return block, [loop for loop in block.adapters if isinstance(loop, Adapter)]
+
+
+def test_thin_products_are_those_of_the_whole_matrix() -> None:
+    """Check 4: M x = A^T (B x), of attention and of the feed-forward."""
+    model = build_noisy(ring(FORMS[1]))
+    _, (loop, *_) = loops_of(model)
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    for name in ("query", "key", "value", "feed_forward"):
+        a, b = (
+            model.parameters_by_name[f"blocks.0.loops.0.signal_{name}.{factor}"] for factor in "ab"
+        )
+        assert a.shape == ({"key": 16, "value": 16}.get(name, 32), b.shape[0])
+        signal = loop.signal if name == "feed_forward" else loop.deltas[name]
+        thin = product(product(x, signal.a), signal.b)  # type: ignore[union-attr, arg-type]
+        torch.testing.assert_close(thin, x @ (a @ b).T)
+        assert thin.norm() > 0.1
+    torch.testing.assert_close(informed(x, loop), x + thin)
+
+
+def test_the_feed_forward_signal_enters_the_branch_only() -> None:
+    """Check 6: with W_2 = 0 a level gives LN(a), a being what attention leaves."""
+    model, batch = build_noisy(ring(FORMS[0], depth=1)), make_batch()
+    _, (loop,) = loops_of(model)
+    model.parameters_by_name["blocks.0.feed_forward.down.weight"].data.zero_()
+    model.refresh()
+    seen: list[Tensor] = []
+    loop.norms["attention_norm"].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    states: list[Tensor] = []
+    ctx = model.context(batch, step=0, training=False, states=states)
+    model.run(from_order([0]), model.embed(batch.tokens_BS, ctx), ctx, {})
+    torch.testing.assert_close(states[0], loop.norms["feed_forward_norm"](seen[0]))
+
+
+def test_pre_norm_signals_read_the_stream_itself() -> None:
+    """Check 8: a stream twice as large leaves LN(x) as it is, and queries change by M x alone."""
+    model, batch = build_noisy(ring({**FORMS[1], "positions": "none"})), make_batch()
+    block, (loop, *_) = loops_of(model)
+    ctx = model.context(batch, step=0, training=False)
+    step = layer_map(model.config.recurrence)[0]
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    normed = loop.norms["attention_norm"](x)
+    once, twice = (
+        block.attention.project(normed, ctx.view(False), step, loop, c * x) for c in (1, 2)
+    )
+    for name, before, after in zip(("query", "key", "value"), once, twice, strict=True):
+        signal = loop.deltas[name]
+        moved = product(product(x, signal.a), signal.b)  # type: ignore[arg-type]
+        torch.testing.assert_close((after - before).flatten(2), moved)
+        assert moved.norm() > 0.1
+
+
+# -------------------------------------------------------------------------------------- inventory
+
+
+def decoder_size(d: int, f: int, levels: int, rank: int) -> int:
+    """8 d^2 + 2 d f + N (6 d + 8 r d): of a decoder with cross-attention (recurrence.md, 3.4)."""
+    return 8 * d * d + 2 * d * f + levels * (6 * d + 8 * rank * d)
+
+
+@pytest.mark.parametrize(
+    ("d", "encoder", "whole"), [(512, 3_944_448, 8_943_616), (1024, 15_753_216, 35_713_024)]
+)
+def test_sizes_are_those_of_the_paper(d: int, encoder: int, whole: int) -> None:
+    """Bias-free, r = d / 16, f = 4 d, N = 6: 8.94M and 35.71M with the decoder's formula. Our
+    inventory has the encoder's part, 4 d^2 + 2 d f + N (4 d + 8 r d)."""
+    recurrence = {"kind": "ring", "depth": 6, "level_rank": d // 16}
+    form = {**FORMS[0], "hidden_size": d, "num_heads": 8, "ffn_hidden_size": 4 * d, "causal": False}
+    config = make_model_config(recurrence, "fp32", **form)
+    heads = [s.size for s in build_inventory(config).values() if s.name.startswith("task.")]
+    size = count_parameters(config).non_embedding - sum(heads)
+    assert size == encoder == 4 * d * d + 8 * d * d + 6 * (4 * d + 8 * d // 16 * d)
+    assert size + decoder_size(d, 4 * d, 6, d // 16) == whole
+    signals = [s.size for s in build_inventory(config).values() if ".signal_" in s.name]
+    assert 2 * sum(signals) == 6 * d * d  # N d^2 with the decoder's
+
+
+def test_size_with_biases_is_the_formula_of_vision() -> None:
+    """Section 3.4: configuration B, without patches, class token and head."""
+    d, f, levels, rank = 1284, 5120, 12, 80
+    shape = {"num_heads": 12, "num_kv_heads": 12, "hidden_size": d, "ffn_hidden_size": f}
+    form = {**FORMS[1], **shape, "positions": "none"}
+    config = make_model_config(
+        {"kind": "ring", "depth": levels, "level_rank": rank}, "fp32", **form
+    )
+    size = sum(s.size for s in build_inventory(config).values() if not is_embedding(s.name))
+    block = 4 * d * d + 4 * d + 2 * d * f + f + d
+    assert size == block + 8 * levels * rank * d + 4 * levels * d + 2 * d
+
+
+def test_levels_cost_their_thin_products() -> None:
+    """8 r d multiply-adds per token and level (section 3.4)."""
+    config, none = ring(FORMS[0]), ring(FORMS[0], level_rank=0, feed_forward_rank=0)
+    steps = layer_map(config.recurrence)
+    extra = 3 * 2 * 32 * (3 * 3 + 2)
+    assert count_parameters(config).total - count_parameters(none).total == extra
+    assert count_flops(config, steps).forward - count_flops(none, steps).forward == 2 * extra
+
+
+def test_initial_signals() -> None:
+    """A 0; B as the authors', or scaled."""
+    for how, std in (("authors", 1e-6), ("scaled", 32**-0.5)):
+        model = Transformer(ring(FORMS[0], signal_init=how, level_rank=16))
+        values = model.parameters_by_name
+        assert not any(p.any() for n, p in values.items() if n.endswith(".a"))
+        b = values["blocks.0.loops.1.signal_key.b"]
+        assert 0.9 * std < b.std().item() < 1.1 * std
+
+
+# ---------------------------------------------------------------------------------------- engines
+
+
+def noisy_trace(config: Config, num_steps: int) -> Trace:
+    with mock.patch("megarecur.model.transformer.initial_values", noisy):
+        return trace(config, num_steps)
+
+
+def noisy_reference(config: Config, num_steps: int) -> Trace:
+    with mock.patch("megarecur.model.transformer.initial_values", noisy):
+        return reference(config, num_steps)
+
+
+POST, PRE = FORMS
+ENGINES = [
+    # processes, parallel, model, other sections
+    (2, {"tensor": 2}, PRE, {}),
+    (2, {"tensor": 2, "sequence_parallel": True}, POST, {}),
+    later(2, {}, POST, {}),
+    later(2, {"zero_stage": 1}, PRE, {}),
+    later(2, {"zero_stage": 3}, POST, {"train": {"recompute": True}}),
+    later(2, {"tensor": 2, "sequence_parallel": True}, PRE, {"train": {"precision": "fp64"}}),
+    later(4, {"tensor": 2, "zero_stage": 3, "sequence_parallel": True}, PRE, {}),
+]
+
+
+@pytest.mark.parametrize(("processes", "parallel", "form", "extra"), ENGINES)
+def test_ranks_equal_one_process(world, corpus, processes, parallel, form, extra) -> None:
+    model = {**form, **extra.get("model", {})}
+    config = config_of(
+        corpus, "dense", 1, recurrence=RING, parallel=parallel, **{**extra, "model": model}
+    )
+    tolerances = (1e-11, 1e-11) if config.train.precision == "fp64" else (2e-6, 2e-5)
+    traces = world(processes).run(noisy_trace, config, 3)
+    compare(traces[0], noisy_reference(config, 3), *tolerances)
+    gradients = traces[0][0][1]
+    assert all(g.norm() > 0 for name, g in gradients.items() if ".signal_" in name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cached_keys_and_values_are_those_of_levels(form) -> None:
+    model = build_noisy(ring({**form, "vocab_size": VOCAB}, "fp32"))
+    compare_with_recomputation(model, Cache())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_graph_serves_all_levels(form) -> None:
+    found = []
+    for compiled in (False, True):
+        model = build_noisy(ring(form))
+        parts = CompiledModel(model, lambda graph, inputs: graph) if compiled else None
+        found.append(run(model.config, make_batch(), True, model))
+    assert parts is not None and parts.graphs == 1
+    assert_gradients_close(found[1][2], found[0][2], 1e-11)
+
+
+# ------------------------------------------------------------------------------- mistakes, exports
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"recurrence": {**RING, "level_rank": 33}}, "level_rank=33 is above model.hidden_size=32"),
+        ({"recurrence": {**RING, "feed_forward_rank": 40}}, "recurrence.feed_forward_rank=40 is "),
+        ({"recurrence": {**RING, "level_rank": -1}}, "recurrence.level_rank"),
+        ({"recurrence": {"kind": "ring", "depth": 3}}, "recurrence.level_rank: required"),
+        ({"recurrence": {**RING, "signal_init": "zero"}}, "recurrence.signal_init"),
+        ({"recurrence": RING, "model": {"norm_position": "peri"}}, "norm_position post and pre"),
+        ({"recurrence": RING, "model": {"parallel_residual": True}}, "parallel_residual=true: lev"),
+        ({"recurrence": RING, "adapters": {"rank": 2, "norms": True}}, "adapters.norms=true: wit"),
+        ({"recurrence": RING, "adapters": {"rank": 2}}, "key, query, value have level signals"),
+        ({"recurrence": RING, "parallel": {"pipeline": 2}}, "pipeline=2 exceeds the number of blo"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused(sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(**sections)
+    assert said in str(caught.value)
+
+
+def test_other_layers_may_have_adapters_beside_signals() -> None:
+    config = make_config(
+        recurrence=RING, adapters={"rank": 2, "targets": ["up"]}, model={"vocab_size": 9}
+    )
+    names = [name for name in build_inventory(config) if "loops.1." in name]
+    assert {"blocks.0.loops.1.up.lora_a", "blocks.0.loops.1.signal_query.a"} <= set(names)
+
+
+def test_the_parity_certificate_has_room_for_small_ranks() -> None:
+    config = make_config(recurrence={**RING, "level_rank": 32}, model={"hidden_size": 128})
+    assert certified(config, small=True, dp=1).recurrence.level_rank == 8
+
+
+def test_no_architecture_of_other_libraries_has_level_signals() -> None:
+    config = make_config(recurrence=RING, model={"vocab_size": 9})
+    with pytest.raises(ConfigError, match="has no level signals"):
+        layers_of(config, LLAMA)

@@ -1,0 +1,51 @@
+"""A small model to decode with, and its cache against full recomputation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megarecur.config.load import validate
+from megarecur.inference.cache import Cache
+from megarecur.inference.generate import next_logits
+from megarecur.model.transformer import Transformer
+from megarecur.parallel.mesh import Mesh
+from megarecur.plan.schedule import Schedules
+
+VOCAB = 53
+
+
+def build_decoder(
+    recurrence: dict[str, Any], adapters: dict[str, Any] | None = None, **model: Any
+) -> Transformer:
+    """A small model whose logits are far enough apart for a wrong key to change the tokens."""
+    shape: dict[str, Any] = {"hidden_size": 24, "num_heads": 4, "head_dim": 6}
+    # A tied head would mostly repeat the last token.
+    shape |= {"ffn_hidden_size": 32, "tie_embeddings": False}
+    values = {
+        "run_dir": "unused",
+        "model": shape | {"vocab_size": VOCAB, "init_std": 0.2} | model,
+        "recurrence": recurrence,
+        "adapters": adapters,
+        "data": {"train": [{"path": "unused"}], "tokenizer": "bytes", "seq_length": 160},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+    }
+    return Transformer(validate(values, "test"))
+
+
+def compare_with_recomputation(model: Transformer, cache: Cache) -> None:
+    """Prefill, then decode token by token, two samples at once; fails where logits differ."""
+    scheduled = Schedules(model.config).forward()
+    prompt = torch.arange(10).view(2, 5) * 7 % VOCAB
+    tokens, new = prompt, prompt
+    for _ in range(3):
+        cached = next_logits(model, Mesh(), scheduled, new, cache, seed=3)
+        full = next_logits(model, Mesh(), scheduled, tokens, None, seed=3)
+        torch.testing.assert_close(cached, full, rtol=0.0, atol=1e-5)
+        assert cached.argmax(-1).tolist() == full.argmax(-1).tolist()
+        new = full.argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, new], dim=1)
+    assert cache.length == tokens.shape[1] - 1
+    assert sorted(cache.entries) == sorted((s.block, s.loop_index) for s in scheduled.steps)
