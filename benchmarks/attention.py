@@ -45,29 +45,31 @@ def make_config(attention: str, model: dict[str, Any], precision: str, batch: in
     })  # fmt: skip
 
 
-def draw_lengths(mean: int, generator: np.random.Generator) -> NDArray[np.int64]:
+def draw_lengths(mean: int, length: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """Return lengths of documents that fill a sample; 0: one document."""
     if not mean:
-        return np.array([LENGTH])
+        return np.array([length])
     lengths: list[int] = []
-    while sum(lengths) < LENGTH:
+    while sum(lengths) < length:
         lengths.append(int(generator.integers(mean // 2, mean * 3 // 2 + 1)))
-    lengths[-1] -= sum(lengths) - LENGTH
-    return np.array([length for length in lengths if length > 0])
+    lengths[-1] -= sum(lengths) - length
+    return np.array([tokens for tokens in lengths if tokens > 0])
 
 
-def make_batch(mean: int, batch: int) -> MicroBatch:
-    """Return random tokens in documents of about `mean` tokens."""
+def make_batch(
+    mean: int, batch: int, length: int = LENGTH, vocabulary: int = VOCABULARY
+) -> MicroBatch:
+    """Return random tokens in documents of about `mean` tokens; 0: one document per sample."""
     generator = np.random.default_rng(0)
-    rows = [draw_lengths(mean, generator) for _ in range(batch)]
+    rows = [draw_lengths(mean, length, generator) for _ in range(batch)]
     documents = np.stack([np.repeat(np.arange(len(row)), row) for row in rows])
     starts = np.stack([np.repeat(row.cumsum() - row, row) for row in rows])
-    tokens = torch.from_numpy(generator.integers(0, VOCABULARY, (2, batch, LENGTH)))
+    tokens = torch.from_numpy(generator.integers(0, vocabulary, (2, batch, length)))
     return MicroBatch(
-        tokens[0], tokens[1], torch.from_numpy(np.arange(LENGTH) - starts),
+        tokens[0], tokens[1], torch.from_numpy(np.arange(length) - starts),
         torch.from_numpy(documents.astype(np.int32)), torch.arange(batch),
         torch.zeros(batch, dtype=torch.int64), not mean,
-        boundaries=from_lengths(np.concatenate(rows), batch, LENGTH),
+        boundaries=from_lengths(np.concatenate(rows), batch, length),
     ).to(DEVICE)  # fmt: skip
 
 

@@ -33,6 +33,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 1 if "launch" in item.path.parts else 2
 
     items.sort(key=rank)
+    if any(item.get_closest_marker("cuda") for item in items) and not has_cuda():
+        skip = pytest.mark.skip(reason="needs a CUDA device; torch finds none here")
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(skip)
+
+
+def has_cuda() -> bool:
+    """Return True if torch finds a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(scope="session")
@@ -61,24 +73,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte corpus of real text, `train` (some 9,000 tokens) and `val`, under this folder."""
-    from support.configs import TEXT
+    """A byte corpus of real text, `train` (some 9,000 tokens) and `val`, under this folder.
 
-    from megarecur.data_prep.readers import Reading
-    from megarecur.data_prep.shards import prepare_shards
+    `MEGARECUR_TEST_CORPUS` names one that is made already, where streaming is not installed.
+    """
+    from support.configs import write_corpus
 
-    folder = tmp_path_factory.mktemp("corpus")
-    source = folder / "text.txt"
-    source.write_text(TEXT, encoding="utf-8")
-    prepare_shards(
-        [source],
-        folder / "bytes",
-        "bytes",
-        Reading(text_split="blank_line"),
-        val_fraction=0.1,
-        workers=1,
-    )
-    return folder / "bytes"
+    made = os.environ.get("MEGARECUR_TEST_CORPUS")
+    return Path(made) if made else write_corpus(tmp_path_factory.mktemp("corpus") / "bytes")
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,7 @@ from megarecur.attention.documents import count_boundaries
 from megarecur.attention.scores import Scores
 from megarecur.attention.visibility import Visibility, see_documents
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device; torch finds none here"
-)
+pytestmark = pytest.mark.cuda
 
 
 @pytest.mark.parametrize("window", [0, 100])

@@ -192,7 +192,7 @@ def test_a_failed_save_is_the_users_to_mend(corpus, tmp_path, monkeypatch, capsy
     assert "Traceback" not in error
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_copies_of_a_gpu_are_those_of_the_step(tmp_path) -> None:
     config = make_config(checkpoint={"every": 1, "keep_last": 5}, run_dir=str(tmp_path))
     live = torch.zeros(1 << 24, device="cuda")

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from megarecur.config.recurrence import Looped
 from megarecur.config.run import Config
 from megarecur.convert import compact
 from megarecur.convert.hf import export_hf
+from megarecur.data.loader import MicroBatch
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import ConfigError
 from megarecur.inference.generate import generate
@@ -183,12 +183,13 @@ def describe_task_case(run_dir: Path, out: Path) -> dict[str, Any]:
     length = max(map(len, rows))
     tokens_BS = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     real_BS = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    batch = SimpleNamespace(
+    batch = MicroBatch(
         tokens_BS=tokens_BS,
         labels_BS=torch.zeros(1, dtype=torch.long),
         positions_BS=torch.arange(length).repeat(len(rows), 1),
         documents_BS=real_BS.int() - 1,
         sample_ids_B=torch.arange(len(rows)),
+        sources_B=torch.zeros(len(rows), dtype=torch.long),
         single_document=False,
     )
     with torch.no_grad():

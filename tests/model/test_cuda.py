@@ -17,9 +17,7 @@ from megarecur.train.metrics import read_rows
 from megarecur.train.step import forward_backward
 from megarecur.train.trainer import FINISHED, train
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device; torch finds none here"
-)
+pytestmark = pytest.mark.cuda
 
 
 @pytest.mark.parametrize("mask_documents", [True, False])

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from megarecur.config.load import validate
@@ -56,3 +57,16 @@ def make_config(
         else:
             values[section] = update
     return validate(values, "test")
+
+
+def write_corpus(out: Path) -> Path:
+    """Prepare `TEXT` as a corpus of bytes, `train` and `val`, in a folder; returns the folder."""
+    from megarecur.data_prep.readers import Reading
+    from megarecur.data_prep.shards import prepare_shards
+
+    with TemporaryDirectory() as folder:
+        source = Path(folder, "text.txt")
+        source.write_text(TEXT, encoding="utf-8")
+        reading = Reading(text_split="blank_line")
+        prepare_shards([source], out, "bytes", reading, val_fraction=0.1, workers=1)
+    return out
