@@ -1,14 +1,15 @@
 """Training speed of a reuse-mapped model against Hugging Face Llama of equal executed depth.
 
-    python benchmarks/training.py [fp32] [bf16] [--rounds 7] [--compile] [--cuda]
+    python benchmarks/training.py [fp32] [bf16] [--rounds 7] [--compile] [--cuda] [--documents 60]
 
 One step is forward, backward, clipping and fused AdamW on 4 sequences of 512 tokens: hidden 512,
 feed-forward 1,408, 8 heads, 8 executed layers, 8,192 tokens of vocabulary, tied. Our model runs 4
 blocks twice each (a step of the engine), theirs 8 layers (sdpa; in bf16, fp32 weights under
-autocast). With --compile both sides run under torch.compile: our block, and their whole model. Both
-sides, and products of the model's shapes, alternate in one run; medians are printed. "Share" is
-executed FLOPs over those that the machine's fp32 products (bf16 ones on CUDA) would execute in the
-same time.
+autocast). With --compile both sides run under torch.compile: our block, and their whole model.
+With --documents N, samples are packed from documents of N tokens on average; theirs get a 4-D
+mask, made beforehand, and positions that begin again with each document. Both sides, and products
+of the model's shapes, alternate in one run; medians are printed. "Share" is executed FLOPs over
+those that the machine's fp32 products (bf16 ones on CUDA) would execute in the same time.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from attention import make_batch
 
 from megarecur.config.run import Config
-from megarecur.data.loader import MicroBatch
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
@@ -34,6 +35,14 @@ HIDDEN, FFN, HEADS, DEPTH, VOCABULARY, LENGTH, BATCH = 512, 1408, 8, 8, 8192, 51
 TOKENS = LENGTH * BATCH
 DEVICE = torch.device("cuda" if "--cuda" in sys.argv else "cpu")
 COMPILE = "--compile" in sys.argv
+
+
+def option(name: str, default: int) -> int:
+    """Return the number after a flag."""
+    return int(sys.argv[sys.argv.index(name) + 1]) if name in sys.argv else default
+
+
+DOCUMENTS = option("--documents", 0)
 Step = Callable[[], float]
 
 
@@ -45,7 +54,7 @@ def make_config(precision: str) -> Config:
                   "vocab_size": VOCABULARY},
         "recurrence": {"kind": "reuse_map", "reuse_map": [2, 2, 2, 2]},
         "data": {"train": [{"path": "none"}], "tokenizer": "bytes", "seq_length": LENGTH,
-                 "mask_documents": False},
+                 "mask_documents": DOCUMENTS > 0},
         "optimizer": {"lr": 1e-4},
         "train": {"steps": 1, "global_batch_size": BATCH, "micro_batch_size": BATCH,
                   "precision": precision},
@@ -59,13 +68,7 @@ def our_step(config: Config) -> Step:
     engine = PlainEngine(model, config, Mesh(device=DEVICE))
     if COMPILE:
         CompiledModel(model)
-    steps, (tokens_BS, labels_BS) = layer_map(config.recurrence), random_batch()
-    positions_BS = torch.arange(LENGTH, device=DEVICE).expand(BATCH, LENGTH)
-    samples_B = torch.arange(BATCH, device=DEVICE)
-    zeros_BS = torch.zeros_like(tokens_BS)
-    batch = MicroBatch(
-        tokens_BS, labels_BS, positions_BS, zeros_BS, samples_B, torch.zeros_like(samples_B), True
-    )
+    steps, batch = layer_map(config.recurrence), make_batch(DOCUMENTS, BATCH, LENGTH, VOCABULARY)
 
     def step() -> float:
         ctx = model.context(batch, step=0, training=True)
@@ -91,12 +94,18 @@ def their_step(precision: str) -> Step:
         )
     ).to(DEVICE)  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-    tokens_BS, labels_BS = random_batch()
+    batch = make_batch(DOCUMENTS, BATCH, LENGTH, VOCABULARY)
+    inputs = {
+        "input_ids": batch.tokens_BS, "labels": batch.labels_BS, "shift_labels": batch.labels_BS
+    }  # fmt: skip
+    if DOCUMENTS:
+        same = batch.documents_BS[:, None, :, None] == batch.documents_BS[:, None, None]
+        inputs |= {"attention_mask": same.tril(), "position_ids": batch.positions_BS}
     forward = torch.compile(model) if COMPILE else model
 
     def step() -> float:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = forward(input_ids=tokens_BS, shift_labels=labels_BS, labels=labels_BS).loss
+            loss = forward(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -104,13 +113,6 @@ def their_step(precision: str) -> Step:
         return loss.item()
 
     return step
-
-
-def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens and labels [B, S], equal for both sides."""
-    generator = torch.Generator().manual_seed(0)
-    both = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=generator).to(DEVICE)
-    return both[0], both[1]
 
 
 def products_step() -> tuple[Step, float]:
@@ -169,7 +171,7 @@ def compare(precision: str, rounds: int) -> None:
 
 def main() -> None:
     """Compare both sides in the precisions named on the command line, or in fp32 and bf16."""
-    rounds = int(sys.argv[sys.argv.index("--rounds") + 1]) if "--rounds" in sys.argv else 7
+    rounds = option("--rounds", 7)
     for precision in [p for p in ("fp32", "bf16") if p in sys.argv] or ["fp32", "bf16"]:
         compare(precision, rounds)
 

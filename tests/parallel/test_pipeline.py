@@ -139,7 +139,7 @@ def draw(number: int, corpus: Path) -> tuple[Config, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(3 * len(MAPS)))
+@pytest.mark.parametrize("number", range(2 * len(MAPS)))
 def test_a_larger_sample_equals_one_process(world, corpus, number) -> None:
     config, processes = draw(number, corpus)
     tolerances = (1e-11, 1e-11) if config.train.precision == "fp64" else (2e-6, 2e-5)

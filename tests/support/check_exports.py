@@ -175,7 +175,8 @@ def check_thoroughly(case: dict[str, Any], model: Any, tokenizer: Any) -> None:
     inputs = tokenizer(case["texts"], padding=True, return_tensors="pt")
     static = greedy(model, inputs, cache_implementation="static", disable_compile=True)
     assert static == case["greedy"], "static cache"
-    check_compile(model, ids, wanted)
+    if case["compiles"]:
+        check_compile(model, ids, wanted)
     if model.config.block["positions"] != "alibi":
         check_layer_indices(case, ids, wanted)
     check_gradient_checkpointing(case, ids)

@@ -192,7 +192,7 @@ def test_sigkill_at_random_moments(corpus, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_sigkill_at_many_random_moments(corpus, tmp_path) -> None:
-    kill_often(corpus, tmp_path / "run", 20)
+    kill_often(corpus, tmp_path / "run", 10)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(
