@@ -23,7 +23,7 @@ from megarecur.launch.queue import live_jobs
 from megarecur.launch.reasons import HINTS, OUT_OF_MEMORY, count_oom_kills
 from megarecur.launch.slurm import SlurmError
 from megarecur.launch.submit import refuse_jobs, refuse_processes
-from megarecur.launch.watchdog import STACK_SECONDS, Watchdog, without_stacks
+from megarecur.launch.watchdog import Watchdog, wait_for_stacks
 from megarecur.train.signals import STACKS_VARIABLE, STOP_SIGNALS
 
 USER_ERROR, STOPPED, FAILED = 2, 3, 1
@@ -99,9 +99,7 @@ class Watch:
         for pid in workers.values():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGQUIT)
-        until = time.monotonic() + STACK_SECONDS
-        while (silent := without_stacks(self.stacks, self.nproc)) and time.monotonic() < until:
-            time.sleep(0.1)
+        silent = wait_for_stacks(self.stacks, self.nproc)
         named = ", ".join(f"rank {rank} ({describe_process(workers.get(rank))})" for rank in silent)
         print(
             f"error: {stall}; {f'silent: {named}' if silent else 'every rank answered'}; "

@@ -11,6 +11,7 @@ from pathlib import Path
 from megarecur.launch.folder import OVER, Beat
 from megarecur.launch.profile import ClusterProfile
 from megarecur.launch.slurm import SlurmError, ask, step_of
+from megarecur.train.signals import RECORD
 
 STACK_SECONDS = 15.0
 """Seconds that a rank may take to write its stacks, and a network file system to show them."""
@@ -73,10 +74,19 @@ def ask_for_stacks(job: str, logs: Path, num_tasks: int) -> list[int]:
         ask("scancel", "--signal=QUIT", step_of(job))
     except SlurmError:
         return list(range(num_tasks))
+    return wait_for_stacks(logs, num_tasks)
+
+
+def wait_for_stacks(logs: Path, num_tasks: int) -> list[int]:
+    """Wait until every rank has written its stacks, and its record of collectives if it keeps one;
+    return the ranks that have written no stacks."""
     until = time.monotonic() + STACK_SECONDS
-    while (silent := without_stacks(logs, num_tasks)) and time.monotonic() < until:
+    while time.monotonic() < until:
+        records = logs.glob(RECORD.format("*"))
+        if not without_stacks(logs, num_tasks) and all(path.read_bytes() for path in records):
+            break
         time.sleep(0.1)
-    return silent
+    return without_stacks(logs, num_tasks)
 
 
 def without_stacks(logs: Path, num_tasks: int) -> list[int]:

@@ -20,7 +20,8 @@ from megarecur.config.base import (
 
 
 class ProfileConfig(Section):
-    """Optimizer steps that torch's profiler records, into RUN/profile."""
+    """Optimizer steps that torch's profiler records, into RUN/profile; on CUDA with a snapshot of
+    memory."""
 
     start: Count = 10
     """First recorded step, counted from 0."""

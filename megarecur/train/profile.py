@@ -1,4 +1,5 @@
-"""Profiling of a window of optimizer steps by torch's profiler, for Perfetto or TensorBoard."""
+"""Profiling of a window of optimizer steps by torch's profiler, for Perfetto or TensorBoard, and on
+CUDA of the allocations of memory, for pytorch.org/memory_viz."""
 
 from __future__ import annotations
 
@@ -10,9 +11,13 @@ from megarecur.config.train import ProfileConfig
 from megarecur.files import publish
 from megarecur.parallel.mesh import Mesh
 
+MOST_ALLOCATIONS = 200_000
+"""Maximum events of a memory snapshot; the last ones are kept."""
+
 
 class Profiler:
-    """Profiler of steps [start, start + steps), counted from 0; writes a trace to RUN/profile.
+    """Profiler of steps [start, start + steps), counted from 0; writes a trace to RUN/profile, and
+    on CUDA a snapshot of memory with the stacks of its allocations.
 
     Named ranges in the trace: data, forward, backward, optimizer, save; and every step of the map.
     """
@@ -35,6 +40,8 @@ class Profiler:
             activities=activities, record_shapes=True, profile_memory=True
         )
         self.profile.start()
+        if self.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
 
     def end(self, step: int) -> str:
         """Stop recording after the window's last step; returns a note on the trace, else ""."""
@@ -54,4 +61,15 @@ class Profiler:
         aside = self.path.with_name("tmp-" + self.path.name)
         profile.export_chrome_trace(str(aside))
         publish(aside, self.path)
-        return f"profile written to {self.path}; open it at ui.perfetto.dev"
+        note = f"profile written to {self.path}; open it at ui.perfetto.dev"
+        return note if self.device.type != "cuda" else f"{note}\n{self.write_snapshot()}"
+
+    def write_snapshot(self) -> str:
+        """Write the allocations of the window and stop recording them; returns a note."""
+        name = self.path.name.removesuffix(".json.gz") + ".memory.pickle"
+        path = self.path.with_name(name)
+        aside = path.with_name("tmp-" + name)
+        torch.cuda.memory._dump_snapshot(str(aside))
+        torch.cuda.memory._record_memory_history(enabled=None)
+        publish(aside, path)
+        return f"memory snapshot written to {path}; open it at pytorch.org/memory_viz"

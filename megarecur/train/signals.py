@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STACKS_VARIABLE = "MEGARECUR_STACKS"
 """Environment variable with the folder for every process's stacks; set by the monitor."""
+RECORD = "nccl-{}.pickle"
+"""Name of a rank's flight record in that folder; empty until it is written."""
+FLIGHT_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+"""Defaults of torch's variables that keep the last collectives of a process."""
 STDERR = 2
 FAILED = 1 << 16
 """Value above every signal number: this rank has failed, and the run ends without saving."""
@@ -70,17 +77,26 @@ def note_signals() -> StopFlag:
     return flag
 
 
+def rank_of_process() -> str:
+    """Return this process's rank, as torchrun or Slurm gives it."""
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+
+
 def write_stacks_on_demand() -> None:
     """On SIGQUIT, write the Python stacks of all threads and continue.
 
-    They go to stacks-RANK.txt in the folder that STACKS_VARIABLE names, or to stderr.
+    They go to stacks-RANK.txt in the folder that STACKS_VARIABLE names, or to stderr. Where there
+    is a folder, NCCL keeps its last collectives (`train.flight_recorder`), and writes them there
+    when one of them times out.
     """
     folder = os.environ.get(STACKS_VARIABLE)
     if folder is None:
         faulthandler.register(signal.SIGQUIT, file=STDERR)
         return
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
-    path = Path(folder) / f"stacks-{rank}.txt"
+    dumped = {"TORCH_FR_DUMP_TEMP_FILE": str(Path(folder) / "nccl-timeout-")}
+    for name, value in (FLIGHT_RECORDER | dumped).items():
+        os.environ.setdefault(name, value)
+    path = Path(folder) / f"stacks-{rank_of_process()}.txt"
     # O_SYNC makes the file visible on other machines at once, on network file systems too.
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_SYNC)
     faulthandler.register(signal.SIGQUIT, file=file)

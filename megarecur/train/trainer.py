@@ -35,6 +35,7 @@ from megarecur.train.alarms import Alarms, record_event
 from megarecur.train.compiler import choose_compiler
 from megarecur.train.distill import load_teacher, with_teacher
 from megarecur.train.evaluate import continue_prompts, validate
+from megarecur.train.flight_recorder import watch_for_hangs
 from megarecur.train.health import check_health
 from megarecur.train.heartbeat import Heartbeat
 from megarecur.train.profile import Profiler
@@ -99,6 +100,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
     with ExitStack() as resources:
         stop = stop or resources.enter_context(watch_signals())
         mesh = resources.enter_context(open_mesh(config))
+        watch_for_hangs(mesh.device)
         compiling, reason = choose_compiler(config, mesh)
         folder = resources.enter_context(open_run(config, mesh))
         run_dir = folder.path
