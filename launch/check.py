@@ -12,6 +12,7 @@ from megarecur.config.base import show
 from megarecur.config.recurrence import Loop
 from megarecur.config.run import Config
 from megarecur.config.train import Recompute
+from megarecur.launch.configs import see_corpora
 from megarecur.launch.drawing import draw_layer_map
 from megarecur.plan.cost import (
     ParameterCount,
@@ -26,6 +27,7 @@ from megarecur.plan.cost import (
     dense_twin,
     estimate_memory,
     expect_flops,
+    see_samples,
     with_recompute,
 )
 from megarecur.plan.describe import count_noun, describe_scheme, format_bytes, format_count
@@ -138,7 +140,9 @@ def _paper(config: Config) -> list[RenderableType]:
 
 
 def _compute(config: Config, steps: LayerMap) -> RenderableType:
-    flops, dense = expect_flops(config), count_flops(config, dense_twin(steps))
+    found = see_corpora(config)
+    seen = found or see_samples(config)
+    flops, dense = expect_flops(config, seen), count_flops(config, dense_twin(steps), seen)
     mean = ", mean over the run's steps" if is_sampled(config.recurrence) else ""
     table = make_table(
         f"executed FLOPs{mean} (dense: every block once)", "per token", "per step", "against dense"
@@ -154,7 +158,12 @@ def _compute(config: Config, steps: LayerMap) -> RenderableType:
     for name, count, other in rows:
         per_step = format_count(count * tokens)
         table.add_row(name, format_count(count), per_step, f"x {count / other:.2f}")
-    return Padding(table, (0, 0, 1, 0))
+    keys = f"{seen.full:,.0f}"
+    if config.model.sliding_window is not None:
+        keys += f", {seen.sliding:,.0f} in sliding blocks,"
+    whole = "by the documents of data.train" if found else "with one document per sample"
+    note = f"  attention counts {keys} keys per token, {whole}, not all {config.num_positions:,}"
+    return Group(table, Padding(Text(note, "dim"), (0, 0, 1, 0)))
 
 
 def _memory(config: Config, steps: LayerMap) -> RenderableType:

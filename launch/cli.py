@@ -38,6 +38,8 @@ app = typer.Typer(
 )
 
 app.add_typer(prep.app, name="prep")
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
 Overrides = Annotated[
@@ -142,7 +144,10 @@ def plan(
     ] = None,
     hardware: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="cpu, a100, h100, h200 or a YAML file."),
+        typer.Option(
+            metavar="NAME|FILE",
+            help="cpu, a100, h100, h200, or a YAML file such as `bench hardware` writes.",
+        ),
     ] = None,
     cluster: Annotated[str | None, typer.Option(hidden=True)] = None,
     out: Annotated[
@@ -170,6 +175,28 @@ def plan(
 
         save(draw_plan(found), out)
         print(f"\norder drawn to {out}")
+
+
+@bench.callback()
+def measure() -> None:
+    """Measure this machine."""
+
+
+@bench.command()
+def hardware(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Description to write: .yaml.")],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that share the machine (default: one for each GPU, or one)."
+        ),
+    ] = None,
+) -> None:
+    """Measure products, attention, memory and collectives, for `plan --hardware FILE`."""
+    from megarecur.launch.bench import bench_hardware
+
+    bench_hardware(out, device, ranks)
 
 
 @app.command()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megarecur.config.load import load_config
 from megarecur.config.mesh import world_rules
 from megarecur.config.rules import RULES
 from megarecur.config.run import Config
-from megarecur.errors import ConfigError
+from megarecur.errors import ConfigError, DataError
+from megarecur.plan.cost import Seen, count_span, see_documents
 from megarecur.plan.describe import resolve_vocab_size
 from megarecur.plan.rules import walk_rules
 
@@ -49,3 +50,44 @@ def count_tokens(path: str) -> int:
             "or set model.vocab_size"
         )
     return tokenizer_vocab_size(path)
+
+
+MOST_TOKENS_READ = 1 << 24
+"""Tokens at the start of a corpus whose documents are measured."""
+
+
+def see_corpora(config: Config) -> Seen | None:
+    """Return the keys that queries see, by the documents of the training corpora; None if attention
+    sees whole samples, or no corpus of text is here."""
+    if not config.data.mask_documents or config.task is not None:
+        return None
+    found = []
+    for source in config.data.train:
+        lengths = list(measure_documents(Path(source.path), config))
+        if lengths:
+            found.append((source.weight, see_documents(config, lengths)))
+    if not found:
+        return None
+    total = sum(weight for weight, _ in found)
+    full, sliding = (sum(w * seen[i] for w, seen in found) / total for i in range(2))
+    return Seen(full, sliding)
+
+
+def measure_documents(path: Path, config: Config) -> Iterator[int]:
+    """Yield the tokens of a corpus's documents, cut where samples or chunks of a temporal memory
+    end; none if it is not a local corpus of megarecur's own."""
+    import numpy as np
+
+    from megarecur.data.corpus import read_manifest
+
+    try:
+        tokens = min(read_manifest(path).num_tokens, MOST_TOKENS_READ)
+        starts = np.load(path / "documents.npy", mmap_mode="r")
+    except (DataError, OSError, ValueError):
+        return
+    starts = starts[: starts.searchsorted(tokens)]
+    samples = np.arange(0, tokens, config.num_positions)
+    span = count_span(config)
+    chunks = (samples[:, None] + np.arange(0, config.num_positions, span)).ravel()
+    edges = np.unique(np.concatenate((starts, chunks[chunks < tokens], [tokens])))
+    yield from np.diff(edges).tolist()

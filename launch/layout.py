@@ -226,10 +226,14 @@ def _totals(plan: LayoutPlan) -> RenderableType:
     row("pipeline", format_seconds(plan.pipeline_time), far)
     if draft.reduction_time:
         row("reduction", format_seconds(draft.reduction_time), "of gradients, not overlapped")
+    if draft.update_time:
+        row("optimizer", format_seconds(draft.update_time), "by memory bandwidth")
     row("step", format_seconds(plan.step_time), style="bold")
     row("tokens per second", format_count(plan.tokens_per_second))
     peak = format_count(draft.cluster.peak(draft.config.train.precision))
-    row("MFU", f"{plan.mfu:.1%}", f"of {peak}FLOP/s for each of {plan.layout.world:,} ranks")
+    keys = f"attention counts {draft.seen.full:,.0f} of {draft.config.num_positions:,} keys"
+    note = f"of {peak}FLOP/s for each of {plan.layout.world:,} ranks; {keys}"
+    row("MFU", f"{plan.mfu:.1%}", note)
     room, need = draft.cluster.memory, max(plan.memory)
     if plan.fits:
         row("peak memory per rank", format_bytes(need), f"of {format_bytes(room)}  usable")

@@ -10,9 +10,11 @@ from rich.console import Console
 
 from megarecur.config.run import Config
 from megarecur.errors import ConfigError
+from megarecur.launch.configs import see_corpora
 from megarecur.launch.layout import describe_plan, describe_search
 from megarecur.launch.terminal import show
 from megarecur.plan.cluster import Cluster, load_cluster
+from megarecur.plan.cost import Seen
 from megarecur.plan.predict import Layout, LayoutPlan, complete, make_draft
 from megarecur.plan.search import list_layouts, search
 
@@ -33,13 +35,14 @@ def plan_config(
         ConfigError, MeshError, PlacementError: the config cannot be planned, or no layout fits.
     """
     cluster = load_cluster(hardware or default_hardware(config), "--hardware ")
+    seen = see_corpora(config)
     if tensor and pipeline:
         (size,) = list_layouts(world, tensor, pipeline)
         stage = config.parallel.zero_stage if zero_stage is None else zero_stage
-        found = complete(make_draft(config, Layout(*size, stage), cluster))
+        found = complete(make_draft(config, Layout(*size, stage), cluster, seen=seen))
         show(lambda width: describe_plan(found, width))
         return found
-    return search_layouts(config, cluster, world, tensor, pipeline, zero_stage)
+    return search_layouts(config, cluster, world, tensor, pipeline, zero_stage, seen)
 
 
 def search_layouts(
@@ -49,6 +52,7 @@ def search_layouts(
     tensor: int | None,
     pipeline: int | None,
     zero_stage: int | None,
+    seen: Seen | None,
 ) -> LayoutPlan:
     """Print the best layouts of a world; return the plan of the first."""
     with shown_progress() as report:
@@ -59,6 +63,7 @@ def search_layouts(
             tensor=tensor,
             pipeline=pipeline,
             zero_stage=zero_stage,
+            seen=seen,
             report=report,
         )
     own = config.parallel

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from megarecur.config.rules_attention import find_attention_obstacle
+from megarecur.config.rules_attention import PREFERRED, Backend, find_attention_obstacle
 from megarecur.config.run import Config
 from megarecur.errors import ConfigError
-
-Backend = Literal["dense", "segments", "varlen", "flex"]
-
-PREFERRED: dict[str, tuple[Backend, ...]] = {
-    "cpu": ("segments",),
-    "cuda": ("varlen", "flex", "segments"),
-}
-"""Backends by device, the fastest first. `segments` runs every config."""
 
 MEANINGS: dict[Backend, str] = {
     "dense": "scores of all pairs of tokens, hidden by a mask",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megarecur.attention.documents import Boundaries, whole_samples
-from megarecur.attention.plan import Backend
+from megarecur.config.rules_attention import Backend
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from megarecur.config.rule import Rule
 from megarecur.config.run import Config
+
+Backend = Literal["dense", "segments", "varlen", "flex"]
+
+PREFERRED: dict[str, tuple[Backend, ...]] = {
+    "cpu": ("segments",),
+    "cuda": ("varlen", "flex", "segments"),
+}
+"""Backends of attention by device, the fastest first. `segments` runs every config."""
+
+
+def pick_backend(c: Config, device: str) -> Backend:
+    """Return the backend that a run uses on a kind of device (cpu, cuda): the one that
+    `train.attention` names, or the first that supports the config."""
+    if c.train.attention != "auto":
+        return c.train.attention
+    fitting = (b for b in PREFERRED[device] if not find_attention_obstacle(c, b, device))
+    return next(fitting)
 
 
 def find_attention_obstacle(c: Config, backend: str, device: str) -> str:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from megarecur.attention.documents import Boundaries, count_boundaries, whole_samples
-from megarecur.attention.plan import Backend
 from megarecur.attention.visibility import (
     Visibility,
     has_plain_kernel,
@@ -24,6 +23,7 @@ from megarecur.attention.visibility import (
     select_rows,
 )
 from megarecur.config.model import ModelConfig
+from megarecur.config.rules_attention import Backend
 from megarecur.model.positions import alibi_bias, alibi_slopes, decay, rotation, sinusoidal
 from megarecur.model.telemetry import Telemetry
 from megarecur.parallel.random import key, key_words

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from megarecur.attention.documents import Boundaries, count_boundaries, from_lengths
-from megarecur.attention.plan import Backend
 from megarecur.attention.visibility import Visibility, see_documents, see_whole
 from megarecur.config.model import ModelConfig
+from megarecur.config.rules_attention import Backend
 from megarecur.config.run import Config
 from megarecur.config.temporal import TemporalConfig
 from megarecur.errors import ConfigError

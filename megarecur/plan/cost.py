@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from megarecur.config.model import ModelConfig
 from megarecur.config.parallel import ParallelConfig
@@ -96,9 +97,9 @@ def _by_block(config: Config) -> BlockSpecs:
 class FlopEstimate:
     """FLOPs per token, averaged over a sequence of data.seq_length tokens.
 
-    A product of matrices counts 2 per multiply-add. Attention counts all S x S scores, as is usual,
-    regardless of those that causality, documents and windows skip, and of those that a backend
-    computes again in backward. Norms, activations and look-ups are excluded.
+    A product of matrices counts 2 per multiply-add. Attention counts the pairs of query and key
+    that causality, documents and windows leave (`Seen`), not S x S as is usual, and not those that
+    a backend computes in vain or again in backward. Norms, activations and look-ups are excluded.
     """
 
     forward: int
@@ -116,11 +117,15 @@ class FlopEstimate:
         return self.train + self.recompute
 
 
-def count_flops(config: Config, steps: LayerMap) -> FlopEstimate:
-    """Return executed FLOPs per token (recurrence.md, section 1.2)."""
+def count_flops(config: Config, steps: LayerMap, seen: Seen | None = None) -> FlopEstimate:
+    """Return executed FLOPs per token (recurrence.md, section 1.2).
+
+    Args:
+        seen: keys that queries need; None: those of samples that are one document each.
+    """
     forward = train = forward_only = repeated = 0
     mixing = count_halting_flops(config)  # Not recomputed.
-    for step, flops in zip(steps, count_step_flops(config, steps), strict=True):
+    for step, flops in zip(steps, count_step_flops(config, steps, seen), strict=True):
         forward += flops
         train += 3 * flops if step.grad else flops
         forward_only += 0 if step.grad else flops
@@ -136,11 +141,12 @@ def count_flops(config: Config, steps: LayerMap) -> FlopEstimate:
     return FlopEstimate(forward + head, train, forward_only, repeated)
 
 
-def expect_flops(config: Config) -> FlopEstimate:
+def expect_flops(config: Config, seen: Seen | None = None) -> FlopEstimate:
     """Return executed FLOPs per token, averaged over the optimizer steps of the run."""
     shares = count_depths(config.recurrence, config.seed, config.train.steps)
     each = [
-        (share, count_flops(config, build_map(config, depth))) for depth, share in shares.items()
+        (share, count_flops(config, build_map(config, depth), seen))
+        for depth, share in shares.items()
     ]
 
     totals = (
@@ -157,15 +163,15 @@ def deepest_map(config: Config) -> LayerMap:
     return max(maps, key=lambda steps: (sum(step.grad for step in steps), len(steps)))
 
 
-def count_step_flops(config: Config, steps: LayerMap) -> list[int]:
+def count_step_flops(config: Config, steps: LayerMap, seen: Seen | None = None) -> list[int]:
     """Return forward FLOPs per token of each step of the map, in order.
 
-    Counts 2 per matrix parameter and 4 S heads head_dim for scores and their sum over values. The
-    matrix of an injection counts if the step reads the injected value. Keys and values of a
-    temporal memory are computed once per chunk.
+    Counts 2 per matrix parameter and 4 heads head_dim per seen key, for scores and their sum over
+    values. The matrix of an injection counts if the step reads the injected value. Keys and values
+    of a temporal memory are computed once per chunk.
     """
-    blocks, scores, flops = _by_block(config), count_score_flops(config), []
-    slots = count_slots_per_token(config)
+    blocks, flops = _by_block(config), []
+    slots, seen = count_slots_per_token(config), seen or see_samples(config)
     for step in steps:
         sizes = [
             spec.size * (slots if spec.name.endswith(SLOT_PRODUCTS) else 1)
@@ -174,6 +180,7 @@ def count_step_flops(config: Config, steps: LayerMap) -> list[int]:
             and (step.reads or ".injection." not in spec.name)
             and ".halting." not in spec.name
         ]
+        scores = count_score_flops(config, step.block, seen)
         flops.append(round(2 * sum(sizes)) + scores + count_halting_flops(config))
     return flops
 
@@ -182,15 +189,54 @@ SLOT_PRODUCTS = ("memory_attention.key.weight", "memory_attention.value.weight")
 """Matrices of a block applied to the temporal memory instead of the tokens."""
 
 
-def count_score_flops(config: Config) -> int:
-    """Return forward FLOPs per token of one step's attention scores and the sum over their values;
-    with a temporal memory, those inside chunks and those of its slots."""
-    seen, temporal = float(config.num_positions), config.temporal
-    if temporal is not None:
-        whole, rest = divmod(config.num_positions, temporal.chunk_length)
-        seen = (whole * temporal.chunk_length**2 + rest**2) / config.num_positions
-        seen += temporal.num_slots
-    return round(4 * seen * config.model.num_heads * config.model.head_dim)
+class Seen(NamedTuple):
+    """Mean number of keys that a query must see, itself included."""
+
+    full: float
+    """In blocks without a window."""
+    sliding: float
+    """In blocks with a sliding window."""
+
+
+def count_pairs(length: int, causal: bool, window: int | None = None) -> int:
+    """Return the pairs of query and key that attention over a document must compute.
+
+    Args:
+        length: tokens of the document.
+        causal: whether a query sees only keys up to its own position.
+        window: number of these that it sees, the last ones; None: all.
+    """
+    if not causal:
+        return length * length
+    reach = min(window or length, length)
+    return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def see_documents(config: Config, lengths: Iterable[int]) -> Seen:
+    """Return the keys that queries see over documents of these lengths, or parts of documents that
+    attention sees by themselves."""
+    lengths, model = list(lengths), config.model
+    tokens = max(sum(lengths), 1)
+    full, sliding = (
+        sum(count_pairs(length, model.causal, window) for length in lengths) / tokens
+        for window in (None, model.sliding_window)
+    )
+    return Seen(full, sliding)
+
+
+def see_samples(config: Config) -> Seen:
+    """Return the keys that queries see if every sample is one document; with a temporal memory, in
+    chunks."""
+    whole, rest = divmod(config.num_positions, count_span(config))
+    return see_documents(config, [count_span(config)] * whole + [rest] * (rest > 0))
+
+
+def count_score_flops(config: Config, block: int, seen: Seen) -> int:
+    """Return forward FLOPs per token of a block's attention scores and the sum over their values,
+    those of a temporal memory's slots included."""
+    keys = seen.sliding if config.model.slides(block) else seen.full
+    keys += 0 if config.temporal is None else config.temporal.num_slots
+    return round(4 * keys * config.model.num_heads * config.model.head_dim)
 
 
 def count_slots_per_token(config: Config) -> float:

@@ -1,10 +1,13 @@
 """Predict the time, memory and traffic of one optimizer step of a layout before it runs.
 
-Predictions come from formulas, not measurements. The time of a stage is its FLOPs over the
-attainable rate of a rank, plus the collectives of tensor parallelism. The time of the pipeline is
-that of the simulated order. Gradients are reduced over the replicas afterwards, without overlap.
-Not modelled: the optimizer's own step, loading, logging, and that W of frozen parameters does not
-run. Times are in seconds, sizes in bytes.
+Predictions come from formulas, not from a run. The time of a stage is that of its products, its
+attention and its pointwise work, each at its own rate if the cluster has measured rates, plus the
+collectives of tensor parallelism. Where an eager host starts operations more slowly than the device
+runs them, the host decides. The time of the pipeline is that of the simulated order. Gradients are
+reduced over the replicas afterwards, without overlap; the optimizer's step follows.
+
+Not modelled: loading, logging, and that W of frozen parameters does not run. Times are in seconds,
+sizes in bytes.
 """
 
 from __future__ import annotations
@@ -17,10 +20,13 @@ from typing import Literal, NamedTuple
 from megarecur.config.load import validate
 from megarecur.config.mesh import batch_rule
 from megarecur.config.recurrence import Loop
+from megarecur.config.rules_attention import pick_backend
 from megarecur.config.run import Config
 from megarecur.errors import MeshError, PlacementError
 from megarecur.plan.cluster import Cluster, Link
 from megarecur.plan.cost import (
+    Seen,
+    chunk_tokens,
     count_deferred_bytes,
     count_end_bytes,
     count_flops,
@@ -32,6 +38,7 @@ from megarecur.plan.cost import (
     count_rank,
     count_remade_bytes,
     count_score_flops,
+    count_span,
     count_step_flops,
     count_stream_bytes,
     count_tokens_per_step,
@@ -41,9 +48,18 @@ from megarecur.plan.cost import (
     has_copy,
     is_chunked,
     parameter_bytes,
+    see_samples,
+    vocab_shard,
 )
 from megarecur.plan.order import StageCost
 from megarecur.plan.placement import Placement, place
+from megarecur.plan.pointwise import (
+    EAGER_LAUNCHES,
+    FUSED_LAUNCHES,
+    compiles,
+    count_logit_bytes,
+    count_pointwise_bytes,
+)
 from megarecur.plan.simulate import (
     CLOSED_FORMS,
     Choice,
@@ -133,6 +149,8 @@ class RankState:
     traffic: Traffic
     reduction: float
     """Seconds to reduce the rank's gradients over the replicas."""
+    update: float
+    """Seconds of clipping and the optimizer's step; 0 without measured rates."""
 
     @property
     def state(self) -> int:
@@ -155,6 +173,8 @@ class Draft:
     tied_time: float
     deepest: tuple[Walk, tuple[StageCost, ...]] | None
     """Walk and costs of the run's step that keeps most, if steps differ in depth."""
+    seen: Seen
+    """Keys that queries see."""
 
     @property
     def num_microbatches(self) -> int:
@@ -164,8 +184,13 @@ class Draft:
 
     @property
     def reduction_time(self) -> float:
-        """Seconds after the pipeline: the longest gradient reduction."""
+        """Seconds of the longest gradient reduction, after the pipeline."""
         return max(rank.reduction for rank in self.ranks) + self.tied_time
+
+    @property
+    def update_time(self) -> float:
+        """Seconds of the longest optimizer step, after the reduction."""
+        return max(rank.update for rank in self.ranks)
 
     @property
     def efficiency(self) -> float:
@@ -178,7 +203,7 @@ class Draft:
         """Lower bound on the seconds of a step, over all orders."""
         split = self.config.parallel.split_backward
         bound = lower_bound(self.walk, self.costs, self.num_microbatches, split)
-        return bound + self.reduction_time
+        return bound + self.reduction_time + self.update_time
 
     @property
     def least_memory(self) -> int:
@@ -208,7 +233,8 @@ class LayoutPlan:
     step_time: float = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "step_time", self.pipeline_time + self.draft.reduction_time)
+        after = self.draft.reduction_time + self.draft.update_time
+        object.__setattr__(self, "step_time", self.pipeline_time + after)
 
     @property
     def layout(self) -> Layout:
@@ -239,9 +265,11 @@ class LayoutPlan:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs as a share of the ranks' peak; recompute is excluded."""
+        """Model FLOPs as a share of the ranks' peak; recompute, and attention beyond what documents
+        and windows need, are excluded."""
         config, cluster = self.draft.config, self.draft.cluster
-        flops = count_flops(config, build_map(config)).train * self.tokens_per_second
+        steps = build_map(config)
+        flops = count_flops(config, steps, self.draft.seen).train * self.tokens_per_second
         return flops / (self.layout.world * cluster.peak(config.train.precision))
 
 
@@ -271,12 +299,21 @@ def with_layout(config: Config, layout: Layout) -> Config:
 
 
 def make_draft(
-    config: Config, layout: Layout, cluster: Cluster, placement: Placement | None = None
+    config: Config,
+    layout: Layout,
+    cluster: Cluster,
+    placement: Placement | None = None,
+    seen: Seen | None = None,
 ) -> Draft:
     """Place a config's blocks on a layout and count what that costs.
 
-    `config.model.vocab_size` must be resolved. A known placement can be passed to save time: it
-    depends only on the config and the number of pipeline ranks.
+    Args:
+        config: with `model.vocab_size` resolved.
+        layout: division of the ranks.
+        cluster: their hardware.
+        placement: if known, which saves time: it depends only on the config and the number of
+            pipeline ranks.
+        seen: keys that queries see; None: those of samples that are one document each.
 
     Raises:
         ConfigError, MeshError, PlacementError: the layout does not suit the config.
@@ -287,18 +324,19 @@ def make_draft(
     steps = build_map(config)
     placement = placement or place(config, steps)
     walk = walk_over(config, steps, placement)
-    costs = cost_stages(config, walk, layout, cluster)
+    seen = seen or see_samples(config)
+    costs = cost_stages(config, walk, layout, cluster, seen)
     deepest = None
     if is_sampled(config.recurrence):
         longest = walk_over(config, deepest_map(config), placement)
-        deepest = longest, cost_stages(config, longest, layout, cluster)
+        deepest = longest, cost_stages(config, longest, layout, cluster, seen)
     ranks = count_ranks(config, layout, placement, walk, costs, cluster)
     tied = 0.0
     if ends_apart(config, placement):
         table = held([build_inventory(config)["embedding.weight"]], layout.tensor)
         link = _hop_link(placement.embedding, placement.head, layout, cluster)
         tied = link.reduce_time(table * parameter_bytes(config), 2)
-    return Draft(config, cluster, layout, placement, walk, costs, ranks, tied, deepest)
+    return Draft(config, cluster, layout, placement, walk, costs, ranks, tied, deepest, seen)
 
 
 def walk_over(config: Config, steps: LayerMap, placement: Placement) -> Walk:
@@ -429,18 +467,18 @@ def count_in_flight(timeline: Timeline) -> int:
 
 
 def cost_stages(
-    config: Config, walk: Walk, layout: Layout, cluster: Cluster
+    config: Config, walk: Walk, layout: Layout, cluster: Cluster, seen: Seen | None = None
 ) -> tuple[StageCost, ...]:
     """Return the seconds and bytes of every stage for one micro batch."""
     tokens = config.train.micro_batch_size * config.tokens_per_sample
-    seconds = tokens / (layout.tensor * cluster.rate(config.train.precision))  # per FLOP and token
+    times = time_stages(config, walk, layout, cluster, seen or see_samples(config))
     link = cluster.link(layout.tensor, 1, layout.world)
     collective = link.reduce_time(collective_bytes(config), layout.tensor)
     stream, ends = count_stream_bytes(config), count_end_bytes(config)
     memory, logits = estimate_memory(config, ()), _kept_logits(config)
     masked: set[int] = set()
     costs = []
-    for stage, flops in zip(walk, count_stage_flops(config, walk), strict=True):
+    for stage, time in zip(walk, times, strict=True):
         forward = backward = 0
         if layout.tensor > 1:
             forward, backward = count_collectives(config, stage)
@@ -458,9 +496,9 @@ def cost_stages(
                 activation += memory.mask
         costs.append(
             StageCost(
-                forward=flops.forward * seconds + forward * collective,
-                inputs=flops.inputs * seconds + backward * collective,
-                weights=flops.weights * seconds,
+                forward=time.forward + forward * collective,
+                inputs=time.inputs + backward * collective,
+                weights=time.weights,
                 hop=_hop_time(config, walk, stage, layout, cluster),
                 activation=activation,
                 deferred=deferred,
@@ -469,36 +507,115 @@ def cost_stages(
     return tuple(costs)
 
 
+class StageTime(NamedTuple):
+    """Seconds of one stage for one micro batch, collectives excluded."""
+
+    forward: float
+    inputs: float
+    weights: float
+
+
 class StageFlops(NamedTuple):
-    """FLOPs of one stage per token."""
+    """FLOPs of one stage per token: of products, then of attention scores."""
 
     forward: int
     inputs: int
-    """Backward pass of the inputs, with the whole backward of the scores and, under recompute,
-    forward."""
+    """Backward pass of the inputs, and under recompute forward."""
     weights: int
+    forward_scores: int
+    inputs_scores: int
+    """The whole backward of the scores, and under recompute forward."""
 
 
-def count_stage_flops(config: Config, walk: Walk) -> list[StageFlops]:
+def count_stage_flops(config: Config, walk: Walk, seen: Seen | None = None) -> list[StageFlops]:
     """Return the FLOPs of every stage: its steps, and in the last one the head, for the loss and
     all exits, whose logits are recomputed in backward."""
-    scores, head = count_score_flops(config), count_head_flops(config)
-    each = iter(count_step_flops(config, tuple(step for stage in walk for step in stage.steps)))
+    seen, head = seen or see_samples(config), count_head_flops(config)
+    steps = tuple(step for stage in walk for step in stage.steps)
+    each = iter(count_step_flops(config, steps, seen))
     found = []
     for stage in walk:
         forward = inputs = weights = head * (stage.last + len(stage.exits))
         inputs += head * (len(stage.exits) + (stage.last and is_chunked(config)))
         written = count_memory_flops(config) * stage.last
         forward, inputs, weights = forward + written, inputs + written, weights + written
+        forward_scores = inputs_scores = 0
         for step in stage.steps:
-            flops = next(each)
-            forward += flops
+            scores = count_score_flops(config, step.block, seen)
+            products = next(each) - scores
+            forward, forward_scores = forward + products, forward_scores + scores
             if step.grad and stage.backward:
-                again = config.train.recomputes(step.loop_index)
-                inputs += flops + scores + (flops if again else 0)
-                weights += flops - scores
-        found.append(StageFlops(forward, inputs, weights))
+                times = 1 + config.train.recomputes(step.loop_index)
+                inputs += products * times
+                inputs_scores += scores * (1 + times)
+                weights += products
+        found.append(StageFlops(forward, inputs, weights, forward_scores, inputs_scores))
     return found
+
+
+def time_stages(
+    config: Config, walk: Walk, layout: Layout, cluster: Cluster, seen: Seen
+) -> list[StageTime]:
+    """Return the seconds of every stage: products and attention at their rates, pointwise work at
+    the memory's; at least the time in which the host starts the operations."""
+    tokens = config.train.micro_batch_size * config.tokens_per_sample
+    fused = compiles(config, cluster.device)
+    of_products = tokens * product_seconds(config, layout, cluster)
+    of_scores = tokens * score_seconds(config, layout, cluster, seen)
+    stream = tokens * config.model.hidden_size * element_bytes(config)
+    work = [tokens * n for n in count_pointwise_bytes(config, fused)]
+    passes = [cluster.pointwise_time(n, stream) for n in work]
+    logits = count_logits(config, tokens) * element_bytes(config)
+    all_logits = tokens * vocab_shard(config) * (not config.classifies)
+    losses = [cluster.pointwise_time(all_logits * n, logits) for n in count_logit_bytes(config)]
+    launch = cluster.rates.launch_us * 1e-6 if cluster.rates else 0.0
+    starts = [launch * count for count in (FUSED_LAUNCHES if fused else EAGER_LAUNCHES)]
+    found = []
+    for stage, flops in zip(walk, count_stage_flops(config, walk, seen), strict=True):
+        graded = [step for step in stage.steps if step.grad and stage.backward]
+        again = sum(config.train.recomputes(step.loop_index) for step in graded)
+        remade = len(graded) if config.train.recompute == "selective" else again
+        heads = stage.last + len(stage.exits)
+        forward = flops.forward * of_products + flops.forward_scores * of_scores
+        forward += len(stage.steps) * passes[0] + heads * losses[0]
+        inputs = flops.inputs * of_products + flops.inputs_scores * of_scores
+        inputs += len(graded) * passes[1] + remade * passes[0] + heads * losses[1]
+        least = len(graded) * starts[1] + again * starts[0]  # weights are products of the same
+        weights = flops.weights * of_products
+        inputs = max(inputs, least - weights)
+        found.append(StageTime(max(forward, len(stage.steps) * starts[0]), inputs, weights))
+    return found
+
+
+def product_seconds(config: Config, layout: Layout, cluster: Cluster) -> float:
+    """Return the seconds per FLOP and token of the model's products, every matrix counted once."""
+    precision, tokens = config.train.precision, config.train.micro_batch_size
+    tokens *= config.tokens_per_sample
+    matrices = [
+        (tokens, spec.size)
+        for spec in build_inventory(config).values()
+        if spec.block is not None and len(spec.shape) == 2
+    ]
+    if not config.classifies:
+        logits = config.model.hidden_size * vocab_shard(config) * layout.tensor
+        matrices.append((chunk_tokens(tokens, vocab_shard(config)), logits))
+    seconds = flops = 0.0
+    for rows, size in matrices:
+        side = (rows * size / layout.tensor) ** (1 / 3)
+        flops += size
+        seconds += size / layout.tensor / cluster.product_rate(precision, side)
+    return seconds / flops
+
+
+def score_seconds(config: Config, layout: Layout, cluster: Cluster, seen: Seen) -> float:
+    """Return the seconds per FLOP and token of attention that queries need. A backend that masks
+    computes all pairs of a sample for them."""
+    backend, precision = pick_backend(config, cluster.device), config.train.precision
+    span = count_span(config)
+    masks = backend == "dense" and cluster.rates is not None
+    tokens = span if masks else max(2 * seen.full - 1, 1) if config.model.causal else seen.full
+    seconds = 1.0 / (layout.tensor * cluster.attention_rate(backend, precision, tokens))
+    return seconds * span / seen.full if masks else seconds
 
 
 def count_collectives(config: Config, stage: Stage) -> tuple[int, int]:
@@ -602,6 +719,7 @@ def count_ranks(
         state = _count_state(config, specs, stages, layout)
         messages = _count_messages(config, walk, stages, layout)
         sent, seconds = _reduce(config, specs, layout, link)
+        trained = held((s for s in specs if not is_frozen(config.optimizer, s.name)), layout.tensor)
         tied = 0
         if ends_apart(config, placement) and rank in (placement.embedding, placement.head):
             tied = held([inventory["embedding.weight"]], layout.tensor) * parameter_bytes(config)
@@ -619,6 +737,7 @@ def count_ranks(
                 collectives=sum(sum(count_collectives(config, s)) for s in stages) * collective,
                 traffic=Traffic(*messages, sent, tied),
                 reduction=seconds,
+                update=_update_time(config, trained, layout, cluster),
             )
         )
     return tuple(ranks)
@@ -652,6 +771,19 @@ def _count_state(
         "copies": held(matrices, tensor) * element if element < wide else 0,
         "workspace": workspace,
     }
+
+
+UPDATE_PASSES = 10
+"""Passes over a rank's parameters after backward: the norm of gradients, AdamW (reads 4 tensors,
+writes 3), zeroing gradients, the copy in the compute dtype."""
+
+
+def _update_time(config: Config, trained: int, layout: Layout, cluster: Cluster) -> float:
+    """Return the seconds of clipping and the optimizer's step over `trained` elements, which ZeRO
+    shards over the replicas; an offloaded one is not modelled apart."""
+    elements = trained / (layout.data if layout.zero_stage else 1)
+    size = elements * parameter_bytes(config)
+    return cluster.pointwise_time(UPDATE_PASSES * size, size)
 
 
 def _count_messages(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from megarecur.config.run import Config
 from megarecur.errors import ConfigError, MegarecurError
 from megarecur.plan.cluster import Cluster
+from megarecur.plan.cost import Seen
 from megarecur.plan.describe import format_bytes, list_blocks
 from megarecur.plan.placement import Placement
 from megarecur.plan.predict import (
@@ -104,6 +105,7 @@ def search(
     pipeline: int | None = None,
     zero_stage: int | None = None,
     keep: int = 10,
+    seen: Seen | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Search:
     """Return the best layouts of a world by predicted time of a step.
@@ -115,6 +117,7 @@ def search(
         zero_stage: ZeRO stage; None means the config's, or the first higher one with which a layout
         fits.
         keep: how many layouts to return.
+        seen: keys that queries see; None: those of samples that are one document each.
         report: called with the number of finished layouts and the total.
 
     Raises:
@@ -127,7 +130,7 @@ def search(
     drafts: list[tuple[Draft, Iterator[Draft]]] = []  # the first ZeRO stage, then higher ones
     for done, size in enumerate(sizes):
         report(done, 2 * len(sizes))
-        fitting = _draft_stages(config, cluster, size, stages, placements, lost)
+        fitting = _draft_stages(config, cluster, size, stages, placements, lost, seen)
         first = next(fitting, None)
         if first is not None:
             drafts.append((first, fitting))
@@ -170,6 +173,7 @@ def _draft_stages(
     stages: Sequence[int],
     placements: dict[int, Placement],
     lost: Losses,
+    seen: Seen | None,
 ) -> Iterator[Draft]:
     """Yield drafts of a layout for the ZeRO stages with which it may fit."""
     closest: Draft | None = None
@@ -179,7 +183,8 @@ def _draft_stages(
         if stage == 2 and layout.pipeline > 1 and stage != stages[0]:
             continue  # It saves nothing over stage 1.
         try:
-            candidate = make_draft(config, layout, cluster, placements.get(layout.pipeline))
+            known = placements.get(layout.pipeline)
+            candidate = make_draft(config, layout, cluster, known, seen)
         except MegarecurError as error:
             if stage == stages[0]:
                 _note_refusal(layout, error, lost)

@@ -44,7 +44,8 @@ METRICS = {
     "speed/tokens_per_second": "tokens per second over all processes",
     "speed/step_seconds": "seconds per optimizer step",
     "speed/data_wait": "share of the time spent waiting for data",
-    "speed/flops_per_token": "executed training FLOPs per token, without recompute",
+    "speed/flops_per_token": "executed training FLOPs per token, without recompute; of attention "
+    "those that the documents and windows of the batches need, not S x S",
     "speed/mfu": "executed training FLOPs as a share of the peak of the hardware",
     "speed/mfu_forward_only": "the same for loops without gradient",
     "speed/mfu_with_recompute": "the same with recompute counted",

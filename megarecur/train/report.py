@@ -20,6 +20,7 @@ from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import (
     FlopEstimate,
+    Seen,
     count_flops,
     count_head_flops,
     count_memory_flops,
@@ -60,6 +61,8 @@ class StepResult:
     """With halting: tokens by steps, then computed and possible steps (`Mixture.finish`)."""
     places: float = 0.0
     """Computed tokens of the global batch, including the padding of a task's batches."""
+    keys: tuple[float, float] = (0.0, 0.0)
+    """Keys that all queries of the global batch see, in blocks without and with a window."""
     lr: float = 0.0
     grad_norm: float = 0.0
     skipped: bool = False
@@ -102,6 +105,8 @@ class Interval:
         self.losses: dict[str, Tensor] = {}
         self.num_losses = self.num_steps = 0
         self.data_seconds = self.seconds = self.places = 0.0
+        self.keys = [0.0, 0.0, 0.0]
+        """Keys that all queries see, without and with a window, and the number of queries."""
         self.depths: list[Depth | None] = []
         self.sources: Tensor | None = None
         self.counts: Tensor | None = None
@@ -112,6 +117,8 @@ class Interval:
         self.data_seconds += result.data_seconds
         self.seconds += result.seconds
         self.places += result.places
+        seen = (*result.keys, result.places)
+        self.keys = [keys + more for keys, more in zip(self.keys, seen, strict=True)]
         self.depths.append(result.depth)
         if result.skipped:
             return
@@ -138,6 +145,7 @@ class Interval:
         return {
             "num_losses": self.num_losses,
             "depths": self.depths,
+            "keys": self.keys,
             "mesh": [mesh.dp, mesh.pp],
             "ranks": ranks,
         }
@@ -149,6 +157,7 @@ class Interval:
         """
         self.num_losses = carried.get("num_losses", 0)
         self.depths = [depth and Depth(*depth) for depth in carried.get("depths", [])]
+        self.keys = carried.get("keys", self.keys)
         # Older checkpoints hold only the sums over all ranks.
         ranks, place = carried.get("ranks", [carried]), mesh.rank // mesh.tp
         same = carried.get("mesh") == [mesh.dp, mesh.pp]
@@ -207,8 +216,9 @@ class Report:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak = peak_flops(mesh.device, dtype) * mesh.world
         self.sources = short_names([source.path for source in config.data.train])
-        self.flops: dict[Depth | None, FlopEstimate] = {}
-        """Executed FLOPs per token, by depth."""
+        self.flops: dict[Depth | None, tuple[FlopEstimate, ...]] = {}
+        """Executed FLOPs per token by depth: without attention scores, with those of one key of
+        every query in full blocks, and in sliding ones."""
         self.always = 3 * (count_head_flops(config) + count_memory_flops(config))
         """Part of the training FLOPs that is executed however early tokens halt."""
         self.has_reported_memory = False
@@ -248,7 +258,12 @@ class Report:
             "optim/grad_norm": last.grad_norm,
             "optim/skipped": state.skipped,
             "speed/tokens_per_second": rate,
-            **self.count_work(interval.depths, rate, halted.get(EXECUTED, 1.0)),
+            **self.count_work(
+                interval.depths,
+                rate,
+                Seen(*(keys / max(interval.keys[2], 1.0) for keys in interval.keys[:2])),
+                halted.get(EXECUTED, 1.0),
+            ),
             **halted,
             "speed/data_wait": interval.data_seconds / interval.seconds,
             "speed/step_seconds": interval.seconds / interval.num_steps,
@@ -276,23 +291,33 @@ class Report:
         return add_up(self.mesh.gather_over_pp(lists))
 
     def count_work(
-        self, depths: Sequence[Depth | None], rate: float, executed: float = 1.0
+        self, depths: Sequence[Depth | None], rate: float, seen: Seen, executed: float = 1.0
     ) -> dict[str, float]:
         """Return executed FLOPs per token, MFU and the mean depth of optimizer steps.
 
-        FLOPs exclude recompute. MFU is the share of the hardware's peak; loops without gradient,
-        and recompute, have separate metrics.
+        FLOPs exclude recompute, and count of attention what the documents and windows of the
+        batches need. MFU is the share of the hardware's peak; loops without gradient, and
+        recompute, have separate metrics.
 
         Args:
+            depths: the number of loops of each optimizer step.
+            rate: tokens per second.
+            seen: mean keys that a query saw.
             executed: share of the steps of the map that was computed, with halting.
         """
         for depth in set(depths) - set(self.flops):
             steps = build_map(self.config, depth)
-            self.flops[depth] = count_flops(self.config, steps)
+            self.flops[depth] = tuple(
+                count_flops(self.config, steps, Seen(*keys)) for keys in ((0, 0), (1, 0), (0, 1))
+            )
 
         def count(kind: str) -> float:
             """Return executed FLOPs per token. Maps that halt apply the head once: no exits."""
-            flops = sum(getattr(self.flops[depth], kind) for depth in depths) / len(depths)
+            flops = 0.0
+            for depth in depths:
+                base, full, sliding = (getattr(each, kind) for each in self.flops[depth])
+                flops += base + seen.full * (full - base) + seen.sliding * (sliding - base)
+            flops /= len(depths)
             always = self.always if kind in ("train", "hardware") else 0
             return float(always + executed * (flops - always))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megarecur.attention.documents import whole_samples
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.errors import MegarecurError
@@ -19,6 +21,7 @@ from megarecur.optim.engine import Engine
 from megarecur.parallel.loss import LossTerm
 from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.parallel.pipeline import Pipeline
+from megarecur.plan.cost import see_documents
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.walk import Stage
 from megarecur.recurrence.depth import is_sampled, sample_depth
@@ -142,9 +145,14 @@ def forward_backward(
         PipelineError: an operation of the pipeline order failed, here or on another rank.
     """
     depth = sample_depth(config.recurrence, config.seed, step)
-    denominators = count_denominators(batches, mesh, unread)
+    denominators = count_denominators(batches, mesh, unread, count_keys(config, batches))
     scheduled = (schedules or Schedules(config)).training(depth, len(batches))
-    result = StepResult(depth, num_sources=len(config.data.train), places=denominators["places"])
+    result = StepResult(
+        depth,
+        num_sources=len(config.data.train),
+        places=denominators["places"],
+        keys=(denominators["keys"], denominators["window_keys"]),
+    )
     program = Training(model, batches, step, denominators, result, telemetry, teacher)
 
     def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -166,12 +174,16 @@ def sum_losses(result: StepResult, mesh: Mesh, name: str = "loss") -> float:
 
 
 def count_denominators(
-    batches: Sequence[MicroBatch], mesh: Mesh, unread: MegarecurError | None = None
+    batches: Sequence[MicroBatch],
+    mesh: Mesh,
+    unread: MegarecurError | None = None,
+    keys: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, float]:
     """Count tokens, documents and places of the global batch; collective, one all-reduce.
 
     Tokens are those with labels. Tokens and documents are at least 1. Places are all computed
-    tokens, including padding. The all-reduce also counts the ranks that failed to read.
+    tokens, including padding. The all-reduce also counts the ranks that failed to read, and sums
+    `keys`, those that this rank's queries see (`count_keys`).
 
     Raises:
         MegarecurError: on every rank, the reason why a rank could not read its batches.
@@ -181,9 +193,10 @@ def count_denominators(
         sum(count_documents(batch) for batch in batches),
         sum(batch.tokens_BS.numel() for batch in batches),
         unread is not None,
+        *keys,
     ]
     counts = mesh.sum_over_world(torch.tensor(own, dtype=torch.float64).to(mesh.device))
-    tokens, documents, places, failures = counts.tolist()
+    tokens, documents, places, failures, *seen = counts.tolist()
     if failures:
         raise_first(unread, mesh)
     # Every rank of a replica reads and counts the same samples.
@@ -192,7 +205,24 @@ def count_denominators(
         "tokens": max(tokens * share, 1.0),
         "documents": max(documents * share, 1.0),
         "places": places * share,
+        "keys": seen[0] * share,
+        "window_keys": seen[1] * share,
     }
+
+
+def count_keys(config: Config, batches: Sequence[MicroBatch]) -> tuple[float, float]:
+    """Return the keys that all queries of these batches see, in blocks without and with a window:
+    what attention must compute of the documents, padding included."""
+    lengths: list[int] = []
+    for batch in batches:
+        rows, length = batch.tokens_BS.shape
+        edges = batch.boundaries or whole_samples(rows, length, torch.device("cpu"))
+        span = length if config.temporal is None else config.temporal.chunk_length
+        for start in range(0, length, span):
+            part = edges if span >= length else edges.narrow(start, min(start + span, length))
+            lengths += np.diff(part.edges).tolist()
+    seen = see_documents(config, lengths)
+    return seen.full * sum(lengths), seen.sliding * sum(lengths)
 
 
 def count_documents(batch: MicroBatch) -> int:

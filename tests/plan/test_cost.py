@@ -15,6 +15,7 @@ from megarecur.config.train import RecomputeLoops
 from megarecur.launch.drawing import MAX_COLUMNS, draw_layer_map
 from megarecur.plan.cost import (
     LOGIT_SLICE,
+    Seen,
     chunk_tokens,
     count_flops,
     count_head_flops,
@@ -71,7 +72,8 @@ def test_compute_relative_to_dense(
     uses: tuple[int, ...], model: dict[str, Any], ratio: float
 ) -> None:
     config, steps = config_and_map(reuse(*uses), model)
-    flops, dense = count_flops(config, steps), count_flops(config, dense_twin(steps))
+    pairs = Seen(config.data.seq_length, config.data.seq_length)  # all S x S, as papers count
+    flops, dense = (count_flops(config, each, pairs) for each in (steps, dense_twin(steps)))
     assert flops.forward / dense.forward == pytest.approx(ratio, abs=0.005)
     assert flops.train == 3 * flops.forward
     again = count_head_flops(config) if is_chunked(config) else 0
@@ -79,10 +81,10 @@ def test_compute_relative_to_dense(
 
 
 def test_forward_flops_are_the_formula() -> None:
-    """2 [sum r (4 d^2 + 3 d f) + V d] + sum r 4 S d."""
+    """2 [sum r (4 d^2 + 3 d f) + V d] + sum r 4 d (S + 1) / 2: half of the pairs are causal."""
     config, steps = config_and_map(reuse(4, 2, 1, 1))
     d, f, vocab, seq_length = 128, 512, 1024, 1024
-    expected = 2 * (8 * (4 * d * d + 3 * d * f) + vocab * d) + 8 * 4 * seq_length * d
+    expected = 2 * (8 * (4 * d * d + 3 * d * f) + vocab * d) + 8 * 2 * (seq_length + 1) * d
     assert count_flops(config, steps).forward == expected
 
 
@@ -255,12 +257,12 @@ def test_flops_and_activations_are_those_of_the_model(
     )
     config = config.model_copy(update={"data": config.data.model_copy(update={"seq_length": 64})})
     tokens = 2 * 64
-    flops, memory = count_flops(config, steps), estimate_memory(config, steps)
-    # Fused kernels are opaque to the counter, and the other backends compute scores again in
-    # backward, which by convention does not count.
+    # The oracle computes all pairs. Fused kernels are opaque to the counter, and the other backends
+    # compute scores again in backward, which by convention does not count.
     dense = config.model_copy(
         update={"train": config.train.model_copy(update={"attention": "dense"})}
     )
+    flops, memory = count_flops(config, steps, Seen(64, 64)), estimate_memory(config, steps)
     with sdpa_kernel(SDPBackend.MATH):
         forward, everything, _ = step_once(dense)
     assert forward == tokens * flops.forward

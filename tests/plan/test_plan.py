@@ -14,13 +14,23 @@ from support.configs import SCHEMES, make_config
 
 from megarecur.config.run import Config
 from megarecur.errors import ConfigError, MegarecurError, MeshError
-from megarecur.plan.cluster import PRESETS, Cluster, Link, Peak, load_cluster
+from megarecur.plan.cluster import (
+    PRESETS,
+    Cluster,
+    Link,
+    Peak,
+    Rates,
+    load_cluster,
+    read_curve,
+)
 from megarecur.plan.cost import (
+    Seen,
     count_flops,
     count_parameters,
     count_tokens_per_step,
     estimate_memory,
 )
+from megarecur.plan.pointwise import EAGER_LAUNCHES, count_pointwise_bytes
 from megarecur.plan.predict import (
     Layout,
     LayoutPlan,
@@ -75,7 +85,7 @@ def test_presets_are_data_sheets() -> None:
 
 
 def test_a_cluster_of_your_own(tmp_path: Path) -> None:
-    values = PRESETS["a100"].model_dump(exclude={"name"}) | {"ranks_per_node": 4}
+    values = PRESETS["a100"].model_dump(exclude={"name"}, exclude_none=True) | {"ranks_per_node": 4}
     path = tmp_path / "mine.yaml"
     path.write_text(str(values))
     cluster = load_cluster(str(path))
@@ -90,6 +100,12 @@ def test_a_cluster_of_your_own(tmp_path: Path) -> None:
     assert "memory_gb: required, but missing" in message
     assert "ranks_per_nod: unknown key; did you mean 'ranks_per_node'?" in message
     assert "node.bandwidth_gb_s" in message and "-1" in message
+    values = PRESETS["a100"].model_dump(exclude={"name"}, exclude_none=True)
+    path.write_text(str(values | {"rates": {"products": {"fp33": {256: 1}}, "pointwise_gb_s": {}}}))
+    with pytest.raises(ConfigError) as refused:
+        load_cluster(str(path))
+    assert "rates.products.fp33" in str(refused.value)
+    assert "rates.pointwise_gb_s" in str(refused.value)
     with pytest.raises(ConfigError, match=r"--hardware a1000: is none of cpu, a100, h100, h200"):
         load_cluster("a1000", "--hardware ")
 
@@ -97,13 +113,99 @@ def test_a_cluster_of_your_own(tmp_path: Path) -> None:
 def test_links_are_those_of_the_slowest_member() -> None:
     cluster = PRESETS["h100"]
     assert cluster.link(8, 1, 64) is cluster.node
-    assert cluster.link(16, 1, 64) is cluster.network
     assert cluster.link(3, 1, 48) is cluster.network, "some groups of 3 cross a border of 8"
     assert cluster.link(2, 4, 8) is cluster.node and cluster.link(2, 8, 16) is cluster.network
     link = Link(bandwidth_gb_s=10, latency_us=2, attainable=0.5)
     assert link.time(5e9) == pytest.approx(1 + 2e-6)
     assert link.reduce_time(5e9, 1) == 0.0
     assert link.reduce_time(5e9, 4) == pytest.approx(2 * 3 / 4 + 4 * 2e-6)
+
+
+def test_groups_use_the_rails_of_their_members() -> None:
+    """Eight members in a node share its eight interfaces; what leaves them passes NVLink once."""
+    cluster = PRESETS["h100"]
+    whole = cluster.link(64, 1, 64)
+    assert whole.bandwidth_gb_s == min(8 * 50, 450) * 0.8 and whole.latency_us == 15
+    assert cluster.link(32, 2, 64).bandwidth_gb_s == 4 * 50 * 0.8
+    assert cluster.link(8, 8, 64) is cluster.network, "one member in a node has one interface"
+    assert cluster.link(5, 4, 40) is cluster.network, "groups that begin inside a node"
+    fat = cluster.model_copy(update={"network": Link(bandwidth_gb_s=400, latency_us=15)})
+    assert fat.link(64, 1, 64).bandwidth_gb_s == 450 * 0.8, "the link inside is the slower one"
+
+
+# ------------------------------------------------------------------------------- separate rates
+
+MEASURED = Rates(
+    products={"fp32": {256: 1.0, 1024: 4.0}},
+    attention={"segments": {"fp32": {512: 0.5}}, "dense": {"fp32": {512: 0.5}}},
+    pointwise_gb_s={1: 100.0},
+)
+
+
+def measured(**rates: Any) -> Cluster:
+    """A cluster of one machine with separate rates."""
+    values = MEASURED.model_dump() | rates
+    return IDEAL.model_copy(update={"device": "cpu", "rates": Rates(**values)})
+
+
+def test_rates_are_interpolated_by_logarithms() -> None:
+    curve = {256: 1.0, 1024: 4.0}
+    assert [read_curve(curve, s) for s in (1, 256, 512, 1024, 9999)] == pytest.approx(
+        [1, 1, 2, 4, 4]
+    )
+    assert read_curve({7: 3.0}, 1) == read_curve({7: 3.0}, 100) == 3.0
+
+
+def test_each_kind_of_work_has_its_rate() -> None:
+    """A step is products, attention, pointwise work and the update, each linear in its own rate."""
+    config = sized_config("dense", train={"global_batch_size": 4, "micro_batch_size": 4})
+
+    def time(**rates: Any) -> float:
+        return plan_of(config, Layout(1, 1, 1), measured(**rates)).step_time
+
+    endless = {"products": {"fp32": {1: 1e9}}, "attention": {"segments": {"fp32": {1: 1e9}}},
+               "pointwise_gb_s": {1: 1e9}}  # fmt: skip
+    assert time(**endless) < 1e-9
+    flops = count_flops(config, layer_map(config.recurrence))
+    tokens = count_tokens_per_step(config)
+    products = time(**endless | {"products": {"fp32": {1: 1.0}}})
+    attention = time(**endless | {"attention": {"segments": {"fp32": {1: 1.0}}}})
+    assert products + attention == pytest.approx(flops.hardware * tokens / 1e12, rel=1e-4)
+    model = config.model
+    keys = (config.data.seq_length + 1) / 2
+    scores = 3 * 4 * keys * model.num_heads * model.head_dim * len(layer_map(config.recurrence))
+    assert attention == pytest.approx(scores * tokens / 1e12, rel=1e-4)
+    slow, slower = (time(**endless | {"pointwise_gb_s": {1: speed}}) for speed in (2.0, 1.0))
+    assert slower == pytest.approx(2 * slow)
+
+
+def test_dense_attention_computes_what_documents_do_not_need() -> None:
+    cluster, few = measured(pointwise_gb_s={1: 1e9}), Seen(4, 4)
+
+    def work(attention: str, seen: Seen | None = None) -> float:
+        config = sized_config("dense", train={"attention": attention})
+        return make_draft(config, Layout(1, 1, 1), cluster, seen=seen).ranks[0].work
+
+    assert work("dense") > work("auto") > work("auto", few)
+    assert work("dense", few) == pytest.approx(work("dense"), rel=1e-4), "all pairs in any case"
+
+
+def test_an_eager_host_bounds_small_steps() -> None:
+    config = sized_config("dense", train={"compile": False})
+    gpu = measured(launch_us=1000.0).model_copy(update={"device": "cuda"})
+    draft = make_draft(config, Layout(1, 1, 1), gpu)
+    steps = len(layer_map(config.recurrence))
+    assert draft.ranks[0].work == pytest.approx(steps * sum(EAGER_LAUNCHES) * 1e-3, rel=1e-3)
+    fused = make_draft(sized_config("dense", train={"compile": True}), Layout(1, 1, 1), gpu)
+    assert fused.ranks[0].work < draft.ranks[0].work
+
+
+def test_compiled_blocks_and_narrow_numbers_move_fewer_bytes() -> None:
+    eager, fused = (count_pointwise_bytes(sized_config("dense"), fused) for fused in (False, True))
+    assert all(few < many for few, many in zip(fused, eager, strict=True))
+    d, f, heads = 32, 64, 32 + 16  # 2 of 4 key heads
+    assert eager == (4 * (2 * 5 * d + 2 * 3 * d + 5 * f + 5 * heads),
+                     4 * (2 * 14 * d + 2 * 3 * d + 11 * f + 5 * heads))  # fmt: skip
 
 
 # --------------------------------------------------------------------------- against closed forms
@@ -442,7 +544,9 @@ def test_a_world_that_nothing_fits_exits_with_2(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     cluster = tmp_path / "tiny.yaml"
-    cluster.write_text(str(PRESETS["cpu"].model_dump(exclude={"name"}) | {"memory_gb": 1e-6}))
+    cluster.write_text(
+        str(PRESETS["cpu"].model_dump(exclude={"name"}, exclude_none=True) | {"memory_gb": 1e-6})
+    )
     code, out, err = megarecur(capsys, "plan", *WITH_VOCABULARY, "--hardware", cluster)
     assert code == 2 and "none of its 6 layouts can run this config on tiny" in err
     assert "no layout of 4 ranks fits" in out and "too much" in out
