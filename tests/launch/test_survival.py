@@ -45,6 +45,9 @@ PROFILE = {
 }
 COMMAND = [sys.executable, "-m", "megarecur.launch.cli"]
 
+Undisturbed = tuple[dict[int, Any], dict[str, torch.Tensor]]
+"""Losses by step, and final tensors."""
+
 
 class Run:
     """One run folder, and the job that trains in it."""
@@ -53,12 +56,14 @@ class Run:
         self.slurm, self.folder, self.path = slurm, folder, folder / "run"
         write_config(folder / "config.yaml", self.path, corpus)
         self.job, self.profile = "", dict(PROFILE)
+        self.per_node = 1
 
     def launch(self, nodes: int = 2, *options: str) -> None:
         """Submit it."""
         (self.folder / "profile.yaml").write_text(yaml.safe_dump(self.profile))
         words = ["launch", str(self.folder / "config.yaml"), f"--nodes={nodes}"]
-        words += ["--processes-per-node=2", f"--cluster={self.folder / 'profile.yaml'}", *options]
+        words += [f"--processes-per-node={self.per_node}", *options]
+        words += [f"--cluster={self.folder / 'profile.yaml'}"]
         said = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=True)
         self.job = re.search(r"job (\d+)", said.stdout)[1]
 
@@ -105,7 +110,7 @@ class Run:
         """Process ids by rank."""
         return {rank: pid for pid, rank in processes(self.path) if rank is not None}
 
-    def assert_equal(self, expected: tuple[dict[int, Any], dict[str, torch.Tensor]]) -> None:
+    def assert_equal(self, expected: Undisturbed) -> None:
         """Losses and tensors of the undisturbed run; nothing is left behind."""
         losses, tensors = expected
         found = read_rows(self.path / "metrics.jsonl")
@@ -172,16 +177,29 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus, tmp_path_factory) -> tuple[dict[int, Any], dict[str, torch.Tensor]]:
-    """Losses by step, and final tensors, of four processes that nobody disturbs."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_config(folder / "config.yaml", folder / "run", corpus)
-    command = [*COMMAND, "launch", str(folder / "config.yaml"), "--nproc=4"]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run(command, check=True, env=environ, capture_output=True)
-    rows = read_rows(folder / "run" / "metrics.jsonl")
-    losses = {row["step"]: row for row in rows if "train/loss" in row}
-    return losses, final_tensors(folder / "run")
+def undisturbed(corpus, tmp_path_factory) -> Callable[[int], Undisturbed]:
+    """Losses by step, and final tensors, of some processes that nobody disturbs."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "undisturbed"
+
+    def by_processes(number: int) -> Undisturbed:
+        """Made once, by whichever worker of pytest is the first to ask."""
+        own = folder / str(number)
+        own.mkdir(parents=True, exist_ok=True)
+        with (own / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (own / "done").exists():
+                write_config(own / "config.yaml", own / "run", corpus)
+                command = [*COMMAND, "launch", str(own / "config.yaml"), f"--nproc={number}"]
+                environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+                subprocess.run(command, check=True, env=environ, capture_output=True)
+                (own / "done").touch()
+        rows = read_rows(own / "run" / "metrics.jsonl")
+        losses = {row["step"]: row for row in rows if "train/loss" in row}
+        return losses, final_tensors(own / "run")
+
+    return by_processes
 
 
 @pytest.fixture
@@ -196,11 +214,11 @@ def run(slurm, corpus, tmp_path, tmp_path_factory) -> Iterator[Run]:
 
 
 def kill_a_rank(run: Run) -> None:
-    os.kill(run.ranks()[2], signal.SIGKILL)
+    os.kill(sorted(run.ranks().items())[-2][1], signal.SIGKILL)
 
 
 def stop_a_rank(run: Run) -> None:
-    os.kill(run.ranks()[3], signal.SIGSTOP)
+    os.kill(sorted(run.ranks().items())[-1][1], signal.SIGSTOP)
 
 
 def ask_to_stop(run: Run) -> None:
@@ -275,7 +293,7 @@ DISTURBANCES = {
 def test_a_run_comes_back(run, undisturbed, names) -> None:
     """After each disturbance in turn. A node that failed is not tried again: one a run."""
     draw = random.Random(" ".join(names))
-    run.profile["retries"] = 2 * len(names)
+    run.profile["retries"], run.per_node = 2 * len(names), 2 if "sigstop" in names else 1
     run.launch()
     for done, name in enumerate(names):
         run.until(lambda done=done: len(run.rows("start")) > done)
@@ -299,10 +317,11 @@ def test_a_run_comes_back(run, undisturbed, names) -> None:
             assert not end["nodes"], run.explain()
         if "node" in name:
             assert end["nodes"][0] not in starts[-1]["nodes"], run.explain()
-    run.assert_equal(undisturbed)
+    run.assert_equal(undisturbed(2 * run.per_node))
 
 
 def test_a_time_limit_of_a_minute(run, undisturbed) -> None:
+    run.per_node = 2
     run.profile |= {"time": "1", "start_seconds": 40, "save_seconds": 10, "retries": 10}
     run.profile["setup"] = ["sleep 20"]  # Or a fast machine would be done in one.
     run.launch(2, "train.eval_every=20")
@@ -310,7 +329,7 @@ def test_a_time_limit_of_a_minute(run, undisturbed) -> None:
     *earlier, last = [row["reason"] for row in run.rows("end")]
     assert "time limit" in earlier and last == "finished", run.explain()
     assert set(earlier) <= {"time limit", "out of time"}, run.explain()  # On a slow machine.
-    run.assert_equal(undisturbed)
+    run.assert_equal(undisturbed(4))
 
 
 def test_a_job_that_may_not_be_requeued_is_submitted_anew(run, undisturbed) -> None:
@@ -320,23 +339,25 @@ def test_a_job_that_may_not_be_requeued_is_submitted_anew(run, undisturbed) -> N
     ask_to_stop(run)
     run.until_finished()
     assert len({row["job"] for row in run.rows("start")}) == 2
-    run.assert_equal(undisturbed)
+    run.assert_equal(undisturbed(2))
 
 
 def test_torchrun_style(run, undisturbed) -> None:
+    run.per_node = 2
     run.profile["style"] = "torchrun"
     run.launch()
     run.until_step(20)
     ask_to_stop(run)
     run.until_finished()
     assert [row["reason"] for row in run.rows("end")] == ["SIGUSR2", "finished"]
-    run.assert_equal(undisturbed)
+    run.assert_equal(undisturbed(4))
 
 
 def test_soak(run, undisturbed) -> None:
     """Disturbances of every kind at random moments: SOAK of them, 3 if it is not set."""
     draw, wanted = random.Random(8), int(os.environ.get("SOAK", "3"))
     kinds = [ask_to_stop, kill_a_rank, stop_a_rank, preempt, crash_and_return]
+    run.per_node = 2
     run.profile |= {"retries": 2 * wanted, "stall_seconds": 15}
     run.launch()
     for done in range(wanted):
@@ -347,7 +368,7 @@ def test_soak(run, undisturbed) -> None:
         run.until(lambda done=done: len(run.rows("end")) > done)
     run.until_finished()
     assert len(run.rows("end")) == wanted + 1, run.explain()
-    run.assert_equal(undisturbed)
+    run.assert_equal(undisturbed(4))
 
 
 def test_other_numbers_of_nodes(run, undisturbed) -> None:
@@ -362,7 +383,7 @@ def test_other_numbers_of_nodes(run, undisturbed) -> None:
         run.until(lambda: not processes(run.path))
     starts = run.rows("start")
     assert [len(row["nodes"]) for row in starts] == [2, 1, 2]
-    losses, _ = undisturbed
+    losses, _ = undisturbed(2)
     found = {r["step"]: r["train/loss"] for r in read_rows(run.path / "metrics.jsonl")
              if "train/loss" in r}  # fmt: skip
     assert found.keys() == losses.keys()
@@ -399,11 +420,12 @@ def test_a_second_launch_is_refused_or_waits(run, undisturbed) -> None:
     run.until_finished()
     run.until(lambda: run.slurm.state(second) == "COMPLETED")
     assert {row["job"] for row in run.rows("start")} == {first, second}
-    run.assert_equal(undisturbed)
+    run.assert_equal(undisturbed(2))
 
 
 def test_a_launch_in_the_place_of_another(run, undisturbed) -> None:
     """In a folder whose name Slurm would read something into, with GPUs asked for by gres."""
+    run.per_node = 2
     run.path = run.folder / "run %j 50%"
     run.profile["gpu_request"] = "gres"
     options = (f"run_dir={run.path}", "--gpus-per-node=2")
@@ -418,7 +440,7 @@ def test_a_launch_in_the_place_of_another(run, undisturbed) -> None:
     logs = sorted(path.name for path in (run.path / "logs").iterdir())
     wanted = [f"attempt-00{n}" for n in (1, 2)] + [f"slurm-{job}.log" for job in (first, run.job)]
     assert logs == wanted
-    run.assert_equal(undisturbed)
+    run.assert_equal(undisturbed(4))
 
 
 def test_a_sweep_side_by_side_on_the_same_nodes(run) -> None:

@@ -41,7 +41,7 @@ from megarecur.launch.cli import main as run_main
 BATCH = 250
 REMEDY = re.compile(
     r"\b(add|change|choose|convert|copy|correct|delete|did you mean|download|export|give|known|"
-    r"leave|lower|make|move|must|name|not of the form|number|prepare|put|raise|read|remove|"
+    r"leave|lower|make|move|must|name|not of the form|number|omit|prepare|put|raise|read|remove|"
     r"required|restore|run|save|set|should|start|take|train|use|write)\b"
 )
 BIG = (6e6, 4e9, 400)
