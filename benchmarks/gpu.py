@@ -31,6 +31,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from attention import make_batch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ from megarecur.attention.attend import attend
 from megarecur.attention.documents import Boundaries
 from megarecur.attention.plan import choose_backend
 from megarecur.attention.scores import Scores
-from megarecur.attention.visibility import Visibility, see_documents
+from megarecur.attention.visibility import Visibility
+from megarecur.attention.visibility import see_documents as view_documents
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.data.torchvision_stub import make_torchvision_importable
@@ -50,7 +52,7 @@ from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh
-from megarecur.plan.cost import count_flops, estimate_memory
+from megarecur.plan.cost import count_flops, estimate_memory, see_documents
 from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.depth import Depth, sample_depth
 from megarecur.recurrence.schemes import layer_map
@@ -174,7 +176,7 @@ def attend_once(
         seen = Visibility(mask=dense_mask(documents, window))
     else:
         named: Any = backend
-        seen = see_documents(documents, documents, named, DEVICE, causal=True, window=window)
+        seen = view_documents(documents, documents, named, DEVICE, causal=True, window=window)
     leaves = [t.detach().requires_grad_() for t in qkv]
     run = torch.compile(attend) if backend == "flex" and DEVICE.type == "cuda" else attend
 
@@ -275,7 +277,9 @@ def measure_training(shapes: Shapes) -> Iterator[Row]:
             trained = Trained(config, compiled)
             seconds, bytes_ = measure(lambda t=trained, b=batch: t.step(b), shapes.repeats)
             steps = layer_map(config.recurrence)
-            flops = count_flops(config, steps).train - unseen_flops(config, batch)
+            assert batch.boundaries is not None
+            seen = see_documents(config, np.diff(batch.boundaries.edges).tolist())
+            flops = count_flops(config, steps, seen).train
             row |= {
                 "attention": choose_backend(config, DEVICE.type).backend,
                 "tokens/s": round(shapes.tokens / seconds),
@@ -292,18 +296,6 @@ def measure_training(shapes: Shapes) -> Iterator[Row]:
         seconds, bytes_ = measure(their_step(shapes, whole), shapes.repeats)
         row |= {"tokens/s": round(shapes.tokens / seconds), "peak MiB": bytes_ // 2**20}
     yield row
-
-
-def unseen_flops(config: Config, batch: MicroBatch) -> float:
-    """Return the FLOPs per token of pairs that no attention computes, as they cross documents.
-
-    `count_flops` counts the causal pairs of whole samples of S tokens; a document of n has n² / 2.
-    """
-    assert batch.boundaries is not None
-    edges = torch.from_numpy(batch.boundaries.edges).double()
-    pairs = float(edges.diff().square().sum()) / 2 / batch.tokens_BS.numel()
-    whole, steps = config.data.seq_length / 2, len(layer_map(config.recurrence))
-    return 3 * 4 * config.model.hidden_size * steps * max(0.0, whole - pairs)
 
 
 TRACES: Path | None = None
@@ -490,7 +482,7 @@ def run_hardware(out: Path) -> Row:
     """Measure the hardware: `megarecur bench hardware`."""
     path = out / "hardware.yaml"
     done = subprocess.run(
-        [sys.executable, "-m", "megarecur.launch.cli", "bench", "hardware", "--out", path],
+        [sys.executable, "-m", "megarecur.launch.cli", "bench", "hardware", "--out", str(path)],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     if done.returncode:
