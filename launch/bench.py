@@ -6,6 +6,7 @@ backward products, attention forward and backward by backend, pointwise operatio
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,15 +44,17 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64,
 }  # fmt: skip
 SIDES = {"cpu": (128, 256, 512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192)}
-"""Sides of square products."""
-DOCUMENTS = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192)}
-"""Tokens of a document."""
+"""Sides of square products with as many FLOPs as those measured."""
+DOCUMENTS = {"cpu": (32, 128, 512, 2048), "cuda": (256, 1024, 4096, 16384)}
+"""Mean tokens of a document."""
 SAMPLE = {"cpu": 1024, "cuda": 16384}
 """Tokens of a sample, unless a document is longer."""
 HEADS = {"cpu": (8, 64), "cuda": (16, 128)}
 """Heads and head_dim."""
 TENSORS = {"cpu": (1, 8, 64), "cuda": (8, 64, 512)}
 """MiB of a tensor."""
+COLD_MIB = {"cpu": 64, "cuda": 256}
+"""MiB of inputs that take turns, so that none is in a cache, as between the passes of a model."""
 MESSAGE_MIB = 64
 SECONDS = 0.4
 """Seconds of repetitions of a figure, of which there are at least three."""
@@ -198,22 +202,31 @@ def measure(
     return curve
 
 
+def make_cold(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return tensors [rows, columns] which together are larger than the caches."""
+    first = torch.randn(rows, columns, device=device).to(dtype)
+    count = max(2, (COLD_MIB[device.type] << 20) // first.nbytes)
+    return [first, *(first.clone() for _ in range(count - 1))]
+
+
 def rate_products(side: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """Return 10^12 FLOP/s, and seconds, of a weight's three products: forward, the gradient of the
-    input, and that of the weight, added to its sum."""
+    input, and that of the weight, added to its sum. As in models there are more rows than columns:
+    4 side rows, and side / 2 inputs and outputs."""
     wide = torch.promote_types(dtype, torch.float32)
-    parameter = nn.Parameter(torch.randn(side, side, dtype=wide, device=device) * side**-0.5)
+    columns = side // 2
+    parameter = nn.Parameter(torch.randn(columns, columns, dtype=wide, device=device))
     parameter.grad = torch.zeros_like(parameter)
     weight = Weight(parameter, dtype)
-    x = torch.randn(side, side, device=device).to(weight.product_dtype)
+    inputs = itertools.cycle(make_cold(4 * side, columns, weight.product_dtype, device))
 
-    def call() -> Tensor:
-        with torch.no_grad():
-            y = F.linear(x, weight.value())
-            weight.add(y, x)
-            return y @ weight.value()
+    def call() -> tuple[Tensor, Tensor]:
+        x, dy = next(inputs), next(inputs)
+        weight.add(dy, x)
+        return F.linear(x, weight.value()), dy @ weight.value()
 
-    seconds = time_call(call, device)
+    with torch.no_grad():
+        seconds = time_call(call, device)
     return 6.0 * side**3 / seconds / 1e12, seconds
 
 
@@ -244,27 +257,22 @@ def measure_attention(
 def rate_attention(
     backend: Backend, document: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
-    """Return 10^12 FLOP/s, and seconds, of attention forward and backward over a sample. For dense,
-    the sample has as many tokens, and half of it is a document."""
+    """Return 10^12 FLOP/s, and seconds, of attention forward and backward over a sample, whose
+    documents have half, all and one and a half times the tokens; of dense over all its pairs."""
     heads, width = HEADS[device.type]
-    length = document if backend == "dense" else max(document, SAMPLE[device.type])
-    document = length // 2 if backend == "dense" else document
-    count = length // document
+    length = document if backend == "dense" else max(3 * document, SAMPLE[device.type])
+    lengths = [document // 2, document, document + document // 2] * (length // (3 * document))
+    lengths += [length - sum(lengths)] * (length > sum(lengths))
     shape = 1, length, heads, width
     q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
     grad = torch.ones_like(q)
     if backend == "dense":
-        ids = torch.arange(length, device=device) // document
-        hidden = (ids[:, None] != ids).logical_or_(
-            torch.ones_like(ids).expand(length, -1).triu(1) > 0
-        )
-        mask = torch.zeros(1, 1, length, length, dtype=dtype, device=device)
-        seen = Visibility(mask=mask.masked_fill_(hidden, float("-inf")))
-        pairs = length**2
+        mask = torch.full((1, 1, length, length), float("-inf"), dtype=dtype, device=device)
+        seen, pairs = Visibility(mask=mask.triu_(1)), length**2
     else:
-        edges = from_lengths(torch.full((count,), document).numpy(), 1, length).to(device)
+        edges = from_lengths(np.array(lengths), 1, length).to(device)
         seen = see_documents(edges, edges, backend, device, causal=True)
-        pairs = count * count_pairs(document, causal=True)
+        pairs = sum(count_pairs(length, causal=True) for length in lengths)
 
     def call() -> object:
         out = attend((q, k, v), Scores(width**-0.5), seen, None)
@@ -277,8 +285,13 @@ def rate_attention(
 def rate_pointwise(mebibytes: int, device: torch.device) -> tuple[float, float]:
     """Return 10^9 bytes per second, and seconds, of a gated activation and an addition of fp32
     tensors: eight passes over one."""
-    a, b = (torch.randn(mebibytes << 18, device=device) for _ in range(2))
-    seconds = time_call(lambda: torch.add(F.silu(a).mul_(b), b), device)
+    inputs = itertools.cycle(make_cold(mebibytes, 1 << 18, torch.float32, device))
+
+    def call() -> Tensor:
+        a, b = next(inputs), next(inputs)
+        return torch.add(F.silu(a).mul_(b), b)
+
+    seconds = time_call(call, device)
     return 8.0 * (mebibytes << 20) / seconds / 1e9, seconds
 
 

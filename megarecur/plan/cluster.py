@@ -39,7 +39,8 @@ Speed = Annotated[float, Field(ge=1e-6, le=1e9)]
 """A speed in the unit of its field; values outside the bounds are typing errors."""
 
 
-Curve = Annotated[dict[Annotated[int, Field(gt=0, le=1 << 40)], Speed], Field(min_length=1)]
+Measured = Annotated[float, Field(ge=1e-12, le=1e9)]
+Curve = Annotated[dict[Annotated[int, Field(gt=0, le=1 << 40)], Measured], Field(min_length=1)]
 """A rate by size. Sizes in between are interpolated by logarithms; others take the nearest."""
 Precision = Literal["bf16", "fp32", "fp64"]
 

@@ -19,7 +19,10 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny sizes, three repetitions each."""
-    sizes = {"SIDES": (8, 16), "DOCUMENTS": (8, 16), "SAMPLE": 16, "HEADS": (2, 8), "TENSORS": (1,)}
+    sizes = {
+        "SIDES": (32, 64), "DOCUMENTS": (8, 16), "SAMPLE": 16, "HEADS": (2, 8), "TENSORS": (1,),
+        "COLD_MIB": 0,
+    }  # fmt: skip
     for name, value in sizes.items():
         monkeypatch.setattr(bench, name, {"cpu": value})
     monkeypatch.setattr(bench, "SECONDS", 0.0)
@@ -37,7 +40,7 @@ def test_the_description_is_read_by_plan(
     values = yaml.safe_load(out)
     rates = values["rates"]
     assert {name: set(curve) for name, curve in rates["products"].items()} == {
-        name: {8, 16} for name in ("bf16", "fp32", "fp64")
+        name: {32, 64} for name in ("bf16", "fp32", "fp64")
     }
     assert {b: set(by_dtype) for b, by_dtype in rates["attention"].items()} == {
         b: {"bf16", "fp32"} for b in ("dense", "segments")
