@@ -31,6 +31,7 @@ from megarecur.plan.cost import (
     with_recompute,
 )
 from megarecur.plan.describe import count_noun, describe_scheme, format_bytes, format_count
+from megarecur.plan.waits import find_waits
 from megarecur.recurrence.depth import is_sampled
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.recurrence.layer_map import LayerMap
@@ -45,6 +46,7 @@ def describe(config: Config, width: int = 100) -> RenderableType:
         Text.assemble(("layer map  ", "bold"), describe_scheme(config.recurrence)),
         *describe_temporal(config),
         *(Text.assemble(("attention  ", "bold"), line) for line in describe_choices(config)),
+        *describe_waits(config),
         *describe_ranks(config),
         Padding(draw_layer_map(steps, width - 4), (1, 2)),
         _parameters(config, steps),
@@ -71,6 +73,12 @@ def describe_temporal(config: Config) -> list[Text]:
             "FLOPs linear in the length",
         )
     ]
+
+
+def describe_waits(config: Config) -> list[Text]:
+    """Return a line about each reason for which a step waits for a GPU."""
+    waits = find_waits(config) if config.train.device != "cpu" else []
+    return [Text.assemble(("waits      ", "bold"), f"for a GPU: {line}") for line in waits]
 
 
 def describe_ranks(config: Config) -> list[Text]:

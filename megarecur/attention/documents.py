@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megarecur.parallel.transfer import send
+
 
 @dataclass(frozen=True, eq=False)
 class Boundaries:
@@ -45,7 +47,7 @@ class Boundaries:
 
     def to(self, device: torch.device | str) -> Boundaries:
         """Return the boundaries with their copy on a device."""
-        return replace(self, on_device=self.cu_seqlens.to(device, non_blocking=True))
+        return replace(self, on_device=send(self.cu_seqlens, device))
 
     def select(self, rows_b: Tensor) -> Boundaries:
         """Return the boundaries of the samples `rows_b`, in this order. Waits for the device."""
@@ -90,6 +92,15 @@ def from_lengths(lengths: NDArray[Any], batch: int, length: int, per_sample: int
 def whole_samples(batch: int, length: int, device: torch.device) -> Boundaries:
     """Return the boundaries of samples that are one document each."""
     return from_lengths(np.full(batch, length), batch, length).to(device)
+
+
+def count_documents(documents_BS: Tensor) -> int:
+    """Count the documents of a micro batch on the CPU; padding (-1) is none, and the part of a
+    document in one sample counts as one."""
+    numbers = documents_BS.numpy()
+    begins = numbers >= 0
+    begins[:, 1:] &= numbers[:, 1:] != numbers[:, :-1]
+    return int(begins.sum())
 
 
 def count_boundaries(documents_BS: Tensor) -> Boundaries:

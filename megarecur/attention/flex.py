@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megarecur.attention.documents import Boundaries
 from megarecur.attention.scores import Scores
+from megarecur.parallel.transfer import send
 
 BLOCK = 128
 """Queries and keys of a block of the mask."""
@@ -74,9 +75,9 @@ def build_block_mask(
         """Return the number of chosen blocks, and all blocks with the chosen ones first."""
         count = chosen_BQJ.sum(-1, dtype=np.int32)[:, None]
         order = (~chosen_BQJ).argsort(-1, kind="stable").astype(np.int32)[:, None]
-        return torch.from_numpy(count).to(device), torch.from_numpy(order).to(device)
+        return send(torch.from_numpy(count), device), send(torch.from_numpy(order), device)
 
-    low, high = (torch.from_numpy(x).to(device) for x in (low_BS, high_BS))
+    low, high = (send(torch.from_numpy(x), device) for x in (low_BS, high_BS))
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k >= low[b, q]) & (k <= high[b, q])

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megarecur.attention.documents import used_edges
 from megarecur.parallel.random import drop_share, keep_mask
+from megarecur.parallel.transfer import send
 
 LONG = 128
 """Documents of more tokens are not padded: few have equal lengths, and a call has work enough."""
@@ -227,7 +228,7 @@ def order_rows(
     identity = bool(len(order) == total and np.array_equal(order, np.arange(total)))
 
     def table(values: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(values).to(device)
+        return send(torch.from_numpy(values), device)
 
     padding, unseen = np.flatnonzero(~real), np.flatnonzero(~seen)
     return Rows(None if identity else table(order), table(inverse), table(padding), table(unseen))

@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -21,13 +22,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megarecur.attention.documents import Boundaries, from_lengths, whole_samples
+from megarecur.attention.documents import (
+    Boundaries,
+    count_documents,
+    from_lengths,
+    whole_samples,
+)
 from megarecur.data.corpus import Corpus
 from megarecur.data.fit import find_short
 from megarecur.data.order import SampleOrder, ShardOrder, WholeOrder, counts_before, mixture
 from megarecur.data.remote import RemoteCorpus
 from megarecur.errors import ConfigError, DataError, MegarecurError
 from megarecur.parallel.loss import IGNORED
+from megarecur.parallel.transfer import open_stream, receive, send
 
 log = logging.getLogger(__name__)
 
@@ -56,22 +63,37 @@ class MicroBatch:
     """True if no document ends inside any sample: causal attention needs no further mask."""
     boundaries: Boundaries | None = field(default=None, kw_only=True)
     """The boundaries of the documents, counted on the CPU. Must fit `documents_BS`."""
+    num_tokens: int = field(init=False)
+    """Number of counted labels, counted on the CPU."""
+    num_documents: int = field(init=False)
+    """Number of documents; the part of a document in one sample counts as one."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of counted labels."""
-        return int((self.labels_BS != IGNORED).sum())
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_tokens", int((self.labels_BS != IGNORED).sum()))
+        object.__setattr__(self, "num_documents", count_documents(self.documents_BS))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors on the device."""
+        yield from (value for value in vars(self).values() if isinstance(value, Tensor))
+        if self.boundaries is not None:
+            yield self.boundaries.on_device
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the micro batch on a device."""
+        """Return the micro batch on a device, to which it is copied without waiting."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: send(value, device)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
         if self.boundaries is not None:
             moved["boundaries"] = self.boundaries.to(device)
-        return replace(self, **moved)
+        batch = copy(self)  # `replace` would count again, on the device.
+        vars(batch).update(moved)
+        return batch
+
+
+Arriving = tuple[list[MicroBatch], torch.cuda.Event | None]
+"""Micro batches, and the event of their arrival on a GPU."""
 
 
 class Loader:
@@ -89,6 +111,7 @@ class Loader:
         shuffle_shards: shuffle in blocks of this many shards; 0 shuffles over the whole corpus.
         mask_documents: number the documents of a sample, restart positions at each, and ignore
         labels of another document.
+        device: device of the batches. A GPU's are copied ahead, with those of the next steps.
 
     Raises:
         ConfigError: the global batch is not divisible by ranks and micro batches, or the local
@@ -109,6 +132,7 @@ class Loader:
         shuffle: bool = True,
         shuffle_shards: int = 0,
         mask_documents: bool = True,
+        device: torch.device | str = "cpu",
     ) -> None:
         if global_batch_size % (dp_size * micro_batch_size):
             raise ConfigError(
@@ -132,7 +156,8 @@ class Loader:
         self._steps_per_block = max(BLOCK_SAMPLES // self.rank_batch_size, 1)
         self._sample_blocks: dict[int, Samples] = {}
         self._blocks: dict[int, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._pending: dict[int, Future[list[MicroBatch]]] = {}
+        self.device, self._stream = torch.device(device), open_stream(torch.device(device))
+        self._pending: dict[int, Future[Arriving]] = {}
         self._pool: ThreadPoolExecutor | None = None
 
     def _order(
@@ -190,9 +215,12 @@ class Loader:
         return sources, numbers, windows
 
     def batch(self, step: int) -> list[MicroBatch]:
-        """Return this rank's micro batches of a step."""
+        """Return this rank's micro batches of a step, on the device."""
         pending = self._pending.pop(step, None)
-        return self._build(step) if pending is None else pending.result()
+        batches, arrived = self._copy(step) if pending is None else pending.result()
+        if arrived is not None:
+            receive((tensor for batch in batches for tensor in batch.tensors()), arrived)
+        return batches
 
     def prefetch(self, step: int) -> None:
         """Start building the batches of `step` and the next one in the background."""
@@ -203,7 +231,7 @@ class Loader:
             self._pending.pop(other).cancel()
         for s in wanted:
             if s not in self._pending:
-                self._pending[s] = self._pool.submit(self._build, s)
+                self._pending[s] = self._pool.submit(self._copy, s)
 
     def __enter__(self) -> Loader:
         return self
@@ -219,6 +247,15 @@ class Loader:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+
+    def _copy(self, step: int) -> Arriving:
+        """Build the batches of a step, and begin to copy them to the device."""
+        batches = self._build(step)
+        if self.device.type == "cpu":
+            return batches, None
+        with torch.cuda.stream(self._stream):
+            moved = [batch.to(self.device) for batch in batches]
+            return moved, None if self._stream is None else self._stream.record_event()
 
     def _build(self, step: int) -> list[MicroBatch]:
         block, place = divmod(step, self._steps_per_block)

@@ -111,6 +111,7 @@ def build_loader(config: Config, corpora: Sequence[Corpus], mesh: Mesh) -> Loade
             dp_size=mesh.dp,
             seed=config.seed,
             shuffle=config.data.shuffle,
+            device=mesh.device,
         )
     return Loader(
         sources,
@@ -123,6 +124,7 @@ def build_loader(config: Config, corpora: Sequence[Corpus], mesh: Mesh) -> Loade
         shuffle=config.data.shuffle,
         shuffle_shards=config.data.shuffle_shards,
         mask_documents=config.data.mask_documents,
+        device=mesh.device,
     )
 
 

@@ -128,13 +128,14 @@ class TaskLoader(Loader):
         dp_size: int,
         seed: int,
         shuffle: bool = True,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.task, self.multiple = task, multiple
         self.task_corpora = [corpus for corpus, _ in sources]
         super().__init__(
             sources, seq_length=seq_length, global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size, seed=seed,
-            shuffle=shuffle,
+            shuffle=shuffle, device=device,
         )  # fmt: skip
 
     def _order(

@@ -9,6 +9,7 @@ Shapes: B samples, S positions, K keys (S, or the cache's length), N heads, H he
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +29,7 @@ from megarecur.model.positions import alibi_bias, alibi_slopes, decay, rotation,
 from megarecur.model.telemetry import Telemetry
 from megarecur.parallel.random import key, key_words
 from megarecur.parallel.regions import ALONE, TensorParallel
+from megarecur.parallel.transfer import send
 from megarecur.recurrence.layer_map import Step
 
 if TYPE_CHECKING:
@@ -134,6 +136,8 @@ class DropoutKeys:
     optimizer_step: int
     training: bool
     """Whether dropout is active."""
+    drawn: Mapping[int, Tensor] = field(default_factory=dict)
+    """Words of keys on the device (`draw_keys`); those of other keys are copied at each use."""
 
     def key(self, site: str, step: Step | None = None) -> int:
         """Return the random key of a site, at a step of the map if given."""
@@ -151,7 +155,13 @@ class DropoutKeys:
             device: device of the keys.
         """
         dropped = [site for site, rate in rates.items() if self.training and rate > 0.0]
-        return {site: key_words(self.key(site, step), device) for site in dropped}
+        return {site: self.words(site, device, step) for site in dropped}
+
+    def words(self, site: str, device: torch.device, step: Step | None = None) -> Tensor:
+        """Return the random key of a site on a device (`key_words`)."""
+        where = self.key(site, step)
+        found = self.drawn.get(where)
+        return key_words(where, device) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -280,6 +290,7 @@ def build_context(
     seed: int = 0,
     step: int = 0,
     training: bool = False,
+    drawn: Mapping[int, Tensor] | None = None,
     cache: KeysAndValues | None = None,
     telemetry: Telemetry | None = None,
     states: list[Tensor] | None = None,
@@ -302,6 +313,7 @@ def build_context(
         seed: the run's seed.
         step: the optimizer step.
         training: whether dropout is active.
+        drawn: words of random keys on the device (`DropoutKeys.drawn`).
         cache: keys and values of earlier tokens.
         telemetry: filled by the runner, if given.
         states: list to which the runner appends the output of every step, if given.
@@ -315,13 +327,15 @@ def build_context(
     slopes_N = None
     if model.positions == "alibi":
         heads = model.num_heads // tp.size
-        slopes_N = alibi_slopes(model.num_heads)[tp.rank * heads :][:heads].to(device)
+        slopes_N = send(alibi_slopes(model.num_heads)[tp.rank * heads :][:heads], device)
     if cache is not None or backend == "dense":
         see = MaskBuilder(model, past, length, dtype, documents_BS, slopes_N, device).see
     else:
-        documents = whole_samples(batch, length, device)
-        if documents_BS is not None:
-            documents = boundaries or count_boundaries(documents_BS)
+        documents = boundaries or (
+            whole_samples(batch, length, device)
+            if documents_BS is None
+            else count_boundaries(documents_BS)
+        )
 
         def see(window: int | None) -> Visibility:
             """Return the visibility by documents."""
@@ -358,7 +372,7 @@ def build_context(
     return Context(
         view,
         Positions(sample_ids_B, positions_BS, documents_BS, None, sinusoids, tp),
-        DropoutKeys(seed, step, training),
+        DropoutKeys(seed, step, training, drawn or {}),
         Recorder(telemetry, states),
         sliding,
     )

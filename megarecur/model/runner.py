@@ -159,7 +159,7 @@ class Runner(nn.Module):
             return x
         if recurrence.initial_state == "zero":
             return torch.zeros_like(x)
-        where, positions = ctx.dropout.key("initial state"), ctx.positions
+        where, positions = ctx.dropout.words("initial state", x.device), ctx.positions
         samples, places = positions.rows()
         # index_BS continues after cached tokens; in a chunk it restarts, and rows() continues.
         if positions.first is None:

@@ -41,8 +41,9 @@ from megarecur.model.documents import find_documents
 from megarecur.model.feed_forward import FEED_FORWARDS
 from megarecur.model.norm import build_norm
 from megarecur.parallel.linear import MakeParameter, apply_all
-from megarecur.parallel.random import dropout, key_words
+from megarecur.parallel.random import dropout
 from megarecur.parallel.regions import ALONE, TensorParallel
+from megarecur.parallel.transfer import send
 
 
 class OpenChunk(KeysAndValues, Protocol):
@@ -171,10 +172,10 @@ def build_chunks(
     spans = cut(length, offset, temporal.chunk_length, lengths)
     starts = torch.tensor([a - (offset if i == 0 else 0) for i, (a, _) in enumerate(spans)])
     sizes = torch.tensor([b - a for a, b in spans])
-    within_S = torch.arange(length) - starts.repeat_interleave(sizes)
-    within_BS = torch.minimum(positions_BS, within_S.to(device)) if past == 0 else None
+    within_S = send(torch.arange(length) - starts.repeat_interleave(sizes), device)
+    within_BS = torch.minimum(positions_BS, within_S) if past == 0 else None
     if within_BS is None:  # One document: positions follow from its chunks alone.
-        within_BS = within_S.to(device).expand(batch, -1)
+        within_BS = within_S.expand(batch, -1)
     surroundings = {**surroundings, "documents_BS": None, "backend": backend}
     if documents_BS is not None and boundaries is None:
         boundaries = count_boundaries(documents_BS)
@@ -201,7 +202,7 @@ def build_chunks(
             )
             if documents_BS is None and resumed is None:
                 shared[stop - start] = found
-        first = torch.tensor(past + start, device=device)
+        first = torch.full((), past + start, device=device)
         cache, sliding = carried.cache if carried is not None else None, found.sliding
         return replace(
             found,
@@ -227,7 +228,7 @@ def build_chunks(
     positions = replace(
         context_0.positions,
         index_BS=within_BS,
-        first=None if past == 0 else torch.tensor(past, device=device),
+        first=None if past == 0 else torch.full((), past, device=device),
         documents_BS=documents_BS,
     )
     seen = Visibility(backend=backend)  # Of no token: only chunks attend.
@@ -320,12 +321,12 @@ def share_halting(chunks: Sequence[Chunk], documents_BS: Tensor | None, batch: i
     """Return the chunks with weights of the halting cost, so that the cost of a document is the
     mean over its chunks."""
     device = chunks[0].ctx.positions.index_BS.device
-    sizes = torch.tensor([chunk.stop - chunk.start for chunk in chunks], device=device)
+    sizes = torch.tensor([chunk.stop - chunk.start for chunk in chunks])
     if documents_BS is None:
         shares_BS = torch.full((batch, int(sizes.sum())), 1.0 / len(chunks), device=device)
     else:
         documents = find_documents(documents_BS, documents_BS)
-        chunk_S = torch.arange(len(chunks), device=device).repeat_interleave(sizes)
+        chunk_S = send(torch.arange(len(chunks)).repeat_interleave(sizes), device)
         last_BS = documents.start_BS + documents.length_BS - 1
         shares_BS = 1.0 / (chunk_S[last_BS] - chunk_S[documents.start_BS] + 1)
     return [
@@ -462,7 +463,7 @@ class UpdateLayer(nn.Module):
         def where(site: str, probability: float) -> Tensor | None:
             if not (keys.training and probability > 0.0):
                 return None
-            return key_words(keys.key(f"{self.name} {site}"), memory_BMD.device)
+            return keys.words(f"{self.name} {site}", memory_BMD.device)
 
         def drop(branch: Tensor, site: str) -> Tensor:
             place = where(site, rate)
@@ -492,6 +493,11 @@ class Memory(nn.Module):
             UpdateLayer(f"temporal.updates.{layer}", make, config.model, dtype, tp)
             for layer in range(self.config.updates)
         )
+
+    def sites(self) -> list[str]:
+        """Return the sites of dropout."""
+        names = [update.name for update in self.updates if isinstance(update, UpdateLayer)]
+        return [f"{name} {site}" for name in names for site in ("mix", "feed", "attention")]
 
     def initial(self, batch: int) -> Tensor:
         """Return the initial memory [B, M, D], which is equal for all samples."""

@@ -5,7 +5,7 @@ Shapes: B samples, S positions, D hidden, V vocabulary, N = B S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from megarecur.attention.plan import choose_backend
 from megarecur.batch import Batch
 from megarecur.config.run import Config
-from megarecur.model.context import Context, build_context
+from megarecur.model.block import Block
+from megarecur.model.context import Context, DropoutKeys, build_context
 from megarecur.model.embedding import Embedding, Head
 from megarecur.model.norm import build_norm
 from megarecur.model.positions import sinusoidal
-from megarecur.model.runner import build_runner
+from megarecur.model.runner import ChunkedRunner, build_runner
 from megarecur.model.saved import CudaCopies, HostCopies, saving
 from megarecur.model.task_head import TaskHead
 from megarecur.model.telemetry import Telemetry
@@ -28,7 +29,7 @@ from megarecur.objective.task import build_objective
 from megarecur.parallel.head_loss import Target
 from megarecur.parallel.linear import DeferredProducts, Weight
 from megarecur.parallel.loss import LossTerm
-from megarecur.parallel.random import dropout, initial_values
+from megarecur.parallel.random import draw_keys, dropout, initial_values
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.parallel.shards import TensorShard
 from megarecur.plan.placement import Placement
@@ -161,10 +162,12 @@ class Transformer(nn.Module):
         training: bool,
         telemetry: Telemetry | None = None,
         states: list[Tensor] | None = None,
+        drawn: Mapping[int, Tensor] | None = None,
     ) -> Context:
         """Return the context of a micro batch.
 
         Args:
+            drawn: words of random keys on the device (`draw_keys`), if they were drawn before.
             telemetry: measures the steps of the map, if given.
             states: list to which the output of every step is appended, if given.
         """
@@ -177,6 +180,7 @@ class Transformer(nn.Module):
             "seed": self.config.seed,
             "step": step,
             "training": training,
+            "drawn": drawn,
             "telemetry": telemetry,
             "states": states,
             "tp": self.tp,
@@ -184,6 +188,21 @@ class Transformer(nn.Module):
         if self.config.temporal is not None:
             return build_chunks(self.config, batch.positions_BS, self.dtype, **options)
         return build_context(self.config.model, batch.positions_BS, self.dtype, **options)
+
+    def draw_keys(
+        self, steps: Iterable[Step], optimizer_step: int, device: torch.device
+    ) -> dict[int, Tensor]:
+        """Return the random keys of training on some steps of the map, in one table on the
+        device."""
+        keys = DropoutKeys(self.config.seed, optimizer_step, True)
+        places: list[tuple[str, Step | None]] = [("embedding", None), ("initial state", None)]
+        if isinstance(self.runner, ChunkedRunner):
+            places += [(site, None) for site in self.runner.memory.sites()]
+        for step in steps:
+            block = self.runner.blocks[str(step.block)]
+            assert isinstance(block, Block)
+            places += [(site, step) for site, rate in block.rates.items() if rate > 0.0]
+        return draw_keys((keys.key(*place) for place in places), device)
 
     @torch.no_grad()
     def read_piece(self, steps: Sequence[Step], tokens_BS: Tensor, carried: Carried) -> Tensor:
@@ -230,7 +249,8 @@ class Transformer(nn.Module):
             x = x + sinusoidal(ctx.positions.index_BS, model.hidden_size, x.dtype)
         x = x.to(self.dtype)
         if ctx.dropout.training and model.dropout > 0.0:
-            x = dropout(x, model.dropout, ctx.dropout.key("embedding"), ctx.positions.rows())
+            where = ctx.dropout.words("embedding", x.device)
+            x = dropout(x, model.dropout, where, ctx.positions.rows())
         return x
 
     def run(

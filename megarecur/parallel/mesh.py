@@ -54,6 +54,9 @@ class Mesh:
     save_group: Any = None
     """All processes, over gloo, for checkpoints that a separate thread may save. None in a world of
     one process."""
+    host_group: Any = None
+    """All processes, over gloo, for numbers that the host reads; None: the default group is of that
+    kind, or this is the only process."""
 
     @property
     def world(self) -> int:
@@ -113,12 +116,20 @@ class Mesh:
         return tensor
 
     def max_over_world(self, value: int) -> int:
-        """Return the largest of one integer per process."""
+        """Return the largest of one integer per process, without the device."""
         if self.world == 1:
             return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
         return int(tensor)
+
+    def count_over_world(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums of numbers over all processes, without the device."""
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(tensor, group=self.host_group)
+        sums: list[float] = tensor.tolist()
+        return sums
 
     def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
@@ -495,9 +506,13 @@ def pick_group(members: list[list[int]], rank: int) -> Any:
 
 @contextmanager
 def saving_apart(mesh: Mesh) -> Iterator[Mesh]:
-    """Yield the mesh with a process group for saving, which ends with the context."""
-    group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+    """Yield the mesh with a process group for saving and, beside a GPU, one for numbers of the
+    host; they end with the context."""
+    group, host = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT), None
+    if mesh.device.type == "cuda":
+        host = dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
-        yield replace(mesh, save_group=group)
+        yield replace(mesh, save_group=group, host_group=host)
     finally:
-        dist.destroy_process_group(group)
+        for each in (group, host) if host is not None else (group,):
+            dist.destroy_process_group(each)

@@ -7,12 +7,13 @@ and any mesh see the same values. Shapes: B samples, S positions, D channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import xxhash
 from torch import Tensor
 
+from megarecur.parallel.transfer import send
 from megarecur.recurrence.inventory import ParameterSpec
 
 _INT32_RANGE, _INT16_RANGE = 1 << 32, 1 << 16
@@ -102,7 +103,15 @@ def _fold(x: Tensor) -> Tensor:
 def key_words(where: int, device: torch.device) -> Tensor:
     """Return a key as an int32 tensor [2]: a word for rows and one for columns. A compiled graph
     takes it as an input, where a number would be a constant of the graph."""
-    return torch.tensor(split_key(where), dtype=torch.int32, device=device)
+    return send(torch.tensor(split_key(where), dtype=torch.int32), device)
+
+
+def draw_keys(places: Iterable[int], device: torch.device) -> dict[int, Tensor]:
+    """Return the `key_words` of many keys: views of one table, which takes one copy."""
+    keys = list(dict.fromkeys(places))
+    # Rows of 16 bytes: a compiled graph would copy an input that is aligned to less.
+    table = torch.tensor([[*split_key(where), 0, 0] for where in keys], dtype=torch.int32)
+    return dict(zip(keys, send(table.view(-1, 4), device)[:, :2].unbind(), strict=True))
 
 
 def split_key(where: int) -> list[int]:
@@ -188,7 +197,7 @@ def dropout(x: Tensor, probability: float, where: int | Tensor, rows: tuple[Tens
 
 
 def truncated_normal(
-    where: int,
+    where: int | Tensor,
     rows: tuple[Tensor, ...],
     num_columns: int,
     first_column: int = 0,

@@ -94,7 +94,7 @@ class StepResult:
         An exit's mean loss over an interval then covers only the steps that had the exit.
         """
         for name in [name for name in self.losses if EXIT_LOSS.fullmatch(name)]:
-            steps = torch.tensor(1.0 / mesh.dp, dtype=torch.float64, device=mesh.device)
+            steps = torch.full((), 1.0 / mesh.dp, dtype=torch.float64, device=mesh.device)
             self.losses[name.replace("/loss", STEPS)] = steps
 
 

@@ -13,7 +13,6 @@ from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.errors import MegarecurError
 from megarecur.model.context import Context
-from megarecur.model.documents import begin_BS
 from megarecur.model.telemetry import Telemetry, named
 from megarecur.model.transformer import Transformer
 from megarecur.objective.teacher import Teacher
@@ -36,6 +35,7 @@ class Training:
         result: receives the losses and, if `telemetry`, the measures of the steps of the map.
         telemetry: whether to measure the steps of the map.
         teacher: source of the teacher's logits, on ranks of the head; None: no distillation.
+        drawn: random keys of this rank's steps of the map (`Transformer.draw_keys`).
     """
 
     def __init__(
@@ -47,8 +47,9 @@ class Training:
         result: StepResult,
         telemetry: bool,
         teacher: Teacher | None = None,
+        drawn: Mapping[int, Tensor] | None = None,
     ) -> None:
-        self.teacher = teacher
+        self.teacher, self.drawn = teacher, drawn
         self.model, self.batches, self.step = model, batches, step
         self.denominators, self.result, self.telemetry = denominators, result, telemetry
         self.contexts: dict[int, Context] = {}
@@ -64,7 +65,7 @@ class Training:
             seen = Telemetry() if self.telemetry else None
             self.seen += [seen] if seen else []
             self.contexts[microbatch] = self.model.context(
-                self.batches[microbatch], self.step, training=True, telemetry=seen
+                self.batches[microbatch], self.step, True, telemetry=seen, drawn=self.drawn
             )
         return self.contexts[microbatch]
 
@@ -153,7 +154,9 @@ def forward_backward(
         places=denominators["places"],
         keys=(denominators["keys"], denominators["window_keys"]),
     )
-    program = Training(model, batches, step, denominators, result, telemetry, teacher)
+    mine = [each for stage in scheduled.walk if stage.rank == mesh.pp_rank for each in stage.steps]
+    drawn = model.draw_keys(mine, step, mesh.device)
+    program = Training(model, batches, step, denominators, result, telemetry, teacher, drawn)
 
     def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         with named("backward"):
@@ -183,20 +186,20 @@ def count_denominators(
 
     Tokens are those with labels. Tokens and documents are at least 1. Places are all computed
     tokens, including padding. The all-reduce also counts the ranks that failed to read, and sums
-    `keys`, those that this rank's queries see (`count_keys`).
+    `keys`, those that this rank's queries see (`count_keys`). Nothing is read from the device: the
+    loader has counted.
 
     Raises:
         MegarecurError: on every rank, the reason why a rank could not read its batches.
     """
     own = [
         sum(batch.num_tokens for batch in batches),
-        sum(count_documents(batch) for batch in batches),
+        sum(batch.num_documents for batch in batches),
         sum(batch.tokens_BS.numel() for batch in batches),
         unread is not None,
         *keys,
     ]
-    counts = mesh.sum_over_world(torch.tensor(own, dtype=torch.float64).to(mesh.device))
-    tokens, documents, places, failures, *seen = counts.tolist()
+    tokens, documents, places, failures, *seen = mesh.count_over_world(own)
     if failures:
         raise_first(unread, mesh)
     # Every rank of a replica reads and counts the same samples.
@@ -223,13 +226,6 @@ def count_keys(config: Config, batches: Sequence[MicroBatch]) -> tuple[float, fl
             lengths += np.diff(part.edges).tolist()
     seen = see_documents(config, lengths)
     return seen.full * sum(lengths), seen.sliding * sum(lengths)
-
-
-def count_documents(batch: MicroBatch) -> int:
-    """Count the documents of a micro batch; the part of a document in one sample counts as one."""
-    if batch.single_document:
-        return len(batch.documents_BS)
-    return int(begin_BS(batch.documents_BS).sum())
 
 
 def objective(terms: Mapping[str, LossTerm], denominators: Mapping[str, float]) -> Tensor:

@@ -28,6 +28,7 @@ from megarecur.errors import ConfigError, DataError
 from megarecur.files import replace_file
 from megarecur.parallel.head_loss import Target
 from megarecur.parallel.regions import TensorParallel
+from megarecur.parallel.transfer import send
 
 RECORD = "teacher.json"
 BYTES_PER_FILE = 2**28
@@ -71,7 +72,7 @@ class StoredTeacher:
         constant: [n, V], or this rank's shard of V."""
         kept = [self.read(int(sample)) for sample in batch.sample_ids_B.tolist()]
         device = batch.tokens_BS.device
-        ids_NK, log_p_NK = (torch.cat(parts).to(device) for parts in zip(*kept, strict=True))
+        ids_NK, log_p_NK = (send(torch.cat(parts), device) for parts in zip(*kept, strict=True))
         return lambda part: self.spread(ids_NK[part], log_p_NK[part].to(torch.float32))
 
     def spread(self, ids_NK: Tensor, log_p_NK: Tensor) -> Tensor:

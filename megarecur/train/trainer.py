@@ -348,7 +348,7 @@ def read_batches(
 ) -> tuple[list[MicroBatch], MegarecurError | None]:
     """Return this rank's micro batches, or the error of reading; prefetches the next step's."""
     try:
-        batches = [batch.to(mesh.device) for batch in loader.batch(step)]
+        batches = loader.batch(step)
     except MegarecurError as error:
         return [], error
     loader.prefetch(step + 1)

@@ -92,6 +92,28 @@ def test_moved_activations_return(corpus, monkeypatch, recompute, compiled) -> N
         assert_gradients_close(gradients, found[0], 1e-4)
 
 
+@pytest.mark.parametrize("attention", ["auto", "segments"])
+def test_nothing_waits_before_the_norm(corpus, attention) -> None:
+    """CUDA's own check; `train/test_waits.py` has a stand-in for machines without a GPU."""
+    config = make_config(
+        corpus, "loop", model={"dropout": 0.1, "z_loss": 1e-4},
+        train={"precision": "bf16", "attention": attention},
+    )  # fmt: skip
+    mesh = Mesh(device=torch.device("cuda"))
+    data = open_data(config, mesh)
+    engine = PlainEngine(Transformer(data.config, mesh.device), data.config, mesh)
+    for step in range(3):
+        batches = data.loader.batch(step)
+        data.loader.prefetch(step + 1)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            forward_backward(engine.model, engine, data.config, batches, step, mesh, step == 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        norm, skipped = engine.step(1e-3)
+        assert norm > 0.0 and not skipped
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_resumes_on_the_gpu(corpus, tmp_path, precision) -> None:
     for steps in (5, 10):

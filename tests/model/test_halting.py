@@ -17,6 +17,7 @@ from support.models import VOCABULARY, Batch, build, gradients, make_batch, make
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from megarecur.attention.documents import count_documents
 from megarecur.config.load import validate
 from megarecur.config.recurrence import HaltingConfig
 from megarecur.config.run import Config
@@ -33,7 +34,6 @@ from megarecur.plan.cost import count_flops, count_head_flops, count_parameters
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train.metrics import read_rows
 from megarecur.train.report import Interval, StepResult, name_counts
-from megarecur.train.step import count_documents
 from megarecur.train.trainer import FINISHED, train
 
 DEPTH = 6
@@ -236,7 +236,7 @@ def test_neighbours_padding_and_packing_do_not_matter(mode: str, causal: bool) -
         torch.testing.assert_close(x[row, :length], alone[0], rtol=1e-10, atol=1e-10)
         total += float(own.total)
     assert float(term.total) == pytest.approx(total, rel=1e-10)
-    assert count_documents(batch) == 4  # type: ignore[arg-type]
+    assert count_documents(batch.documents_BS) == 4
     packed = replace(
         make_batch(1, 7),
         documents_BS=torch.tensor([[0, 0, 0, 0, 3, 3, -1]]),
@@ -248,7 +248,7 @@ def test_neighbours_padding_and_packing_do_not_matter(mode: str, causal: bool) -
     both = torch.cat([part[0] for part in parts], 1)
     torch.testing.assert_close(x[:, :6], both, rtol=1e-10, atol=1e-10)
     assert float(term.total) == pytest.approx(sum(float(p[1].total) for p in parts), rel=1e-10)
-    assert count_documents(packed) == 2  # type: ignore[arg-type]
+    assert count_documents(packed.documents_BS) == 2
 
 
 @pytest.mark.parametrize("mode", ["global", "token"])

@@ -126,6 +126,15 @@ def test_known_values() -> None:
     torch.testing.assert_close(values, torch.tensor(KNOWN_NORMALS), rtol=1e-6, atol=0)
 
 
+def test_a_table_of_keys_holds_those_of_each() -> None:
+    places = [random.key(3, site) for site in ("mix", "feed", "mix", "embedding")]
+    table = random.draw_keys(places, torch.device("cpu"))
+    assert len(table) == 3 and random.draw_keys([], torch.device("cpu")) == {}
+    for where, words in table.items():
+        assert torch.equal(words, random.key_words(where, torch.device("cpu")))
+        assert words.data_ptr() % 16 == 0
+
+
 # --------------------------------------------------------------------------------- statistics
 
 
