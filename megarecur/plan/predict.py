@@ -563,7 +563,8 @@ def time_stages(
     of_products = tokens * product_seconds(config, layout, cluster)
     of_scores = tokens * score_seconds(config, layout, cluster, seen)
     stream = tokens * config.model.hidden_size * element_bytes(config)
-    work = [tokens * n for n in count_pointwise_bytes(config, fused)]
+    # A CPU's fused kernels took as long as eager passes: arithmetic bounds them there.
+    work = [tokens * n for n in count_pointwise_bytes(config, fused and cluster.device == "cuda")]
     passes = [cluster.pointwise_time(n, stream) for n in work]
     logits = count_logits(config, tokens) * element_bytes(config)
     all_logits = tokens * vocab_shard(config) * (not config.classifies)
