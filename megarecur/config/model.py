@@ -118,8 +118,8 @@ class ModelConfig(Section):
     """Let a token see only the tokens before it. false: an encoder, in which a token sees all
     tokens of its document."""
     sliding_window: Length | None = None
-    """Tokens that sliding blocks see, the current one included. All scores are computed and most
-    are masked, so it saves no time, and generation caches all tokens. Default: no sliding
+    """Tokens that sliding blocks see, the current one included. Training computes the scores of a
+    window only, unless train.attention=dense; generation caches all tokens. Default: no sliding
     blocks."""
     attention_types: Annotated[tuple[Literal["sliding", "full"], ...], Field(min_length=1)] = (
         "full",
