@@ -65,7 +65,11 @@ class Training:
             seen = Telemetry() if self.telemetry else None
             self.seen += [seen] if seen else []
             self.contexts[microbatch] = self.model.context(
-                self.batches[microbatch], self.step, True, telemetry=seen, drawn=self.drawn
+                self.batches[microbatch],
+                self.step,
+                training=True,
+                telemetry=seen,
+                drawn=self.drawn,
             )
         return self.contexts[microbatch]
 

@@ -159,13 +159,20 @@ def test_gated_gelu_has_the_gradient_of_its_formula(approximate: str) -> None:
 
 
 def test_costs_follow_the_options() -> None:
-    """Gates and norms are counted; masks of two kinds, if any; scores as they are computed."""
+    """Gates and norms are counted; masks of two kinds, if any; scores inside of windows."""
     plain, gemma = (make_config(model={"vocab_size": 9, **m}) for m in ({}, GEMMA))
     blocks, head = 3, plain.model.head_dim
     more = count_parameters(gemma).total - count_parameters(plain).total
     assert more == blocks * (2 * plain.model.hidden_size + 2 * head)
     steps = layer_map(plain.recurrence)
-    assert count_flops(gemma, steps) == count_flops(plain, steps)
+    length, window = plain.data.seq_length, gemma.model.sliding_window
+    hidden = sum(max(0, position + 1 - window) for position in range(length)) / length
+    sliding = sum(gemma.model.slides(step.block) for step in steps)
+    saved = sliding * round(4 * hidden * plain.model.num_heads * head)
+    assert sliding and saved
+    flops = count_flops(gemma, steps), count_flops(plain, steps)
+    assert flops[0].forward == pytest.approx(flops[1].forward - saved, abs=sliding)
+    assert flops[0].train == pytest.approx(flops[1].train - 3 * saved, abs=3 * sliding)
     assert (count_mask_heads(plain), count_mask_heads(gemma)) == (0, 0)
     dense = (
         make_config(model={"vocab_size": 9, **m}, train={"attention": "dense"}) for m in ({}, GEMMA)
