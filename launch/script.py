@@ -41,19 +41,25 @@ class Job:
     killed."""
 
 
-SUPERVISE = """
-# Forward signals to the supervisor. If it is killed, for example for lack of memory, restart it:
-# it ends the remaining ranks, and resumes the run.
-set +e
-pass_on() {{
+FORWARD = """
+# Forward signals to the supervisor, those too that come before it has begun.
+pass_on() {
     caught=1
-    if [ "$supervisor" ]; then kill -"$1" $supervisor 2>/dev/null; else early+=" $1"; fi
-}}
+    if [ "$supervisor" ]; then kill -"$1" $supervisor 2>/dev/null || true; else early+=" $1"; fi
+}
 for signal in USR1 USR2 TERM; do trap "pass_on $signal" $signal; done
+"""
+"""Part of the script of a supervised job before its setup, which may take long."""
+
+SUPERVISE = """
+# If the supervisor is killed, for example for lack of memory, restart it: it ends the remaining
+# ranks, and resumes the run.
+set +e
 for turn in {{1..10}}; do
-    {command} &
+    given=$early
+    MEGARECUR_EARLY_SIGNALS=$given {command} &
     supervisor=$!
-    for signal in $early; do kill -$signal $supervisor 2>/dev/null; done
+    for signal in ${{early#"$given"}}; do kill -$signal $supervisor 2>/dev/null; done
     caught=1
     while [ "$caught" ]; do
         caught=
@@ -117,6 +123,7 @@ def render(job: Job, profile: ClusterProfile, command: Sequence[str]) -> str:
     ]
     lines += [f"#SBATCH --{flag}" for flag in flags]
     lines += [f"#SBATCH {option}" for option in profile.options]
+    lines += FORWARD.splitlines() if job.supervised else []
     lines += ["", "set -e"]
     lines += [f"module load {shlex.quote(module)}" for module in profile.modules]
     lines += profile.setup

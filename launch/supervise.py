@@ -151,8 +151,10 @@ def hold(run_dir: Path, patience: float) -> Iterator[None]:
 
 
 def note_signals() -> list[int]:
-    """Return the list that stop signals are appended to from now on."""
-    told: list[int] = []
+    """Return the list that stop signals are appended to from now on, with those that the script
+    received before this process began."""
+    early = os.environ.pop("MEGARECUR_EARLY_SIGNALS", "").split()
+    told: list[int] = [signal.Signals[f"SIG{name}"] for name in early]
     for number in SIGNALS:
         signal.signal(number, lambda received, frame: told.append(received))
     return told

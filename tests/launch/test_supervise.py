@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from megarecur.launch.job import JobSpec, read_spec, resubmit, script_of
 from megarecur.launch.outcome import Listener, close_lost, explain, numbers, read_notice
 from megarecur.launch.profile import ClusterProfile, load_profile, seconds_of
 from megarecur.launch.queue import Queue
-from megarecur.launch.script import SUPERVISE, Job, render
+from megarecur.launch.script import FORWARD, SUPERVISE, Job, render
 from megarecur.launch.slurm import SlurmError, step_of, submit
 from megarecur.launch.status import print_status, read_status
 from megarecur.launch.submit import LaunchOptions, expand_sweep, launch_slurm
@@ -91,6 +92,7 @@ def test_a_script_is_a_pure_function_of_job_and_profile() -> None:
         "#SBATCH --output=/runs/tiny/logs/slurm-%j.log",
         "#SBATCH --no-requeue",
         "#SBATCH --switches=1",
+        *FORWARD.splitlines(),
         "",
         "set -e",
         "module load cuda/12",
@@ -796,6 +798,20 @@ def test_a_supervisor_that_was_killed_is_started_again(tmp_path) -> None:
         (tmp_path / "turns").unlink(missing_ok=True)
         done = subprocess.run(["bash"], input=script, text=True, capture_output=True)
         assert done.returncode == code and len((tmp_path / "turns").read_text()) == turns
+
+
+def test_signals_before_the_supervisor_are_kept(tmp_path) -> None:
+    """Slurm may announce a time limit while a job's setup runs."""
+    code = (
+        "import os; from megarecur.launch.supervise import note_signals; "
+        "print([int(n) for n in note_signals()], 'MEGARECUR_EARLY_SIGNALS' in os.environ)"
+    )
+    job = Job(**{**vars(JOB), "workdir": tmp_path})
+    profile = ClusterProfile(setup=["kill -USR1 $$", "kill -TERM $$"])
+    script = render(job, profile, [sys.executable, "-c", code])
+    done = subprocess.run(["bash"], input=script, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"[{int(signal.SIGUSR1)}, {int(signal.SIGTERM)}] False\n"
 
 
 def test_a_killed_supervisor_blames_no_node_and_ends_what_it_left(tmp_path) -> None:
