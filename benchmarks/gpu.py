@@ -40,8 +40,7 @@ from megarecur.attention.attend import attend
 from megarecur.attention.documents import Boundaries
 from megarecur.attention.plan import choose_backend
 from megarecur.attention.scores import Scores
-from megarecur.attention.visibility import Visibility
-from megarecur.attention.visibility import see_documents as view_documents
+from megarecur.attention.visibility import Visibility, see_documents
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.data.torchvision_stub import make_torchvision_importable
@@ -52,7 +51,7 @@ from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh
-from megarecur.plan.cost import count_flops, estimate_memory, see_documents
+from megarecur.plan.cost import count_flops, count_seen, estimate_memory
 from megarecur.plan.schedule import Schedules
 from megarecur.recurrence.depth import Depth, sample_depth
 from megarecur.recurrence.schemes import layer_map
@@ -176,7 +175,7 @@ def attend_once(
         seen = Visibility(mask=dense_mask(documents, window))
     else:
         named: Any = backend
-        seen = view_documents(documents, documents, named, DEVICE, causal=True, window=window)
+        seen = see_documents(documents, documents, named, DEVICE, causal=True, window=window)
     leaves = [t.detach().requires_grad_() for t in qkv]
     run = torch.compile(attend) if backend == "flex" and DEVICE.type == "cuda" else attend
 
@@ -278,7 +277,7 @@ def measure_training(shapes: Shapes) -> Iterator[Row]:
             seconds, bytes_ = measure(lambda t=trained, b=batch: t.step(b), shapes.repeats)
             steps = layer_map(config.recurrence)
             assert batch.boundaries is not None
-            seen = see_documents(config, np.diff(batch.boundaries.edges).tolist())
+            seen = count_seen(config, np.diff(batch.boundaries.edges).tolist())
             flops = count_flops(config, steps, seen).train
             row |= {
                 "attention": choose_backend(config, DEVICE.type).backend,

@@ -29,7 +29,7 @@ from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.mesh import Mesh, pick_device
 from megarecur.plan.cluster import Cluster, load_cluster
-from megarecur.plan.cost import see_documents
+from megarecur.plan.cost import count_seen
 from megarecur.plan.predict import Layout, complete, make_draft
 from megarecur.recurrence.schemes import layer_map
 
@@ -131,7 +131,7 @@ def main() -> None:
         lengths = draw_lengths(size["length"], size["batch"])
         for mode in given.modes:
             config = make_config(size, given.precision, mode == "compiled")
-            seen = see_documents(config, lengths)
+            seen = count_seen(config, lengths)
             plan = complete(make_draft(config, Layout(1, 1, 1), cluster, seen=seen))
             batch = make_batch(config, lengths)
             measured = measure_step(config, batch, mode == "compiled", given.rounds)

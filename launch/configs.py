@@ -10,7 +10,7 @@ from megarecur.config.mesh import world_rules
 from megarecur.config.rules import RULES
 from megarecur.config.run import Config
 from megarecur.errors import ConfigError, DataError
-from megarecur.plan.cost import Seen, count_span, see_documents
+from megarecur.plan.cost import Seen, count_seen, count_span
 from megarecur.plan.describe import resolve_vocab_size
 from megarecur.plan.rules import walk_rules
 
@@ -65,7 +65,7 @@ def see_corpora(config: Config) -> Seen | None:
     for source in config.data.train:
         lengths = list(measure_documents(Path(source.path), config))
         if lengths:
-            found.append((source.weight, see_documents(config, lengths)))
+            found.append((source.weight, count_seen(config, lengths)))
     if not found:
         return None
     total = sum(weight for weight, _ in found)

@@ -36,3 +36,9 @@ def find_conflicts(config: Config, rules: Sequence[Rule] = RULES) -> list[str]:
     Rules about values that cannot be read (see `base.Section`) are skipped.
     """
     return [message for rule in rules if (message := rule.explain(config))]
+
+
+def find_compile_conflict(config: Config) -> str | None:
+    """Return the first reason why a config cannot be compiled; None if there is none."""
+    forced = config.train.model_copy(update={"compile": True})
+    return next(iter(find_conflicts(config.model_copy(update={"train": forced}))), None)

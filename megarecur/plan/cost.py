@@ -212,7 +212,7 @@ def count_pairs(length: int, causal: bool, window: int | None = None) -> int:
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
-def see_documents(config: Config, lengths: Iterable[int]) -> Seen:
+def count_seen(config: Config, lengths: Iterable[int]) -> Seen:
     """Return the keys that queries see over documents of these lengths, or parts of documents that
     attention sees by themselves."""
     lengths, model = list(lengths), config.model
@@ -228,7 +228,7 @@ def see_samples(config: Config) -> Seen:
     """Return the keys that queries see if every sample is one document; with a temporal memory, in
     chunks."""
     whole, rest = divmod(config.num_positions, count_span(config))
-    return see_documents(config, [count_span(config)] * whole + [rest] * (rest > 0))
+    return count_seen(config, [count_span(config)] * whole + [rest] * (rest > 0))
 
 
 def count_score_flops(config: Config, block: int, seen: Seen) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from megarecur.config.rules import find_compile_conflict
 from megarecur.config.run import Config
 from megarecur.plan.cost import element_bytes
 
@@ -90,6 +91,5 @@ def count_logit_bytes(config: Config) -> tuple[int, int]:
 def compiles(config: Config, device: str) -> bool:
     """Return True if a run compiles its blocks on a kind of device (cpu, cuda)."""
     asked = config.train.compile
-    if config.train.recompute == "selective":
-        return False
-    return device == "cuda" if asked is None else bool(asked)
+    wish = device == "cuda" if asked is None else bool(asked)
+    return wish and find_compile_conflict(config) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarecur.config.rules import find_conflicts
+from megarecur.config.rules import find_compile_conflict
 from megarecur.config.run import Config
 from megarecur.errors import ConfigError
 from megarecur.model.compile import find_obstacle
@@ -21,7 +21,7 @@ def choose_compiler(config: Config, mesh: Mesh) -> tuple[bool, str]:
     wish = config.train.compile
     if wish is None:
         wish = "auto" if mesh.device.type == "cuda" else False
-    obstacle = (find_conflict(config) or find_obstacle(mesh.device)) if wish else None
+    obstacle = (find_compile_conflict(config) or find_obstacle(mesh.device)) if wish else None
     with same_error(mesh):
         if wish is True and obstacle is not None:
             raise ConfigError(
@@ -31,9 +31,3 @@ def choose_compiler(config: Config, mesh: Mesh) -> tuple[bool, str]:
     if obstacles:
         return False, f"train.compile=auto: running eagerly, as {obstacles[0]}"
     return bool(wish), ""
-
-
-def find_conflict(config: Config) -> str | None:
-    """Return the first reason why a config cannot be compiled; None if there is none."""
-    forced = config.train.model_copy(update={"compile": True})
-    return next(iter(find_conflicts(config.model_copy(update={"train": forced}))), None)

@@ -20,7 +20,7 @@ from megarecur.optim.engine import Engine
 from megarecur.parallel.loss import LossTerm
 from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.parallel.pipeline import Pipeline
-from megarecur.plan.cost import see_documents
+from megarecur.plan.cost import count_seen
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.walk import Stage
 from megarecur.recurrence.depth import is_sampled, sample_depth
@@ -228,7 +228,7 @@ def count_keys(config: Config, batches: Sequence[MicroBatch]) -> tuple[float, fl
         for start in range(0, length, span):
             part = edges if span >= length else edges.narrow(start, min(start + span, length))
             lengths += np.diff(part.edges).tolist()
-    seen = see_documents(config, lengths)
+    seen = count_seen(config, lengths)
     return seen.full * sum(lengths), seen.sliding * sum(lengths)
 
 

@@ -16,7 +16,7 @@ from megarecur.config.run import Config
 from megarecur.data.corpus import Manifest
 from megarecur.data.loader import MicroBatch
 from megarecur.launch.configs import measure_documents, see_corpora
-from megarecur.plan.cost import Seen, count_flops, count_pairs, see_documents, see_samples
+from megarecur.plan.cost import Seen, count_flops, count_pairs, count_seen, see_samples
 from megarecur.recurrence.schemes import build_map
 from megarecur.train.report import Report
 from megarecur.train.step import count_keys
@@ -97,8 +97,8 @@ def test_check_and_plan_see_the_documents_of_corpora(tmp_path: Path) -> None:
 
     assert list(measure_documents(tmp_path / "a", config())) == [3, 13, 4, 12, 8]
     assert list(measure_documents(tmp_path / "none", config())) == []
-    of_a = see_documents(config(), [3, 13, 4, 12, 8])
-    of_b = see_documents(config(), [16, 16])
+    of_a = count_seen(config(), [3, 13, 4, 12, 8])
+    of_b = count_seen(config(), [16, 16])
     mean = Seen(*((3 * a + b) / 4 for a, b in zip(of_a, of_b, strict=True)))
     assert see_corpora(config()) == pytest.approx(mean)
     assert see_corpora(config(mask_documents=False)) is None
