@@ -73,9 +73,7 @@ class Run:
         return {}
 
     def rows(self, event: str | None = None) -> list[dict[str, Any]]:
-        path = self.path / "attempts.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [row for row in rows if event in (None, row["event"])]
+        return read_attempts(self.path, event)
 
     def until(self, what: Callable[[], Any]) -> Any:
         """Wait for something, as long as the run gets on; explain the run if it does not."""
@@ -124,6 +122,13 @@ class Run:
         for name, tensor in final_tensors(self.path).items():
             assert torch.equal(tensor, tensors[name]), name
         self.until(lambda: not processes(self.path))
+
+
+def read_attempts(run: Path, event: str | None = None) -> list[dict[str, Any]]:
+    """What a run has recorded; only of one kind of event, if given."""
+    path = run / "attempts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if event in (None, row["event"])]
 
 
 def processes(run: Path) -> Iterator[tuple[int, int | None]]:
@@ -449,15 +454,12 @@ def test_a_sweep_side_by_side_on_the_same_nodes(run) -> None:
     run.launch(2, "--sweep", "optimizer.lr=1e-3,3e-4", "train.steps=40")
     folders = [run.path / f"optimizer.lr={lr}" for lr in ("1e-3", "3e-4")]
 
-    def rows(folder: Path) -> list[dict[str, Any]]:
-        path = folder / "attempts.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
     def done() -> bool:
-        return all(rows(folder)[-1:] and "reason" in rows(folder)[-1] for folder in folders)
+        last = [read_attempts(folder)[-1:] for folder in folders]
+        return all(rows and "reason" in rows[0] for rows in last)
 
     run.until(done)
-    (start, end), (other, other_end) = map(rows, folders)
+    (start, end), (other, other_end) = map(read_attempts, folders)
     assert end["reason"] == other_end["reason"] == "finished", run.explain()
     assert start["nodes"] == other["nodes"] and other["time"] < end["time"]
     losses = [read_rows(folder / "metrics.jsonl")[-1]["val/loss"] for folder in folders]
@@ -471,11 +473,7 @@ def test_a_cancelled_task_of_an_array_stays_cancelled(run, soon) -> None:
     folder = run.path / "optimizer.lr=1e-3"
 
     def rows(event: str) -> list[dict[str, Any]]:
-        path = folder / "attempts.jsonl"
-        found = (
-            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        )
-        return [row for row in found if row["event"] == event]
+        return read_attempts(folder, event)
 
     run.until(lambda: newest_step(folder) > 0)
     task = f"{run.job}_0"
