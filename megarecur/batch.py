@@ -12,6 +12,31 @@ START, END = -1, -2
 """Ids of a task's learned START and END tokens."""
 
 
+class Sentences(Protocol):
+    """The interface of the source sentences of a micro batch, which an encoder reads: one document
+    per row, then padding."""
+
+    @property
+    def tokens_BS(self) -> Tensor:
+        """Ids."""
+
+    @property
+    def positions_BS(self) -> Tensor:
+        """Positions of the tokens in their sentence."""
+
+    @property
+    def documents_BS(self) -> Tensor:
+        """0 for tokens, -1 for padding."""
+
+    @property
+    def boundaries(self) -> Boundaries | None:
+        """The boundaries of the sentences; None: counted from `documents_BS` where needed."""
+
+    @property
+    def single_document(self) -> bool:
+        """True if there is no padding."""
+
+
 class Batch(Protocol):
     """The interface of a micro batch that the model reads."""
 
@@ -42,3 +67,7 @@ class Batch(Protocol):
     @property
     def single_document(self) -> bool:
         """True if no document ends inside a sample."""
+
+    @property
+    def source(self) -> Sentences | None:
+        """The source sentences of an encoder-decoder; None without an encoder."""

@@ -51,7 +51,11 @@ class Config(Section):
     model: ModelConfig
     """The shape of a block, and the layers around the blocks."""
     recurrence: RecurrenceConfig
-    """The scheme: the order in which blocks run."""
+    """The scheme: the order in which blocks run; with an encoder, that of the decoder."""
+    encoder: RecurrenceConfig | None = None
+    """The scheme of an encoder, which reads a source sentence (kinds and fields as in recurrence).
+    It makes the model an encoder-decoder, trained on corpora of `megarecur prep pairs`. Default: no
+    encoder."""
     adapters: AdaptersConfig | None = None
     """Layer-wise LoRA: parameters of single loops. Default: none."""
     temporal: TemporalConfig | None = None

@@ -58,6 +58,11 @@ class TrainConfig(Section):
     """Samples per optimizer step, over all processes."""
     micro_batch_size: Length = free()
     """Samples per forward pass of one process; divides global_batch_size."""
+    batch_tokens: Length | None = None
+    """Batches by tokens, for pairs of sentences: a batch is sentences of like length with at most
+    this many tokens, source and target and their padding counted. It takes the place of a sample:
+    global_batch_size counts batches, and micro_batch_size is 1. Default: batches of
+    micro_batch_size sentences."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Precision of compute. Parameters, gradients and optimizer state are fp32 (fp64 with fp64,
     which is for tests)."""

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -43,6 +43,32 @@ PREFETCH_DEPTH = 2
 
 
 @dataclass(frozen=True)
+class SourceSentences:
+    """The source sentences of a micro batch (`batch.Sentences`), [B, S] each, padded to the longest."""
+
+    tokens_BS: Tensor
+    """int64."""
+    positions_BS: Tensor
+    """int64, from 0."""
+    documents_BS: Tensor
+    """int32, 0, and -1 for padding."""
+    single_document: bool
+    """True if there is no padding."""
+    boundaries: Boundaries
+    """The boundaries of sentences and padding, counted on the CPU."""
+
+    def to(self, device: torch.device | str) -> SourceSentences:
+        """Return the sentences on a device, to which they are copied without waiting."""
+        return replace(
+            self,
+            tokens_BS=send(self.tokens_BS, device),
+            positions_BS=send(self.positions_BS, device),
+            documents_BS=send(self.documents_BS, device),
+            boundaries=self.boundaries.to(device),
+        )
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """The inputs of one forward pass of one process. Tensors may be shared: do not write to
     them."""
@@ -63,6 +89,8 @@ class MicroBatch:
     """True if no document ends inside any sample: causal attention needs no further mask."""
     boundaries: Boundaries | None = field(default=None, kw_only=True)
     """The boundaries of the documents, counted on the CPU. Must fit `documents_BS`."""
+    source: SourceSentences | None = field(default=None, kw_only=True)
+    """The source sentences, if the samples are pairs of sentences; all else is of the target."""
     num_tokens: int = field(init=False)
     """Number of counted labels, counted on the CPU."""
     num_documents: int = field(init=False)
@@ -74,9 +102,11 @@ class MicroBatch:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield all tensors on the device."""
-        yield from (value for value in vars(self).values() if isinstance(value, Tensor))
-        if self.boundaries is not None:
-            yield self.boundaries.on_device
+        for part in (self, self.source):
+            if part is not None:
+                yield from (value for value in vars(part).values() if isinstance(value, Tensor))
+                if part.boundaries is not None:
+                    yield part.boundaries.on_device
 
     def to(self, device: torch.device | str) -> Self:
         """Return the micro batch on a device, to which it is copied without waiting."""
@@ -87,6 +117,8 @@ class MicroBatch:
         }
         if self.boundaries is not None:
             moved["boundaries"] = self.boundaries.to(device)
+        if self.source is not None:
+            moved["source"] = self.source.to(device)
         batch = copy(self)  # `replace` would count again, on the device.
         vars(batch).update(moved)
         return batch

@@ -52,6 +52,7 @@ class Batch:
     sample_ids_B: Tensor
     single_document: bool = True
     boundaries: None = None
+    source: None = None
 
     def rows(self, start: int, stop: int) -> Batch:
         """Some of the samples."""
