@@ -26,7 +26,7 @@ from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_flops
-from megarecur.recurrence.depth import Depth, sample_depth
+from megarecur.recurrence.depth import Depth, draw_depth
 from megarecur.recurrence.schemes import layer_map
 
 LENGTH, BATCH = 256, 2
@@ -53,7 +53,7 @@ def drawn_depths(config: Config) -> list[int]:
     order: list[int] = []
     step = 0
     while len(order) < 14:
-        depth = sample_depth(config.recurrence, config.seed, step)
+        depth = draw_depth(config, step)
         assert depth is not None
         if order.count(depth.num_loops) < 2:
             order.append(depth.num_loops)

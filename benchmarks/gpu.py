@@ -53,7 +53,7 @@ from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_flops, count_seen, estimate_memory
 from megarecur.plan.schedule import Schedules
-from megarecur.recurrence.depth import Depth, sample_depth
+from megarecur.recurrence.depth import Depth, draw_depth
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train.speed import peak_flops
 
@@ -391,7 +391,7 @@ def drawn_depths(config: Config) -> list[int]:
     order: list[int] = []
     step = 0
     while len(order) < 7:
-        depth = sample_depth(config.recurrence, config.seed, step)
+        depth = draw_depth(config, step)
         assert depth is not None
         if depth.num_loops not in order:
             order.append(depth.num_loops)

@@ -32,7 +32,7 @@ from megarecur.plan.cost import (
 )
 from megarecur.plan.describe import count_noun, describe_scheme, format_bytes, format_count
 from megarecur.plan.waits import find_waits
-from megarecur.recurrence.depth import is_sampled
+from megarecur.recurrence.depth import draws_depth
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import build_map
@@ -151,7 +151,7 @@ def _compute(config: Config, steps: LayerMap) -> RenderableType:
     found = see_corpora(config)
     seen = found or see_samples(config)
     flops, dense = expect_flops(config, seen), count_flops(config, dense_twin(steps), seen)
-    mean = ", mean over the run's steps" if is_sampled(config.recurrence) else ""
+    mean = ", mean over the run's steps" if draws_depth(config) else ""
     table = make_table(
         f"executed FLOPs{mean} (dense: every block once)", "per token", "per step", "against dense"
     )
@@ -176,7 +176,7 @@ def _compute(config: Config, steps: LayerMap) -> RenderableType:
 
 def _memory(config: Config, steps: LayerMap) -> RenderableType:
     memory = estimate_memory(config, steps)
-    deepest = ", deepest step of the run" if is_sampled(config.recurrence) else ""
+    deepest = ", deepest step of the run" if draws_depth(config) else ""
     tensor = config.parallel.tensor
     shared = f" of the {tensor} that share each matrix" if tensor > 1 else ""
     if config.parallel.pipeline > 1:

@@ -44,6 +44,9 @@ class ModelConfig(Section):
     feed_forward is gated, else 4 hidden_size."""
     vocab_size: Annotated[int, Field(gt=0, le=1 << 26)] | None = None
     """Rows of the embedding. Default: the size of the tokenizer's vocabulary."""
+    source_vocab_size: Annotated[int, Field(gt=0, le=1 << 26)] | None = None
+    """Rows of an embedding of source sentences that has a table of its own. Default:
+    vocab_size."""
     positions: Literal["rope", "xpos", "alibi", "learned", "sinusoidal", "none"] = "rope"
     """Position encoding. xpos: rotary, with scores that decay by distance where tokens look back
     (Sun et al. 2023)."""
@@ -130,8 +133,12 @@ class ModelConfig(Section):
     """Attention projections with a bias; `all` includes the output projection."""
     feed_forward_bias: bool = False
     """Give the linear layers of the feed-forward a bias."""
-    tie_embeddings: bool = True
-    """Use one table as embedding and as head."""
+    tie_embeddings: bool = derived()
+    """Use one table as embedding and as head. Default: true, unless tie is none."""
+    tie: Literal["none", "decoder", "all"] | None = None
+    """Tables of an encoder-decoder that are one. decoder: the embedding of targets is the head;
+    all: that of source sentences too; none: three tables. Default: all with tie_embeddings, none
+    without."""
     scale_embeddings: bool = False
     """Multiply token embeddings by sqrt(hidden_size)."""
     dropout: Probability = 0.0
@@ -163,6 +170,7 @@ class ModelConfig(Section):
             head_dim = max(hidden // heads, 1) if heads is not None else UNREADABLE
         values.setdefault("num_kv_heads", UNREADABLE if heads is None else heads)
         values.setdefault("head_dim", head_dim)
+        values.setdefault("tie_embeddings", values.get("tie") != "none")
         values.setdefault("ffn_hidden_size", ffn_hidden_size)
         if values.get("sliding_window") is not None:
             values.setdefault("attention_types", ("sliding",))
@@ -178,6 +186,11 @@ class ModelConfig(Section):
                 "a divisor, or omit it"
             )
         yield from self.find_rotary_problems()
+        if self.tie is not None and self.tie_embeddings != (self.tie != "none"):
+            yield (
+                f"tie={self.tie} with tie_embeddings={show(self.tie_embeddings)} contradict each "
+                "other; leave one of them out"
+            )
         if self.qk_norm_over != "head" and not self.qk_norm:
             yield (
                 f"qk_norm_over={self.qk_norm_over} needs qk_norm=true; set it to true, or "

@@ -27,7 +27,7 @@ def find_most_ranks(c: Config) -> Mapping[str, object]:
 
 def find_wrong_blocks(c: Config) -> Mapping[str, object]:
     """Return the blocks that a placement omits, or lists although they do not exist."""
-    blocks, placement = c.recurrence.num_blocks, c.parallel.placement
+    blocks, placement = c.num_blocks, c.parallel.placement
     if placement is None or len(placement) == blocks:
         return {}
     if len(placement) < blocks:

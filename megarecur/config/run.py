@@ -137,6 +137,12 @@ class Config(Section):
         return self.model.tie_embeddings and not self.classifies
 
     @property
+    def separate_source(self) -> bool:
+        """True if source sentences have an embedding table of their own."""
+        shared = self.model.tie == "all" or (self.model.tie is None and self.model.tie_embeddings)
+        return self.encoder is not None and not shared
+
+    @property
     def num_positions(self) -> int:
         """Positions of the longest sequence, with the START and END of a task."""
         return self.data.seq_length + 2 * (self.task is not None and self.task.augment)
@@ -145,6 +151,20 @@ class Config(Section):
     def tokens_per_sample(self) -> int:
         """Positions of a sample; for a pair, those of both sequences."""
         return self.num_positions * (1 + (self.task is not None and self.task.kind == "pair"))
+
+    @property
+    def tokens_per_microbatch(self) -> int:
+        """Positions of a micro batch; of pairs of sentences, those of the targets, if both sides
+        are equally long."""
+        if self.train.batch_tokens is not None:
+            return max(self.train.batch_tokens // 2, 1)
+        return self.train.micro_batch_size * self.tokens_per_sample
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, those of an encoder included."""
+        below = 0 if self.encoder is None else self.encoder.num_blocks
+        return below + self.recurrence.num_blocks
 
     @property
     def of_loops(self) -> str:

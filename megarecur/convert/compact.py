@@ -20,6 +20,7 @@ from megarecur.parallel.random import key, split_key
 from megarecur.recurrence.inventory import adapter_targets, build_inventory, injection_block
 from megarecur.recurrence.layer_map import LayerMap, count_uses
 from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.stacks import Stack
 
 MODELLING = "modeling_megarecur.py"
 MODEL_TYPE, CONFIG_CLASS = "megarecur", "MegarecurConfig"
@@ -201,7 +202,7 @@ def describe_injection(config: Config, steps: LayerMap) -> dict[str, Any] | None
     shown = layer_map(recurrence, 2) if isinstance(recurrence, Looped) else steps
     if not any(step.reads for step in shown):
         return None
-    block = injection_block(recurrence)
+    block = injection_block(Stack("decoder", config))
     values: dict[str, Any] = {
         "kind": "add" if block is None else "linear",
         "bias": f"blocks.{block}.injection.bias" in build_inventory(config),

@@ -44,7 +44,7 @@ PREFETCH_DEPTH = 2
 
 @dataclass(frozen=True)
 class SourceSentences:
-    """The source sentences of a micro batch (`batch.Sentences`), [B, S] each, padded to the longest."""
+    """The source sentences of a micro batch (`batch.Sentences`), padded to the longest."""
 
     tokens_BS: Tensor
     """int64."""

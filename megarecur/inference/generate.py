@@ -15,6 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from megarecur.batch import Sentences
 from megarecur.config.run import Config
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.errors import ConfigError, refuse_undecodable
@@ -28,6 +29,7 @@ from megarecur.parallel.random import key, random_bits
 from megarecur.plan.schedule import Scheduled, Schedules
 from megarecur.plan.walk import Stage
 from megarecur.recurrence.depth import refuse_depth
+from megarecur.recurrence.layer_map import StackName
 
 REPLACEMENT = "\ufffd"
 
@@ -156,8 +158,10 @@ def next_logits(
 class Forward:
     """The stages' computation without training (`parallel.pipeline.Program`)."""
 
-    def __init__(self, model: Transformer, tokens_BS: Tensor, ctx: Context) -> None:
-        self.model, self.tokens_BS, self.ctx = model, tokens_BS, ctx
+    def __init__(
+        self, model: Transformer, tokens_BS: Tensor, ctx: Context, source: Sentences | None
+    ) -> None:
+        self.model, self.tokens_BS, self.ctx, self.source = model, tokens_BS, ctx, source
         self.x: Tensor | None = None
         """The output of the last stage, if this rank has it."""
         self.exits: dict[str, Tensor] = {}
@@ -166,8 +170,10 @@ class Forward:
     def forget(self, microbatch: int) -> None:
         """Keeps no state per micro batch."""
 
-    def shape(self, microbatch: int) -> tuple[int, ...]:
-        """Return the shape of the hidden state."""
+    def shape(self, microbatch: int, stack: StackName) -> tuple[int, ...]:
+        """Return the shape of the hidden state of a stack."""
+        if stack == "encoder" and self.source is not None:
+            return self.model.hidden_shape(self.source.tokens_BS)
         return self.model.hidden_shape(self.tokens_BS)
 
     def forward(
@@ -175,7 +181,7 @@ class Forward:
     ) -> tuple[Tensor, None]:
         """Return (outgoing hidden state, None)."""
         if stage.first:
-            x = self.model.embed(self.tokens_BS, self.ctx)
+            x = self.model.enter(self.tokens_BS, self.ctx, reads, self.source)
         assert x is not None
         x, _ = self.model.run(stage.steps, x, self.ctx, reads)
         if stage.last:
@@ -192,11 +198,16 @@ def run_forward(
 
 
 def run_with_exits(
-    model: Transformer, mesh: Mesh, scheduled: Scheduled, tokens_BS: Tensor, ctx: Context
+    model: Transformer,
+    mesh: Mesh,
+    scheduled: Scheduled,
+    tokens_BS: Tensor,
+    ctx: Context,
+    source: Sentences | None = None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Return (result of `run_forward`, hidden states of the map's early exits by name); both on the
-    pipeline rank of the head."""
-    program = Forward(model, tokens_BS, ctx)
+    pipeline rank of the head. An encoder reads the sentences `source`."""
+    program = Forward(model, tokens_BS, ctx, source)
     Pipeline(mesh, scheduled.walk, program, model.dtype).run(scheduled.order[mesh.pp_rank])
     return program.x, program.exits
 

@@ -9,7 +9,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from megarecur.config.run import Config
 from megarecur.model.norm import build_head_norm, build_norm
 from megarecur.parallel.linear import LowRank, MakeParameter, product
 from megarecur.parallel.regions import ALONE, TensorParallel
@@ -23,6 +22,7 @@ from megarecur.recurrence.inventory import (
     scale_names,
     signal_names,
 )
+from megarecur.recurrence.stacks import Stack
 
 
 class ResidualScale(nn.Module):
@@ -44,17 +44,19 @@ class Adapter(nn.Module):
 
     Args:
         name: global prefix of its parameter names, such as blocks.3.loops.1.
+        stack: the stack of the block.
     """
 
     def __init__(
         self,
         name: str,
         make: MakeParameter,
-        config: Config,
+        stack: Stack,
         dtype: torch.dtype,
         tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
+        config = stack.config
         model, adapters = config.model, config.adapters
         self.deltas = nn.ModuleDict()
         if adapters is not None:
@@ -74,14 +76,17 @@ class Adapter(nn.Module):
             else:
                 self.deltas[target] = signal
                 self.reads_stream = model.norm_position == "pre"
-        own = norm_names(model) if has_own_norms(config) else ()
+        own = norm_names(model, stack.cross) if has_own_norms(config) else ()
         self.norms = nn.ModuleDict(
             {norm: build_norm(model.norm, f"{name}.{norm}", make, model.norm_eps) for norm in own}
         )
         for norm in HEAD_NORMS if own and model.qk_norm else ():
             self.norms[norm] = build_head_norm(model, f"{name}.{norm}", make, tp)
         self.scales = nn.ModuleDict(
-            {scale: ResidualScale(f"{name}.{scale}", make) for scale in scale_names(model)}
+            {
+                scale: ResidualScale(f"{name}.{scale}", make)
+                for scale in scale_names(model, stack.cross)
+            }
         )
 
 

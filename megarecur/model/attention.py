@@ -12,7 +12,7 @@ from megarecur.attention.scores import Drop, Scores
 from megarecur.attention.visibility import Visibility
 from megarecur.config.model import ModelConfig
 from megarecur.model.adapters import Adapter, deltas_of, norms_of
-from megarecur.model.context import AttentionView, Positions, SiteKeys
+from megarecur.model.context import AttentionView, CrossView, Positions, SiteKeys
 from megarecur.model.norm import build_head_norm
 from megarecur.model.positions import rotate
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
@@ -68,6 +68,50 @@ class MultiHead(nn.Module):
             assert rows is not None
             drop = Drop(self.dropout, where, *rows, self.first_head)
         return attend((q, k, v), self.scores, seen, drop).flatten(2)
+
+
+class CrossAttention(MultiHead):
+    """Attention of one sequence to another, without positions."""
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        source_BKD: Tensor,
+        view: CrossView,
+        where: Tensor | None,
+        rows: tuple[Tensor, Tensor],
+        step: Step | None = None,
+    ) -> Tensor:
+        """Attend from [B, S, D] to [B, K, D]; returns [B, S, D].
+
+        Args:
+            x_BSD: input of the queries.
+            source_BKD: input of keys and values.
+            view: which keys each query sees, and the cache of keys and values.
+            where: random key for dropout of attention weights; None: no dropout.
+            rows: (sample, position) of x, the coordinates of dropout.
+            step: the step of the map, if there is a cache.
+        """
+        q_BSNH = self.query(x_BSD).unflatten(-1, (-1, self.head_dim))
+        mixed = self.attend((q_BSNH, *self.read(source_BKD, view, step)), view.seen, where, rows)
+        out: Tensor = self.output(mixed.to(x_BSD.dtype))
+        return out
+
+    def read(self, source_BKD: Tensor, view: CrossView, step: Step | None) -> tuple[Tensor, Tensor]:
+        """Return keys and values, [B, K, N, H] each: kept ones if the cache has them."""
+        cache, place = view.cache, (-1, -1)
+        if cache is not None:
+            assert step is not None
+            place = step.block, step.loop_index
+            if (kept := cache.find(place)) is not None:
+                return kept
+        k_BKNH, v_BKNH = (
+            t.unflatten(-1, (-1, self.head_dim))
+            for t in apply_all((self.key, self.value), source_BKD)
+        )
+        if cache is not None:
+            cache.keep(place, (k_BKNH, v_BKNH))
+        return k_BKNH, v_BKNH
 
 
 class Attention(MultiHead):

@@ -8,10 +8,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from megarecur.config.run import Config
 from megarecur.model.adapters import Adapter, informed, join, norms_of
-from megarecur.model.attention import Attention
-from megarecur.model.context import AttentionView, Context, MemoryView, Positions, SiteKeys
+from megarecur.model.attention import Attention, CrossAttention
+from megarecur.model.context import (
+    AttentionView,
+    Context,
+    CrossView,
+    MemoryView,
+    Positions,
+    SiteKeys,
+)
 from megarecur.model.feed_forward import FEED_FORWARDS, Gate
 from megarecur.model.norm import build_norm
 from megarecur.model.temporal import MemoryReader
@@ -19,6 +25,7 @@ from megarecur.parallel.linear import Linear, MakeParameter, Weight
 from megarecur.parallel.random import dropout
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.recurrence.inventory import (
+    CROSS_SCALE,
     SCALES,
     has_injection_bias,
     has_own_norms,
@@ -26,6 +33,7 @@ from megarecur.recurrence.inventory import (
     norm_names,
 )
 from megarecur.recurrence.layer_map import Step
+from megarecur.recurrence.stacks import Stack
 
 Body = Callable[..., Tensor]
 """Function with the arguments of `Block.body`, preceded by the block."""
@@ -43,7 +51,7 @@ class Block(nn.Module):
         self,
         block: int,
         make: MakeParameter,
-        config: Config,
+        stack: Stack,
         dtype: torch.dtype,
         num_loops: int = 0,
         tp: TensorParallel = ALONE,
@@ -54,41 +62,48 @@ class Block(nn.Module):
         Args:
             block: number of the block.
             make: makes parameters by name.
-            config: the run.
+            stack: the stack that it belongs to.
             dtype: compute dtype.
             num_loops: number of loops that have an adapter.
             tp: the ranks that share matrices.
             shared: feed-forward layer of another block, used instead of an own one.
         """
         super().__init__()
+        config = stack.config
         model, prefix = config.model, f"blocks.{block}"
         feed_forward = FEED_FORWARDS[model.feed_forward]
         self.injection: Linear | None = None
-        if block == injection_block(config.recurrence):
+        if block == injection_block(stack):
             bias = has_injection_bias(config.recurrence)
             self.injection = Linear(f"{prefix}.injection", make, dtype, bias)
         self.norm_position, self.parallel = model.norm_position, model.parallel_residual
-        self.slides = model.slides(block)
+        self.slides = model.slides(block - stack.first)
         self.rates = {"mix": model.dropout, "feed": model.dropout,
                       "attention": model.attention_dropout}  # fmt: skip
         self.reader: MemoryReader | None = None
         if config.temporal is not None:
             self.reader = MemoryReader(prefix, make, model, dtype, tp)
             self.rates |= {"read": model.dropout, "read_attention": model.attention_dropout}
+        self.cross_attention: CrossAttention | None = None
+        """Attention to the output of the encoder, in the decoder of an encoder-decoder."""
+        if stack.cross:
+            name = f"{prefix}.cross_attention"
+            self.cross_attention = CrossAttention(name, make, model, dtype, tp)
+            self.rates |= {"cross": model.dropout, "cross_attention": model.attention_dropout}
         self.compiled: Body | None = None
         """Compiled `body`, used in training (`model.compile`)."""
         own_norms = has_own_norms(config)
         self.norms = nn.ModuleDict(
             {
                 name: build_norm(model.norm, f"{prefix}.{name}", make, model.norm_eps)
-                for name in (() if own_norms else norm_names(model))
+                for name in (() if own_norms else norm_names(model, stack.cross))
             }
         )
         self.attention = Attention(f"{prefix}.attention", make, model, dtype, tp, not own_norms)
         self.feed_forward = shared or feed_forward(f"{prefix}.feed_forward", make, model, dtype, tp)
         self.gate = Gate(f"{prefix}.gate", make, dtype, tp) if model.gate else None
         self.adapters = nn.ModuleList(
-            Adapter(f"{prefix}.loops.{loop}", make, config, dtype, tp) for loop in range(num_loops)
+            Adapter(f"{prefix}.loops.{loop}", make, stack, dtype, tp) for loop in range(num_loops)
         )
         self.weights = [module for module in self.modules() if isinstance(module, Weight)]
 
@@ -99,6 +114,7 @@ class Block(nn.Module):
         step: Step,
         injected: Tensor | None,
         source: Tensor | None = None,
+        encoded: Tensor | None = None,
     ) -> Tensor:
         """Run one step of the map, [B, S, D] to [B, S, D].
 
@@ -109,6 +125,7 @@ class Block(nn.Module):
             injected: [B, S, D], combined with x first (see `inject`), before the encoding of
                 position and level is added; None: nothing is injected.
             source: [B, S, D], input of keys and values; None: x.
+            encoded: [B, K, D], the output of the encoder, for a block that attends to it.
         """
         x = self.enter(x, ctx.positions, step, injected)
         keys = ctx.dropout.at(step, self.rates, x.device)
@@ -122,7 +139,9 @@ class Block(nn.Module):
             # The first step with gradient after steps without: it shares the graph of the others.
             x = x.detach().requires_grad_(any(w.parameter.requires_grad for w in self.weights))
         view = ctx.view(self.slides)
-        parts = (x, view, ctx.positions, ctx.memory, step, keys, adapter, source)
+        parts = (
+            x, view, ctx.positions, ctx.memory, step, keys, adapter, source, ctx.cross, encoded
+        )  # fmt: skip
         if compiled is None:
             return self.body(*parts)
         for weight in self.weights:
@@ -139,6 +158,8 @@ class Block(nn.Module):
         keys: SiteKeys,
         adapter: Adapter | None,
         source: Tensor | None,
+        cross: CrossView | None,
+        encoded: Tensor | None,
     ) -> Tensor:
         """Run attention and feed-forward, [B, S, D] to [B, S, D]. This is the compiled function.
 
@@ -147,6 +168,14 @@ class Block(nn.Module):
         """
         norms = norms_of(adapter, self.norms)
         seen = (view, positions, step, keys, adapter)
+
+        def look(x: Tensor) -> Tensor:
+            """Return the branch that attends to the encoder's output."""
+            assert self.cross_attention is not None and cross is not None and encoded is not None
+            where, rows = keys.get("cross_attention"), positions.all_rows()
+            found: Tensor = self.cross_attention(x, encoded, cross, where, rows, step)
+            return found
+
         if self.norm_position == "pre":
             mixed = self.attention(norms["attention_norm"](x), *seen, x, source)
             if self.parallel:
@@ -157,6 +186,9 @@ class Block(nn.Module):
             if self.reader is not None:
                 assert memory is not None
                 a = a + self.drop(self.reader(a, memory, positions, keys), positions, keys, "read")
+            if self.cross_attention is not None:
+                looked = look(norms["cross_attention_norm"](a))
+                a = a + self.drop(looked, positions, keys, "cross")
             u = norms["feed_forward_norm"](informed(a, adapter))
             fed = a + self.drop(self.feed_forward(u, adapter), positions, keys, "feed")
             return fed if self.gate is None else torch.lerp(x, fed, self.gate(u))
@@ -165,12 +197,19 @@ class Block(nn.Module):
             u = norms["attention_norm"](x) if before else x
             mixed = self.attention(u, *seen, None, source)
             x = x + self.drop(norms["attention_output_norm"](mixed), positions, keys, "mix")
+            if self.cross_attention is not None:
+                u = norms["cross_attention_norm"](x) if before else x
+                looked = norms["cross_attention_output_norm"](look(u))
+                x = x + self.drop(looked, positions, keys, "cross")
             u = norms["feed_forward_norm"](x) if before else x
             fed = self.feed_forward(u, adapter)
             return x + self.drop(norms["feed_forward_output_norm"](fed), positions, keys, "feed")
         if self.norm_position == "post":
             mixed = self.drop(self.attention(x, *seen, None, source), positions, keys, "mix")
             x = norms["attention_norm"](join(x, mixed, adapter, SCALES[0]))
+            if self.cross_attention is not None:
+                looked = self.drop(look(x), positions, keys, "cross")
+                x = norms["cross_attention_norm"](join(x, looked, adapter, CROSS_SCALE))
             fed = self.drop(
                 self.feed_forward(informed(x, adapter), adapter), positions, keys, "feed"
             )
@@ -178,6 +217,9 @@ class Block(nn.Module):
             return normed
         mixed = self.attention(norms["attention_norm"](x), *seen, None, source)
         x = norms["attention_output_norm"](x + self.drop(mixed, positions, keys, "mix"))
+        if self.cross_attention is not None:
+            looked = self.drop(look(norms["cross_attention_norm"](x)), positions, keys, "cross")
+            x = norms["cross_attention_output_norm"](x + looked)
         fed = self.feed_forward(norms["feed_forward_norm"](x), adapter)
         out: Tensor = norms["feed_forward_output_norm"](x + self.drop(fed, positions, keys, "feed"))
         return out

@@ -81,17 +81,17 @@ class CompiledModel:
     """The compiled parts of a model: one body for all blocks, and the loss."""
 
     def __init__(self, model: Transformer, backend: Backend | None = None) -> None:
-        # Batches of a task are padded to their longest sequence.
-        self.body = Compiled(Block.body, backend, model.config.task is not None)
+        # Batches of a task, or of pairs of sentences, are padded to their longest sequence.
+        config = model.config
+        lengths_vary = config.task is not None or config.encoder is not None
+        self.body = Compiled(Block.body, backend, lengths_vary)
         self.loss = Compiled(summarize_fused, backend), Compiled(differentiate_fused, backend)
-        for block in model.runner.blocks.values():
-            assert isinstance(block, Block)
+        for block in model.blocks().values():
             block.compiled = self.body
             for weight in block.weights:
                 weight.open_handle()
         model.readout.compiled = LossKernels(*self.loss)
-        config = model.config
-        model.always_separates = config.data.mask_documents
+        model.always_separates = config.data.mask_documents or config.encoder is not None
         self.told: int | None = None
         """Number of graphs at the last call of `news`; None: not called yet."""
 

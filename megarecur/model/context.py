@@ -13,16 +13,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megarecur.attention.documents import Boundaries, count_boundaries, whole_samples
+from megarecur.attention.documents import (
+    Boundaries,
+    count_boundaries,
+    from_lengths,
+    whole_samples,
+)
 from megarecur.attention.visibility import (
     Visibility,
     has_plain_kernel,
     see_documents,
+    see_whole,
     select_rows,
 )
+from megarecur.batch import Sentences
 from megarecur.config.model import ModelConfig
 from megarecur.config.rules_attention import Backend
 from megarecur.model.positions import alibi_bias, alibi_slopes, decay, rotation, sinusoidal
@@ -48,6 +56,17 @@ class KeysAndValues(Protocol):
     def append(self, key: tuple[int, int], k_BSNH: Tensor, v_BSNH: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values of a step of the map, (block, loop), and return those of all tokens
         so far, [B, K, N, H] each."""
+
+
+class SourceKeys(Protocol):
+    """Interface of a cache of the keys and values of source sentences, for cross-attention."""
+
+    def find(self, step: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """Return the keys and values of a step of the map, (block, loop), [B, K, N, H] each; None
+        if they are not kept yet."""
+
+    def keep(self, step: tuple[int, int], made: tuple[Tensor, Tensor]) -> None:
+        """Keep the keys and values of a step of the map."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +200,21 @@ class MemoryView:
 
 
 @dataclass(frozen=True)
+class CrossView:
+    """What a decoder's attention to source sentences takes besides their encoding."""
+
+    seen: Visibility
+    """Which source tokens each target token sees: all of its sentence pair, no padding."""
+    cache: SourceKeys | None = None
+    """Keys and values kept between calls, in translation."""
+
+    def select(self, rows_b: Tensor, size: int) -> CrossView:
+        """Return the view of the samples `rows_b`, out of `size`, in this order."""
+        assert self.cache is None, "samples with a cache are not selected here"
+        return CrossView(self.seen.select(rows_b, size))
+
+
+@dataclass(frozen=True)
 class Recorder:
     """Receivers of measurements of a forward pass."""
 
@@ -209,6 +243,10 @@ class Context:
     """Weight of each token's halting cost in this chunk: 1 over its document's number of chunks."""
     chunks: Chunks | None = None
     """The chunks of the samples, if the model has a temporal memory."""
+    source: Context | None = None
+    """The context of the source sentences, if the model has an encoder."""
+    cross: CrossView | None = None
+    """The view of attention to them."""
 
     def view(self, slides: bool) -> AttentionView:
         """Return the view of a block; `slides`: whether it has a sliding window."""
@@ -223,6 +261,7 @@ class Context:
             positions=self.positions.select(rows_b),
             sliding=None if self.sliding is None else self.sliding.select(rows_b, size),
             memory=None if self.memory is None else self.memory.select(rows_b, size),
+            cross=None if self.cross is None else self.cross.select(rows_b, size),
         )
 
 
@@ -376,3 +415,39 @@ def build_context(
         Recorder(telemetry, states),
         sliding,
     )
+
+
+def see_source(
+    source: Sentences,
+    targets: tuple[int, ...],
+    backend: Backend,
+    dtype: torch.dtype,
+    separates: bool = False,
+) -> Visibility:
+    """Return the visibility in which every target token sees the tokens of its source sentence.
+
+    Args:
+        source: the source sentences, [B, K].
+        targets: B and S of the target.
+        backend: the code that attends.
+        dtype: compute dtype.
+        separates: treat sentences without padding as those with padding.
+    """
+    device, (batch, keys) = source.tokens_BS.device, source.tokens_BS.shape
+    if source.single_document and not separates:
+        return see_whole(batch, targets[1], keys, backend, device)
+    if backend == "dense":
+        mask = torch.zeros(batch, 1, 1, keys, dtype=dtype, device=device)
+        mask.masked_fill_(source.documents_BS[:, None, None] < 0, float("-inf"))
+        return Visibility(mask=mask)
+    edges = (source.boundaries or count_boundaries(source.documents_BS)).edges
+    starts = np.arange(batch) * keys
+    lengths = edges[edges.searchsorted(starts) + 1] - starts
+    # Every sample has two documents: its pair of sentences, and padding that no token attends to.
+    of_keys = np.stack((lengths, keys - lengths), 1)
+    of_queries = np.broadcast_to(np.array([targets[1], 0]), of_keys.shape)
+    both = [
+        from_lengths(found.reshape(-1), batch, length, 2).to(device)
+        for found, length in ((of_queries, targets[1]), (of_keys, keys))
+    ]
+    return see_documents(both[0], both[1], backend, device)

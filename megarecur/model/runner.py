@@ -28,27 +28,29 @@ from megarecur.parallel.loss import LossTerm
 from megarecur.parallel.random import truncated_normal
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.recurrence.inventory import count_own_loops, feed_forward_owner
-from megarecur.recurrence.layer_map import Step
+from megarecur.recurrence.layer_map import ENCODER, Step
+from megarecur.recurrence.stacks import Stack
 
 
 def build_runner(
-    config: Config,
+    stack: Stack,
     make: MakeParameter,
     dtype: torch.dtype,
     blocks: Iterable[int],
     tp: TensorParallel = ALONE,
 ) -> Runner | ChunkedRunner:
-    """Return the runner of a config, with its blocks.
+    """Return the runner of a stack, with its blocks.
 
     Args:
-        config: the run.
+        stack: the stack.
         make: makes parameters by name.
         dtype: compute dtype.
         blocks: the blocks that this rank owns.
         tp: the ranks that share matrices.
     """
+    config = stack.config
     kind = Runner if config.halting is None else HaltingRunner
-    runner = kind(config, make, dtype, blocks, tp)
+    runner = kind(stack, make, dtype, blocks, tp)
     return runner if config.temporal is None else ChunkedRunner(runner, config, make, dtype, tp)
 
 
@@ -61,20 +63,20 @@ class Runner(nn.Module):
 
     def __init__(
         self,
-        config: Config,
+        stack: Stack,
         make: MakeParameter,
         dtype: torch.dtype,
         blocks: Iterable[int],
         tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
-        self.config = config
-        loops = count_own_loops(config)
+        self.stack, self.config = stack, stack.config
+        loops = count_own_loops(stack)
         self.blocks = nn.ModuleDict()
         for b in blocks:
-            owner = str(feed_forward_owner(config.model, b))
+            owner = str(feed_forward_owner(stack, b))
             shared = self.blocks[owner].feed_forward if owner in self.blocks else None
-            block = Block(b, make, config, dtype, loops.get(b, 0), tp, shared)  # type: ignore[arg-type]
+            block = Block(b, make, stack, dtype, loops.get(b, 0), tp, shared)  # type: ignore[arg-type]
             self.blocks[str(b)] = block
 
     def forward(
@@ -104,15 +106,15 @@ class Runner(nn.Module):
             if step.normalize:
                 assert final_norm is not None
                 x = final_norm(x)
-            for name in step.writes:
+            for name in step.kept:
                 reads[name] = x
-            if "prelude" in step.writes:  # The core starts here, from its own initial state.
+            if step.begins_core:
                 x = self.initial_state(x, ctx)
-            assert len(step.reads) <= 1, "one value is injected per step"
-            injected = reads[step.reads[0]] if step.reads else None
+            injected = None if step.injected is None else reads[step.injected]
+            encoded = reads[ENCODER] if ENCODER in step.reads else None
             before = x
             with torch.set_grad_enabled(step.grad and torch.is_grad_enabled()):
-                x = self.run_block(step, x, ctx, injected)
+                x = self.run_block(step, x, ctx, injected, encoded=encoded)
             observe(ctx, step, before, x)
             if step.exit:
                 reads[step.exit_name] = x
@@ -125,6 +127,7 @@ class Runner(nn.Module):
         ctx: Context,
         injected: Tensor | None = None,
         source: Tensor | None = None,
+        encoded: Tensor | None = None,
     ) -> Tensor:
         """Run the block of one step: [B, S, D] to [B, S, D].
 
@@ -136,11 +139,11 @@ class Runner(nn.Module):
             if self.config.train.recomputes(step.loop_index) and torch.is_grad_enabled():
                 # Random values are functions of keys, so no generator state needs saving.
                 y: Tensor = checkpoint(
-                    block, x, ctx, step, injected, source,
+                    block, x, ctx, step, injected, source, encoded,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
                 return y
-            out: Tensor = block(x, ctx, step, injected, source)
+            out: Tensor = block(x, ctx, step, injected, source, encoded)
             return out
 
     def remember(
@@ -150,7 +153,7 @@ class Runner(nn.Module):
         for step in steps:
             block = self.blocks[str(step.block)]
             assert isinstance(block, Block)
-            block.remember(x, ctx, step, reads[step.reads[0]] if step.reads else None)
+            block.remember(x, ctx, step, None if step.injected is None else reads[step.injected])
 
     def initial_state(self, x: Tensor, ctx: Context) -> Tensor:
         """Return the input of a core's first loop, [B, S, D] (Geiping et al. 2025, section 3.2)."""
@@ -159,7 +162,8 @@ class Runner(nn.Module):
             return x
         if recurrence.initial_state == "zero":
             return torch.zeros_like(x)
-        where, positions = ctx.dropout.words("initial state", x.device), ctx.positions
+        where = ctx.dropout.words(initial_site(self.stack), x.device)
+        positions = ctx.positions
         samples, places = positions.rows()
         # index_BS continues after cached tokens; in a chunk it restarts, and rows() continues.
         if positions.first is None:
@@ -177,14 +181,14 @@ class HaltingRunner(Runner):
 
     def __init__(
         self,
-        config: Config,
+        stack: Stack,
         make: MakeParameter,
         dtype: torch.dtype,
         blocks: Iterable[int],
         tp: TensorParallel = ALONE,
     ) -> None:
-        super().__init__(config, make, dtype, blocks, tp)
-        self.halting = HaltingHead("blocks.0.halting", make, dtype)
+        super().__init__(stack, make, dtype, blocks, tp)
+        self.halting = HaltingHead(f"blocks.{stack.first}.halting", make, dtype)
         self.compact = True
         """If True, compute only on samples that have not halted; else on all, with excess results
         discarded."""
@@ -214,7 +218,11 @@ class HaltingRunner(Runner):
                 break
             if self.compact and (kept := mixture.drop_halted()) is not None:
                 present = present.select(kept)
-            mixture.advance(self.run_block(step, mixture.h, present, None, mixture.source))
+            encoded = reads[ENCODER] if ENCODER in step.reads else None
+            if encoded is not None and len(encoded) != len(mixture.rows_b):
+                encoded = encoded[mixture.rows_b]
+            advanced = self.run_block(step, mixture.h, present, None, mixture.source, encoded)
+            mixture.advance(advanced)
             if watched:
                 before, whole = whole, whole.detach().clone()
                 whole[mixture.rows_b] = mixture.h.detach()
@@ -327,6 +335,11 @@ class ChunkedRunner(nn.Module):
         reads |= {name: torch.cat(states, 1) for name, states in left.items()}
         reads["memory"] = memory_BMD
         return torch.cat(outputs, 1)
+
+
+def initial_site(stack: Stack) -> str:
+    """Return the name of the random key of a stack's initial state."""
+    return "initial state" if stack.name == "decoder" else f"{stack.name} initial state"
 
 
 def observe(ctx: Context, step: Step, before: Tensor, after: Tensor) -> None:

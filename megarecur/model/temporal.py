@@ -27,9 +27,10 @@ from megarecur.config.rules_attention import Backend
 from megarecur.config.run import Config
 from megarecur.config.temporal import TemporalConfig
 from megarecur.errors import ConfigError
-from megarecur.model.attention import MultiHead
+from megarecur.model.attention import CrossAttention
 from megarecur.model.context import (
     Context,
+    CrossView,
     DropoutKeys,
     KeysAndValues,
     MemoryView,
@@ -40,7 +41,7 @@ from megarecur.model.context import (
 from megarecur.model.documents import find_documents
 from megarecur.model.feed_forward import FEED_FORWARDS
 from megarecur.model.norm import build_norm
-from megarecur.parallel.linear import MakeParameter, apply_all
+from megarecur.parallel.linear import MakeParameter
 from megarecur.parallel.random import dropout
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.parallel.transfer import send
@@ -363,32 +364,6 @@ def cut_past(
     return made
 
 
-class CrossAttention(MultiHead):
-    """Attention of one sequence to another, without positions."""
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        source_BKD: Tensor,
-        seen: Visibility,
-        where: Tensor | None,
-        rows: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Attend from [B, S, D] to [B, K, D]; returns [B, S, D].
-
-        Args:
-            x_BSD: input of the queries.
-            source_BKD: input of keys and values.
-            seen: which keys each query sees.
-            where: random key for dropout of attention weights; None: no dropout.
-            rows: (sample, position) of x, the coordinates of dropout.
-        """
-        made = (self.query(x_BSD), *apply_all((self.key, self.value), source_BKD))
-        qkv = [t.unflatten(-1, (-1, self.head_dim)) for t in made]
-        out: Tensor = self.output(self.attend(qkv, seen, where, rows).to(x_BSD.dtype))
-        return out
-
-
 class MemoryReader(nn.Module):
     """The branch CrossAttention(N1(x) -> N2(memory)) of a block."""
 
@@ -412,7 +387,7 @@ class MemoryReader(nn.Module):
         read: Tensor = self.attention(
             self.norm(x_BCD),
             self.source_norm(memory.memory_BMD),
-            memory.seen,
+            CrossView(memory.seen),
             keys.get("read_attention"),
             positions.all_rows(),
         )
@@ -471,7 +446,7 @@ class UpdateLayer(nn.Module):
 
         place = where("attention", attention_rate)
         read = self.attention(
-            self.memory_norm(memory_BMD), self.input_norm(x_BCD), seen, place, rows
+            self.memory_norm(memory_BMD), self.input_norm(x_BCD), CrossView(seen), place, rows
         )
         memory_BMD = memory_BMD + drop(read, "mix")
         fed = self.feed_forward(self.feed_forward_norm(memory_BMD))

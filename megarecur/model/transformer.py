@@ -5,21 +5,22 @@ Shapes: B samples, S positions, D hidden, V vocabulary, N = B S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megarecur.attention.plan import choose_backend
-from megarecur.batch import Batch
+from megarecur.batch import Batch, Sentences
 from megarecur.config.run import Config
 from megarecur.model.block import Block
-from megarecur.model.context import Context, DropoutKeys, build_context
+from megarecur.model.context import Context, CrossView, DropoutKeys, build_context, see_source
 from megarecur.model.embedding import Embedding, Head
 from megarecur.model.norm import build_norm
 from megarecur.model.positions import sinusoidal
-from megarecur.model.runner import ChunkedRunner, build_runner
+from megarecur.model.runner import ChunkedRunner, Runner, build_runner, initial_site
 from megarecur.model.saved import CudaCopies, HostCopies, saving
 from megarecur.model.task_head import TaskHead
 from megarecur.model.telemetry import Telemetry
@@ -33,8 +34,14 @@ from megarecur.parallel.random import draw_keys, dropout, initial_values
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.parallel.shards import TensorShard
 from megarecur.plan.placement import Placement
-from megarecur.recurrence.inventory import Inventory, build_inventory
-from megarecur.recurrence.layer_map import Step
+from megarecur.recurrence.inventory import (
+    ENCODER_NORM,
+    Inventory,
+    build_inventory,
+    embedding_names,
+)
+from megarecur.recurrence.layer_map import ENCODER, TARGET, Step
+from megarecur.recurrence.stacks import list_stacks
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -88,9 +95,19 @@ class Transformer(nn.Module):
         self.embedding = (
             Weight(make("embedding.weight"), self.dtype) if has_embedding or tied else None
         )
-        learned = has_embedding and model.positions == "learned"
-        positions = make("embedding.positions") if learned else None
-        self.runner = build_runner(config, make, self.dtype, placement.blocks(pp_rank), tp)
+        own_blocks, stacks = set(placement.blocks(pp_rank)), list_stacks(config)
+        runners = [
+            build_runner(stack, make, self.dtype, sorted(own_blocks & set(stack.blocks)), tp)
+            for stack in stacks
+        ]
+        self.runner = runners[-1]
+        """Runs the steps of the decoder, or of the only stack."""
+        self.encoder = runners[0] if len(runners) > 1 else None
+        self.encoder_norm: nn.Module | None = None
+        """Norm of the encoder's output, on the rank of the decoder's first block."""
+        if f"{ENCODER_NORM}.weight" in self.inventory and stacks[-1].first in own_blocks:
+            eps = model.final_norm_eps or model.norm_eps
+            self.encoder_norm = build_norm(model.norm, ENCODER_NORM, make, eps)
         self.final_norm: nn.Module | None = None
         self.head: Weight | None = None
         self.memory_norm: nn.Module | None = None
@@ -103,12 +120,24 @@ class Transformer(nn.Module):
         if has_head and not config.classifies:
             self.head = self.embedding if tied else Weight(make("head.weight"), self.dtype)
         self.look_up: Embedding | None = None
+        self.look_up_source: Embedding | None = None
+        """Embeds source sentences, with the table of targets or with its own."""
         if self.embedding is not None and has_embedding:
             scale = model.hidden_size**0.5 if model.scale_embeddings else 1.0
             names = ("task.start", "task.end") if "task.start" in self.inventory else ()
             ends = [make(name) for name in names]
-            first = self.first_id(tp.rank)
-            self.look_up = Embedding(self.embedding, positions, scale, tp, first, ends)
+            learned = model.positions == "learned"
+            for name in embedding_names(config):
+                table, first = self.embedding, self.first_id(tp.rank)
+                if name != "embedding" and config.separate_source:
+                    table = Weight(make(f"{name}.weight"), self.dtype)
+                    first = self.first_id(tp.rank, f"{name}.weight")
+                positions = make(f"{name}.positions") if learned else None
+                embedding = Embedding(table, positions, scale, tp, first, ends)
+                if name == "embedding":
+                    self.look_up = embedding
+                else:
+                    self.look_up_source = embedding
         self.project = None if self.head is None else Head(self.head, tp)
         self.task_head: TaskHead | None = None
         if has_head and config.classifies and config.task is not None:
@@ -130,16 +159,29 @@ class Transformer(nn.Module):
         """If True, micro batches of single documents are treated in training as those of several,
         so that one graph serves all."""
 
-    def first_id(self, rank: int) -> int:
-        """Return the first id of a tensor-parallel rank's vocabulary shard; for rank = size, the
-        end of the vocabulary."""
-        return self.inventory["embedding.weight"].shape[0] * rank // self.tp.size
+    def first_id(self, rank: int, table: str = "embedding.weight") -> int:
+        """Return the first id of a tensor-parallel rank's shard of a vocabulary; for rank = size,
+        the end of the vocabulary."""
+        return self.inventory[table].shape[0] * rank // self.tp.size
 
     def shard(self, name: str, tensor: Tensor) -> TensorShard:
         """Return this rank's shard of a parameter, or of an optimizer moment of it, with its place
         in the whole."""
         spec = self.inventory[name]
         return TensorShard(spec.shape, [(*spec.part(self.tp.rank, self.tp.size), tensor)])
+
+    def runners(self) -> Iterator[Runner | ChunkedRunner]:
+        """Yield the runners of this model's stacks, in the order in which they run."""
+        yield from (runner for runner in (self.encoder, self.runner) if runner is not None)
+
+    def blocks(self) -> dict[int, Block]:
+        """Return the blocks of this rank by number."""
+        found = {}
+        for runner in self.runners():
+            for number, block in runner.blocks.items():
+                assert isinstance(block, Block)
+                found[int(number)] = block
+        return found
 
     def hidden_shape(self, tokens_BS: Tensor) -> tuple[int, int, int]:
         """Return the shape of the hidden state: [B, S, D], or this rank's positions of it."""
@@ -187,7 +229,35 @@ class Transformer(nn.Module):
         }
         if self.config.temporal is not None:
             return build_chunks(self.config, batch.positions_BS, self.dtype, **options)
-        return build_context(self.config.model, batch.positions_BS, self.dtype, **options)
+        ctx = build_context(self.config.model, batch.positions_BS, self.dtype, **options)
+        if batch.source is None:
+            return ctx
+        always = training and self.always_separates
+        separates = always or not batch.source.single_document
+        options |= {
+            "documents_BS": batch.source.documents_BS if separates else None,
+            "boundaries": batch.source.boundaries if separates else None,
+        }
+        return self.with_source(ctx, batch.source, always, **options)
+
+    def with_source(
+        self, ctx: Context, source: Sentences, separates: bool = False, **options: Any
+    ) -> Context:
+        """Return the context of targets with that of their source sentences.
+
+        Args:
+            ctx: the context of the targets.
+            source: the source sentences.
+            separates: whether cross-attention treats sentences without padding as those with.
+            options: of `build_context`, for the source sentences.
+        """
+        model = list_stacks(self.config)[0].config.model
+        own = build_context(model, source.positions_BS, self.dtype, **options)
+        backend = self.attention.backend
+        shape = tuple(ctx.positions.index_BS.shape)
+        seen = see_source(source, shape, backend, self.dtype, separates)
+        own = replace(own, recorder=ctx.recorder)
+        return replace(ctx, source=own, cross=CrossView(seen))
 
     def draw_keys(
         self, steps: Iterable[Step], optimizer_step: int, device: torch.device
@@ -195,13 +265,14 @@ class Transformer(nn.Module):
         """Return the random keys of training on some steps of the map, in one table on the
         device."""
         keys = DropoutKeys(self.config.seed, optimizer_step, True)
-        places: list[tuple[str, Step | None]] = [("embedding", None), ("initial state", None)]
+        stacks, blocks = list_stacks(self.config), self.blocks()
+        places: list[tuple[str, Step | None]] = [(n, None) for n in embedding_names(self.config)]
+        places += [(initial_site(stack), None) for stack in stacks]
         if isinstance(self.runner, ChunkedRunner):
             places += [(site, None) for site in self.runner.memory.sites()]
         for step in steps:
-            block = self.runner.blocks[str(step.block)]
-            assert isinstance(block, Block)
-            places += [(site, step) for site, rate in block.rates.items() if rate > 0.0]
+            rates = blocks[step.block].rates
+            places += [(site, step) for site, rate in rates.items() if rate > 0.0]
         return draw_keys((keys.key(*place) for place in places), device)
 
     @torch.no_grad()
@@ -240,16 +311,35 @@ class Transformer(nn.Module):
         mean = self.config.temporal.pooling == "mean"
         return normed_BMD.mean(1) if mean else normed_BMD[:, -1]
 
+    def enter(
+        self, tokens_BS: Tensor, ctx: Context, reads: dict[str, Tensor], source: Sentences | None
+    ) -> Tensor:
+        """Return the input of the map's first step, [B, S, D]: embedded tokens; of an
+        encoder-decoder, embedded source sentences, with the embedded target added to `reads`."""
+        if source is None or ctx.source is None:
+            return self.embed(tokens_BS, ctx)
+        x = self.embed_source(source.tokens_BS, ctx.source)
+        reads[TARGET] = self.embed(tokens_BS, ctx)
+        return x
+
     def embed(self, tokens_BS: Tensor, ctx: Context) -> Tensor:
         """Embed ids: [B, S] to [B, S, D], or this rank's positions of it, in the compute dtype."""
         assert self.look_up is not None
+        return self._embed(self.look_up, tokens_BS, ctx, "embedding")
+
+    def embed_source(self, tokens_BS: Tensor, ctx: Context) -> Tensor:
+        """Embed the ids of source sentences, as `embed` does; ctx is their own context."""
+        assert self.look_up_source is not None
+        return self._embed(self.look_up_source, tokens_BS, ctx, "source_embedding")
+
+    def _embed(self, look_up: Embedding, tokens_BS: Tensor, ctx: Context, site: str) -> Tensor:
         model = self.config.model
-        x: Tensor = self.look_up(tokens_BS, ctx.positions.index_BS)
+        x: Tensor = look_up(tokens_BS, ctx.positions.index_BS)
         if model.positions == "sinusoidal":
             x = x + sinusoidal(ctx.positions.index_BS, model.hidden_size, x.dtype)
         x = x.to(self.dtype)
         if ctx.dropout.training and model.dropout > 0.0:
-            where = ctx.dropout.words("embedding", x.device)
+            where = ctx.dropout.words(site, x.device)
             x = dropout(x, model.dropout, where, ctx.positions.rows())
         return x
 
@@ -263,9 +353,26 @@ class Transformer(nn.Module):
             auxiliary losses by name.
         """
         terms: dict[str, LossTerm] = {}
+        below = [step for step in steps if step.stack == "encoder"]
+        above = steps[len(below) :]
         with saving(self.config.train.recompute == "selective", self.host_copies):
-            x = self.runner(steps, x, ctx, reads, self.final_norm, terms)
+            if below:
+                assert self.encoder is not None and ctx.source is not None
+                found: dict[str, LossTerm] = {}
+                x = self.encoder(below, x, ctx.source, reads, None, found)
+                terms |= {f"encoder_{name}": term for name, term in found.items()}
+            if above and TARGET in above[0].reads:
+                x = self.begin_decoder(x, reads)
+            if above or not below:
+                x = self.runner(above, x, ctx, reads, self.final_norm, terms)
         return (self.pool_memory(x) if self.config.reads_memory else x), terms
+
+    def begin_decoder(self, x: Tensor, reads: dict[str, Tensor]) -> Tensor:
+        """Return the input of the decoder, the embedded target [B, S, D], and add the output of the
+        encoder, [B, K, D], to `reads`, unless it is there already."""
+        if ENCODER not in reads:
+            reads[ENCODER] = x if self.encoder_norm is None else self.encoder_norm(x)
+        return reads[TARGET]
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits of tokens: [B, S, D] to [B, S, V], or this rank's shard of V."""

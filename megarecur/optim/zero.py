@@ -97,10 +97,13 @@ class ZeroEngine:
         (client,) = build_optimizers(config.optimizer, model.parameters_by_name)
         deepspeed = import_deepspeed(mesh)
         if self.stage == 3:
-            deepspeed.utils.set_z3_leaf_modules(model, [type(model.runner)])
-            assert model.look_up is not None
-            model.look_up.register_forward_pre_hook(self.start_of_pass)
-            anchor_runner(model.runner, mesh.device)
+            kinds = list({type(runner) for runner in model.runners()})
+            deepspeed.utils.set_z3_leaf_modules(model, kinds)
+            first = model.look_up_source or model.look_up
+            assert first is not None
+            first.register_forward_pre_hook(self.start_of_pass)
+            for runner in model.runners():
+                anchor_runner(runner, mesh.device)
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model,
             model_parameters=list(self.trained.values()),

@@ -22,6 +22,7 @@ from megarecur.parallel.linear import DeferredProducts
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.order import Kind, Op
 from megarecur.plan.walk import Stage, Walk
+from megarecur.recurrence.layer_map import StackName
 
 TIMEOUT = timedelta(minutes=10)
 """Timeout of a message; its sender may be compiling."""
@@ -50,8 +51,8 @@ class PipelineError(RuntimeError):
 class Program(Protocol):
     """The computation of the stages."""
 
-    def shape(self, microbatch: int) -> tuple[int, ...]:
-        """Return the shape of the hidden state on this rank."""
+    def shape(self, microbatch: int, stack: StackName) -> tuple[int, ...]:
+        """Return the shape of the hidden state of a stack on this rank."""
 
     def forward(
         self, stage: Stage, microbatch: int, x: Tensor | None, reads: dict[str, Tensor]
@@ -245,8 +246,10 @@ class Pipeline:
             back = [kept.x] if stage.returns_x else []
             message = [leaf.grad for leaf in back if leaf is not None]
             message += [kept.arrived[name].gradient for name in stage.returns]
-            filled = [torch.zeros(self.program.shape(j), dtype=self.dtype, device=self.mesh.device)
-                      if gradient is None else gradient for gradient in message]  # fmt: skip
+            filled = [
+                self.allocate(torch.zeros, j, stack) if gradient is None else gradient
+                for stack, gradient in zip(stage.returning, message, strict=True)
+            ]
             self.give("B", stage.index - 1, j, filled, self.walk[stage.index - 1].rank)
 
     def run_inputs(self, stage: Stage, j: int) -> None:
@@ -294,17 +297,17 @@ class Pipeline:
             return
         source = stage.index - 1 if way == "F" else stage.index + 1
         sender = self.walk[source]
-        if way == "F":
-            count = 1 + len(stage.receives)
-        else:
-            count = int(sender.returns_x) + len(sender.returns)
-        peer, shape = self.mesh.pipeline_peer(sender.rank), self.program.shape(j)
-        tensors = [torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
-                   for _ in range(count)]  # fmt: skip
+        stacks = stage.arriving if way == "F" else sender.returning
+        peer = self.mesh.pipeline_peer(sender.rank)
+        tensors = [self.allocate(torch.empty, j, stack) for stack in stacks]
         self.receives[way, stage.index, j] = [
             dist.irecv(tensor, peer, group=self.mesh.pp_group) for tensor in tensors
         ]
         self.inbox[way, stage.index, j] = tensors
+
+    def allocate(self, make: Callable[..., Tensor], j: int, stack: StackName) -> Tensor:
+        """Return a new tensor for a message."""
+        return make(self.program.shape(j, stack), dtype=self.dtype, device=self.mesh.device)
 
     def wait(self, works: Sequence[Any], op: Op) -> None:
         """Wait until messages are complete.

@@ -30,6 +30,7 @@ from megarecur.recurrence.inventory import (
 )
 from megarecur.recurrence.layer_map import LayerMap, Step, from_order
 from megarecur.recurrence.schemes import build_map
+from megarecur.recurrence.stacks import Stack, list_stacks, stack_of
 
 # ----------------------------------------------------------------------------------- parameters
 
@@ -83,7 +84,7 @@ def _by_block(config: Config) -> BlockSpecs:
         if spec.block is not None:
             blocks[spec.block][spec.loop].append(spec)
     for block, specs in blocks.items():
-        owner = feed_forward_owner(config.model, block)
+        owner = feed_forward_owner(stack_of(config, block), block)
         if owner != block:
             beginning = f"blocks.{owner}.feed_forward."
             specs[None] += [s for s in blocks[owner][None] if s.name.startswith(beginning)]
@@ -118,18 +119,20 @@ class FlopEstimate:
 
 
 def count_flops(config: Config, steps: LayerMap, seen: Seen | None = None) -> FlopEstimate:
-    """Return executed FLOPs per token (recurrence.md, section 1.2).
+    """Return executed FLOPs per token (recurrence.md, section 1.2); of an encoder-decoder, per
+    target token.
 
     Args:
         seen: keys that queries need; None: those of samples that are one document each.
     """
     forward = train = forward_only = repeated = 0
-    mixing = count_halting_flops(config)  # Not recomputed.
+    views = {stack.name: stack.config for stack in list_stacks(config)}
     for step, flops in zip(steps, count_step_flops(config, steps, seen), strict=True):
         forward += flops
         train += 3 * flops if step.grad else flops
         forward_only += 0 if step.grad else flops
         again = step.grad and config.train.recomputes(step.loop_index)
+        mixing = count_halting_flops(views[step.stack])  # Not recomputed.
         repeated += flops - mixing if again else 0
     written = count_memory_flops(config)
     forward, train = forward + written, train + 3 * written
@@ -143,7 +146,7 @@ def count_flops(config: Config, steps: LayerMap, seen: Seen | None = None) -> Fl
 
 def expect_flops(config: Config, seen: Seen | None = None) -> FlopEstimate:
     """Return executed FLOPs per token, averaged over the optimizer steps of the run."""
-    shares = count_depths(config.recurrence, config.seed, config.train.steps)
+    shares = count_depths(config)
     each = [
         (share, count_flops(config, build_map(config, depth), seen))
         for depth, share in shares.items()
@@ -158,7 +161,7 @@ def expect_flops(config: Config, seen: Seen | None = None) -> FlopEstimate:
 
 def deepest_map(config: Config) -> LayerMap:
     """Return the map of the run that keeps the most activations."""
-    shares = count_depths(config.recurrence, config.seed, config.train.steps)
+    shares = count_depths(config)
     maps = (build_map(config, depth) for depth in shares)
     return max(maps, key=lambda steps: (sum(step.grad for step in steps), len(steps)))
 
@@ -168,25 +171,37 @@ def count_step_flops(config: Config, steps: LayerMap, seen: Seen | None = None) 
 
     Counts 2 per matrix parameter and 4 heads head_dim per seen key, for scores and their sum over
     values. The matrix of an injection counts if the step reads the injected value. Keys and values
-    of a temporal memory are computed once per chunk.
+    of a temporal memory are computed once per chunk, those of source sentences once per source
+    token, as is all that an encoder computes.
     """
     blocks, flops = _by_block(config), []
     slots, seen = count_slots_per_token(config), seen or see_samples(config)
+    views = {stack.name: stack.config for stack in list_stacks(config)}
+
+    def rows(name: str) -> float:
+        """Return the rows that a matrix multiplies, per token of its stack."""
+        if name.endswith(SLOT_PRODUCTS):
+            return slots
+        return seen.source_share if name.endswith(SOURCE_PRODUCTS) else 1.0
+
     for step in steps:
         sizes = [
-            spec.size * (slots if spec.name.endswith(SLOT_PRODUCTS) else 1)
+            spec.size * rows(spec.name)
             for spec in _used(blocks, step)
             if len(spec.shape) == 2
-            and (step.reads or ".injection." not in spec.name)
+            and (step.injected or ".injection." not in spec.name)
             and ".halting." not in spec.name
         ]
-        scores = count_score_flops(config, step.block, seen)
-        flops.append(round(2 * sum(sizes)) + scores + count_halting_flops(config))
+        share = seen.source_share if step.stack == "encoder" else 1.0
+        products = round(share * (2 * sum(sizes) + count_halting_flops(views[step.stack])))
+        flops.append(products + count_score_flops(config, step, seen))
     return flops
 
 
 SLOT_PRODUCTS = ("memory_attention.key.weight", "memory_attention.value.weight")
 """Matrices of a block applied to the temporal memory instead of the tokens."""
+SOURCE_PRODUCTS = ("cross_attention.key.weight", "cross_attention.value.weight")
+"""Matrices of a decoder's block applied to the encoder's output."""
 
 
 class Seen(NamedTuple):
@@ -196,6 +211,12 @@ class Seen(NamedTuple):
     """In blocks without a window."""
     sliding: float
     """In blocks with a sliding window."""
+    encoder: float = 0.0
+    """In an encoder."""
+    cross: float = 0.0
+    """In the decoder's attention to an encoder."""
+    source_share: float = 1.0
+    """Source tokens per target token, of an encoder-decoder."""
 
 
 def count_pairs(length: int, causal: bool, window: int | None = None) -> int:
@@ -228,13 +249,21 @@ def see_samples(config: Config) -> Seen:
     """Return the keys that queries see if every sample is one document; with a temporal memory, in
     chunks."""
     whole, rest = divmod(config.num_positions, count_span(config))
-    return count_seen(config, [count_span(config)] * whole + [rest] * (rest > 0))
+    seen = count_seen(config, [count_span(config)] * whole + [rest] * (rest > 0))
+    if config.encoder is None:
+        return seen
+    return seen._replace(encoder=float(config.num_positions), cross=float(config.num_positions))
 
 
-def count_score_flops(config: Config, block: int, seen: Seen) -> int:
-    """Return forward FLOPs per token of a block's attention scores and the sum over their values,
-    those of a temporal memory's slots included."""
-    keys = seen.sliding if config.model.slides(block) else seen.full
+def count_score_flops(config: Config, step: Step, seen: Seen) -> int:
+    """Return forward FLOPs per token of a step's attention scores and the sum over their values,
+    those of a temporal memory's slots and of source tokens included."""
+    stack = stack_of(config, step.block)
+    if stack.name == "encoder":
+        keys = seen.encoder * seen.source_share
+    else:
+        slides = config.model.slides(step.block - stack.first)
+        keys = (seen.sliding if slides else seen.full) + seen.cross * stack.cross
     keys += 0 if config.temporal is None else config.temporal.num_slots
     return round(4 * keys * config.model.num_heads * config.model.head_dim)
 
@@ -351,7 +380,7 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     trained = held(moving)
     muon = held(s for s in moving if uses_muon(config.optimizer, s.name, len(s.shape)))
     matrices = held(s for s in specs if has_copy(s))
-    tokens = config.train.micro_batch_size * config.tokens_per_sample
+    tokens = config.tokens_per_microbatch
     # Logits, which their gradient overwrites, and tanh's output. Those of one early exit exist at a
     # time, beside those of the last loop; a teacher's exist too.
     kinds = 1 + (config.model.logit_softcap is not None)
@@ -383,7 +412,7 @@ def check_size(config: Config) -> None:
             f"the model has {parameters:.3g} parameters, more than any cluster trains "
             f"({MOST_PARAMETERS:.0e}); lower model.hidden_size={config.model.hidden_size}, "
             f"model.ffn_hidden_size={config.model.ffn_hidden_size}, model.vocab_size="
-            f"{config.model.vocab_size} or the number of blocks ({config.recurrence.num_blocks})"
+            f"{config.model.vocab_size} or the number of blocks ({config.num_blocks})"
         )
     deepest, policy = deepest_map(config), config.train.recompute
     most = max(step.loop_index for step in deepest)
@@ -418,7 +447,7 @@ def chunk_tokens(tokens: int, vocab_size: int) -> int:
 
 def is_chunked(config: Config) -> bool:
     """Return True if the logits of a micro batch never exist whole."""
-    tokens = config.train.micro_batch_size * config.tokens_per_sample
+    tokens = config.tokens_per_microbatch
     return not config.classifies and chunk_tokens(tokens, vocab_shard(config)) < tokens
 
 
@@ -457,7 +486,8 @@ def count_state_bytes(config: Config, specs: Iterable[ParameterSpec]) -> int:
 
 def has_copy(spec: ParameterSpec) -> bool:
     """Return True if products use the parameter, so that it has a copy in the compute dtype."""
-    return len(spec.shape) == 2 and spec.name not in ("embedding.positions", "temporal.memory")
+    unused = ("embedding.positions", "temporal.memory")
+    return len(spec.shape) == 2 and not spec.name.endswith(unused)
 
 
 def count_span(config: Config) -> int:
@@ -500,7 +530,7 @@ def estimate_activations(config: Config, steps: LayerMap) -> int:
     ends = count_end_bytes(config) + count_memory_bytes(config)
     kept = count_kept_bytes(config, steps)
     if config.train.offload_activations:
-        kept = min(kept, 2 * count_step_bytes(config))  # on their way out, or back
+        kept = min(kept, 2 * count_largest_step(config, steps))  # on their way out, or back
     return kept + ends + count_remade_bytes(config, steps)
 
 
@@ -510,11 +540,18 @@ def count_remade_bytes(config: Config, steps: LayerMap) -> int:
     graded = [step for step in steps if step.grad]
     share = count_span(config) / config.num_positions  # one chunk at a time is recomputed
     if any(config.train.recomputes(step.loop_index) for step in graded):
-        return round(count_step_bytes(config, selective=False) * share)
+        return round(count_largest_step(config, steps, selective=False) * share)
     if config.train.recompute == "selective" and graded:
-        whole = count_step_bytes(config, selective=False)
-        return round((whole - count_step_bytes(config)) * share)
+        whole = count_largest_step(config, steps, selective=False)
+        return round((whole - count_largest_step(config, steps)) * share)
     return 0
+
+
+def count_largest_step(config: Config, steps: LayerMap, selective: bool | None = None) -> int:
+    """Return the maximum bytes per token that one of these steps keeps; see `count_step_bytes`."""
+    names = {step.stack for step in steps}
+    stacks = [stack for stack in list_stacks(config) if stack.name in names]
+    return max((count_step_bytes(stack, selective) for stack in stacks), default=0)
 
 
 def with_recompute(config: Config, policy: Recompute) -> Config:
@@ -543,16 +580,17 @@ def count_kept_bytes(config: Config, steps: LayerMap) -> int:
     and head are excluded."""
     stream = count_stream_bytes(config)
     kept = stream * sum(len(step.writes) for step in steps)
-    pair = 2 * stream if has_injection(config) else 0
+    stacks = {stack.name: stack for stack in list_stacks(config)}
     for step in steps:
         if not step.grad:
             continue
-        again = config.train.recomputes(step.loop_index)
-        kept += count_mixture_bytes(config, again)
+        stack, again = stacks[step.stack], config.train.recomputes(step.loop_index)
+        kept += count_mixture_bytes(stack.config, again)
         if again:
             kept += stream
         else:
-            kept += count_step_bytes(config) - pair + (pair if step.reads else 0)
+            unread = 2 * stream * (has_injection(stack) and not step.injected)
+            kept += count_step_bytes(stack) - unread
     return kept
 
 
@@ -573,31 +611,34 @@ def count_mixture_bytes(config: Config, recomputed: bool) -> int:
     return kept * config.model.hidden_size
 
 
-def count_step_bytes(config: Config, selective: bool | None = None) -> int:
-    """Return the maximum bytes per token that one step keeps, injection included.
+def count_step_bytes(stack: Stack, selective: bool | None = None) -> int:
+    """Return the maximum bytes per token that one step of a stack keeps, injection included.
 
     Args:
-        config: the run.
+        stack: the stack.
         selective: leave out what `train.recompute: selective` makes again; None: as the config
             says.
     """
+    config = stack.config
     model, parallel = config.model, config.parallel
     shares = parallel.tensor if parallel.sequence_parallel else 1
     span = count_span(config) if config.train.attention == "dense" else 0
     kept = count_kept_elements(model, span, parallel) + count_rank(config)
     if "feed_forward" in signal_names(config):  # the input sum, beside the stream
         kept += model.hidden_size // shares
-    kept += count_read_elements(config)
+    kept += count_read_elements(config) + count_cross_elements(stack)
     if config.train.recompute == "selective" if selective is None else selective:
         kept -= count_cheap_elements(config)
+        kept -= model.hidden_size if stack.cross and model.norm_position != "output" else 0
     heads = model.num_heads // parallel.tensor
     scores = 4 * heads  # logsumexp of the scores, fp32
-    scores *= 2 if config.temporal is not None else 1
+    looks = config.temporal is not None or stack.cross
+    scores *= 2 if looks else 1
     if span and (model.attention_dropout or model.attention_softcap is not None):
         scores = heads * span * bool(model.attention_dropout)  # masks of dropout
     if model.dropout:
-        scores += (2 if config.temporal is None else 3) * model.hidden_size // shares
-    injected = 2 * count_stream_bytes(config) if has_injection(config) else 0
+        scores += (3 if looks else 2) * model.hidden_size // shares
+    injected = 2 * count_stream_bytes(config) if has_injection(stack) else 0
     return kept * element_bytes(config) + scores + injected
 
 
@@ -629,17 +670,24 @@ def count_deferred_bytes(config: Config, steps: LayerMap) -> int:
     queries = model.num_heads // tp * model.head_dim
     keys = max(model.num_kv_heads // tp, 1) * model.head_dim
     ffn = model.ffn_hidden_size // tp
+    views = {stack.name: stack for stack in list_stacks(config)}
     entered = 2 * model.hidden_size + queries + ffn
     left = queries + 2 * keys + 2 * model.hidden_size
     left += (2 if model.gated else 1) * ffn
     if model.gate_hidden_size is not None:
         entered += model.hidden_size + model.gate_hidden_size // tp
         left += model.hidden_size + model.gate_hidden_size // tp
-    graded = [step for step in steps if step.grad]
-    # the adapter's A output and its gradient
-    each = entered + left + 2 * count_rank(config)
-    injections = sum(bool(step.reads) for step in graded) if has_injection(config) else 0
-    elements = each * len(graded) + 3 * model.hidden_size * injections
+    # Cross-attention's products of targets and of the encoder's output.
+    crossed = 3 * model.hidden_size + 2 * queries + 2 * keys
+    elements = 0
+    for step in steps:
+        if not step.grad:
+            continue
+        stack = views[step.stack]
+        # the adapter's A output and its gradient
+        elements += entered + left + 2 * count_rank(stack.config) + crossed * stack.cross
+        if step.injected and has_injection(stack):
+            elements += 3 * model.hidden_size
     return elements * element_bytes(config)
 
 
@@ -690,6 +738,17 @@ def count_read_elements(config: Config) -> int:
     return round(2 * model.hidden_size + 2 * queries + matrices + slots)
 
 
+def count_cross_elements(stack: Stack) -> int:
+    """Return elements per token that one step keeps for backward of attention to an encoder: input
+    and output of the norm, queries and mixed values, keys and values of as many source tokens."""
+    model, tp = stack.config.model, stack.config.parallel.tensor
+    if not stack.cross:
+        return 0
+    queries = model.num_heads // tp * model.head_dim
+    keys = max(model.num_kv_heads // tp, 1) * model.head_dim
+    return 2 * model.hidden_size + 2 * queries + 2 * keys
+
+
 def count_memory_bytes(config: Config) -> int:
     """Return bytes per token that writing the temporal memory keeps for backward; 0 without
     memory."""
@@ -719,9 +778,9 @@ def count_rank(config: Config) -> int:
     return sum(spec.shape[0] for spec in (first, *same))
 
 
-def has_injection(config: Config) -> bool:
-    """Return True if a learned matrix transforms what the map reads."""
-    return injection_block(config.recurrence) is not None
+def has_injection(stack: Stack) -> bool:
+    """Return True if a learned matrix transforms what the stack's map reads."""
+    return injection_block(stack) is not None
 
 
 # --------------------------------------------------------------------------------------- tokens
@@ -729,7 +788,8 @@ def has_injection(config: Config) -> bool:
 
 def count_tokens_per_step(config: Config) -> int:
     """Return the tokens of one optimizer step over all processes."""
-    return config.train.global_batch_size * config.tokens_per_sample
+    train = config.train
+    return train.global_batch_size // train.micro_batch_size * config.tokens_per_microbatch
 
 
 def count_total_tokens(config: Config) -> int:

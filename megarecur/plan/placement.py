@@ -18,7 +18,7 @@ from megarecur.plan.cost import (
     count_step_flops,
     is_chunked,
 )
-from megarecur.recurrence.depth import count_depths, is_sampled
+from megarecur.recurrence.depth import count_depths, draws_depth
 from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_with_embedding
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import build_map
@@ -117,7 +117,7 @@ def assign_blocks(config: Config, steps: LayerMap, memory_cap: int | None = None
     ranks, units = config.parallel.pipeline, join_blocks(steps)
     owners = config.parallel.placement
     if ranks == 1:
-        owners = (0,) * config.recurrence.num_blocks
+        owners = (0,) * config.num_blocks
     elif owners is not None:
         apart = [unit for unit in units if len({owners[block] for block in unit}) > 1]
         if apart:
@@ -224,10 +224,10 @@ def count_block_costs(config: Config, steps: LayerMap) -> list[float]:
     more if it is recomputed. Sampled depths use the mean over the run. A look-up is free.
     """
     maps = [(1.0, steps)]
-    if is_sampled(config.recurrence):
-        shares = count_depths(config.recurrence, config.seed, config.train.steps)
+    if draws_depth(config):
+        shares = count_depths(config)
         maps = [(share, build_map(config, depth)) for depth, share in shares.items()]
-    costs = [0.0] * config.recurrence.num_blocks
+    costs = [0.0] * config.num_blocks
     for share, some in maps:
         for step, flops in zip(some, count_step_flops(config, some), strict=True):
             again = config.train.recomputes(step.loop_index)

@@ -69,16 +69,18 @@ from megarecur.plan.simulate import (
     lower_bound,
 )
 from megarecur.plan.walk import Stage, Walk, build_walk, cuts_for_v
-from megarecur.recurrence.depth import Depth, count_depths, is_sampled
+from megarecur.recurrence.depth import Depth, count_depths, draws_depth
 from megarecur.recurrence.inventory import (
     ParameterSpec,
     build_inventory,
+    embedding_names,
     is_frozen,
     is_with_embedding,
     uses_muon,
 )
-from megarecur.recurrence.layer_map import LayerMap
+from megarecur.recurrence.layer_map import ENCODER, LayerMap
 from megarecur.recurrence.schemes import build_map
+from megarecur.recurrence.stacks import list_stacks
 
 MOST_OPERATIONS = 3_000
 """Maximum operations of one simulated order, if three rounds of one micro batch per rank need no
@@ -327,7 +329,7 @@ def make_draft(
     seen = seen or see_samples(config)
     costs = cost_stages(config, walk, layout, cluster, seen)
     deepest = None
-    if is_sampled(config.recurrence):
+    if draws_depth(config):
         longest = walk_over(config, deepest_map(config), placement)
         deepest = longest, cost_stages(config, longest, layout, cluster, seen)
     ranks = count_ranks(config, layout, placement, walk, costs, cluster)
@@ -341,20 +343,28 @@ def make_draft(
 
 def walk_over(config: Config, steps: LayerMap, placement: Placement) -> Walk:
     """Return the walk of a map of the config."""
-    recurrence = config.recurrence
-    fresh = isinstance(recurrence, Loop) and recurrence.initial_state != "prelude"
     parallel = config.parallel
     cuts: tuple[int, ...] = ()
     if parallel.split_backward and parallel.order in ("auto", "zbv"):
         cuts = cuts_for_v(steps, placement)
-    return build_walk(steps, placement, cuts, fresh_core=fresh)
+    return build_walk(steps, placement, cuts, find_fresh(config))
+
+
+def find_fresh(config: Config) -> tuple[str, ...]:
+    """Return the values whose writers start from a state of their own (`build_walk`)."""
+    schemes = {"prelude": config.recurrence, f"{ENCODER}.prelude": config.encoder}
+    return tuple(
+        name
+        for name, scheme in schemes.items()
+        if isinstance(scheme, Loop) and scheme.initial_state != "prelude"
+    )
 
 
 def list_walks(config: Config, placement: Placement) -> Iterator[Walk]:
     """Yield the walk of every depth that a run may draw."""
     depths: list[Depth | None] = [None]
-    if is_sampled(config.recurrence):
-        depths += list(count_depths(config.recurrence, config.seed, config.train.steps))
+    if draws_depth(config):
+        depths += list(count_depths(config))
     for depth in depths:
         yield walk_over(config, build_map(config, depth), placement)
 
@@ -470,7 +480,7 @@ def cost_stages(
     config: Config, walk: Walk, layout: Layout, cluster: Cluster, seen: Seen | None = None
 ) -> tuple[StageCost, ...]:
     """Return the seconds and bytes of every stage for one micro batch."""
-    tokens = config.train.micro_batch_size * config.tokens_per_sample
+    tokens = config.tokens_per_microbatch
     times = time_stages(config, walk, layout, cluster, seen or see_samples(config))
     link = cluster.link(layout.tensor, 1, layout.world)
     collective = link.reduce_time(collective_bytes(config), layout.tensor)
@@ -541,7 +551,7 @@ def count_stage_flops(config: Config, walk: Walk, seen: Seen | None = None) -> l
         forward, inputs, weights = forward + written, inputs + written, weights + written
         forward_scores = inputs_scores = 0
         for step in stage.steps:
-            scores = count_score_flops(config, step.block, seen)
+            scores = count_score_flops(config, step, seen)
             products = next(each) - scores
             forward, forward_scores = forward + products, forward_scores + scores
             if step.grad and stage.backward:
@@ -558,7 +568,7 @@ def time_stages(
 ) -> list[StageTime]:
     """Return the seconds of every stage: products and attention at their rates, pointwise work at
     the memory's; at least the time in which the host starts the operations."""
-    tokens = config.train.micro_batch_size * config.tokens_per_sample
+    tokens = config.tokens_per_microbatch
     fused = compiles(config, cluster.device)
     of_products = tokens * product_seconds(config, layout, cluster)
     of_scores = tokens * score_seconds(config, layout, cluster, seen)
@@ -590,8 +600,7 @@ def time_stages(
 
 def product_seconds(config: Config, layout: Layout, cluster: Cluster) -> float:
     """Return the seconds per FLOP and token of the model's products, every matrix counted once."""
-    precision, tokens = config.train.precision, config.train.micro_batch_size
-    tokens *= config.tokens_per_sample
+    precision, tokens = config.train.precision, config.tokens_per_microbatch
     matrices = [
         (tokens, spec.size)
         for spec in build_inventory(config).values()
@@ -623,31 +632,35 @@ def count_collectives(config: Config, stage: Stage) -> tuple[int, int]:
     """Return the all-reduces of the residual stream over tensor-parallel ranks: (forward,
     backward).
 
-    Counts two for every step and direction, a third if it reads a temporal memory, and the forward
-    ones again under recompute; one for the sum of the cut embedding, and one for the gradient that
+    Counts two for every step and direction, a third if it attends to a temporal memory or to an
+    encoder, and the forward ones again under recompute; one for the sum of each cut embedding, and
+    one for the gradient that
     the cut head returns, also for each exit. Under sequence parallelism each is a gather and a
     scatter of the same number of bytes.
     """
-    each = 2 if config.temporal is None else 3
+    reads_more = config.temporal is not None
+    each = [2 + (reads_more or ENCODER in step.reads) for step in stage.steps]
     backward = stage.last + len(stage.exits)
-    for step in stage.steps if stage.backward else ():
-        if step.grad:
-            backward += each * (2 if config.train.recomputes(step.loop_index) else 1)
-    return each * len(stage.steps) + stage.first, backward
+    for step, count in zip(stage.steps, each, strict=True):
+        if step.grad and stage.backward:
+            backward += count * (2 if config.train.recomputes(step.loop_index) else 1)
+    embeddings = len(embedding_names(config))
+    return sum(each) + stage.first * embeddings, backward
 
 
 def collective_bytes(config: Config) -> int:
     """Return the bytes of a micro batch's whole residual stream, plus the share of the values
     between adapter factors, which are sent once in the four collectives of a step of the map."""
-    tokens = config.train.micro_batch_size * config.tokens_per_sample
-    channels = config.model.hidden_size + count_rank(config) // 4
+    tokens = config.tokens_per_microbatch
+    ranks = [count_rank(stack.config) for stack in list_stacks(config)]
+    channels = config.model.hidden_size + max(ranks) // 4
     return tokens * channels * element_bytes(config)
 
 
 def count_hop_bytes(config: Config, values: int) -> int:
     """Return the bytes one process sends when `values` hidden states or other values of a micro
     batch move to another rank."""
-    tokens = config.train.micro_batch_size * config.tokens_per_sample
+    tokens = config.tokens_per_microbatch
     return values * tokens * count_stream_bytes(config)
 
 
@@ -676,7 +689,7 @@ def _kept_logits(config: Config) -> int:
     are computed in chunks, which nothing keeps."""
     if is_chunked(config):
         return 0
-    tokens = config.train.micro_batch_size * config.tokens_per_sample
+    tokens = config.tokens_per_microbatch
     kept = count_logits(config, tokens) * element_bytes(config)
     return kept if config.model.logit_softcap is None else 2 * kept  # and tanh's output
 
@@ -757,7 +770,7 @@ def _count_state(
     trained = held(moving, tensor)
     muon = held((s for s in moving if uses_muon(config.optimizer, s.name, len(s.shape))), tensor)
     matrices = (s for s in specs if has_copy(s))
-    tokens = config.train.micro_batch_size * config.tokens_per_sample
+    tokens = config.tokens_per_microbatch
     workspace = 0
     workspace += tokens * count_remade_bytes(config, tuple(t for s in stages for t in s.steps))
     if any(s.last for s in stages):

@@ -15,7 +15,7 @@ from megarecur.plan.simulate import check_family, choose_order
 from megarecur.plan.walk import Walk
 from megarecur.recurrence.depth import Depth, default_depth
 from megarecur.recurrence.layer_map import LayerMap
-from megarecur.recurrence.schemes import build_map, layer_map, mark_exits
+from megarecur.recurrence.schemes import build_map
 
 ALONE: tuple[Kind, ...] = ("F", "B")
 """Operations of a single pipeline rank for one micro batch."""
@@ -106,13 +106,13 @@ class Schedules:
     def forward(self, depth: Depth | int | None = None, exits: bool = False) -> Scheduled:
         """Return the schedule of one forward-only micro batch, rank after rank; `exits` adds the
         config's exits, one after every loop except the last."""
-        recurrence = self.config.recurrence
-        steps = layer_map(recurrence, depth)
-        if exits and self.config.exits is not None:
-            if isinstance(recurrence, Looped) and depth is None:
-                # Treat all loops as if they carried gradient.
-                depth = default_depth(recurrence).num_loops
-            steps = mark_exits(layer_map(recurrence, depth))
+        config, recurrence = self.config, self.config.recurrence
+        if exits and config.exits is not None and isinstance(recurrence, Looped) and depth is None:
+            # Treat all loops as if they carried gradient.
+            depth = default_depth(recurrence).num_loops
+        if not exits:
+            config = config.model_copy(update={"exits": None})
+        steps = build_map(config, depth)
         walk = walk_over(self.config, steps, self.placement)
         ranks: list[list[Op]] = [[] for _ in range(self.placement.ranks)]
         for before, stage in zip((None, *walk), walk, strict=False):

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from megarecur.plan.placement import Placement
-from megarecur.recurrence.layer_map import LayerMap
+from megarecur.recurrence.layer_map import TARGET, LayerMap, StackName, Step, stack_of_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,8 @@ class Stage:
     """True if the stage embeds the tokens first."""
     last: bool = False
     """True if the stage ends in the loss."""
+    enters: StackName = "decoder"
+    """The stack over whose positions the incoming hidden state extends."""
     receives: tuple[str, ...] = ()
     """Values for later reads that arrive with the hidden state."""
     sends: tuple[str, ...] = ()
@@ -46,6 +48,17 @@ class Stage:
     stages and its own."""
 
     @property
+    def arriving(self) -> tuple[StackName, ...]:
+        """The stack of each tensor that arrives: the hidden state, and the received values."""
+        return (self.enters, *map(stack_of_value, self.receives))
+
+    @property
+    def returning(self) -> tuple[StackName, ...]:
+        """The stack of each gradient that goes back."""
+        values = tuple(map(stack_of_value, self.returns))
+        return (self.enters, *values) if self.returns_x else values
+
+    @property
     def sends_back(self) -> bool:
         """Return True if any gradient goes back to the previous stage."""
         return self.returns_x or bool(self.returns)
@@ -58,7 +71,7 @@ def build_walk(
     steps: LayerMap,
     placement: Placement,
     cuts: Collection[int] = (),
-    fresh_core: bool = False,
+    fresh: Collection[str] = (),
 ) -> Walk:
     """Return the stages of a map.
 
@@ -66,8 +79,8 @@ def build_walk(
         placement: where each block, the embedding and the head live.
         cuts: positions in the map before which a stage begins even on the same rank, for example to
         cut the tip of a V in two.
-        fresh_core: the core starts from its own state, so the hidden state does not pass into the
-        step that writes `prelude`.
+        fresh: values whose writers start from a state of their own, so that the hidden state does
+        not pass into them: `prelude`, of a core that starts from zero.
     """
     runs: list[tuple[int, list[int]]] = [(placement.embedding, [])]
     for position, step in enumerate(steps):
@@ -77,11 +90,12 @@ def build_walk(
         runs[-1][1].append(position)
     if runs[-1][0] != placement.head:
         runs.append((placement.head, []))
-    stages = [
-        Stage(i, rank, tuple(steps[p] for p in positions), i == 0, i == len(runs) - 1)
-        for i, (rank, positions) in enumerate(runs)
-    ]
-    return tuple(_flow_back(_leave_exits(_carry(stages)), fresh_core))
+    stages, enters = [], steps[0].stack
+    for i, (rank, positions) in enumerate(runs):
+        own = tuple(steps[p] for p in positions)
+        stages.append(Stage(i, rank, own, i == 0, i == len(runs) - 1, enters))
+        enters = own[-1].stack if own else enters
+    return tuple(_flow_back(_leave_exits(_carry(stages)), fresh))
 
 
 def cuts_for_v(steps: LayerMap, placement: Placement) -> tuple[int, ...]:
@@ -151,11 +165,11 @@ def _find_hops(
     return ways[stages[reader].rank]
 
 
-def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
+def _flow_back(stages: list[Stage], fresh: Collection[str]) -> list[Stage]:
     """Fill in the gradients sent back: those that depend on a parameter and are needed."""
 
-    def starts_fresh(writes: tuple[str, ...]) -> bool:
-        return fresh_core and "prelude" in writes
+    def starts_fresh(step: Step) -> bool:
+        return TARGET in step.reads or any(name in fresh for name in step.writes)
 
     # Forward: whether the hidden state entering a stage, and each value, depends on parameters.
     enters: list[bool] = []
@@ -185,7 +199,7 @@ def _flow_back(stages: list[Stage], fresh_core: bool) -> list[Stage]:
             for name in step.reads:
                 if asked_x:
                     asked[stage.rank, name] = True
-            if starts_fresh(step.writes):
+            if starts_fresh(step):
                 asked_x = False
             for name in step.writes:
                 due = asked.pop((stage.rank, name), False) and depends

@@ -31,18 +31,44 @@ class Depth(NamedTuple):
     num_loops: int
     backward_loops: int
     """Number of last loops that carry gradient; the loops before them run forward only."""
+    encoder_loops: int = 0
+    """The same of an encoder; 0 if it repeats no group of blocks."""
+    encoder_backward: int = 0
 
 
-def sample_depth(recurrence: RecurrenceConfig, seed: int, step: int) -> Depth | None:
-    """Return the depth of an optimizer step; None for schemes that repeat no group of blocks."""
+def draw_depth(config: Config, step: int) -> Depth | None:
+    """Return the depth of an optimizer step; None if no stack repeats a group of blocks."""
+    own = sample_depth(config.recurrence, config.seed, step)
+    if config.encoder is None:
+        return own
+    encoder = sample_depth(config.encoder, config.seed, step, "encoder ")
+    if encoder is None:
+        return own
+    return Depth(*(own or (1, 1))[:2], *encoder[:2])
+
+
+def draws_depth(config: Config) -> bool:
+    """Return True if optimizer steps of a run differ in depth."""
+    encoder = config.encoder is not None and is_sampled(config.encoder)
+    return encoder or is_sampled(config.recurrence)
+
+
+def sample_depth(
+    recurrence: RecurrenceConfig, seed: int, step: int, stack: str = ""
+) -> Depth | None:
+    """Return the depth of a scheme in an optimizer step; None if it repeats no group of blocks.
+
+    Args:
+        stack: prefix of the names of random draws, if the scheme is not the decoder's.
+    """
     if not isinstance(recurrence, Looped):
         return None
     loops = recurrence.num_loops
     if isinstance(loops, Split):
-        backward = draw(loops.with_gradient, seed, step, "with_gradient")
-        total = backward + draw(loops.forward_only, seed, step, "forward_only")
+        backward = draw(loops.with_gradient, seed, step, f"{stack}with_gradient")
+        total = backward + draw(loops.forward_only, seed, step, f"{stack}forward_only")
     else:
-        total = draw(loops, seed, step, "num_loops")
+        total = draw(loops, seed, step, f"{stack}num_loops")
         backward = min(recurrence.backward_loops or total, total)
     curriculum = recurrence.curriculum
     if curriculum is not None and curriculum.over in ("forward", "both"):
@@ -83,14 +109,13 @@ def is_sampled(recurrence: RecurrenceConfig) -> bool:
     return recurrence.curriculum is not None or not isinstance(recurrence.num_loops, int)
 
 
-def count_depths(
-    recurrence: RecurrenceConfig, seed: int, num_steps: int, most: int = 2000
-) -> dict[Depth | None, float]:
+def count_depths(config: Config, most: int = 2000) -> dict[Depth | None, float]:
     """Return the depths of a run and the share of steps of each, from at most `most` steps."""
-    if not is_sampled(recurrence):
-        return {sample_depth(recurrence, seed, 0): 1.0}
+    if not draws_depth(config):
+        return {draw_depth(config, 0): 1.0}
+    num_steps = config.train.steps
     stride = -(-num_steps // most)
-    found = Counter(sample_depth(recurrence, seed, step) for step in range(0, num_steps, stride))
+    found = Counter(draw_depth(config, step) for step in range(0, num_steps, stride))
     return {depth: count / found.total() for depth, count in found.items()}
 
 

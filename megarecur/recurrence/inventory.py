@@ -18,8 +18,9 @@ from megarecur.config.optimizer import OptimizerConfig
 from megarecur.config.recurrence import Loop, Looped, RecurrenceConfig, Ring
 from megarecur.config.run import Config
 from megarecur.errors import ConfigError
-from megarecur.recurrence.layer_map import LayerMap, count_uses
+from megarecur.recurrence.layer_map import count_uses
 from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.stacks import Stack, list_stacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,8 @@ class ParameterSpec:
 
 
 Inventory = dict[str, ParameterSpec]
+EMBEDDINGS = ("source_embedding", "embedding")
+"""Embeddings of source sentences and of targets; a model without an encoder has the latter only."""
 HEAD_NORMS = ("query_norm", "key_norm")
 """Norms of attention heads, present if model.qk_norm is set."""
 SIGNALS = ("query", "key", "value", "feed_forward")
@@ -81,6 +84,10 @@ SIGNALS = ("query", "key", "value", "feed_forward")
 SCALES = ("attention_residual", "feed_forward_residual")
 """Residual scales, one before each of the two residual additions, present if model.residual is
 admin."""
+CROSS_SCALE = "cross_attention_residual"
+"""The third residual scale of blocks that attend to an encoder."""
+ENCODER_NORM = "encoder_norm"
+"""Norm of the encoder's output, if the model has a final norm."""
 SIGNAL_STD = 1e-6
 """Initial deviation of the first factor of a level signal, as in the authors' RingFormer code."""
 
@@ -90,20 +97,30 @@ def build_inventory(config: Config) -> Inventory:
 
     `config.model.vocab_size` must be resolved.
     """
-    model, steps = config.model, layer_map(config.recurrence)
-    loops = count_own_loops(config)
+    model = config.model
     assert model.vocab_size is not None
     hidden = model.hidden_size
     table = (model.vocab_size, hidden)
-    specs = [ParameterSpec("embedding.weight", table, None, model.init_std, cut=0)]
-    if model.positions == "learned":
-        rows = model.max_positions or config.num_positions
-        specs.append(ParameterSpec("embedding.positions", (rows, hidden), None, model.init_std))
-    for block in sorted({step.block for step in steps}):
-        own = block_parameters(config, block, steps)
-        specs += own
-        for loop in range(loops.get(block, 0)):
-            specs += loop_parameters(config, own, loop)
+    specs: list[ParameterSpec] = []
+    for name in embedding_names(config):
+        if name == "embedding":
+            specs.append(ParameterSpec(f"{name}.weight", table, None, model.init_std, cut=0))
+        elif config.separate_source:
+            own = (model.source_vocab_size or model.vocab_size, hidden)
+            specs.append(ParameterSpec(f"{name}.weight", own, None, model.init_std, cut=0))
+        if model.positions == "learned":
+            rows = model.max_positions or config.num_positions
+            specs.append(ParameterSpec(f"{name}.positions", (rows, hidden), None, model.init_std))
+    for stack in list_stacks(config):
+        if stack.cross and stack.config.has_final_norm:
+            # It lives with the decoder's first block, which is the first to need it.
+            specs += norm_parameters(model, ENCODER_NORM, stack.first)
+        steps, loops = layer_map(stack.recurrence), count_own_loops(stack)
+        for block in stack.blocks:
+            own = block_parameters(stack, block, len(steps))
+            specs += own
+            for loop in range(loops.get(block, 0)):
+                specs += loop_parameters(stack, own, loop)
     specs += temporal_parameters(config)
     if config.has_final_norm:
         specs += norm_parameters(model, "final_norm", None)
@@ -120,19 +137,29 @@ def with_xavier(spec: ParameterSpec) -> ParameterSpec:
     """Return the spec with the standard deviation of Glorot & Bengio 2010 if it is a matrix applied
     to hidden states; for query, key and value divided by sqrt(2), as in fairseq."""
     owner, _, kind = spec.name.rpartition(".")
-    if len(spec.shape) != 2 or kind != "weight" or owner in ("embedding", "head"):
+    if len(spec.shape) != 2 or kind != "weight" or owner in (*EMBEDDINGS, "head"):
         return spec
     gain = 0.5**0.5 if owner.endswith((".query", ".key", ".value")) else 1.0
     return replace(spec, std=gain * math.sqrt(2.0 / sum(spec.shape)))
 
 
-def block_parameters(config: Config, block: int, steps: LayerMap) -> list[ParameterSpec]:
-    """Return the parameters that live with one block."""
-    model, recurrence = config.model, config.recurrence
+def embedding_names(config: Config) -> tuple[str, ...]:
+    """Return the names of the embeddings: of source and target sentences, or of tokens."""
+    return EMBEDDINGS if config.encoder is not None else EMBEDDINGS[-1:]
+
+
+def block_parameters(stack: Stack, block: int, depth: int) -> list[ParameterSpec]:
+    """Return the parameters that live with one block.
+
+    Args:
+        depth: unrolled depth of the stack, which may scale initial values.
+    """
+    config = stack.config
+    model = config.model
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     scaled = std = model.init_std
     if model.init_scaling == "depth":
-        scaled /= math.sqrt(2 * len(steps))
+        scaled /= math.sqrt((3 if stack.cross else 2) * depth)
     prefix = f"blocks.{block}."
 
     def linear(
@@ -147,15 +174,16 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
         shape = (rows, columns)
         return linear_parameters(f"{prefix}{name}", shape, block, bias, std, cut, unit)
 
-    own_norms, names = has_own_norms(config), norm_names(model)
+    own_norms, names = has_own_norms(config), norm_names(model, stack.cross)
 
     def norm(name: str) -> list[ParameterSpec]:
         exists = name in names and not own_norms
         return norm_parameters(model, prefix + name, block) if exists else []
 
     specs = []
-    if block == injection_block(recurrence):
-        specs += linear("injection", hidden, 2 * hidden, has_injection_bias(recurrence), std)
+    if block == injection_block(stack):
+        biased = has_injection_bias(stack.recurrence)
+        specs += linear("injection", hidden, 2 * hidden, biased, std)
     if config.halting is not None:
         read = hidden * (1 + config.halting.transition)
         specs += linear("halting.up", hidden, read, True, std)
@@ -165,12 +193,16 @@ def block_parameters(config: Config, block: int, steps: LayerMap) -> list[Parame
     if not own_norms:
         specs += head_norm_parameters(model, f"{prefix}attention.", block)
     specs += norm("attention_output_norm")
+    if stack.cross:
+        specs += norm("cross_attention_norm")
+        specs += attention_parameters(model, f"{prefix}cross_attention", block, scaled)
+        specs += norm("cross_attention_output_norm")
     if config.temporal is not None:
         specs += norm_parameters(model, f"{prefix}memory_attention_norm", block)
         specs += norm_parameters(model, f"{prefix}memory_norm", block)
         specs += attention_parameters(model, f"{prefix}memory_attention", block, scaled)
     specs += norm("feed_forward_norm")
-    if block == feed_forward_owner(model, block):
+    if block == feed_forward_owner(stack, block):
         specs += feed_forward_parameters(model, f"{prefix}feed_forward", block, ffn, scaled)
     specs += norm("feed_forward_output_norm")
     if model.gate:
@@ -277,25 +309,25 @@ def task_parameters(config: Config) -> list[ParameterSpec]:
     return specs
 
 
-def feed_forward_owner(model: ModelConfig, block: int) -> int:
+def feed_forward_owner(stack: Stack, block: int) -> int:
     """Return the block whose feed-forward a block uses."""
-    return 0 if model.shared_feed_forward else block
+    return stack.first if stack.config.model.shared_feed_forward else block
 
 
-def loop_parameters(config: Config, block: list[ParameterSpec], loop: int) -> list[ParameterSpec]:
+def loop_parameters(stack: Stack, block: list[ParameterSpec], loop: int) -> list[ParameterSpec]:
     """Return the parameters that one loop of a block has of its own, derived from the block's
     parameters: deltas of its matrices, level signals, norms, residual scales."""
-    owner = block[0].block
+    owner, config = block[0].block, stack.config
     prefix = f"blocks.{owner}.loops.{loop}."
     specs = adapter_parameters(config, block, prefix) + signal_parameters(config, block, prefix)
     if has_own_norms(config):
-        for norm in norm_names(config.model):
+        for norm in norm_names(config.model, stack.cross):
             specs += norm_parameters(config.model, prefix + norm, owner)
         specs += head_norm_parameters(config.model, prefix, owner)
     shape = (config.model.hidden_size,)
     specs += [
         ParameterSpec(f"{prefix}{name}.weight", shape, owner, mean=1.0)
-        for name in scale_names(config.model)
+        for name in scale_names(config.model, stack.cross)
     ]
     return [replace(spec, loop=loop) for spec in specs]
 
@@ -385,24 +417,31 @@ def has_own_norms(config: Config) -> bool:
     return adapted or isinstance(config.recurrence, Ring)
 
 
-def norm_names(model: ModelConfig) -> tuple[str, ...]:
-    """Return the names of a block's norms."""
-    inputs = ("attention_norm", "feed_forward_norm")
-    outputs = ("attention_output_norm", "feed_forward_output_norm")
+def norm_names(model: ModelConfig, cross: bool = False) -> tuple[str, ...]:
+    """Return the names of a block's norms; `cross`: of one that attends to an encoder."""
+    branches = ("attention", *(("cross_attention",) if cross else ()), "feed_forward")
+    inputs = tuple(f"{branch}_norm" for branch in branches)
+    outputs = tuple(f"{branch}_output_norm" for branch in branches)
     return {"sandwich": inputs + outputs, "peri": inputs + outputs, "output": outputs}.get(
         model.norm_position, inputs
     )
 
 
-def scale_names(model: ModelConfig) -> tuple[str, ...]:
-    """Return the names of the residual scales of every use of a block."""
-    return SCALES if model.residual == "admin" else ()
+def scale_names(model: ModelConfig, cross: bool = False) -> tuple[str, ...]:
+    """Return the names of the residual scales of every use of a block; `cross`: of one that attends
+    to an encoder."""
+    if model.residual != "admin":
+        return ()
+    return (SCALES[0], CROSS_SCALE, SCALES[1]) if cross else SCALES
 
 
-def count_own_loops(config: Config) -> dict[int, int]:
+def count_own_loops(stack: Stack) -> dict[int, int]:
     """Return the number of loops with their own parameters by block; empty if all loops are
     alike."""
-    return count_most_uses(config.recurrence) if config.of_loops else {}
+    if not stack.config.of_loops:
+        return {}
+    uses = count_most_uses(stack.recurrence)
+    return {stack.first + block: count for block, count in uses.items()}
 
 
 def count_most_uses(recurrence: RecurrenceConfig) -> dict[int, int]:
@@ -411,10 +450,11 @@ def count_most_uses(recurrence: RecurrenceConfig) -> dict[int, int]:
     return count_uses(layer_map(recurrence, most))
 
 
-def injection_block(recurrence: RecurrenceConfig) -> int | None:
+def injection_block(stack: Stack) -> int | None:
     """Return the block that owns the learned injection adapter: the first core block, or None."""
+    recurrence = stack.recurrence
     if isinstance(recurrence, Loop) and recurrence.injection == "linear":
-        return recurrence.prelude
+        return stack.first + recurrence.prelude
     return None
 
 
@@ -457,12 +497,12 @@ def head_norm_parameters(model: ModelConfig, prefix: str, block: int | None) -> 
 
 def is_with_embedding(name: str) -> bool:
     """Return True if a parameter of no block lives with the embedding, False if with the head."""
-    return name.startswith("embedding.") or name in ("task.start", "task.end")
+    return name.partition(".")[0] in EMBEDDINGS or name in ("task.start", "task.end")
 
 
 def is_embedding(name: str) -> bool:
     """Return True if the field's non-embedding count excludes this parameter."""
-    return name.startswith(("embedding.", "head."))
+    return name.partition(".")[0] in (*EMBEDDINGS, "head")
 
 
 def check_patterns(optimizer: OptimizerConfig, names: Iterable[str]) -> None:

@@ -27,7 +27,7 @@ from megarecur.config.recurrence import (
 )
 from megarecur.config.run import Config
 from megarecur.recurrence.depth import Depth, default_depth
-from megarecur.recurrence.layer_map import LayerMap, from_order, mark
+from megarecur.recurrence.layer_map import LayerMap, from_order, join_stacks, mark
 
 
 @lru_cache(maxsize=256)
@@ -45,9 +45,31 @@ def layer_map(recurrence: RecurrenceConfig, depth: Depth | int | None = None) ->
 
 
 def build_map(config: Config, depth: Depth | int | None = None) -> LayerMap:
-    """Return the layer map that a run executes: the scheme's map with the config's exits."""
+    """Return the layer map that a run executes: the maps of its stacks, with the config's exits."""
     steps = layer_map(config.recurrence, depth)
-    return steps if config.exits is None else mark_exits(steps)
+    steps = steps if config.exits is None else mark_exits(steps)
+    return steps if config.encoder is None else join_stacks(encoder_map(config, depth), steps)
+
+
+def longest_map(config: Config) -> LayerMap:
+    """Return the map in which every loop that has parameters of its own runs, all with gradient."""
+    most, below = (
+        scheme.most_loops if isinstance(scheme, Looped) else None
+        for scheme in (config.recurrence, config.encoder)
+    )
+    if below is None:
+        return build_map(config.model_copy(update={"exits": None}), most)
+    loops = most or 1
+    depth = Depth(loops, loops, below, below)
+    return build_map(config.model_copy(update={"exits": None}), depth)
+
+
+def encoder_map(config: Config, depth: Depth | int | None = None) -> LayerMap:
+    """Return the layer map of an encoder alone, with its blocks numbered from 0."""
+    assert config.encoder is not None
+    if isinstance(depth, Depth) and depth.encoder_loops:
+        return layer_map(config.encoder, Depth(depth.encoder_loops, depth.encoder_backward))
+    return layer_map(config.encoder)
 
 
 @lru_cache(maxsize=256)

@@ -204,7 +204,7 @@ def run_batches(
                 raise EvaluationStopped
         batch = batch.to(mesh.device)
         ctx = model.context(batch, step=0, training=False)
-        yield batch, *run_with_exits(model, mesh, scheduled, batch.tokens_BS, ctx)
+        yield batch, *run_with_exits(model, mesh, scheduled, batch.tokens_BS, ctx, batch.source)
 
 
 def continue_prompts(

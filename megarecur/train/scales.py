@@ -14,21 +14,20 @@ import math
 import torch
 from torch import Tensor
 
-from megarecur.config.recurrence import Looped
 from megarecur.config.run import Config
 from megarecur.data.loader import Loader
 from megarecur.model.adapters import ResidualScale
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.recurrence.inventory import scale_names
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import longest_map
 
 TOKENS = 4096
 """Approximate number of tokens of the pass: whole samples, at most a global batch."""
 
 
 class ScaleSetter:
-    """Forward pre-hook that sets each residual scale of a model at its first use.
+    """Forward pre-hook that sets each residual scale of a stack at its first use.
 
     Args:
         mesh: its processes run the same tokens, or parts of them.
@@ -79,15 +78,17 @@ def profile_scales(model: Transformer, config: Config, loader: Loader, mesh: Mes
     with same_error(mesh):
         batch = loader.first_samples(count).to(mesh.device)
     whole = model if mesh.pp == 1 else Transformer(config, mesh.device, tp=model.tp)
-    recurrence = config.recurrence
-    most = recurrence.most_loops if isinstance(recurrence, Looped) else None
     ctx = whole.context(batch, step=0, training=False)
-    positions = ctx.positions
-    real_BS = None if positions.real_BS is None else positions.tp.own(positions.real_BS)
-    setter = ScaleSetter(mesh, real_BS)
-    scales = [module for module in whole.modules() if isinstance(module, ResidualScale)]
-    hooks = [scale.register_forward_pre_hook(setter) for scale in scales]
-    whole.run(layer_map(recurrence, most), whole.embed(batch.tokens_BS, ctx), ctx, {})
+    hooks = []
+    for runner in whole.runners():  # Each stack begins with a scale of 1.
+        positions = (ctx if runner is whole.runner else ctx.source or ctx).positions
+        real_BS = None if positions.real_BS is None else positions.tp.own(positions.real_BS)
+        setter = ScaleSetter(mesh, real_BS)
+        scales = [module for module in runner.modules() if isinstance(module, ResidualScale)]
+        hooks += [scale.register_forward_pre_hook(setter) for scale in scales]
+    reads: dict[str, Tensor] = {}
+    x = whole.enter(batch.tokens_BS, ctx, reads, batch.source)
+    whole.run(longest_map(config), x, ctx, reads)
     for hook in hooks:
         hook.remove()
     for name, parameter in model.parameters_by_name.items() if whole is not model else ():

@@ -24,7 +24,7 @@ from megarecur.errors import CheckpointError, ConfigError
 from megarecur.files import replace_file
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.plan.cost import count_tokens_per_step
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map
 from megarecur.train.metrics import is_gone
 
 FOLDERS = ("checkpoints", "logs", "plots")
@@ -73,7 +73,7 @@ def save_state(
         "data": data,
         "config": config.model_dump(mode="json"),
         # For readers of index.json; resuming compares `config`.
-        "layer_map": [step.block for step in layer_map(config.recurrence)],
+        "layer_map": [step.block for step in build_map(config)],
         "mesh": mesh.shape,
         "order_hash": order,
         "tokenizer": tokenizer,

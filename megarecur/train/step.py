@@ -23,7 +23,8 @@ from megarecur.parallel.pipeline import Pipeline
 from megarecur.plan.cost import count_seen
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.walk import Stage
-from megarecur.recurrence.depth import is_sampled, sample_depth
+from megarecur.recurrence.depth import draw_depth, draws_depth
+from megarecur.recurrence.layer_map import StackName
 from megarecur.train.report import StepResult
 
 
@@ -55,9 +56,11 @@ class Training:
         self.contexts: dict[int, Context] = {}
         self.seen: list[Telemetry] = []
 
-    def shape(self, microbatch: int) -> tuple[int, ...]:
-        """Return the shape of the hidden state on this rank."""
-        return self.model.hidden_shape(self.batches[microbatch].tokens_BS)
+    def shape(self, microbatch: int, stack: StackName) -> tuple[int, ...]:
+        """Return the shape of the hidden state of a stack on this rank."""
+        batch = self.batches[microbatch]
+        read = batch.source if stack == "encoder" and batch.source is not None else batch
+        return self.model.hidden_shape(read.tokens_BS)
 
     def context(self, microbatch: int) -> Context:
         """Return the context of a micro batch; its first stage here creates it."""
@@ -80,7 +83,7 @@ class Training:
         batch, ctx = self.batches[microbatch], self.context(microbatch)
         with named("forward"):
             if stage.first:
-                x = self.model.embed(batch.tokens_BS, ctx)
+                x = self.model.enter(batch.tokens_BS, ctx, reads, batch.source)
             assert x is not None
             x, terms = self.model.run(stage.steps, x, ctx, reads)
             self.result.add_counts(ctx.recorder.counts)
@@ -149,7 +152,7 @@ def forward_backward(
         MegarecurError: on every rank, the reason why a rank could not read its batches (`unread`).
         PipelineError: an operation of the pipeline order failed, here or on another rank.
     """
-    depth = sample_depth(config.recurrence, config.seed, step)
+    depth = draw_depth(config, step)
     denominators = count_denominators(batches, mesh, unread, count_keys(config, batches))
     scheduled = (schedules or Schedules(config)).training(depth, len(batches))
     result = StepResult(
@@ -169,7 +172,7 @@ def forward_backward(
     pipeline = Pipeline(mesh, scheduled.walk, program, model.dtype, backward, model.deferred)
     pipeline.run(scheduled.order[mesh.pp_rank])
     program.finish()
-    if is_sampled(config.recurrence):
+    if draws_depth(config):
         result.count_exits(mesh)
     return result
 

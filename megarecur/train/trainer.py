@@ -29,7 +29,7 @@ from megarecur.plan.cost import check_size
 from megarecur.plan.order import order_hash
 from megarecur.plan.schedule import Schedules
 from megarecur.progress import Note
-from megarecur.recurrence.depth import Depth, sample_depth
+from megarecur.recurrence.depth import Depth, draw_depth
 from megarecur.recurrence.schemes import build_map
 from megarecur.train.alarms import Alarms, record_event
 from megarecur.train.compiler import choose_compiler
@@ -339,7 +339,7 @@ def open_schedules(config: Config, mesh: Mesh) -> Schedules:
 def step_to_take(config: Config, mesh: Mesh, step: int) -> tuple[Depth | None, int]:
     """Return depth and number of micro batches per replica of an optimizer step."""
     train = config.train
-    depth = sample_depth(config.recurrence, config.seed, step)
+    depth = draw_depth(config, step)
     return depth, train.global_batch_size // (mesh.dp * train.micro_batch_size)
 
 

@@ -31,6 +31,7 @@ from megarecur.recurrence.depth import (
     count_depths,
     default_depth,
     describe_loops,
+    draw_depth,
     is_sampled,
     sample_depth,
 )
@@ -168,14 +169,15 @@ def test_truncation_keeps_gradient_in_the_last_loops() -> None:
 def test_a_curriculum_grows_from_its_start(kind, over, expected) -> None:
     config = loop(9, curriculum={"kind": kind, "over": over, "steps": 100})
     steps = [0, 25, 50, 75, 100, 1000]
-    assert [tuple(sample_depth(config, 1, step)) for step in steps] == expected
+    assert [tuple(sample_depth(config, 1, step))[:2] for step in steps] == expected
     assert is_sampled(config) and default_depth(config) == Depth(9, 9)
 
 
 def test_a_curriculum_over_forward_leaves_truncation_alone() -> None:
     values = {"kind": "linear", "over": "forward", "steps": 10, "start": 2}
     config = loop(8, backward_loops=3, curriculum=values)
-    assert [tuple(sample_depth(config, 1, step)) for step in (0, 5, 10)] == [(2, 2), (5, 3), (8, 3)]
+    drawn = [sample_depth(config, 1, step) for step in (0, 5, 10)]
+    assert [tuple(depth)[:2] for depth in drawn] == [(2, 2), (5, 3), (8, 3)]
 
 
 @settings(max_examples=60)
@@ -206,7 +208,7 @@ def test_costs_are_those_of_what_runs() -> None:
         scheme="loop", recurrence={"num_loops": {"sampler": "uniform", "min": 1, "max": 5}},
         model={"vocab_size": 64}, train={"steps": 400},
     )  # fmt: skip
-    shares = count_depths(sampled.recurrence, sampled.seed, 400)
+    shares = count_depths(sampled)
     assert sum(shares.values()) == pytest.approx(1.0) and len(shares) == 5
     each = {d: count_flops(sampled, layer_map(sampled.recurrence, d)).train for d in shares}
     mean = sum(share * each[depth] for depth, share in shares.items())
@@ -317,7 +319,7 @@ def run_on_ranks(corpus: str, run_dir: str, steps: int) -> list[tuple[int, int]]
     assert train_until(Path(corpus), Path(run_dir), steps) == FINISHED
     config = make_config(corpus, "loop", recurrence=SAMPLED)
     assert dist.get_world_size() == 2
-    return [tuple(sample_depth(config.recurrence, config.seed, s)) for s in range(steps)]
+    return [tuple(draw_depth(config, s))[:2] for s in range(steps)]
 
 
 def test_depths_are_the_same_on_ranks_and_after_resume(corpus, tmp_path, world) -> None:

@@ -85,7 +85,7 @@ def walks(draw: st.DrawFn) -> Walk:
     placement = draw(placements(steps))
     anywhere = st.lists(st.integers(0, len(steps) - 1), max_size=2)
     cuts: Any = draw(st.one_of(st.just(cuts_for_v(steps, placement)), anywhere))
-    return build_walk(steps, placement, cuts, fresh_core=draw(st.booleans()))
+    return build_walk(steps, placement, cuts, fresh=("prelude",) if draw(st.booleans()) else ())
 
 
 def costs_of(walk: Walk) -> st.SearchStrategy[tuple[StageCost, ...]]:
