@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, one entry per step of the map.
+"""Keys and values of earlier tokens, and of source sentences, one entry per step of the map.
 
 A block that runs r times sees r different hidden states per token, so that r sets of keys and
 values exist: an entry belongs to (block, loop_index), never to a block.
@@ -7,10 +7,13 @@ Shapes: B samples, S new tokens, K tokens so far, N key heads, H head_dim.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from megarecur.model.context import Context, build_context
+from megarecur.batch import Sentences
+from megarecur.model.context import Context, CrossView, build_context, see_source
 from megarecur.model.temporal import Carried, build_chunks
 from megarecur.model.transformer import Transformer
 
@@ -36,6 +39,22 @@ class Cache:
         self.carried: Carried | None = None
         """State of a model with a temporal memory: the memory, and the cache of the incomplete
         chunk; `entries` then belongs to that chunk."""
+        self.of_source: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """Keys and values of source sentences [B, K, N, H] by (block, loop_index)."""
+
+    def find(self, step: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """Return the keys and values of source sentences of a step of the map, if kept."""
+        return self.of_source.get(step)
+
+    def keep(self, step: tuple[int, int], made: tuple[Tensor, Tensor]) -> None:
+        """Keep the keys and values of source sentences of a step of the map."""
+        self.of_source[step] = made
+
+    def select(self, rows_b: Tensor) -> None:
+        """Keep the samples `rows_b`, in this order; a sample may occur several times."""
+        for entries in (self.entries, self.of_source):
+            for step, both in entries.items():
+                entries[step] = both[0].index_select(0, rows_b), both[1].index_select(0, rows_b)
 
     def append(
         self, step: tuple[int, int], k_BSNH: Tensor, v_BSNH: Tensor
@@ -86,8 +105,10 @@ def context_after(
     cache: Cache | None,
     seed: int = 0,
     samples_B: Tensor | None = None,
+    source: Sentences | None = None,
 ) -> Context:
-    """Return the context of tokens that follow the cached ones."""
+    """Return the context of tokens that follow the cached ones; those of a translation attend to
+    the sentences `source`."""
     batch, length = tokens_BS.shape
     past = cache.length if cache is not None else 0
     positions_BS = torch.arange(past, past + length, device=tokens_BS.device).expand(batch, -1)
@@ -102,7 +123,7 @@ def context_after(
             seed=seed,
             tp=model.tp,
         )
-    return build_context(
+    ctx = build_context(
         model.config.model,
         positions_BS,
         model.dtype,
@@ -112,3 +133,7 @@ def context_after(
         cache=cache,
         tp=model.tp,
     )
+    if source is None:
+        return ctx
+    seen = see_source(source, (batch, length), model.attention.backend, model.dtype)
+    return replace(ctx, cross=CrossView(seen, cache))

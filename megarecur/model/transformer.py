@@ -367,6 +367,47 @@ class Transformer(nn.Module):
                 x = self.runner(above, x, ctx, reads, self.final_norm, terms)
         return (self.pool_memory(x) if self.config.reads_memory else x), terms
 
+    @torch.no_grad()
+    def encode(self, steps: Sequence[Step], source: Sentences) -> Tensor:
+        """Return the output of the encoder [B, K, D], or this rank's positions of it.
+
+        Args:
+            steps: the map of an optimizer step or evaluation; those of the encoder run.
+            source: the source sentences.
+        """
+        assert self.encoder is not None
+        model, separates = list_stacks(self.config)[0].config.model, not source.single_document
+        ctx = build_context(
+            model,
+            source.positions_BS,
+            self.dtype,
+            documents_BS=source.documents_BS if separates else None,
+            boundaries=source.boundaries if separates else None,
+            backend=self.attention.backend,
+            seed=self.config.seed,
+            tp=self.tp,
+        )
+        x = self.embed_source(source.tokens_BS, ctx)
+        below = [step for step in steps if step.stack == "encoder"]
+        encoded: Tensor = self.encoder(below, x, ctx, {}, None, {})
+        return encoded if self.encoder_norm is None else self.encoder_norm(encoded)
+
+    @torch.no_grad()
+    def decode(
+        self, steps: Sequence[Step], tokens_BS: Tensor, encoded: Tensor, ctx: Context
+    ) -> Tensor:
+        """Return the output of the decoder [B, S, D], or this rank's positions of it.
+
+        Args:
+            steps: as for `encode`; those of the decoder run.
+            tokens_BS: target tokens, those that follow the cached ones.
+            encoded: [B, K, D], from `encode`.
+            ctx: the context of the tokens (`inference.cache.context_after`).
+        """
+        reads = {ENCODER: encoded, TARGET: self.embed(tokens_BS, ctx)}
+        above = [step for step in steps if step.stack == "decoder"]
+        return self.run(above, reads[TARGET], ctx, reads)[0]
+
     def begin_decoder(self, x: Tensor, reads: dict[str, Tensor]) -> Tensor:
         """Return the input of the decoder, the embedded target [B, S, D], and add the output of the
         encoder, [B, K, D], to `reads`, unless it is there already."""

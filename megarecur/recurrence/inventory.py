@@ -106,8 +106,8 @@ def build_inventory(config: Config) -> Inventory:
         if name == "embedding":
             specs.append(ParameterSpec(f"{name}.weight", table, None, model.init_std, cut=0))
         elif config.separate_source:
-            own = (model.source_vocab_size or model.vocab_size, hidden)
-            specs.append(ParameterSpec(f"{name}.weight", own, None, model.init_std, cut=0))
+            of_source = (model.source_vocab_size or model.vocab_size, hidden)
+            specs.append(ParameterSpec(f"{name}.weight", of_source, None, model.init_std, cut=0))
         if model.positions == "learned":
             rows = model.max_positions or config.num_positions
             specs.append(ParameterSpec(f"{name}.positions", (rows, hidden), None, model.init_std))

@@ -19,12 +19,14 @@ from support.pairs import (
     make_pair_batch,
     make_pairs,
     pair_config,
+    rows_of,
     run,
     with_section,
 )
 from torch import Tensor, nn
 
 from megarecur.config.run import Config
+from megarecur.inference.cache import Cache, context_after
 from megarecur.model.transformer import Transformer
 from megarecur.plan.cost import count_parameters
 from megarecur.recurrence.depth import Depth, count_depths, draw_depth
@@ -289,3 +291,38 @@ def test_sizes_of_ringformer_are_published_ones(hidden: int, published: int) -> 
         "norm_position": "post", "feed_forward": "gelu", "positions": "sinusoidal", "tie": "none",
     })  # fmt: skip
     assert count_parameters(config).non_embedding == published
+
+
+# ------------------------------------------------------------------------------------ generation
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_cached_decoding_is_the_whole_pass(name: str) -> None:
+    """Token by token, with rows reordered halfway, as beams are."""
+    config = mixed(name)
+    if config.halting is not None:
+        pytest.skip("a decoder that halts keeps no cache")
+    model, steps = build(config), build_map(config)
+    sources, targets = make_pairs(3, seed=5, longest=8)
+    targets = [torch.cat([t, t, t])[:7] for t in targets]
+    batch = collate(sources, targets)
+    source = batch.source
+    assert source is not None
+    ctx, reads = model.context(batch, 0, training=False), dict[str, Tensor]()
+    x = model.enter(batch.tokens_BS, ctx, reads, source)
+    whole, _ = model.run(steps, x, ctx, reads)
+    encoded, cache, order = model.encode(steps, source), Cache(), torch.arange(3)
+    for position in range(6):
+        if position == 3:
+            order = torch.tensor([2, 0, 0, 1])
+            cache.select(order)
+            encoded, source = encoded[order], rows_of(batch, order.tolist()).source
+            assert source is not None
+        tokens = batch.tokens_BS[order, position : position + 1]
+        ctx = context_after(model, tokens, cache, source=source)
+        x = model.decode(steps, tokens, encoded, ctx)
+        cache.advance(1)
+        expected = whole[order, position : position + 1]
+        torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
+    made = {(step.block, step.loop_index) for step in steps if step.stack == "decoder"}
+    assert set(cache.of_source) == set(cache.entries) == made
