@@ -13,6 +13,7 @@ from megarecur.config.rules_attention import ATTENTION_RULES
 from megarecur.config.rules_memory import HALTING_RULES, RECOMPUTE_RULES, TEMPORAL_RULES
 from megarecur.config.rules_model import MODEL_RULES
 from megarecur.config.rules_objective import EXIT_RULES, TASK_RULES
+from megarecur.config.rules_pairs import PAIR_RULES
 from megarecur.config.rules_run import CHECKPOINT_RULES, OPTIMIZER_RULES, PARALLEL_RULES
 from megarecur.config.run import Config
 
@@ -20,6 +21,7 @@ RULES = (
     *MODEL_RULES,
     *ATTENTION_RULES,
     *HALTING_RULES,
+    *PAIR_RULES,
     *TEMPORAL_RULES,
     *RECOMPUTE_RULES,
     *TASK_RULES,

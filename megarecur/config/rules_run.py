@@ -18,7 +18,7 @@ def count_blocks_together(c: Config) -> int:
 
 def find_most_ranks(c: Config) -> Mapping[str, object]:
     """Return the number of blocks and the maximum pipeline size, if the pipeline exceeds it."""
-    blocks, together = c.recurrence.num_blocks, count_blocks_together(c)
+    blocks, together = c.num_blocks, count_blocks_together(c)
     if c.parallel.pipeline <= blocks - together + 1:
         return {}
     stay = f", of which the last {together} stay together for final_norm_after_core"
@@ -39,7 +39,7 @@ def find_wrong_blocks(c: Config) -> Mapping[str, object]:
 
 def splits_coda(c: Config) -> Mapping[str, object]:
     """Return the number of last blocks that must stay together, if a placement splits them."""
-    blocks, together = c.recurrence.num_blocks, count_blocks_together(c)
+    blocks, together = c.num_blocks, count_blocks_together(c)
     placement = c.parallel.placement
     apart = (
         placement is not None
@@ -77,14 +77,14 @@ def divided_by_tensor(key: str, size: Callable[[Config], int | None]) -> Rule:
 
 PLACEMENT_RULES = (
     Rule(
-        keys=("parallel.pipeline", "recurrence"),
+        keys=("parallel.pipeline", "recurrence", "encoder"),
         when=find_most_ranks,
-        reason="parallel.pipeline={parallel.pipeline} exceeds the number of blocks that "
-        "recurrence.kind={recurrence.kind} can divide among ranks ({blocks})",
+        reason="parallel.pipeline={parallel.pipeline} exceeds the number of blocks that can be "
+        "divided among ranks ({blocks}, with recurrence.kind={recurrence.kind})",
         remedy="set it to at most {most}",
     ),
     Rule(
-        keys=("parallel.placement", "recurrence"),
+        keys=("parallel.placement", "recurrence", "encoder"),
         when=find_wrong_blocks,
         reason="parallel.placement={parallel.placement}: {wrong}",
         remedy="name one rank for each of the {blocks} block(s)",

@@ -136,6 +136,13 @@ class Config(Section):
         """True if embedding and head are one table."""
         return self.model.tie_embeddings and not self.classifies
 
+    def of_encoder(self) -> Config:
+        """Return the run as its encoder sees it: with its scheme, and tokens that see later
+        ones."""
+        model = self.model.model_copy(update={"causal": False})
+        update = {"recurrence": self.encoder, "encoder": None, "exits": None, "model": model}
+        return self.model_copy(update=update)
+
     @property
     def separate_source(self) -> bool:
         """True if source sentences have an embedding table of their own."""

@@ -201,7 +201,7 @@ class MemoryView:
 
 @dataclass(frozen=True)
 class CrossView:
-    """What a decoder's attention to source sentences takes besides their encoding."""
+    """The inputs of a decoder's attention to source sentences besides their encoding."""
 
     seen: Visibility
     """Which source tokens each target token sees: all of its sentence pair, no padding."""

@@ -336,7 +336,8 @@ class Transformer(nn.Module):
         model = self.config.model
         x: Tensor = look_up(tokens_BS, ctx.positions.index_BS)
         if model.positions == "sinusoidal":
-            x = x + sinusoidal(ctx.positions.index_BS, model.hidden_size, x.dtype)
+            index_BS = ctx.positions.tp.own(ctx.positions.index_BS)
+            x = x + sinusoidal(index_BS, model.hidden_size, x.dtype)
         x = x.to(self.dtype)
         if ctx.dropout.training and model.dropout > 0.0:
             where = ctx.dropout.words(site, x.device)

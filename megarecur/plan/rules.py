@@ -56,7 +56,8 @@ def walk_rules(count_tokens: Callable[[str], int]) -> tuple[Rule, ...]:
 
 def can_be_placed(c: Config) -> bool:
     """Return True if a config keeps the rules without which its blocks cannot be placed."""
-    problems = (*c.parallel.find_problems(), *c.recurrence.find_problems())
+    schemes = [scheme for scheme in (c.recurrence, c.encoder) if scheme is not None]
+    problems = [problem for part in (c.parallel, *schemes) for problem in part.find_problems()]
     return not problems and not find_conflicts(c, (*PLACEMENT_RULES, *EXIT_RULES))
 
 

@@ -32,8 +32,9 @@ class Depth(NamedTuple):
     backward_loops: int
     """Number of last loops that carry gradient; the loops before them run forward only."""
     encoder_loops: int = 0
-    """The same of an encoder; 0 if it repeats no group of blocks."""
+    """Number of loops of an encoder; 0 if it repeats no group of blocks."""
     encoder_backward: int = 0
+    """Number of the encoder's last loops that carry gradient."""
 
 
 def draw_depth(config: Config, step: int) -> Depth | None:

@@ -40,15 +40,9 @@ def list_stacks(config: Config) -> tuple[Stack, ...]:
     """Return the stacks of a model, in the order in which they run."""
     if config.encoder is None:
         return (Stack("decoder", config),)
-    bidirectional = config.model.model_copy(update={"causal": False})
-    below = config.model_copy(
-        update={
-            "recurrence": config.encoder, "encoder": None, "exits": None, "model": bidirectional,
-        }
-    )  # fmt: skip
-    above = config.model_copy(update={"encoder": None})
+    decoder = config.model_copy(update={"encoder": None})
     first = config.encoder.num_blocks
-    return Stack("encoder", below), Stack("decoder", above, first, cross=True)
+    return Stack("encoder", config.of_encoder()), Stack("decoder", decoder, first, cross=True)
 
 
 def stack_of(config: Config, block: int) -> Stack:

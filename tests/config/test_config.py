@@ -102,7 +102,7 @@ def test_paths_are_those_of_the_file_without_the_tag_of_a_union(
         ("train.micro_batch_size=3", "micro_batch_size=3 must divide train.global_batch_size=16"),
         ("optimizer.schedule.warmup_steps=500", "do not fit in train.steps=400"),
         ("model={hidden_size: 8, num_heads: 1, positions: learned, max_positions: 9}", "max_posi"),
-        ("parallel.pipeline=5", "parallel.pipeline=5 exceeds the number of blocks that recurrence"),
+        ("parallel.pipeline=5", "parallel.pipeline=5 exceeds the number of blocks that can be"),
         ("parallel={placement: [0, 0]}", "blocks [2, 3] are missing; name one rank for each of th"),
         ("parallel={placement: [0, 0, 0, 0, 0]}", "[0, 0, 0, 0, 0]: blocks [4] do not exist"),
         ("parallel={pipeline: 2, placement: [0, 1, 2, 3]}", "ranks [2, 3] do not exist; use every"),

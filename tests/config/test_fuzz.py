@@ -67,7 +67,7 @@ def paths_in(values: Any, prefix: str = "") -> set[str]:
 
 def test_every_field_is_drawn() -> None:
     """Of every kind of section: strategies follow the schema."""
-    drawn = [Drawer(Random(n), texts_of(Path()), 60, 0, 0).section(Config) for n in range(200)]
+    drawn = [Drawer(Random(n), texts_of(Path()), 60, 0, 0).section(Config) for n in range(300)]
     found = {path for values in drawn for path in paths_in(values)}
     assert {leaf for leaf in leaves() if leaf.split(".")[-1] not in PINNED} <= found
     kinds = {values.get("recurrence", {}).get("kind") for values in drawn} - {None}

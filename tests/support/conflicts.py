@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+from megarecur.config.rules_pairs import PAIR_RULES
+
 LOOP = "recurrence={kind: block_recurrence, num_blocks: 4, num_loops: 2}"
 RING = "recurrence={kind: ring, depth: 4, level_rank: 8}"
 HALTING = "recurrence={kind: universal, depth: 4, halting: {mode: token}}"
@@ -14,8 +18,15 @@ CORE = (
     "final_norm_after_core: true}"
 )
 
+PAIRS = "encoder={kind: dense, num_layers: 2}"
 Example = tuple[tuple[str, ...], tuple[str, ...]]
 """Overrides that break one rule, and overrides that follow its remedy."""
+
+
+def of_encoder(text: str) -> str:
+    """A key or an override of the scheme, as that of an encoder."""
+    return re.sub(r"\brecurrence\b", "encoder", text)
+
 
 EXAMPLES: dict[tuple[str, ...], Example] = {
     (
@@ -260,7 +271,10 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         ("parallel={tensor: 4, sequence_parallel: true}", "data.seq_length=126"),
         ("data.seq_length=128",),
     ),
-    ("parallel.pipeline", "recurrence"): (("parallel.pipeline=9",), ("parallel.pipeline=4",)),
+    ("parallel.pipeline", "recurrence", "encoder"): (
+        ("parallel.pipeline=9",),
+        ("parallel.pipeline=4",),
+    ),
     ("parallel.pipeline", "model.shared_feed_forward"): (
         ("parallel.pipeline=2", "model.shared_feed_forward=true"),
         ("parallel.pipeline=1",),
@@ -273,7 +287,7 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         ("parallel.zero_stage=1", "train.precision=fp64"),
         ("parallel.zero_stage=0",),
     ),
-    ("parallel.placement", "recurrence"): (
+    ("parallel.placement", "recurrence", "encoder"): (
         ("parallel.placement=[0, 0]",),
         ("parallel.placement=[0, 0, 0, 0]",),
     ),
@@ -309,9 +323,38 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         (ROLL_BACK, "checkpoint={every: 4, keep_last: 2}"),
         ("checkpoint.keep_last=4",),
     ),
+    ("encoder.final_norm_after_core", "recurrence"): (
+        (of_encoder(CORE),),
+        ("encoder.final_norm_after_core=false",),
+    ),
+    ("encoder", "task"): ((PAIRS, TASK), ("task=null",)),
+    ("encoder", "temporal"): ((PAIRS, TEMPORAL), ("temporal=null",)),
+    ("encoder", "distill"): ((PAIRS, "distill={teacher: runs/other}"), ("distill=null",)),
+    ("encoder", "model.sliding_window"): (
+        (PAIRS, "model.sliding_window=32"),
+        ("model.sliding_window=null", "model.attention_types=[full]"),
+    ),
+    ("encoder", "model.parallel_residual"): (
+        (PAIRS, "model.parallel_residual=true"),
+        ("model.parallel_residual=false",),
+    ),
+    ("encoder", "train.sample_prompts"): (
+        (PAIRS, "train.sample_prompts=[def]"),
+        ("train.sample_prompts=[]",),
+    ),
+    ("model.tie", "encoder"): (("model.tie=none",), (PAIRS,)),
+    ("model.source_vocab_size", "model.tie", "encoder"): (
+        (PAIRS, "model.source_vocab_size=99", "model.tie=all", "model.tie_embeddings=true"),
+        ("model.tie=none", "model.tie_embeddings=false"),
+    ),
 }
 """Examples on configs/quickstart.yaml, by the keys of their rules."""
 
+EXAMPLES |= {
+    tuple(map(of_encoder, keys)): (tuple(map(of_encoder, broken)), tuple(map(of_encoder, cure)))
+    for keys, (broken, cure) in EXAMPLES.items()
+    if tuple(map(of_encoder, keys)) in {rule.keys for rule in PAIR_RULES} - EXAMPLES.keys()
+}
 WORLD_EXAMPLES: dict[tuple[str, ...], Example] = {
     ("parallel.tensor", "parallel.pipeline"): (("parallel.tensor=4",), ("parallel.tensor=2",)),
     ("train.global_batch_size", "train.micro_batch_size"): (
