@@ -1,4 +1,4 @@
-"""The sections `exits`, `distill` and `task`: objectives besides the next-token loss."""
+"""The sections `objective`, `exits`, `distill` and `task`: the loss, and objectives besides it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megarecur.config.base import Coefficient, Section, Size, free, show
+from megarecur.config.base import Coefficient, Probability, Section, Size, free, show
+
+
+class ObjectiveConfig(Section):
+    """The loss of the vocabulary's head."""
+
+    label_smoothing: Probability = 0.0
+    """Share of a label's probability that training spreads over the vocabulary: the target is
+    (1 - e) at the label plus e / V everywhere (Szegedy et al. 2016; Vaswani et al. 2017 use 0.1),
+    as in torch. fairseq spreads its e over the V - 1 other ids, and is the same at e (V - 1) / V.
+    `train/loss` and `val/loss` are without it."""
 
 
 class ExitConfig(Section):

@@ -12,7 +12,7 @@ from megarecur.config.rule import Rule
 from megarecur.config.rules_attention import ATTENTION_RULES
 from megarecur.config.rules_memory import HALTING_RULES, RECOMPUTE_RULES, TEMPORAL_RULES
 from megarecur.config.rules_model import MODEL_RULES
-from megarecur.config.rules_objective import EXIT_RULES, TASK_RULES
+from megarecur.config.rules_objective import EXIT_RULES, SMOOTHING_RULES, TASK_RULES
 from megarecur.config.rules_pairs import PAIR_RULES
 from megarecur.config.rules_run import CHECKPOINT_RULES, OPTIMIZER_RULES, PARALLEL_RULES
 from megarecur.config.run import Config
@@ -25,6 +25,7 @@ RULES = (
     *TEMPORAL_RULES,
     *RECOMPUTE_RULES,
     *TASK_RULES,
+    *SMOOTHING_RULES,
     *EXIT_RULES,
     *PARALLEL_RULES,
     *OPTIMIZER_RULES,

@@ -1,4 +1,4 @@
-"""Rules about the objective: tasks, exits and teachers."""
+"""Rules about the objective: tasks, label smoothing, exits and teachers."""
 
 from __future__ import annotations
 
@@ -103,6 +103,29 @@ TASK_RULES = (
         when=in_task(lambda c, task: any(source.remote for source in (*c.data.train, *c.data.val))),
         reason="a remote is for corpora of text, not of a task",
         remedy="copy the corpus to this machine and leave remote out, or leave task out",
+    ),
+)
+SMOOTHING_RULES = (
+    Rule(
+        keys=("objective.label_smoothing", "task"),
+        when=lambda c: c.objective.label_smoothing > 0.0 and c.classifies,
+        reason="objective.label_smoothing={objective.label_smoothing} is for the vocabulary's "
+        "head, which a task replaces",
+        remedy="leave label_smoothing or task out",
+    ),
+    Rule(
+        keys=("objective.label_smoothing", "distill"),
+        when=lambda c: c.objective.label_smoothing > 0.0 and c.distill is not None,
+        reason="objective.label_smoothing={objective.label_smoothing} with distill: the teacher's "
+        "distribution is the smooth target",
+        remedy="leave label_smoothing or distill out",
+    ),
+    Rule(
+        keys=("objective.label_smoothing", "exits"),
+        when=lambda c: c.objective.label_smoothing > 0.0 and c.exits is not None,
+        reason="objective.label_smoothing={objective.label_smoothing} with exits: the losses of "
+        "exits are not smoothed",
+        remedy="leave label_smoothing or exits out",
     ),
 )
 EXIT_RULES = (

@@ -11,7 +11,7 @@ from megarecur.config.base import CONFIG_VERSION, UNREADABLE, Section, as_size, 
 from megarecur.config.checkpoint import CheckpointConfig
 from megarecur.config.data import DataConfig
 from megarecur.config.model import ModelConfig
-from megarecur.config.objective import DistillConfig, ExitConfig, TaskConfig
+from megarecur.config.objective import DistillConfig, ExitConfig, ObjectiveConfig, TaskConfig
 from megarecur.config.optimizer import OptimizerConfig
 from megarecur.config.parallel import ParallelConfig
 from megarecur.config.recurrence import HaltingConfig, RecurrenceConfig, Ring
@@ -64,6 +64,8 @@ class Config(Section):
     """Corpora, tokenizer and sequence length."""
     optimizer: OptimizerConfig
     """AdamW, Muon and the learning rate schedule."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """The loss."""
     exits: ExitConfig | None = None
     """Losses after earlier loops. Default: the loss of the last loop alone."""
     distill: DistillConfig | None = None

@@ -65,7 +65,8 @@ class TextScore:
 
 
 class NextToken:
-    """Objective of next-token prediction, with z-loss, early exits and distillation."""
+    """Objective of next-token prediction, with label smoothing, z-loss, early exits and
+    distillation. A translation's target is predicted in the same way."""
 
     def __init__(self, config: Config, readout: Readout) -> None:
         self.config, self.readout = config, readout
@@ -79,6 +80,9 @@ class NextToken:
     ) -> dict[str, LossTerm]:
         """Return the loss terms of a micro batch: sums over its counted tokens, with denominators.
 
+        The term `loss` is the cross-entropy with the labels. With label smoothing its weight is 0,
+        and `smoothed_loss` is minimized.
+
         Args:
             x: output of the map, [B, S, D].
             exits: hidden states after earlier loops, by name, in order; their terms are named
@@ -89,9 +93,12 @@ class NextToken:
         weights, labels_N = weigh_exits(config.exits, len(exits or ())), batch.labels_BS.flatten()
         distill = config.distill if target is not None else None
         final: Target | None = None
+        smoothing = config.objective.label_smoothing
         if readout.is_chunked(len(labels_N)):
             temperature = 1.0 if distill is None else distill.temperature
-            total, square, divergence, losses_N = readout.sums(x, labels_N, target, temperature)
+            total, square, divergence, losses_N = readout.sums(
+                x, labels_N, target, temperature, smoothing
+            )
             if exits and config.exits is not None and config.exits.distill:
                 final = readout.target(x)
         else:
@@ -99,8 +106,9 @@ class NextToken:
             final = target_of(logits_NV)
             if target is None:
                 total, square, losses_N = cross_entropy(
-                    logits_NV, labels_N, readout.kernels, readout.tp, readout.first
-                )
+                    logits_NV, labels_N, readout.kernels, readout.tp, readout.first, smoothing,
+                    readout.bounds[-1],
+                )  # fmt: skip
             else:
                 assert distill is not None
                 total, square, divergence, losses_N = distillation(
@@ -109,6 +117,11 @@ class NextToken:
                 )  # fmt: skip
         share = 0.0 if distill is None else distill.weight
         terms = {"loss": LossTerm(total, "tokens", weights[-1] * (1.0 - share), losses_N)}
+        if smoothing > 0.0:
+            terms = {
+                "loss": LossTerm(losses_N.sum(), "tokens", 0.0, losses_N),
+                "smoothed_loss": LossTerm(total, "tokens", weights[-1]),
+            }
         if distill is not None:
             terms["distill"] = LossTerm(divergence, "tokens", weights[-1] * share)
         terms |= z_terms(square, config.model.z_loss, weights[-1])

@@ -80,15 +80,17 @@ class Readout:
         labels_N: Tensor,
         target: Target | None = None,
         temperature: float = 1.0,
+        smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the losses of tokens, as `ChunkedLoss` does: by chunks of logits.
 
         Args:
             x: [B, S, D], a hidden state.
             target: the teacher; None: no distillation.
+            smoothing: label smoothing.
         """
         assert self.project is not None
-        shares = Shares(self.kernels, self.tp, self.first, temperature)
+        shares = Shares(self.kernels, self.tp, self.first, temperature, smoothing, self.bounds[-1])
         loss = ChunkedLoss(
             labels_N, shares, self.chunk_length(len(labels_N)), self.config.model.logit_softcap,
             target,

@@ -28,8 +28,9 @@ Target = Callable[[slice], Tensor]
 class ChunkedLoss(NamedTuple):
     """The losses of x W^T, by chunks.
 
-    Calling it returns the sums of cross-entropy, of logsumexp^2 and of the divergence from the
-    target, and each token's cross-entropy [N], which has no gradient.
+    Calling it returns the sums of cross-entropy (with the smoothed label, if `shares` has label
+    smoothing), of logsumexp^2 and of the divergence from the target, and each token's
+    cross-entropy with its label [N], which has no gradient.
     """
 
     labels_N: Tensor

@@ -1,5 +1,7 @@
-"""Cross-entropy with z-loss, and distillation, as sums over tokens. Shapes: N tokens; V vocabulary,
-or this rank's shard of it."""
+"""Cross-entropy with label smoothing and z-loss, and distillation, as sums over tokens.
+
+Shapes: N tokens; V vocabulary, or this rank's shard of it.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Reading(NamedTuple):
     """Results of reading logits, which their gradient needs; [N] each."""
 
     losses_N: Tensor
-    """Cross-entropy, 0 at ignored tokens."""
+    """Cross-entropy with the label, 0 at ignored tokens."""
+    smoothed_N: Tensor
+    """Cross-entropy with the smoothed label, 0 at ignored tokens; `losses_N` without smoothing."""
     squares_N: Tensor
     """logsumexp^2, 0 at ignored tokens."""
     divergences_N: Tensor
@@ -59,13 +63,18 @@ class Reading(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Options of reading logits: kernels, the ranks that share the vocabulary, distillation."""
+    """Options of reading logits: kernels, the ranks that share the vocabulary, distillation, label
+    smoothing."""
 
     kernels: LossKernels
     tp: TensorParallel = ALONE
     first: int = 0
     """The first id of this rank's shard of the vocabulary."""
     temperature: float = 1.0
+    smoothing: float = 0.0
+    """Share of the label's probability that is spread over the whole vocabulary."""
+    vocab_size: int = 0
+    """Size of the whole vocabulary; required with `smoothing`."""
 
 
 def read_logits(
@@ -77,8 +86,11 @@ def read_logits(
     own_N = (labels_N >= first) & (labels_N < first + logits_NV.shape[-1])
     index_N = torch.where(own_N, labels_N - first, 0)
     logsumexp_N, picked_N = shares.kernels.summarize(logits_NV, index_N[:, None])
+    sums_RN = torch.where(own_N, picked_N, 0.0)[None]
+    if shares.smoothing > 0.0:
+        sums_RN = torch.stack((sums_RN[0], _sum_logits(logits_NV, logsumexp_N.dtype)))
     if tp.size > 1:
-        logsumexp_N, picked_N = _join(logsumexp_N, torch.where(own_N, picked_N, 0.0), tp)
+        logsumexp_N, sums_RN = _join(logsumexp_N, sums_RN, tp)
     zero = logsumexp_N.new_zeros(())
     softened_N = taught_N = logsumexp_N
     divergences_N = zero.expand(len(logsumexp_N))
@@ -95,11 +107,15 @@ def read_logits(
             crossed_N[part] = (p * (teacher - student)).sum(-1)
         divergence_N = tp.sum(crossed_N) - taught_N + softened_N
         divergences_N = torch.where(counted_N, divergence_N, zero)
-    losses_N = torch.where(counted_N, logsumexp_N - picked_N, zero)
+    losses_N = smoothed_N = torch.where(counted_N, logsumexp_N - sums_RN[0], zero)
+    if shares.smoothing > 0.0:
+        uniform_N = logsumexp_N - sums_RN[1] / shares.vocab_size
+        smoothed_N = (1.0 - shares.smoothing) * losses_N
+        smoothed_N += torch.where(counted_N, shares.smoothing * uniform_N, zero)
     squares_N = torch.where(counted_N, logsumexp_N.square(), zero)
     return Reading(
-        losses_N, squares_N, divergences_N, logsumexp_N, softened_N, taught_N, counted_N, own_N,
-        index_N,
+        losses_N, smoothed_N, squares_N, divergences_N, logsumexp_N, softened_N, taught_N,
+        counted_N, own_N, index_N,
     )  # fmt: skip
 
 
@@ -114,27 +130,33 @@ def overwrite_logits(
     d_loss, d_square, d_divergence = gradients
     logsumexp_N, counted_N, own_N = reading.logsumexp_N, reading.counted_N, reading.own_N
     index_N1 = reading.index_N[:, None]
-    wide, temperature = logsumexp_N.dtype, shares.temperature
+    wide, temperature, smoothing = logsumexp_N.dtype, shares.temperature, shares.smoothing
     scale_N1 = torch.where(counted_N, d_loss + 2.0 * d_square * logsumexp_N, 0.0).unsqueeze(-1)
-    d_label_N1 = torch.where(counted_N & own_N, -d_loss, 0.0).to(wide).unsqueeze(-1)
-    if teacher_NV is None:
+    d_label_N1 = torch.where(counted_N & own_N, (smoothing - 1.0) * d_loss, 0.0)
+    d_label_N1 = d_label_N1.to(wide).unsqueeze(-1)
+    if teacher_NV is None and smoothing == 0.0:
         shares.kernels.differentiate(logits_NV, logsumexp_N, index_N1, scale_N1, d_label_N1)
         return
     pull_N1 = torch.where(counted_N, temperature * d_divergence, 0.0).to(wide).unsqueeze(-1)
     for part in slices(logits_NV):
-        student, teacher = logits_NV[part].to(wide), teacher_NV[part].to(wide)
+        student = logits_NV[part].to(wide)
         d_logits = (student - logsumexp_N[part, None]).exp_().mul_(scale_N1[part])
         d_logits.scatter_add_(-1, index_N1[part], d_label_N1[part])
-        p = (teacher / temperature - reading.taught_N[part, None]).exp_()
-        q = (student / temperature - reading.softened_N[part, None]).exp_()
-        d_logits.add_(q.sub_(p).mul_(pull_N1[part]))
+        if smoothing > 0.0:
+            d_each = torch.where(counted_N[part], d_loss * (smoothing / shares.vocab_size), 0.0)
+            d_logits.sub_(d_each[:, None])
+        if teacher_NV is not None:
+            p = (teacher_NV[part].to(wide) / temperature - reading.taught_N[part, None]).exp_()
+            q = (student / temperature - reading.softened_N[part, None]).exp_()
+            d_logits.add_(q.sub_(p).mul_(pull_N1[part]))
         logits_NV[part] = d_logits
 
 
 def add_up(reading: Reading, shares: Shares) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums of cross-entropy, of logsumexp^2, and of the divergence times T^2."""
+    """Return the sums of cross-entropy with the smoothed label, of logsumexp^2, and of the
+    divergence times T^2."""
     divergence = shares.temperature**2 * reading.divergences_N.sum()
-    return reading.losses_N.sum(), reading.squares_N.sum(), divergence
+    return reading.smoothed_N.sum(), reading.squares_N.sum(), divergence
 
 
 class _Loss(torch.autograd.Function):
@@ -162,12 +184,20 @@ class _Loss(torch.autograd.Function):
         return logits_NV, None, None, None
 
 
-def _join(logsumexp_N: Tensor, picked_N: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
-    """Return logsumexp over all shards of the vocabulary and the label's logit from its shard, by
+def _join(logsumexp_N: Tensor, sums_RN: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
+    """Return logsumexp over all shards of the vocabulary and the totals of each shard's sums, by
     two small reductions of a size independent of the vocabulary."""
     largest_N = tp.max(logsumexp_N.clone())
-    both_2N = tp.sum(torch.stack(((logsumexp_N - largest_N).exp(), picked_N)))
-    return largest_N + both_2N[0].log(), both_2N[1]
+    both_N = tp.sum(torch.cat(((logsumexp_N - largest_N).exp()[None], sums_RN)))
+    return largest_N + both_N[0].log(), both_N[1:]
+
+
+def _sum_logits(logits_NV: Tensor, wide: torch.dtype) -> Tensor:
+    """Return the sum [N] of each token's logits in the wide dtype."""
+    sums_N = logits_NV.new_empty(len(logits_NV), dtype=wide)
+    for part in slices(logits_NV):
+        torch.sum(logits_NV[part], -1, dtype=wide, out=sums_N[part])
+    return sums_N
 
 
 def _soften(logits_NV: Tensor, temperature: float, wide: torch.dtype, tp: TensorParallel) -> Tensor:
@@ -175,7 +205,11 @@ def _soften(logits_NV: Tensor, temperature: float, wide: torch.dtype, tp: Tensor
     logsumexp_N = logits_NV.new_empty(len(logits_NV), dtype=wide)
     for part in slices(logits_NV):
         logsumexp_N[part] = (logits_NV[part].to(wide) / temperature).logsumexp(-1)
-    return _join(logsumexp_N, torch.zeros_like(logsumexp_N), tp)[0] if tp.size > 1 else logsumexp_N
+    return (
+        _join(logsumexp_N, logsumexp_N.new_empty(0, len(logsumexp_N)), tp)[0]
+        if tp.size > 1
+        else logsumexp_N
+    )
 
 
 def summarize(logits_NV: Tensor, index_N1: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,16 +267,28 @@ def cross_entropy(
     kernels: LossKernels = EAGER,
     tp: TensorParallel = ALONE,
     first: int = 0,
+    smoothing: float = 0.0,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (sum of cross-entropy, sum of logsumexp^2) over tokens whose label is not IGNORED, and
     the cross-entropy of each token [N], 0 if ignored, which has no gradient.
+
+    With `smoothing` e, the first sum is that of the cross-entropy with the smoothed label, whose
+    distribution is (1 - e) at the label plus e / V everywhere (Szegedy et al. 2016; torch's
+    `cross_entropy(label_smoothing=e)`). Each token's cross-entropy stays that with the label.
+    `vocab_size` is V; default: the columns of the logits.
 
     Consumes the logits: after backward their memory holds their gradient. With tensor parallelism
     the logits are this rank's shard of the vocabulary, [N, V / size] from id `first` on; results
     are equal on all ranks (Shoeybi et al. 2019, section 3).
     """
     total, square, _, losses_N = _Loss.apply(  # type: ignore[no-untyped-call]
-        logits_NV, labels_N, Shares(kernels, tp, first), None
+        logits_NV,
+        labels_N,
+        Shares(
+            kernels, tp, first, smoothing=smoothing, vocab_size=vocab_size or logits_NV.shape[-1]
+        ),
+        None,
     )
     return total, square, losses_N
 

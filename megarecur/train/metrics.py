@@ -30,7 +30,8 @@ HALTED_AT = "recurrence/halted_at"
 METRICS = {
     "step": "optimizer steps done",
     "tokens": "tokens of all global batches so far",
-    "train/loss": "cross-entropy per valid token in nats, mean over the interval",
+    "train/loss": "cross-entropy per valid token in nats, mean over the interval; never smoothed",
+    "train/smoothed_loss": "cross-entropy with the smoothed label, which training minimizes",
     "train/distill": "KL(teacher || student), with a teacher",
     "train/exit_{n}/loss": "cross-entropy of the exit after loop n",
     "train/exit_{n}/distill": "KL(last loop || exit after loop n)",

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.harness import compare
 from support.meshes import config_of, reference, trace
 from support.models import VOCABULARY, LiveStorages, gradients, make_batch, make_model_config
@@ -29,6 +30,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fp64", {"logit_softcap": 3.0}, {"exits": {"coefficient": 0.3, "distill": True}}),
     ("fp64", {}, {"distill": {"teacher": "none", "weight": 0.4, "temperature": 2.0}}),
     ("fp32", {"z_loss": 0.1}, {"exits": {"coefficient": 0.3, "distill": True}}),
+    ("fp64", {"z_loss": 0.1, "logit_softcap": 3.0}, {"objective": {"label_smoothing": 0.2}}),
     ("bf16", {"z_loss": 0.1}, {}),
 ]
 TOLERANCE = {"fp64": 1e-12, "fp32": 2e-6, "bf16": 6e-3}
@@ -102,6 +104,31 @@ def test_chunks_equal_whole_logits(
         assert error < tolerance, (name, error)
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_smoothed_loss_of_a_model_is_that_of_torch(
+    monkeypatch: pytest.MonkeyPatch, chunked: bool
+) -> None:
+    config = make_config("fp64", {}, {"objective": {"label_smoothing": 0.2}})
+    model, batch = build_model(config), make_batch(SAMPLES, LENGTH)
+    ctx = model.context(batch, step=3, training=True)
+    steps = layer_map(config.recurrence)
+    x, _ = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
+    labels = batch.labels_BS.flatten()
+    expected = [
+        F.cross_entropy(model.logits(x).flatten(0, 1), labels, reduction="sum", label_smoothing=e)
+        for e in (0.0, 0.2)
+    ]
+    expected_x = torch.autograd.grad(expected[1], x, retain_graph=True)[0]
+    if chunked:
+        make_chunks(monkeypatch)
+    terms = model.loss(x, batch)
+    assert {name: term.weight for name, term in terms.items()} == {"loss": 0, "smoothed_loss": 1}
+    found = terms["loss"].total, terms["smoothed_loss"].total
+    torch.testing.assert_close(found, tuple(expected), rtol=1e-12, atol=0)
+    x_gradient = torch.autograd.grad(terms["smoothed_loss"].total, x)[0]
+    torch.testing.assert_close(x_gradient, expected_x, rtol=1e-11, atol=1e-14)
+
+
 def test_one_chunk_is_the_whole_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("fp32", {"z_loss": 0.1}, {})
     expected = losses(config, True)
@@ -164,21 +191,24 @@ def trace_in_chunks(config: Config, num_steps: int) -> Any:
 
 
 SHARDED = {"model": {"z_loss": 1e-2, "tie_embeddings": True, "vocab_size": 257}}
+SMOOTH = {"objective": {"label_smoothing": 0.2}}
 
 
 @pytest.mark.parametrize(
-    ("processes", "parallel"),
+    ("processes", "parallel", "sections"),
     [
-        (2, {"tensor": 2}),
-        (2, {"tensor": 2, "sequence_parallel": True}),
-        (2, {"pipeline": 2}),
-        (2, {"zero_stage": 1}),
-        (2, {"zero_stage": 2}),
-        (2, {"zero_stage": 3}),
+        (2, {"tensor": 2}, {}),
+        (2, {"tensor": 2}, SMOOTH),
+        (2, {"tensor": 2, "sequence_parallel": True}, {}),
+        (2, {"pipeline": 2}, {}),
+        (2, {"zero_stage": 1}, {}),
+        (2, {"zero_stage": 2}, {}),
+        (2, {"zero_stage": 3}, {}),
     ],
 )
 def test_ranks_in_chunks_equal_one_process_with_whole_logits(
-    world: Any, corpus: Any, processes: int, parallel: dict[str, Any]
+    world: Any, corpus: Any, processes: int, parallel: dict[str, Any], sections: dict[str, Any]
 ) -> None:
-    config = config_of(corpus, "cycle", parallel.get("tensor", 1), parallel=parallel, **SHARDED)
+    sections = {**SHARDED, **sections, "parallel": parallel}
+    config = config_of(corpus, "cycle", parallel.get("tensor", 1), **sections)
     compare(world(processes).run(trace_in_chunks, config, 2)[0], reference(config, 2))

@@ -64,6 +64,43 @@ def test_against_torch_in_fp64(
     assert (error <= gradient_tol * expected[2].abs() + floor).all()
 
 
+def fairseq_loss(logits_NV: Tensor, labels_N: Tensor, epsilon: float) -> Tensor:
+    """The sum that fairseq's label_smoothed_nll_loss returns, of counted tokens."""
+    log_p = logits_NV.log_softmax(-1)[labels_N != IGNORED]
+    label_loss = -log_p.gather(-1, labels_N[labels_N != IGNORED][:, None]).sum()
+    each = epsilon / (log_p.shape[-1] - 1)
+    return (1.0 - epsilon - each) * label_loss - each * log_p.sum()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 2.0**-8),
+])  # fmt: skip
+@pytest.mark.parametrize("num_tokens, vocab_size", [(1, 2), (300, 129), (70, 5000)])
+def test_label_smoothing_is_that_of_torch_and_of_fairseq(
+    num_tokens: int, vocab_size: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """In fp64, with a z-loss beside it; each token's loss stays that of its label."""
+    logits_NV, labels_N = make(num_tokens, vocab_size, dtype)
+    wide_NV = logits_NV.detach().double().requires_grad_()
+    smooth = F.cross_entropy(
+        wide_NV, labels_N, reduction="sum", ignore_index=IGNORED, label_smoothing=0.3
+    )
+    square = wide_NV.logsumexp(-1).square()[labels_N != IGNORED].sum()
+    (0.5 * smooth + 0.1 * square).backward()
+    loss, found_square, losses_N = cross_entropy(logits_NV * 1.0, labels_N, smoothing=0.3)
+    forward = min(tolerance, 1e-6)  # The logits are given in bf16: sums are exact to fp32.
+    torch.testing.assert_close(loss.double(), smooth.detach(), rtol=forward, atol=0)
+    theirs = fairseq_loss(wide_NV.detach(), labels_N, 0.3 * (vocab_size - 1) / vocab_size)
+    torch.testing.assert_close(loss.double(), theirs, rtol=forward, atol=0)
+    label_loss = F.cross_entropy(wide_NV, labels_N, reduction="sum", ignore_index=IGNORED)
+    torch.testing.assert_close(losses_N.double().sum(), label_loss.detach(), rtol=forward, atol=0)
+    (0.5 * loss + 0.1 * found_square).backward()
+    assert logits_NV.grad is not None and wide_NV.grad is not None
+    error = (logits_NV.grad.double() - wide_NV.grad).abs()
+    floor = 1e-6 * wide_NV.grad.abs().max() if dtype != torch.float64 else 1e-15
+    assert (error <= tolerance * wide_NV.grad.abs() + floor).all()
+
+
 def test_ignored_tokens_do_not_count() -> None:
     logits_NV, labels_N = make(40, 7, torch.float64)
     counted = labels_N != IGNORED

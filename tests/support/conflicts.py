@@ -223,6 +223,18 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         (TASK, "data.val=[{path: data/cache, remote: data/quickstart/val}]"),
         ("data.val=[{path: data/quickstart/val}]",),
     ),
+    ("objective.label_smoothing", "task"): (
+        (TASK, "objective.label_smoothing=0.1"),
+        ("objective.label_smoothing=0",),
+    ),
+    ("objective.label_smoothing", "distill"): (
+        ("distill={teacher: runs/teacher}", "objective.label_smoothing=0.1"),
+        ("distill=null",),
+    ),
+    ("objective.label_smoothing", "exits"): (
+        (CYCLE, "exits={}", "objective.label_smoothing=0.1"),
+        ("exits=null",),
+    ),
     ("exits", "recurrence.kind"): (
         ("exits={}",),
         (CYCLE,),
