@@ -664,6 +664,30 @@ def fold(hf_dir: Path, to: Path, scheme: str, given: dict[str, Any], allow_pickl
 
 
 @app.command()
+def merge(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(metavar="RUN2", help="Run folder to make.")],
+    last: Annotated[
+        int | None, typer.Option(metavar="N", help="Average the newest N checkpoints.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="100,200", help="Average the checkpoints of these steps.")
+    ] = None,
+) -> None:
+    """Average checkpoints of a run into a new run, in fp64."""
+    from megarecur.convert.merge import merge_checkpoints
+    from megarecur.data_prep.progress import ProgressReport
+
+    progress = ProgressReport()
+    print(
+        merge_checkpoints(
+            run, out, last=last, steps=None if steps is None else parse_steps(steps),
+            progress=lambda total: progress.phase("averaging", total), advance=progress.advance,
+        )
+    )  # fmt: skip
+
+
+@app.command()
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
@@ -694,6 +718,14 @@ def export(
 
 
 # --------------------------------------------------------------------------------------- shared
+
+
+def parse_steps(text: str) -> list[int]:
+    """Return the steps in a list such as 100,200."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(f"--steps {text}: must be numbers such as 100,200; correct it")
+    return [int(part) for part in parts]
 
 
 def check_picture(path: Path | None, option: str = "--draw") -> None:

@@ -24,12 +24,20 @@ NOT_A_FILE = ("bytes",)
 """Tokenizers without a file."""
 
 
-def record_origin(run_dir: Path, config: Config) -> None:
-    """Write RUN/origin.json for a run that starts in the current directory."""
+def record_origin(run_dir: Path, config: Config, final: Path | None = None) -> None:
+    """Write RUN/origin.json for a run that starts in the current directory.
+
+    Args:
+        final: the path to which the folder will be renamed; None: it stays where it is.
+    """
     data = config.data
     names = {data.tokenizer, *(source.path for source in (*data.train, *data.val))}
     hashes = {name: identify(Path(name)) for name in sorted(names)}
-    values = {"workdir": os.getcwd(), "run_dir": os.path.abspath(run_dir), "hashes": hashes}
+    values = {
+        "workdir": os.getcwd(),
+        "run_dir": os.path.abspath(final or run_dir),
+        "hashes": hashes,
+    }
     replace_file(run_dir / ORIGIN, json.dumps(values, indent=2) + "\n")
 
 

@@ -44,7 +44,8 @@ class WarmupStableDecay(Section):
 
 
 class InverseSqrt(Section):
-    """Linear warm-up, then decay with the inverse square root of the step (Vaswani et al. 2017)."""
+    """Linear warm-up, then lr sqrt(warmup_steps / step) (Vaswani et al. 2017; `inverse_sqrt` of
+    fairseq, whose lr is also the peak)."""
 
     kind: Literal["inverse_sqrt"]
     """Name of the schedule."""
@@ -79,8 +80,8 @@ class MuonConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019). Patterns match global parameter names; `*` matches any
-    text."""
+    """AdamW (Loshchilov & Hutter 2019), which with weight_decay 0 is Adam. Patterns match global
+    parameter names; `*` matches any text."""
 
     lr: Rate
     """Peak learning rate."""

@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megarecur.config.optimizer import OptimizerConfig
@@ -34,3 +35,11 @@ def test_rates_of_steps(schedule: dict[str, Any], known: dict[int, float]) -> No
     assert {step: found[step] for step in known} == pytest.approx(known)
     after = found[20:]
     assert all(a >= b for a, b in itertools.pairwise(after))
+
+
+def test_the_inverse_square_root_is_that_of_fairseq() -> None:
+    """Its peak is lr after the warm-up; then lr sqrt(warmup) / sqrt(update)."""
+    found = rates({"kind": "inverse_sqrt", "warmup_steps": 40}, 1000)
+    updates = np.arange(1, 1001)
+    theirs = np.where(updates <= 40, 2.0 * updates / 40, 2.0 * 40**0.5 * updates**-0.5)
+    np.testing.assert_allclose(found, theirs, rtol=1e-12)
