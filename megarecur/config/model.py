@@ -55,6 +55,10 @@ class ModelConfig(Section):
     position and of the level, which is the loop of the block (Dehghani et al. 2019). With one
     shared block this is the Universal baseline of RingFormer; `positions: none` then adds no
     others."""
+    sinusoid_layout: Literal["split", "interleaved"] = "split"
+    """Channels of sinusoidal positions and levels. split: all sines, then all cosines, of
+    frequencies 10000^(-k / (D/2 - 1)) (tensor2tensor, fairseq); interleaved: sines and cosines by
+    turns, of frequencies 10000^(-2k / D) (Vaswani et al. 2017; RingFormer)."""
     rope_theta: Theta = 10000.0
     """Base of the rotary frequencies."""
     rope_interleaved: bool = False
@@ -133,6 +137,8 @@ class ModelConfig(Section):
     """Attention projections with a bias; `all` includes the output projection."""
     feed_forward_bias: bool = False
     """Give the linear layers of the feed-forward a bias."""
+    head_bias: bool = False
+    """Give the vocabulary's head a bias (RingFormer's translation model)."""
     tie_embeddings: bool = derived()
     """Use one table as embedding and as head. Default: true, unless tie is none."""
     tie: Literal["none", "decoder", "all"] | None = None

@@ -83,6 +83,16 @@ MODEL_RULES = (
         "hold",
         remedy="raise xpos_scale_base",
     ),
+    Rule(
+        keys=("model.sinusoid_layout", "model.positions", "model.level_encoding"),
+        when=lambda c: (
+            c.model.sinusoid_layout != "split"
+            and "sinusoidal" not in (c.model.positions, c.model.level_encoding)
+        ),
+        reason="model.sinusoid_layout={model.sinusoid_layout} has no effect without sinusoidal "
+        "positions or levels",
+        remedy="set model.positions to sinusoidal, or leave sinusoid_layout out",
+    ),
     # ---------------------------------------------------------------------------------- levels
     Rule(
         keys=("recurrence.level_rank", "model.hidden_size"),

@@ -146,6 +146,7 @@ class Architecture:
 PLAIN: dict[str, tuple[Any, ...]] = {
     "positions": ("rope",),
     "level_encoding": ("none",),
+    "sinusoid_layout": ("split",),
     "rope_fraction": (1.0,),
     "rope_scaling_factor": (1.0,),
     "rope_scaling": (None,),
@@ -165,6 +166,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "logit_softcap": (None,),
     "sliding_window": (None,),
     "gate": (False,),
+    "head_bias": (False,),
     "scale_embeddings": (False,),
 }
 """Values of our `model` section that Llama can express; other architectures start from these."""

@@ -236,11 +236,6 @@ def find_obstacles(config: Config, steps: LayerMap) -> list[str]:
             "recurrence.initial_state='random' with a section temporal: is not part of the "
             "modelling file"
         )
-    if any(step.stack != "decoder" for step in steps):
-        problems.append(
-            f"recurrence.kind={recurrence.kind!r}: only decoders can be exported; keep the model "
-            "as a megarecur run"
-        )
     known = {*SHAPES, *BLOCK, *TRAINING}
     for name, field in ModelConfig.model_fields.items():
         value = getattr(model, name)

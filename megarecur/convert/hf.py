@@ -221,6 +221,11 @@ def export_hf(
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     run = open_run_folder(run_dir, step)
     config, origin = run.config, run.state.get("hugging_face", {})
+    if config.encoder is not None:
+        raise ConfigError(
+            f"{run_dir}: is an encoder-decoder, which this version does not export; use the run "
+            "itself, with `megarecur translate` and `megarecur eval`"
+        )
     if config.task is not None and config.classifies:
         if unrolled:
             raise ConfigError(

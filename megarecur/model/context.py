@@ -33,7 +33,14 @@ from megarecur.attention.visibility import (
 from megarecur.batch import Sentences
 from megarecur.config.model import ModelConfig
 from megarecur.config.rules_attention import Backend
-from megarecur.model.positions import alibi_bias, alibi_slopes, decay, rotation, sinusoidal
+from megarecur.model.positions import (
+    SinusoidLayout,
+    alibi_bias,
+    alibi_slopes,
+    decay,
+    rotation,
+    sinusoidal,
+)
 from megarecur.model.telemetry import Telemetry
 from megarecur.parallel.random import key, key_words
 from megarecur.parallel.regions import ALONE, TensorParallel
@@ -106,6 +113,8 @@ class Positions:
     compiled graph would treat a number as a constant."""
     sinusoids_BSD: Tensor | None = None
     """Sinusoids of positions [B or 1, S, D], added before every step with those of its level."""
+    sinusoid_layout: SinusoidLayout = "split"
+    """Layout of these sinusoids."""
     tp: TensorParallel = ALONE
     """The ranks that share matrices and, under sequence parallelism, positions."""
 
@@ -133,7 +142,8 @@ class Positions:
         rank's positions of it."""
         assert self.sinusoids_BSD is not None
         level = torch.full((1, 1), step.loop_index, device=self.sinusoids_BSD.device)
-        code = sinusoidal(level, self.sinusoids_BSD.shape[-1], self.sinusoids_BSD.dtype)
+        table = self.sinusoids_BSD
+        code = sinusoidal(level, table.shape[-1], table.dtype, self.sinusoid_layout)
         return self.tp.own(self.sinusoids_BSD) + code
 
     def select(self, rows_b: Tensor) -> Positions:
@@ -391,7 +401,7 @@ def build_context(
     wide = torch.promote_types(dtype, torch.float32)
     sinusoids = None
     if model.level_encoding == "sinusoidal":
-        sinusoids = sinusoidal(rows, model.hidden_size, wide)
+        sinusoids = sinusoidal(rows, model.hidden_size, wide, model.sinusoid_layout)
 
     rotates = model.positions in ("rope", "xpos")
     rotated = rotation(rows, model, wide) if rotates else None
@@ -410,7 +420,9 @@ def build_context(
         sliding = replace(sliding, rotation=rotation(rows, model, wide, local=True))
     return Context(
         view,
-        Positions(sample_ids_B, positions_BS, documents_BS, None, sinusoids, tp),
+        Positions(
+            sample_ids_B, positions_BS, documents_BS, None, sinusoids, model.sinusoid_layout, tp
+        ),
         DropoutKeys(seed, step, training, drawn or {}),
         Recorder(telemetry, states),
         sliding,

@@ -68,12 +68,16 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """The output projection. Its parameter is a direct attribute, as in `Embedding`."""
 
-    def __init__(self, weight: Weight, tp: TensorParallel = ALONE) -> None:
+    def __init__(
+        self, weight: Weight, tp: TensorParallel = ALONE, bias: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
-        self.table, self.weight, self.tp = weight.parameter, weight, tp
+        self.table, self.weight, self.tp, self.bias = weight.parameter, weight, tp, bias
 
     def forward(self, x: Tensor, loss: ChunkedLoss | None = None) -> Any:
         """Return logits: [B, S, D] to [B, S, V], or to this rank's shard of the vocabulary; or
         what `loss` makes of x, [B S, D], and the table."""
         x = self.tp.enter(x)
-        return product(x, self.weight) if loss is None else loss(x.flatten(0, 1), self.weight)
+        if loss is None:
+            return product(x, self.weight, self.bias)
+        return loss(x.flatten(0, 1), self.weight, self.bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -171,10 +171,18 @@ def alibi_bias(slopes_N: Tensor, queries_S: Tensor, keys_K: Tensor) -> Tensor:
     return -slopes_N.to(distance.device)[None, :, None, None] * distance
 
 
-def sinusoidal(positions_BS: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
-    """Return the fixed embedding [B, S, D]: sines, then cosines (Vaswani et al. 2017, in the layout
-    of tensor2tensor)."""
+SinusoidLayout = Literal["split", "interleaved"]
+
+
+def sinusoidal(
+    positions_BS: Tensor, hidden_size: int, dtype: torch.dtype, layout: SinusoidLayout = "split"
+) -> Tensor:
+    """Return the fixed embedding [B, S, D] of Vaswani et al. 2017; layout: see
+    `model.sinusoid_layout`."""
     half = (hidden_size + 1) // 2
-    exponent = torch.arange(half, device=positions_BS.device).to(dtype) / max(half - 1, 1)
+    last = max(half - 1, 1) if layout == "split" else hidden_size / 2
+    exponent = torch.arange(half, device=positions_BS.device).to(dtype) / last
     angle = positions_BS[..., None].to(dtype) * 10000.0 ** (-exponent)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :hidden_size]
+    waves = angle.sin(), angle.cos()
+    both = torch.cat(waves, -1) if layout == "split" else torch.stack(waves, -1).flatten(-2)
+    return both[..., :hidden_size]

@@ -138,7 +138,10 @@ class Transformer(nn.Module):
                     self.look_up = embedding
                 else:
                     self.look_up_source = embedding
-        self.project = None if self.head is None else Head(self.head, tp)
+        self.project: Head | None = None
+        if self.head is not None:
+            bias = make("head.bias") if model.head_bias else None
+            self.project = Head(self.head, tp, bias)
         self.task_head: TaskHead | None = None
         if has_head and config.classifies and config.task is not None:
             own = self.inventory["task.output.weight"].place(tp.rank, tp.size)[1]
@@ -337,7 +340,7 @@ class Transformer(nn.Module):
         x: Tensor = look_up(tokens_BS, ctx.positions.index_BS)
         if model.positions == "sinusoidal":
             index_BS = ctx.positions.tp.own(ctx.positions.index_BS)
-            x = x + sinusoidal(index_BS, model.hidden_size, x.dtype)
+            x = x + sinusoidal(index_BS, model.hidden_size, x.dtype, model.sinusoid_layout)
         x = x.to(self.dtype)
         if ctx.dropout.training and model.dropout > 0.0:
             where = ctx.dropout.words(site, x.device)

@@ -108,7 +108,9 @@ class Readout:
         assert self.project is not None and isinstance(self.project.weight, Weight)
         x_ND = self.tp.enter(self.norm(x) if self.norm is not None else x).flatten(0, 1).detach()
         weight, softcap = self.project.weight, self.config.model.logit_softcap
-        return lambda part: compute_logits(x_ND[part], weight, softcap)
+        bias_V = self.project.bias
+        assert bias_V is None or isinstance(bias_V, Tensor)
+        return lambda part: compute_logits(x_ND[part], weight, softcap, bias_V)
 
     def all_logits(self, x: Tensor) -> Tensor:
         """Return logits of all of V on every rank, [B, S, D] to [B, S, V]; outside of the graph."""

@@ -128,6 +128,8 @@ def build_inventory(config: Config) -> Inventory:
         specs += task_parameters(config)
     elif not model.tie_embeddings:
         specs.append(ParameterSpec("head.weight", table, None, model.init_std, cut=0))
+    if model.head_bias and not config.classifies:
+        specs.append(ParameterSpec("head.bias", table[:1], None, cut=0))
     if model.init_scaling == "xavier":
         specs = [with_xavier(spec) for spec in specs]
     return {spec.name: spec for spec in specs}

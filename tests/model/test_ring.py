@@ -18,6 +18,7 @@ from support.decoding import VOCAB, compare_with_recomputation
 from support.harness import Trace, assert_gradients_close, compare
 from support.meshes import config_of, later, reference, trace
 from support.models import Batch, assert_same, build, make_batch, make_model_config, objective, run
+from support.pairs import collate, pair_config
 from support.parity import FP32_TOL, cases, read_case
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ from megarecur.parallel.linear import product
 from megarecur.plan.cost import count_flops, count_parameters
 from megarecur.recurrence.inventory import ParameterSpec, build_inventory, is_embedding
 from megarecur.recurrence.layer_map import from_order
-from megarecur.recurrence.schemes import layer_map
+from megarecur.recurrence.schemes import build_map, layer_map
 from megarecur.train.verify import certified
 
 RING = {"kind": "ring", "depth": 3, "level_rank": 3, "feed_forward_rank": 2}
@@ -209,80 +210,131 @@ class Theirs:
         assert_gradients_close(found, stored, FP32_TOL)
 
 
-def cross_attention(w: dict[str, Tensor], x: Tensor, memory: Tensor, real: Tensor, heads: int):
-    """Of their decoder, without signals."""
-    q, k, v = (
-        F.linear(source, w[f"{part}_proj.weight"], w.get(f"{part}_proj.bias"))
-        .unflatten(-1, (heads, -1)).transpose(1, 2)
-        for part, source in (("q", x), ("k", memory), ("v", memory))
-    )  # fmt: skip
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None])
-    return F.linear(out.transpose(1, 2).flatten(2), w["attn_proj.weight"], w.get("attn_proj.bias"))
+TRANSLATION = {
+    "emb_layer.emb_layer": "embedding", "masked_self_attention": "attention",
+    "self_attention": "attention", "enc_dec_attention": "cross_attention",
+    "positionWiseFeedForward.FFN1.0": "feed_forward.up",
+    "positionWiseFeedForward.FFN2.0": "feed_forward.down", "q_proj": "query", "k_proj": "key",
+    "v_proj": "value", "attn_proj": "output",
+}  # fmt: skip
+NORMS = {  # of the encoder and of the decoder, by their number
+    "encoder": ("attention_norm", "feed_forward_norm"),
+    "decoder": ("attention_norm", "cross_attention_norm", "feed_forward_norm"),
+}
+
+
+def names_in_pair(name: str, levels: int) -> list[str]:
+    """Our parameters that make theirs, one of each level where theirs holds all."""
+    side, _, rest = name.partition(".")
+    if side == "fc":
+        return [f"head.{rest}"]
+    block = 0 if side == "encoder" else 1
+    if rest.startswith("emb_layer"):
+        return ["source_embedding.weight" if side == "encoder" else "embedding.weight"]
+    if match := re.fullmatch(r"layer_norms_0(\d)\.(\d+)\.(\w+)", rest):
+        norm = NORMS[side][int(match[1]) - 1]
+        return [f"blocks.{block}.loops.{match[2]}.{norm}.{match[3]}"]
+    if match := re.fullmatch(r"lev_param_(?:SA_)?([QKVF])F?_0([12])", rest):
+        of = f"signal_{SIGNALS[match[1]]}.{'ab'[int(match[2]) - 1]}"
+        return [f"blocks.{block}.loops.{level}.{of}" for level in range(levels)]
+    path = rest.split(".", 2)[2]
+    for theirs, ours in TRANSLATION.items():
+        path = path.replace(theirs, ours)
+    return [f"blocks.{block}.{path}"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("path", cases("ringformer", "translation"))
 def test_parity_ringformer_translation(path: Path, precision: str) -> None:
-    """Encoder and decoder are our models. The decoder's cross-attention, which is not there yet,
-    and what surrounds the stacks are plain torch here."""
+    """The whole model is ours: both embeddings, encoder, decoder and the biased head."""
     theirs = Theirs(path, precision)
     c, arrays, weights = theirs.case["config"], theirs.arrays, theirs.weights
-    source, target = arrays["in/src"], arrays["in/trg"]
-    sides = {}
-    for side, levels in (("encoder", c["enc_levels"]), ("decoder", c["dec_levels"])):
-        given = theirs.under(f"{side}.")
-        if side == "decoder":  # Theirs: 01 self-attention, 02 cross-attention, 03 feed-forward.
-            given = {k: v for k, v in given.items() if "norms_02" not in k}
-            given = {k.replace("norms_03", "norms_02"): v for k, v in given.items()}
-        sides[side] = Side(
-            theirs.case, given, levels, precision, norm_position="post", causal=side == "decoder"
-        )
-    encoder, decoder = sides.values()
+    levels = {"encoder": c["enc_levels"], "decoder": c["dec_levels"]}
+    ring = {"kind": "ring", "level_rank": c["rank"], "feed_forward_rank": c["rank"]}
+    config = pair_config(
+        {**ring, "depth": c["enc_levels"]}, {**ring, "depth": c["dec_levels"]}, precision,
+        model={
+            "hidden_size": c["d"], "num_heads": c["heads"], "head_dim": c["head_dim"],
+            "ffn_hidden_size": c["ffn"], "feed_forward": "gelu", "norm_position": "post",
+            "positions": "sinusoidal", "sinusoid_layout": "interleaved", "tie": "none",
+            "head_bias": True,
+            "attention_bias": "all" if c["bias"] else "none", "feed_forward_bias": c["bias"],
+            "vocab_size": c["trg_vocab"], "source_vocab_size": c["src_vocab"],
+        },
+    )  # fmt: skip
+    model = Transformer(config)
+    given, missing = model.parameters_by_name, set(model.parameters_by_name)
+    known = {
+        name: names_in_pair(name, levels.get(name.partition(".")[0], 0))
+        for name in weights if "pos_layer" not in name
+    }  # fmt: skip
+    for name, ours in known.items():
+        values = weights[name].detach()
+        for parameter, value in zip(
+            (given[one] for one in ours), values if len(ours) > 1 else [values], strict=True
+        ):
+            parameter.data.copy_(value.T if parameter.shape != value.shape else value)
+        missing -= set(ours)
+    assert not missing
+    model.refresh()
+    seen: dict[str, list[Tensor]] = defaultdict(list)
 
-    def embed(side: str, ids: Tensor) -> Tensor:
-        table = weights[f"{side}.emb_layer.emb_layer.weight"]
-        return F.embedding(ids, table, 0) + weights[f"{side}.pos_layer.pe"][:, : ids.shape[1]]
+    def watch(name: str, module: nn.Module) -> None:
+        module.register_forward_hook(lambda _m, _i, out: seen[name].append(out))
 
-    x = embed("encoder", source)
-    theirs.check("mid/enc/input_state", x)
-    real_source = source != c["pad_id"]
-    memory = encoder.run(x, real_source)
-    theirs.check("out/encoder", memory, real_source)
-
-    cross = theirs.under("decoder.decoders.0.enc_dec_attention.")
-    for i, loop in enumerate(decoder.loops):
-        norm = theirs.under(f"decoder.layer_norms_02.{i}.")
-
-        def attend(_m: Any, _i: Any, a: Tensor, norm: dict[str, Tensor] = norm) -> Tensor:
-            branch = cross_attention(cross, a, memory, real_source, c["heads"])
-            decoder.seen["cross"].append(branch)
-            return F.layer_norm(a + branch, a.shape[-1:], norm["weight"], norm["bias"])
-
-        loop.norms["attention_norm"].register_forward_hook(attend)
-    real_target = target != c["pad_id"]
-    x = decoder.run(embed("decoder", target), real_target)
-    theirs.check("out/decoder", x, real_target)
-    logits = F.linear(x, weights["fc.weight"], weights["fc.bias"])
-    theirs.check("out/logits", logits, real_target)
-    for name, side, real in (("enc", encoder, real_source), ("dec", decoder, real_target)):
-        for i in range(side.levels):
-            at = f"mid/{name}/level{i}/"
-            theirs.check(at + "self_attn_branch", side.seen["attention"][i], real)
-            theirs.check(at + "after_self_attn_ln", side.seen["attention_norm"][i], real)
-            theirs.check(at + "ffn_branch", side.seen["feed_forward"][i], real)
-            theirs.check(at + "out", side.seen["out"][i], real)
-    for i, branch in enumerate(decoder.seen["cross"]):
-        theirs.check(f"mid/dec/level{i}/cross_attn_branch", branch, real_target)
-    loss = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), target[:, 1:].flatten(), ignore_index=c["pad_id"]
+    for number, side in enumerate(levels):
+        block = model.blocks()[number]
+        watch(f"{side} self_attn_branch", block.attention)
+        watch(f"{side} ffn_branch", block.feed_forward)
+        if block.cross_attention is not None:
+            watch(f"{side} cross_attn_branch", block.cross_attention)
+        for loop in block.adapters:
+            assert isinstance(loop, Adapter)
+            watch(f"{side} after_self_attn_ln", loop.norms["attention_norm"])
+            if side == "decoder":
+                watch(f"{side} after_cross_attn_ln", loop.norms["cross_attention_norm"])
+    source, target = (
+        [row[row != c["pad_id"]] for row in arrays[name]] for name in ("in/src", "in/trg")
     )
+    batch = collate(source, target)  # Their last token is a label only.
+    real_source, real = batch.source.documents_BS >= 0, batch.documents_BS >= 0
+    states: list[Tensor] = []
+    ctx, reads = model.context(batch, step=0, training=False, states=states), dict[str, Tensor]()
+    x = model.enter(batch.tokens_BS, ctx, reads, batch.source)
+    theirs.check("mid/enc/input_state", x)
+    x, _ = model.run(build_map(config), x, ctx, reads)
+
+    def check(name: str, actual: Tensor) -> None:
+        """The positions that are read here, of all that they computed."""
+        expected = arrays[name][:, : actual.shape[1]]
+        kept = real_source if "enc" in name else real
+        torch.testing.assert_close(
+            actual.detach()[kept], expected[kept], rtol=FP32_TOL, atol=FP32_TOL,
+            msg=lambda text: f"{name}: {text}",
+        )  # fmt: skip
+
+    check("out/encoder", reads["encoder"])
+    check("out/decoder", x)
+    check("out/logits", model.logits(x))
+    watched = {name: list(found) for name, found in seen.items()}
+    watched["encoder out"], watched["decoder out"] = (
+        states[: c["enc_levels"]], states[c["enc_levels"] :],
+    )  # fmt: skip
+    for name, found in watched.items():
+        side, _, branch = name.partition(" ")
+        assert len(found) == levels[side], name
+        for level, value in enumerate(found):
+            check(f"mid/{side[:3]}/level{level}/{branch}", value)
+    term = model.loss(x, batch)["loss"]
+    loss = term.total / batch.num_tokens
     theirs.check("out/loss", loss)
     loss.backward()
-    ours = {f"encoder.{k}": g for k, g in encoder.gradients().items()}
-    ours |= {
-        f"decoder.{k.replace('norms_02', 'norms_03')}": g for k, g in decoder.gradients().items()
-    }
-    theirs.check_gradients(ours)
+    gradients = {}
+    for name, ours in known.items():
+        parts = [given[one].grad for one in ours]
+        parts = [g.T if name.endswith("_01") else g for g in parts]
+        gradients[name] = torch.stack(parts) if len(ours) > 1 else parts[0]
+    theirs.check_gradients(gradients)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])

@@ -32,6 +32,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fp32", {"z_loss": 0.1}, {"exits": {"coefficient": 0.3, "distill": True}}),
     ("fp64", {"z_loss": 0.1, "logit_softcap": 3.0}, {"objective": {"label_smoothing": 0.2}}),
     ("bf16", {"z_loss": 0.1}, {}),
+    ("fp64", {"head_bias": True, "logit_softcap": 3.0}, {"exits": {"distill": True}}),
+    ("bf16", {"head_bias": True}, {}),
 ]
 TOLERANCE = {"fp64": 1e-12, "fp32": 2e-6, "bf16": 6e-3}
 

@@ -335,6 +335,10 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         (ROLL_BACK, "checkpoint={every: 4, keep_last: 2}"),
         ("checkpoint.keep_last=4",),
     ),
+    ("model.sinusoid_layout", "model.positions", "model.level_encoding"): (
+        ("model.sinusoid_layout=interleaved",),
+        ("model.positions=sinusoidal",),
+    ),
     ("encoder.final_norm_after_core", "recurrence"): (
         (of_encoder(CORE),),
         ("encoder.final_norm_after_core=false",),
