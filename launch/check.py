@@ -30,7 +30,7 @@ from megarecur.plan.cost import (
     see_samples,
     with_recompute,
 )
-from megarecur.plan.describe import count_noun, describe_scheme, format_bytes, format_count
+from megarecur.plan.describe import count_noun, describe_schemes, format_bytes, format_count
 from megarecur.plan.waits import find_waits
 from megarecur.recurrence.depth import draws_depth
 from megarecur.recurrence.inventory import build_inventory
@@ -43,7 +43,7 @@ def describe(config: Config, width: int = 100) -> RenderableType:
     steps = build_map(config)
     return Group(
         Text(),
-        Text.assemble(("layer map  ", "bold"), describe_scheme(config.recurrence)),
+        Text.assemble(("layer map  ", "bold"), describe_schemes(config)),
         *describe_temporal(config),
         *(Text.assemble(("attention  ", "bold"), line) for line in describe_choices(config)),
         *describe_waits(config),
@@ -226,12 +226,16 @@ def show_policy(policy: Recompute) -> str:
 
 def _tokens(config: Config) -> RenderableType:
     train, seq_length = config.train, config.tokens_per_sample
+    size = config.tokens_per_microbatch
     table = make_table("tokens", "")
     table.add_column()
     micro = train.micro_batch_size
     passes = train.global_batch_size // micro
+    shape = f"{micro} x {seq_length}"
+    if train.batch_tokens is not None:
+        shape = f"targets, half of train.batch_tokens={train.batch_tokens:,}"
     rows = [
-        ("per micro batch", micro * seq_length, f"{micro} x {seq_length}"),
+        ("per micro batch", size, shape),
         ("per step", count_tokens_per_step(config), f"{passes} micro batches"),
         ("total", count_total_tokens(config), f"{train.steps:,} steps"),
     ]

@@ -82,7 +82,7 @@ def _chains(steps: LayerMap) -> dict[int, tuple[int, ...]]:
     """Map each block to the maximal chain of consecutive blocks that always run together."""
     broken = {steps[0].block}  # blocks that cannot continue the chain of the block before them
     for before, step in pairwise(steps):
-        marked = step.reads or step.writes or step.normalize or before.exit
+        marked = step.injected or step.writes or step.normalize or before.exit
         if step.block != before.block + 1 or step.grad != before.grad or marked:
             broken |= {step.block, before.block + 1}
     broken.add(steps[-1].block + 1)

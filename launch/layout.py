@@ -16,7 +16,7 @@ from megarecur.plan.cost import count_head_flops, count_step_flops
 from megarecur.plan.describe import (
     ORDER_NAMES,
     count_noun,
-    describe_scheme,
+    describe_schemes,
     format_bytes,
     format_count,
     format_seconds,
@@ -88,7 +88,7 @@ def describe_plan(plan: LayoutPlan, width: int = 100) -> RenderableType:
     advice = balance(draft.config, draft.placement, steps).advice
     return Group(
         Text.assemble(("\nlayout  ", "bold"), f"{draft.layout} on {draft.cluster.name}"),
-        Text.assemble(("layer map  ", "bold"), describe_scheme(draft.config.recurrence)),
+        Text.assemble(("layer map  ", "bold"), describe_schemes(draft.config)),
         Padding(draw_layer_map(steps, width - 4), (1, 2)),
         _placement(plan),
         _walk(draft.walk, width),

@@ -76,7 +76,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 def name_measures(
-    keys: Sequence[tuple[int, int]], sums: Sequence[Sequence[float]], tokens: int
+    keys: Sequence[tuple[int, int]], sums: Sequence[Sequence[float]], tokens: Sequence[int]
 ) -> dict[str, float]:
     """Return metrics by block and loop, such as `recurrence/residual_norm/02.00`.
 
@@ -86,17 +86,17 @@ def name_measures(
     Args:
         keys: (block, loop) of each step of the map.
         sums: the measures of each step, summed over the global batch.
-        tokens: number of tokens of the global batch.
+        tokens: number of tokens of the global batch that each step read.
     """
     values: dict[str, float] = {}
     gradients = [max(row[-1], 0.0) ** 0.5 for row in sums]
     of_block: dict[int, float] = {}
     for (block, _), gradient in zip(keys, gradients, strict=True):
         of_block[block] = of_block.get(block, 0.0) + gradient
-    for (block, loop), row, gradient in zip(keys, sums, gradients, strict=True):
+    for (block, loop), row, gradient, count in zip(keys, sums, gradients, tokens, strict=True):
         shown = MEASURES[: 4 if loop else 3]
         for name, value in zip(shown, row, strict=False):
-            values[f"recurrence/{name}/{block:02d}.{loop:02d}"] = value / tokens
+            values[f"recurrence/{name}/{block:02d}.{loop:02d}"] = value / count
         if of_block[block] > gradient:
             share = gradient / of_block[block]
             values[f"recurrence/gradient_share/{block:02d}.{loop:02d}"] = share

@@ -16,7 +16,14 @@ from megarecur.attention.plan import choose_backend
 from megarecur.batch import Batch, Sentences
 from megarecur.config.run import Config
 from megarecur.model.block import Block
-from megarecur.model.context import Context, CrossView, DropoutKeys, build_context, see_source
+from megarecur.model.context import (
+    Context,
+    CrossView,
+    DropoutKeys,
+    Recorder,
+    build_context,
+    see_source,
+)
 from megarecur.model.embedding import Embedding, Head
 from megarecur.model.norm import build_norm
 from megarecur.model.positions import sinusoidal
@@ -259,7 +266,8 @@ class Transformer(nn.Module):
         backend = self.attention.backend
         shape = tuple(ctx.positions.index_BS.shape)
         seen = see_source(source, shape, backend, self.dtype, separates)
-        own = replace(own, recorder=ctx.recorder)
+        recorder = Recorder(ctx.recorder.telemetry, ctx.recorder.states)
+        own = replace(own, recorder=recorder)  # Tokens of a stack are counted by themselves.
         return replace(ctx, source=own, cross=CrossView(seen))
 
     def draw_keys(

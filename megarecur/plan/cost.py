@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from megarecur.config.model import ModelConfig
@@ -212,7 +212,7 @@ class Seen(NamedTuple):
     sliding: float
     """In blocks with a sliding window."""
     encoder: float = 0.0
-    """In an encoder."""
+    """In an encoder, per target token."""
     cross: float = 0.0
     """In the decoder's attention to an encoder."""
     source_share: float = 1.0
@@ -260,7 +260,7 @@ def count_score_flops(config: Config, step: Step, seen: Seen) -> int:
     those of a temporal memory's slots and of source tokens included."""
     stack = stack_of(config, step.block)
     if stack.name == "encoder":
-        keys = seen.encoder * seen.source_share
+        keys = seen.encoder
     else:
         slides = config.model.slides(step.block - stack.first)
         keys = (seen.sliding if slides else seen.full) + seen.cross * stack.cross
@@ -321,7 +321,11 @@ def count_head_flops(config: Config) -> int:
 
 def dense_twin(steps: LayerMap) -> LayerMap:
     """Return the map that runs each of the same blocks once."""
-    return from_order(sorted({step.block for step in steps}))
+    return tuple(
+        replace(from_order([step.block])[0], stack=step.stack)
+        for step in sorted(steps, key=lambda step: step.block)
+        if step.loop_index == 0
+    )
 
 
 # --------------------------------------------------------------------------------------- memory

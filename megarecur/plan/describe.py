@@ -36,6 +36,14 @@ def resolve_vocab_size(config: Config, count: Callable[[str], int]) -> Config:
     return config.model_copy(update={"model": model})
 
 
+def describe_schemes(config: Config) -> str:
+    """Describe the scheme of a run, or those of its encoder and decoder."""
+    if config.encoder is None:
+        return describe_scheme(config.recurrence)
+    encoder, decoder = describe_scheme(config.encoder), describe_scheme(config.recurrence)
+    return f"encoder: {encoder}; decoder: {decoder}"
+
+
 def describe_scheme(recurrence: RecurrenceConfig) -> str:
     """Describe the scheme and its numbers in one phrase."""
     match recurrence:

@@ -19,7 +19,7 @@ from megarecur.plan.cost import (
     count_unrolled_parameters,
     dense_twin,
 )
-from megarecur.plan.describe import count_noun, describe_scheme, format_count
+from megarecur.plan.describe import count_noun, describe_schemes, format_count
 from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.layer_map import LayerMap, count_uses
 from megarecur.recurrence.schemes import build_map
@@ -64,11 +64,16 @@ def draw_config(config: Config) -> Figure:
             f"  ·  {format_count(unique.total)} parameters "
             f"({format_count(unrolled.total)} unrolled)  ·  {ratio:.2f} x the FLOPs of dense"
         )
-    return draw_layer_map(steps, describe_scheme(config.recurrence), subtitle, spans(config))
+    return draw_layer_map(steps, describe_schemes(config), subtitle, spans(config))
 
 
 def spans(config: Config) -> tuple[Span, ...]:
-    """Return the parts of a map that repeats a group: prelude, loops, coda."""
+    """Return the parts of a map: its stacks, or prelude, loops and coda of one that repeats a
+    group."""
+    if config.encoder is not None:
+        steps = build_map(config)
+        first = sum(step.stack == "encoder" for step in steps)
+        return Span("encoder", 0, first), Span("decoder", first, len(steps))
     recurrence = config.recurrence
     if isinstance(recurrence, BlockRecurrence):
         start, length, coda = 0, recurrence.num_blocks, 0

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from megarecur.config.load import load_config
-from megarecur.config.recurrence import Looped, RecurrenceConfig
+from megarecur.config.recurrence import Looped
 from megarecur.config.run import Config
 from megarecur.errors import DataError
-from megarecur.plan.describe import count_noun, describe_scheme
+from megarecur.plan.describe import count_noun, describe_schemes
 from megarecur.plot.layer_map import ACCENT, BLOCK_COLOURS, INK, SOFT, draw_config, save
 from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.layer_map import LayerMap
@@ -50,7 +50,7 @@ def plot_run(run: Path, out: Path | None = None) -> list[Path]:
     if not (run / "config.yaml").is_file():
         raise DataError(f"{run}: is not the folder of a run, it has no config.yaml")
     config = load_config(run / "config.yaml")
-    steps = build_map(config, deepest(rows, config.recurrence))
+    steps = build_map(config, deepest(rows, config))
     figures = {
         "loss": draw_loss(rows, config),
         "optimizer": draw_optimizer(rows),
@@ -62,12 +62,15 @@ def plot_run(run: Path, out: Path | None = None) -> list[Path]:
     return save_figures(figures, out or run / "plots")
 
 
-def deepest(rows: Sequence[Row], recurrence: RecurrenceConfig) -> int | None:
+def deepest(rows: Sequence[Row], config: Config) -> int | None:
     """Return the maximum number of loops that any row has measured; None if the scheme has no
-    loops."""
+    loops. Those of an encoder do not count."""
+    recurrence, first = config.recurrence, config.num_blocks - config.recurrence.num_blocks
     if not isinstance(recurrence, Looped):
         return None
-    loops = [int(key[-2:]) for row in rows for key in row if key.startswith("recurrence/resid")]
+    keys = [key for row in rows for key in row if key.startswith("recurrence/resid")]
+    steps = (key.rpartition("/")[2].split(".") for key in keys)
+    loops = [int(loop) for block, loop in steps if int(block) >= first]
     return 1 + max(loops, default=default_depth(recurrence).num_loops - 1)
 
 
@@ -154,7 +157,7 @@ def draw_loss(rows: Sequence[Row], config: Config) -> Figure | None:
     axes.xaxis.set_major_formatter(_engineering())
     axes.margins(x=0.04)
     axes.legend(frameon=False)
-    _title(axes, describe_scheme(config.recurrence))
+    _title(axes, describe_schemes(config))
     return figure
 
 

@@ -24,12 +24,14 @@ from megarecur.plan.cost import (
     count_flops,
     count_head_flops,
     count_memory_flops,
+    count_step_flops,
     estimate_memory,
 )
 from megarecur.plan.describe import format_bytes
 from megarecur.recurrence.depth import Depth
-from megarecur.recurrence.layer_map import LayerMap
+from megarecur.recurrence.layer_map import LayerMap, StackName
 from megarecur.recurrence.schemes import build_map
+from megarecur.recurrence.stacks import stack_of
 from megarecur.train.evaluate import short_names
 from megarecur.train.metrics import HALTED_AT, Metrics, Progress, read_rows
 from megarecur.train.signals import StopFlag
@@ -59,10 +61,13 @@ class StepResult:
     num_sources: int = 1
     counts: Tensor | None = None
     """With halting: tokens by steps, then computed and possible steps (`Mixture.finish`)."""
+    encoder_counts: Tensor | None = None
+    """The same counts of an encoder that halts."""
     places: float = 0.0
     """Computed tokens of the global batch, including the padding of a task's batches."""
-    keys: tuple[float, float] = (0.0, 0.0)
-    """Keys that all queries of the global batch see, in blocks without and with a window."""
+    keys: tuple[float, ...] = (0.0,) * 5
+    """Keys that all queries of the global batch see: in blocks without and with a window, in an
+    encoder, in attention to it; and the number of source tokens."""
     lr: float = 0.0
     grad_norm: float = 0.0
     skipped: bool = False
@@ -82,11 +87,12 @@ class StepResult:
         sums[1].index_add_(0, batch.sources_B, counted_BS.sum(1, dtype=torch.float64))
         self.sources = sums if self.sources is None else self.sources + sums
 
-    def add_counts(self, counts: list[Tensor]) -> None:
-        """Add the counts of micro batches, and clear the list."""
+    def add_counts(self, counts: list[Tensor], stack: StackName = "decoder") -> None:
+        """Add the counts of micro batches to those of a stack, and clear the list."""
+        name = "counts" if stack == "decoder" else "encoder_counts"
         while counts:
-            own = counts.pop()
-            self.counts = own if self.counts is None else self.counts + own
+            own, before = counts.pop(), getattr(self, name)
+            setattr(self, name, own if before is None else before + own)
 
     def count_exits(self, mesh: Mesh) -> None:
         """Record which exits this step had, beside the losses, if that varies from step to step.
@@ -105,11 +111,12 @@ class Interval:
         self.losses: dict[str, Tensor] = {}
         self.num_losses = self.num_steps = 0
         self.data_seconds = self.seconds = self.places = 0.0
-        self.keys = [0.0, 0.0, 0.0]
-        """Keys that all queries see, without and with a window, and the number of queries."""
+        self.keys = [0.0] * 6
+        """Sums of `StepResult.keys`, and the number of queries."""
         self.depths: list[Depth | None] = []
         self.sources: Tensor | None = None
         self.counts: Tensor | None = None
+        self.encoder_counts: Tensor | None = None
 
     def add(self, result: StepResult) -> None:
         """Add the result of an optimizer step."""
@@ -123,10 +130,10 @@ class Interval:
         if result.skipped:
             return
         self.num_losses += 1
-        if result.counts is not None:
-            self.counts = result.counts if self.counts is None else self.counts + result.counts
-        if result.sources is not None:
-            self.sources = result.sources if self.sources is None else self.sources + result.sources
+        for name in SUMMED:
+            own, before = getattr(result, name), getattr(self, name)
+            if own is not None:
+                setattr(self, name, own if before is None else before + own)
         for name, value in result.losses.items():
             total = self.losses.get(name, torch.zeros((), dtype=torch.float64, device=value.device))
             self.losses[name] = total + value
@@ -138,7 +145,7 @@ class Interval:
         would differ from that of an uninterrupted run.
         """
         own: dict[str, Any] = {"losses": {n: float(v) for n, v in self.losses.items()}}
-        for name in ("sources", "counts"):
+        for name in SUMMED:
             if (sums := getattr(self, name)) is not None:
                 own[name] = sums.tolist()
         ranks = mesh.gather_objects(own)[:: mesh.tp]  # Tensor ranks hold the same values.
@@ -157,7 +164,8 @@ class Interval:
         """
         self.num_losses = carried.get("num_losses", 0)
         self.depths = [depth and Depth(*depth) for depth in carried.get("depths", [])]
-        self.keys = carried.get("keys", self.keys)
+        *seen, queries = carried.get("keys", self.keys)
+        self.keys = [*seen, *[0.0] * (len(self.keys) - 1 - len(seen)), queries]
         # Older checkpoints hold only the sums over all ranks.
         ranks, place = carried.get("ranks", [carried]), mesh.rank // mesh.tp
         same = carried.get("mesh") == [mesh.dp, mesh.pp]
@@ -189,7 +197,11 @@ def add_up(parts: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
     return total
 
 
-def name_counts(counts: Sequence[float]) -> dict[str, float]:
+SUMMED = ("sources", "counts", "encoder_counts")
+"""Sums of a step that an interval adds up, each None if there is nothing to count."""
+
+
+def name_counts(counts: Sequence[float], stack: str = "") -> dict[str, float]:
     """Return the metrics of halting; none if no tokens were counted (`Mixture.finish`).
 
     They are the mean number of steps of a token, the share of all steps that was computed, and the
@@ -200,11 +212,12 @@ def name_counts(counts: Sequence[float]) -> dict[str, float]:
     if not tokens:
         return {}
     mean = sum(steps * count for steps, count in enumerate(by_steps)) / tokens
-    return {
+    values = {
         "recurrence/halting_depth": mean,
         EXECUTED: executed / possible,
         **{f"{HALTED_AT}/{steps:02d}": n / tokens for steps, n in enumerate(by_steps)},
     }
+    return {name.replace("/", f"/{stack}", 1): value for name, value in values.items()}
 
 
 class Report:
@@ -217,8 +230,8 @@ class Report:
         self.peak = peak_flops(mesh.device, dtype) * mesh.world
         self.sources = short_names([source.path for source in config.data.train])
         self.flops: dict[Depth | None, tuple[FlopEstimate, ...]] = {}
-        """Executed FLOPs per token by depth: without attention scores, with those of one key of
-        every query in full blocks, and in sliding ones."""
+        """Executed FLOPs per token by depth: without attention scores and source tokens, and with
+        one unit of each field of `Seen`."""
         self.always = 3 * (count_head_flops(config) + count_memory_flops(config))
         """Part of the training FLOPs that is executed however early tokens halt."""
         self.has_reported_memory = False
@@ -238,8 +251,9 @@ class Report:
         own: dict[Any, Tensor] = {n: v / interval.num_losses for n, v in interval.losses.items()}
         if interval.sources is not None:
             own["sources"] = interval.sources
-        if interval.counts is not None:
-            own["counts"] = interval.counts
+        for name in ("counts", "encoder_counts"):
+            if (counts := getattr(interval, name)) is not None:
+                own[name] = counts
         for key, measures in last.telemetry.items():
             if self.config.parallel.sequence_parallel:  # Each rank measured its own positions.
                 self.mesh.sum_over_tp(measures)
@@ -250,6 +264,7 @@ class Report:
             of_exit = [n for n in reduced if isinstance(n, str) and n.startswith(prefix)]
             reduced |= {other: reduced[other] / share for other in of_exit}
         sources, halted = reduced.pop("sources", []), name_counts(reduced.pop("counts", []))
+        halted |= name_counts(reduced.pop("encoder_counts", []), "encoder_")
         telemetry = {key: reduced.pop(key) for key in list(reduced) if isinstance(key, tuple)}
         rate = interval.places / interval.seconds
         values = {f"train/{name}": loss for name, loss in reduced.items()}
@@ -261,8 +276,9 @@ class Report:
             **self.count_work(
                 interval.depths,
                 rate,
-                Seen(*(keys / max(interval.keys[2], 1.0) for keys in interval.keys[:2])),
+                Seen(*(keys / max(interval.keys[-1], 1.0) for keys in interval.keys[:-1])),
                 halted.get(EXECUTED, 1.0),
+                halted.get(EXECUTED.replace("/", "/encoder_"), 1.0),
             ),
             **halted,
             "speed/data_wait": interval.data_seconds / interval.seconds,
@@ -270,7 +286,9 @@ class Report:
         }
         order = [(step.block, step.loop_index) for step in build_map(self.config, last.depth)]
         keys = [key for key in order if key in telemetry]
-        values |= name_measures(keys, [telemetry[key] for key in keys], round(last.places))
+        read = {"decoder": round(last.places), "encoder": round(last.keys[-1])}
+        tokens = [read[stack_of(self.config, block).name] for block, _ in keys]
+        values |= name_measures(keys, [telemetry[key] for key in keys], tokens)
         for name, loss, counted in zip(self.sources, *sources, strict=True) if sources else ():
             if counted:
                 values[f"train/loss_of/{name}"] = loss / counted
@@ -291,7 +309,12 @@ class Report:
         return add_up(self.mesh.gather_over_pp(lists))
 
     def count_work(
-        self, depths: Sequence[Depth | None], rate: float, seen: Seen, executed: float = 1.0
+        self,
+        depths: Sequence[Depth | None],
+        rate: float,
+        seen: Seen,
+        executed: float = 1.0,
+        of_encoder: float = 1.0,
     ) -> dict[str, float]:
         """Return executed FLOPs per token, MFU and the mean depth of optimizer steps.
 
@@ -304,19 +327,25 @@ class Report:
             rate: tokens per second.
             seen: mean keys that a query saw.
             executed: share of the steps of the map that was computed, with halting.
+            of_encoder: the same share of an encoder's steps.
         """
+        nothing = (0.0,) * len(seen)
+        units = [tuple(float(i == k) for k in range(len(seen))) for i in range(len(seen))]
         for depth in set(depths) - set(self.flops):
             steps = build_map(self.config, depth)
             self.flops[depth] = tuple(
-                count_flops(self.config, steps, Seen(*keys)) for keys in ((0, 0), (1, 0), (0, 1))
+                count_flops(self.config, steps, Seen(*keys)) for keys in (nothing, *units)
             )
+        share_of_encoder = self.weigh_encoder(depths[0], seen)
+        executed += share_of_encoder * (of_encoder - executed)
 
         def count(kind: str) -> float:
             """Return executed FLOPs per token. Maps that halt apply the head once: no exits."""
             flops = 0.0
             for depth in depths:
-                base, full, sliding = (getattr(each, kind) for each in self.flops[depth])
-                flops += base + seen.full * (full - base) + seen.sliding * (sliding - base)
+                base, *each = (getattr(flops, kind) for flops in self.flops[depth])
+                flops += base
+                flops += sum(n * (one - base) for n, one in zip(seen, each, strict=True))
             flops /= len(depths)
             always = self.always if kind in ("train", "hardware") else 0
             return float(always + executed * (flops - always))
@@ -334,6 +363,15 @@ class Report:
             work["recurrence/num_loops"] = sum(d.num_loops for d in loops) / len(loops)
             work["recurrence/backward_loops"] = sum(d.backward_loops for d in loops) / len(loops)
         return work
+
+    def weigh_encoder(self, depth: Depth | None, seen: Seen) -> float:
+        """Return an encoder's share of the FLOPs of the map's steps; 0 without one."""
+        if self.config.encoder is None:
+            return 0.0
+        steps = build_map(self.config, depth)
+        flops = count_step_flops(self.config, steps, seen)
+        pairs = zip(steps, flops, strict=True)
+        return float(sum(n for step, n in pairs if step.stack == "encoder") / sum(flops))
 
     def report_memory(self, held: Mapping[str, int], steps: LayerMap) -> Mapping[str, float]:
         """Return the memory metrics; the first call prints them beside the estimate."""

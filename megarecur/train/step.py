@@ -27,6 +27,9 @@ from megarecur.recurrence.depth import draw_depth, draws_depth
 from megarecur.recurrence.layer_map import StackName
 from megarecur.train.report import StepResult
 
+SEEN = ("keys", "window_keys", "encoder_keys", "cross_keys", "source_tokens")
+"""Sums over a global batch from which `Seen` is computed."""
+
 
 class Training:
     """Computation of the stages in an optimizer step (`parallel.pipeline.Program`).
@@ -87,6 +90,8 @@ class Training:
             assert x is not None
             x, terms = self.model.run(stage.steps, x, ctx, reads)
             self.result.add_counts(ctx.recorder.counts)
+            if ctx.source is not None:
+                self.result.add_counts(ctx.source.recorder.counts, "encoder")
             if stage.last:
                 terms = self.loss(x, batch, {n: reads[n] for n in stage.exits}) | terms
         for name, term in terms.items():
@@ -159,7 +164,7 @@ def forward_backward(
         depth,
         num_sources=len(config.data.train),
         places=denominators["places"],
-        keys=(denominators["keys"], denominators["window_keys"]),
+        keys=tuple(denominators[name] for name in SEEN),
     )
     mine = [each for stage in scheduled.walk if stage.rank == mesh.pp_rank for each in stage.steps]
     drawn = model.draw_keys(mine, step, mesh.device)
@@ -187,7 +192,7 @@ def count_denominators(
     batches: Sequence[MicroBatch],
     mesh: Mesh,
     unread: MegarecurError | None = None,
-    keys: tuple[float, float] = (0.0, 0.0),
+    keys: Sequence[float] = (0.0,) * len(SEEN),
 ) -> dict[str, float]:
     """Count tokens, documents and places of the global batch; collective, one all-reduce.
 
@@ -215,14 +220,13 @@ def count_denominators(
         "tokens": max(tokens * share, 1.0),
         "documents": max(documents * share, 1.0),
         "places": places * share,
-        "keys": seen[0] * share,
-        "window_keys": seen[1] * share,
+        **{name: count * share for name, count in zip(SEEN, seen, strict=True)},
     }
 
 
-def count_keys(config: Config, batches: Sequence[MicroBatch]) -> tuple[float, float]:
-    """Return the keys that all queries of these batches see, in blocks without and with a window:
-    what attention must compute of the documents, padding included."""
+def count_keys(config: Config, batches: Sequence[MicroBatch]) -> tuple[float, ...]:
+    """Return the keys that all queries of these batches see, by the names in `SEEN`: what attention
+    must compute of the documents, padding included; and the number of source tokens."""
     lengths: list[int] = []
     for batch in batches:
         rows, length = batch.tokens_BS.shape
@@ -232,7 +236,16 @@ def count_keys(config: Config, batches: Sequence[MicroBatch]) -> tuple[float, fl
             part = edges if span >= length else edges.narrow(start, min(start + span, length))
             lengths += np.diff(part.edges).tolist()
     seen = count_seen(config, lengths)
-    return seen.full * sum(lengths), seen.sliding * sum(lengths)
+    found = [seen.full * sum(lengths), seen.sliding * sum(lengths)]
+    sources = [(batch.source, batch.tokens_BS.shape[1]) for batch in batches if batch.source]
+    of_encoder = crossed = tokens = 0
+    for source, length in sources:
+        each = np.diff(source.boundaries.edges).astype(np.int64)
+        of_encoder += int((each * each).sum())
+        real = each.sum() - int((source.documents_BS < 0).sum())
+        crossed += length * int(real)
+        tokens += source.tokens_BS.numel()
+    return *found, float(of_encoder), float(crossed), float(tokens)
 
 
 def objective(terms: Mapping[str, LossTerm], denominators: Mapping[str, float]) -> Tensor:

@@ -639,7 +639,8 @@ def test_telemetry_measures_every_step_of_the_map() -> None:
         ]
         torch.testing.assert_close(sums, torch.stack(expected))
         last[step.block] = after
-    values = name_measures(keys, [sums.tolist() for sums in telemetry.sums.values()], 10)
+    found = [sums.tolist() for sums in telemetry.sums.values()]
+    values = name_measures(keys, found, [10] * len(keys))
     shares = [values[f"recurrence/gradient_share/00.{i:02d}"] for i in range(3)]
     assert sum(shares) == pytest.approx(1.0) and min(shares) > 0
     assert "recurrence/fixed_point_distance/00.00" not in values

@@ -15,6 +15,8 @@ from megarecur.plan.placement import Placement
 from megarecur.plan.walk import Walk, build_walk, cuts_for_v
 from megarecur.recurrence.layer_map import LayerMap, from_order, mark
 
+FRESH = ("prelude",)
+
 
 @st.composite
 def parts(draw: st.DrawFn) -> tuple[LayerMap, Placement, list[int], bool]:
@@ -30,7 +32,7 @@ def test_stages_are_runs_of_one_rank_and_together_the_map(
     made: tuple[LayerMap, Placement, list[int], bool],
 ) -> None:
     steps, placement, cuts, fresh = made
-    walk = build_walk(steps, placement, cuts, fresh)
+    walk = build_walk(steps, placement, cuts, FRESH * fresh)
     assert tuple(step for stage in walk for step in stage.steps) == steps
     assert [stage.index for stage in walk] == list(range(len(walk)))
     assert (walk[0].rank, walk[-1].rank) == (placement.embedding, placement.head)
@@ -54,7 +56,7 @@ def test_a_value_is_there_where_it_is_read_and_comes_to_a_rank_once(
     held: dict[int, dict[str, int]] = defaultdict(dict)  # rank: value: which writing of it
     written: dict[str, int] = {}
     arrivals: list[tuple[int, str, int]] = []
-    walk = build_walk(steps, placement, cuts, fresh)
+    walk = build_walk(steps, placement, cuts, FRESH * fresh)
     for stage in walk:
         for name in stage.receives:
             source = held[walk[stage.index - 1].rank]
@@ -139,7 +141,7 @@ def test_gradients_come_back_where_autograd_takes_them(
     made: tuple[LayerMap, Placement, list[int], bool],
 ) -> None:
     steps, placement, cuts, fresh = made
-    walk = build_walk(rename(steps), placement, cuts, fresh)
+    walk = build_walk(rename(steps), placement, cuts, FRESH * fresh)
     of_x, of_values, trained = run_with_hops(walk, fresh)
     for stage in walk:
         assert stage.returns_x == of_x[stage.index], stage

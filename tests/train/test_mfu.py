@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 from support.configs import make_config
+from support.models import VOCABULARY
+from support.pairs import DENSE, collate, make_pairs, objective, pair_config
+from torch.utils.flop_counter import FlopCounterMode
 
 from megarecur.attention.documents import from_lengths
 from megarecur.config.run import Config
 from megarecur.data.corpus import Manifest
 from megarecur.data.loader import MicroBatch
 from megarecur.launch.configs import measure_documents, see_corpora
+from megarecur.model.transformer import Transformer
 from megarecur.plan.cost import Seen, count_flops, count_pairs, count_seen, see_samples
 from megarecur.recurrence.schemes import build_map
 from megarecur.train.report import Report
@@ -49,14 +53,42 @@ def test_pairs_are_those_of_a_mask(causal: bool, window: int | None) -> None:
 def test_the_documents_of_batches_are_counted() -> None:
     config = make_config(scheme="dense", model=WINDOW, data={"seq_length": 16})
     whole = make_batch([16, 16], (2, 16))
-    full, sliding = count_keys(config, [whole])
+    full, sliding, *of_pairs = count_keys(config, [whole])
+    assert of_pairs == [0.0, 0.0, 0.0]
     assert (full, sliding) == (2 * count_pairs(16, True), 2 * count_pairs(16, True, 4))
     assert Seen(full / 32, sliding / 32) == see_samples(config)
     cut = make_batch([2, 5, 9, 16], (2, 16))
     assert count_keys(config, [whole, cut])[0] == pytest.approx(
         sum(count_pairs(n, True) for n in (16, 16, 2, 5, 9, 16))
     )
-    assert count_keys(config, []) == (0.0, 0.0)
+    assert count_keys(config, []) == (0.0,) * 5
+
+
+def test_pairs_of_sentences_are_counted() -> None:
+    """The keys of the encoder, of cross-attention, and source tokens; padding where it computes."""
+    config = pair_config(DENSE, DENSE)
+    batch = collate(*make_pairs(3, seed=1))
+    source = batch.source
+    assert source is not None
+    _, _, of_encoder, crossed, tokens = count_keys(config, [batch, batch])
+    lengths = (source.documents_BS >= 0).sum(1).tolist()
+    span, length = source.tokens_BS.shape[1], batch.tokens_BS.shape[1]
+    assert of_encoder == 2 * sum(n * n + (span - n) ** 2 for n in lengths)
+    assert crossed == 2 * length * sum(lengths) and tokens == 2 * 3 * span
+
+
+def test_flops_of_pairs_are_those_that_torch_counts() -> None:
+    """Of the products of one sentence pair; torch does not count a CPU's fused attention."""
+    config = pair_config(DENSE, {"kind": "cycle", "num_blocks": 2, "depth": 4}, "fp32")
+    (source,), (target,) = make_pairs(1, seed=2)
+    model, batch = Transformer(config), collate([source], [target])
+    length, span = len(target) - 1, len(source)
+    with FlopCounterMode(display=False) as counter:
+        objective(model, batch)
+    seen = Seen(0.0, 0.0, 0.0, 0.0, span / length)
+    found = count_flops(config, build_map(config), seen).forward * length
+    head = 2 * config.model.hidden_size * VOCABULARY * length
+    assert found == pytest.approx(counter.get_total_flops() - head)  # logits are made twice
 
 
 def test_mfu_counts_what_the_batches_need() -> None:
