@@ -87,8 +87,9 @@ class Reading:
 
     text_key: str = "text"
     """Field of a row that holds the text; `outer.inner` is a field within a field."""
-    text_split: Literal["file", "blank_line", "separator"] = "file"
-    """End of a document in a txt file: its end, blank lines, or lines equal to `separator`."""
+    text_split: Literal["file", "line", "blank_line", "separator"] = "file"
+    """End of a document in a txt file: its end, each line, blank lines, or lines equal to
+    `separator`."""
     separator: str = ""
     errors: Literal["fail", "skip", "replace"] = "fail"
     """Treatment of content that is not text (bytes that are not UTF-8, holes of zero bytes, null in
@@ -249,6 +250,22 @@ def read_text(path: Path, reading: Reading, notes: Notes) -> Iterator[bytes | No
             yield _check(content, f"{path}", offset, reading, notes)
 
 
+def read_lines(path: Path, reading: Reading, notes: Notes) -> Iterator[tuple[str, str | None]]:
+    """Yield (place, text) of every line of a text file, empty ones included; None for a skipped
+    one.
+
+    Raises:
+        DataError: see `read_documents`.
+    """
+    with open_whole(path) as stream:
+        for number, (offset, line) in enumerate(_split_lines(stream), 1):
+            if offset == 0:
+                line = line.removeprefix(BYTE_ORDER_MARK)
+            place = f"{path}: line {number}"
+            checked = _check(line, place, offset, reading, notes)
+            yield place, None if checked is None else checked.decode()
+
+
 def holds_rows(path: Path) -> bool:
     """Return True if a file is a table by its name."""
     suffix = plain_suffix(path)
@@ -328,6 +345,8 @@ def _split_text(stream: BinaryIO, reading: Reading) -> Iterator[tuple[int, bytes
     """Yield (offset, content) of every document of a txt file that is not empty."""
     if reading.text_split == "file":
         pieces = iter([(0, stream.read())])
+    elif reading.text_split == "line":
+        pieces = _split_lines(stream)
     else:
         pieces = _split_at_lines(stream, reading.separator.encode())
     for offset, content in pieces:
@@ -335,6 +354,14 @@ def _split_text(stream: BinaryIO, reading: Reading) -> Iterator[tuple[int, bytes
             offset, content = len(BYTE_ORDER_MARK), content[len(BYTE_ORDER_MARK) :]
         if content:
             yield offset, content
+
+
+def _split_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield every line of a txt file without its end."""
+    offset = 0
+    for line in stream:
+        yield offset, line.rstrip(b"\r\n")
+        offset += len(line)
 
 
 def _split_at_lines(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:

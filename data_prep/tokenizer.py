@@ -51,6 +51,7 @@ def train_tokenizer(
     character_coverage: float = 0.9995,
     sample_bytes: int = SAMPLE_BYTES,
     seed: int = 1,
+    pad: bool = False,
     progress: ProgressReport | None = None,
 ) -> Path:
     """Train a sentencepiece model on a sample of text and write it to `out`.
@@ -65,6 +66,7 @@ def train_tokenizer(
         byte_fallback: spell unknown characters in bytes, so that any text can be restored.
         character_coverage: share of the characters that get a piece of their own.
         sample_bytes: bytes of text to train on, in passages chosen by hash; 0 means all.
+        pad: add a padding token after those for unknown text (0), begin (1) and end (2).
         progress: receives progress reports of the reading.
 
     Skipped documents, and characters replaced because the library cannot handle them, are logged.
@@ -92,7 +94,7 @@ def train_tokenizer(
                 reserved, "" if byte_fallback else ", but for byte_fallback=False",
             )  # fmt: skip
         passages = [passage.replace(RESERVED, STAND_IN) for passage in passages]
-        content = _train(passages, vocab_size, model_type, byte_fallback, character_coverage)
+        content = _train(passages, vocab_size, model_type, byte_fallback, character_coverage, pad)
         with open_replacement(out, shared=True) as file:
             file.write(content)
     return out
@@ -104,6 +106,7 @@ def _train(
     model_type: str,
     byte_fallback: bool,
     character_coverage: float,
+    pad: bool,
 ) -> bytes:
     """Train a model that restores text exactly."""
     import sentencepiece
@@ -130,11 +133,11 @@ def _train(
             unk_id=0,
             bos_id=1,
             eos_id=2,
-            pad_id=-1,
+            pad_id=3 if pad else -1,
             minloglevel=2,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise DataError(_explain(str(error), vocab_size, byte_fallback)) from None
+        raise DataError(_explain(str(error), vocab_size, byte_fallback, pad)) from None
     return model.getvalue()
 
 
@@ -182,7 +185,7 @@ def _passages(text: str) -> Iterator[str]:
         begin = end
 
 
-def _explain(message: str, vocab_size: int, byte_fallback: bool) -> str:
+def _explain(message: str, vocab_size: int, byte_fallback: bool, pad: bool) -> str:
     """Return the trainer's error with a remedy."""
     if match := re.search(r"value <= (\d+)", message):
         return (
@@ -194,10 +197,10 @@ def _explain(message: str, vocab_size: int, byte_fallback: bool) -> str:
             f"vocab_size={vocab_size} is too small for the characters of this text; choose at "
             f"least {match[1]}, or lower character_coverage"
         )
-    if byte_fallback and vocab_size < 260:
+    if byte_fallback and vocab_size < 260 + pad:
         return (
-            f"vocab_size={vocab_size} is too small: byte_fallback needs 256 pieces and 3 special "
-            "ones; choose more, or byte_fallback=False"
+            f"vocab_size={vocab_size} is too small: byte_fallback needs 256 pieces and {3 + pad} "
+            "special ones; choose more, or byte_fallback=False"
         )
     reason = message.strip().splitlines()[-1] if message.strip() else "no reason given"
     return f"sentencepiece could not train a tokenizer: {reason}; try another vocab_size"

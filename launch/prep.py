@@ -44,7 +44,7 @@ READING = {
     "text_split": (
         "file",
         Annotated[
-            Literal["file", "blank_line", "separator"],
+            Literal["file", "line", "blank_line", "separator"],
             typer.Option(help="End of a document in txt files."),
         ],
     ),
@@ -99,6 +99,9 @@ def tokenizer(
         int, typer.Option(min=0, help="Maximum bytes of training text (0: all).")
     ] = 8 << 20,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 1,
+    pad: Annotated[
+        bool, typer.Option(help="Add a padding token (id 3), which `prep pairs` needs.")
+    ] = False,
     *,
     reading: Any,
 ) -> None:
@@ -116,6 +119,7 @@ def tokenizer(
         character_coverage=character_coverage,
         sample_bytes=sample_bytes,
         seed=seed,
+        pad=pad,
         progress=ProgressReport(),
     )
     print(path)

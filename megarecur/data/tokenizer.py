@@ -39,6 +39,7 @@ END_NAMES = (
 )  # fmt: skip
 """Names of the end-of-text token in common families; DeepSeek's has full-width bars, U+FF5C. The
 first existing one is used if nothing else decides."""
+PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 CONFIG_FILE, GENERATION_FILE = "tokenizer_config.json", "generation_config.json"
 """Files beside a Hugging Face tokenizer that name the end-of-text token."""
 COMPANIONS = (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", GENERATION_FILE)
@@ -58,6 +59,8 @@ class Tokenizer(ABC):
     bos_id: int | None
     end: End
     """The rule that found `eos_id`."""
+    pad_id: int | None = None
+    """Id of padding; None if there is no such token."""
 
     @property
     def dtype(self) -> type[np.unsignedinteger[Any]]:
@@ -178,6 +181,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.model.LoadFromSerializedProto(content)
         self.vocab_size = self.model.vocab_size()
         self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
+        self.pad_id = self.model.pad_id() if self.model.pad_id() >= 0 else None
         own = self.model.eos_id()
         self.end = find_end(self, path, [own] if own >= 0 else self.find_ids(END_NAMES), eos)
         self.eos_id = self.end.eos_id
@@ -279,6 +283,8 @@ class HuggingFaceTokenizer(Tokenizer):
         # Ids may have gaps; the embedding needs a row up to the highest.
         self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values())
         self.bos_id = next(iter(self.find_ids(BEGIN_NAMES)), None)
+        named = read_token(_read_json(path.with_name(CONFIG_FILE)).get("pad_token"))
+        self.pad_id = next(iter(self.find_ids([*([named] if named else []), *PAD_NAMES])), None)
         added = self.model.get_added_tokens_decoder()
         special = [i for i in self.find_ids(END_NAMES) if i in added and added[i].special]
         self.end = find_end(self, path, self.find_ids(END_NAMES), eos, special)

@@ -19,6 +19,7 @@ from megarecur.data.tokenizer import (
     tokenizer_fingerprint,
     tokenizer_vocab_size,
 )
+from megarecur.data_prep.readers import Reading
 from megarecur.data_prep.shards import prepare_shards
 from megarecur.data_prep.tasks import TaskRequest, prepare_task
 from megarecur.data_prep.tokenizer import train_tokenizer
@@ -306,6 +307,19 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no text to train a tokenizer on"):
         train_tokenizer([tmp_path / "empty.txt"], tmp_path / "m", vocab_size=300)
     assert not (tmp_path / "m").exists()
+
+
+def test_a_joint_vocabulary_of_several_files_has_padding_where_asked(tmp_path: Path) -> None:
+    for name, text in (("de", "ein großer Hund\n"), ("en", "a big dog\n")):
+        (tmp_path / name).write_text(text * 300, encoding="utf-8")
+    files, reading = [tmp_path / "de", tmp_path / "en"], Reading(text_split="line")
+    made = train_tokenizer(files, tmp_path / "m", reading, vocab_size=290, pad=True)
+    joint = load_tokenizer(made)
+    assert (joint.bos_id, joint.eos_id, joint.pad_id) == (1, 2, 3)
+    assert {joint.find_id(word) is None for word in ("▁Hund", "▁dog")} == {False}
+    assert joint.decode([1, *joint.encode("a big Hund"), 2, 3, 3]) == "a big Hund"
+    plain = load_tokenizer(train_tokenizer(files, tmp_path / "n", reading, vocab_size=290))
+    assert plain.pad_id is None
 
 
 def test_real_models(data_dir: Path) -> None:

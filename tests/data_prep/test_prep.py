@@ -62,6 +62,7 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
     assert read(tmp_path / f"a.jsonl{suffix}") == [b"one\nmore", "zwei é".encode()]
     file = tmp_path / f"b.txt{suffix}"
     assert read(file) == [b"one\r\n\n \ntwo\n"]
+    assert read(file, text_split="line") == [b"one", b" ", b"two"]
     assert read(file, text_split="blank_line") == [b"one\r\n", b"two\n"]
     assert read(file, text_split="separator", separator=" ") == [b"one\r\n\n", b"two\n"]
     (tmp_path / f"nameless{suffix}").write_bytes(PACK[suffix](b"x"))
