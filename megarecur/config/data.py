@@ -53,7 +53,10 @@ class DataConfig(Section):
     """A sentencepiece model, a Hugging Face tokenizer.json, or `bytes`. The path may change when a
     run resumes; the content may not."""
     seq_length: Length
-    """Tokens per sample."""
+    """Tokens per sample; with an encoder, most tokens of a sentence, its end included."""
+    truncate: bool = False
+    """Cut longer sentences of an encoder-decoder to seq_length, their end included; false: they are
+    an error before training."""
     shuffle: bool = True
     """Read samples in an order drawn from (seed, epoch); false: in the order of the corpus."""
     shuffle_shards: Count = 0

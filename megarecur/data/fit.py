@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megarecur.config.run import Config
-from megarecur.data.corpus import Manifest
+from megarecur.data.corpus import Manifest, check_tokenizer, read_manifest
+from megarecur.data.tokenizer import tokenizer_fingerprint
+from megarecur.errors import DataError
+
+TRANSLATION = "translation"
+"""Kind of a corpus of sentence pairs."""
+
+
+def check_fit(config: Config, paths: Sequence[str], tokenizer: str) -> None:
+    """Check by their manifests, together, whether a config can score corpora; whether it can train
+    on them, its loader checks.
+
+    Raises:
+        DataError: a corpus was made with another tokenizer, or does not fit; all of these are
+            reported.
+    """
+    fingerprint, manifests = tokenizer_fingerprint(tokenizer), [read_manifest(p) for p in paths]
+    named = list(zip(paths, manifests, strict=True))
+    for path, manifest in named:
+        check_tokenizer(path, manifest, tokenizer, fingerprint)
+    problems = [p for path, m in named for p in find_misfits(Path(path), m, config, trained=False)]
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def find_misfits(path: Path, manifest: Manifest, config: Config, trained: bool = True) -> list[str]:
@@ -14,13 +37,20 @@ def find_misfits(path: Path, manifest: Manifest, config: Config, trained: bool =
     Args:
         trained: the corpus is used for training, not only for scoring.
     """
+    held = manifest.task
+    if config.encoder is not None:
+        return find_pair_misfits(path, manifest, config, trained)
+    if held is not None and held["kind"] == TRANSLATION:
+        return [
+            f"{path}: holds pairs of sentences, but the config has no encoder; add an encoder "
+            "section, or use another corpus"
+        ]
     if config.task is not None:
         return find_task_misfits(path, manifest, config)
-    if manifest.task is not None:
+    if held is not None:
         return [
-            f"{path}: holds labelled samples, but the config has no task; add one, or use a "
-            "corpus of "
-            "text"
+            f"{path}: holds labelled samples, but the config has no task; add one, or use a corpus "
+            "of text"
         ]
     if trained and not config.data.shuffle_shards:
         return find_short(path, manifest.num_tokens, config.data.seq_length)
@@ -35,6 +65,37 @@ def find_short(path: Path, num_tokens: int, seq_length: int) -> list[str]:
         f"{path}: has {num_tokens} tokens, too few for one sample of data.seq_length={seq_length} "
         "and its next token; lower seq_length, or add text"
     ]
+
+
+def find_pair_misfits(path: Path, manifest: Manifest, config: Config, trained: bool) -> list[str]:
+    """Return why an encoder-decoder cannot read a corpus; see `find_misfits`."""
+    held, data, most = manifest.task, config.data, config.train.batch_tokens
+    if held is None or held["kind"] != TRANSLATION:
+        content = "text" if held is None else "labelled samples"
+        return [
+            f"{path}: holds {content}, but a config with an encoder reads pairs of sentences; "
+            "prepare a corpus with `megarecur prep pairs`, or remove the encoder section"
+        ]
+    problems, longest = [], max(held["longest_source"], held["longest_target"])
+    if longest > data.seq_length and not data.truncate:
+        problems.append(
+            f"{path}: its longest sentence has {longest} tokens, its end included, but "
+            f"data.seq_length={data.seq_length}; raise seq_length to {longest}, set data.truncate "
+            "to true, or prepare the corpus with --max-length"
+        )
+    # Truncated lengths are in the corpus itself: the loader checks them.
+    if trained and most is not None and held["longest_pair"] > most and not data.truncate:
+        problems.append(explain_long_pair(path, held["longest_pair"], most))
+    return problems
+
+
+def explain_long_pair(path: Path, longest: int, batch_tokens: int) -> str:
+    """Return the problem of a pair that no batch has room for."""
+    return (
+        f"{path}: its longest pair has {longest} tokens, source and target together, but "
+        f"train.batch_tokens={batch_tokens}; raise batch_tokens to at least {longest}, or prepare "
+        "the corpus with --max-length"
+    )
 
 
 def find_task_misfits(path: Path, manifest: Manifest, config: Config) -> list[str]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from megarecur.config.data import Source
 from megarecur.config.run import Config
 from megarecur.data.corpus import Corpus, warn_of_other_ends
+from megarecur.data.fit import find_misfits
 from megarecur.data.formats import open_corpus
 from megarecur.data.loader import Loader, MicroBatch, count_samples, validation_batches
+from megarecur.data.pairs import PairCorpus, PairLoader, cut_for_scoring, open_pairs, pair_batches
 from megarecur.data.samples import TaskCorpus, TaskLoader, open_scored, scored_batches
 from megarecur.data.tokenizer import Tokenizer, load_tokenizer
 from megarecur.errors import DataError, MegarecurError
@@ -64,7 +66,8 @@ def open_sources(
     part: int = 0,
     num_parts: int = 1,
 ) -> list[Corpus]:
-    """Open corpora of text, or of labelled samples where the config has a task.
+    """Open corpora of text, of pairs of sentences where the config has an encoder, or of labelled
+    samples where it has a task.
 
     Args:
         tokenizer: the tokenizer that they must have been made with.
@@ -73,13 +76,15 @@ def open_sources(
         part: which part of the hashes this process compares.
 
     Raises:
-        DataError: damage, another tokenizer, or a corpus that does not fit the task.
+        DataError: damage, another tokenizer, or a corpus that does not fit the encoder or the
+            task.
     """
-    name = name or config.data.tokenizer
+    name, paths = name or config.data.tokenizer, [source.path for source in sources]
+    if config.encoder is not None:
+        return list(open_pairs(config, paths, name, verify, part, num_parts))
     if config.task is not None:
-        paths = [source.path for source in sources]
         return list(open_scored(config, paths, name, verify, part, num_parts))
-    return [
+    corpora = [
         open_corpus(
             source.path,
             name,
@@ -92,6 +97,14 @@ def open_sources(
         )
         for source in sources
     ]
+    if problems := [
+        problem
+        for corpus in corpora
+        if corpus.manifest.task is not None
+        for problem in find_misfits(corpus.path, corpus.manifest, config, trained=False)
+    ]:
+        raise DataError("\n".join(problems))
+    return corpora
 
 
 def build_loader(config: Config, corpora: Sequence[Corpus], mesh: Mesh) -> Loader:
@@ -99,6 +112,18 @@ def build_loader(config: Config, corpora: Sequence[Corpus], mesh: Mesh) -> Loade
     pairs = zip(corpora, config.data.train, strict=True)
     sources = [(corpus, source.weight) for corpus, source in pairs]
     train = config.train
+    if config.encoder is not None:
+        return PairLoader(
+            [(corpus, weight) for corpus, weight in sources if isinstance(corpus, PairCorpus)],
+            train,
+            multiple=length_multiple(config),
+            seq_length=config.data.seq_length,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            device=mesh.device,
+        )
     if config.task is not None:
         return TaskLoader(
             [(corpus, weight) for corpus, weight in sources if isinstance(corpus, TaskCorpus)],
@@ -135,7 +160,8 @@ def read_in_order(
     max_samples: int,
     failures: list[MegarecurError],
 ) -> tuple[Iterator[MicroBatch], int]:
-    """Return micro batches of (the start of) a corpus in order, and how many samples it has.
+    """Return micro batches of (the start of) a corpus in order, and how many samples it has; with
+    `train.batch_tokens`, these are batches of pairs.
 
     Args:
         corpus: opened by `open_sources`.
@@ -144,6 +170,18 @@ def read_in_order(
         failures: why the corpus cannot be read is appended here; all further batches are empty.
     """
     seq_length, size = config.data.seq_length, config.train.micro_batch_size
+    if isinstance(corpus, PairCorpus):
+        cut = cut_for_scoring(corpus, config.train, seq_length, max_samples)
+        of_pairs = pair_batches(
+            corpus,
+            cut,
+            seq_length=seq_length,
+            multiple=length_multiple(config),
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp,
+            failures=failures,
+        )
+        return of_pairs, len(cut) * size
     if config.task is not None and isinstance(corpus, TaskCorpus):
         batches: Iterator[MicroBatch] = scored_batches(
             corpus,

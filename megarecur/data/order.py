@@ -6,8 +6,8 @@ block of positions without reading earlier ones:
     mixture the source of a position, and the number of samples that source gave before it permute
     the window, of a source's n windows, of its k-th sample in an epoch
 
-A `SampleOrder` (`WholeOrder`, `ShardOrder`) of one corpus maps each sample to its window, the
-window's start and the shards it needs.
+A `SampleOrder` (`WholeOrder`, `ShardOrder`, `BatchOrder`) of one corpus maps each sample to its
+window, the window's start and the shards it needs.
 """
 
 from __future__ import annotations
@@ -158,6 +158,82 @@ class WholeOrder(SampleOrder):
         if self.shuffle:
             return num_shards
         return 1 + ceil(samples * num_shards / self.num_windows)
+
+
+class BatchOrder(WholeOrder):
+    """Batches of sentence pairs of like length, by their number of tokens; windows are batches.
+
+    Pairs are sorted by length and cut into batches, once for the run, so that an epoch has a fixed
+    number of batches and any position is found without counting earlier epochs. Each epoch shuffles
+    the batches, and the pairs of equal source and target length among each other. Without
+    shuffling, consecutive pairs of the corpus are cut, whatever their lengths.
+
+    Args:
+        lengths_P2: tokens of the source and the target of each pair.
+        batch_tokens: most tokens of a batch, padding included; see `cut_batches`.
+        shuffle, seed, source: see `WholeOrder`.
+    """
+
+    def __init__(
+        self, lengths_P2: NDArray[Any], batch_tokens: int, shuffle: bool, seed: int, source: int
+    ) -> None:
+        self.num_pairs = len(lengths_P2)
+        self.order = sort_by_length(lengths_P2) if shuffle else np.arange(self.num_pairs)
+        """Pair at each place of the sorted corpus, int64 [num_pairs]."""
+        sorted_P2 = lengths_P2[self.order]
+        self.firsts = cut_batches(sorted_P2, batch_tokens)
+        """Place of the first pair of each batch, int64 [num_windows + 1]."""
+        changes = (sorted_P2[1:] != sorted_P2[:-1]).any(axis=1)
+        self.cells = np.concatenate([[0], np.flatnonzero(changes) + 1, [self.num_pairs]])
+        """Place of the first pair of each run of equal lengths, and the number of pairs."""
+        n = len(self.firsts) - 1
+        super().__init__((0, n), n + 1, 1, shuffle, seed, source)
+
+    def pairs(self, epoch: int, batch: int) -> NDArray[np.int64]:
+        """Return the pairs of a batch in an epoch, int64."""
+        first, last = self.firsts[batch : batch + 2].tolist()
+        places = np.arange(first, last)
+        if not self.shuffle:
+            return places
+        low, high = self.cells.searchsorted((first, last - 1), "right")
+        key = epoch_keys(self.seed, self.source, np.array([epoch]))
+        for cell in range(low - 1, high):
+            begin, end = self.cells[cell : cell + 2].tolist()
+            if end - begin > 1:
+                own = slice(max(begin - first, 0), end - first)
+                keys = mix64(_join(key, np.array([cell], np.uint64)))
+                places[own] = begin + permute(places[own] - begin, end - begin, keys)
+        return self.order[places]
+
+
+def sort_by_length(lengths_P2: NDArray[Any]) -> NDArray[np.int64]:
+    """Return pairs by source length, and among equal ones by target length, ascending and
+    descending in turns: neighbours then have like lengths on both sides.
+    """
+    sources_P, targets_P = lengths_P2[:, 0], lengths_P2[:, 1]
+    turned_P = np.where(sources_P % 2, targets_P, -targets_P)
+    order: NDArray[np.int64] = np.lexsort((turned_P, sources_P))
+    return order
+
+
+def cut_batches(lengths_P2: NDArray[Any], batch_tokens: int) -> NDArray[np.int64]:
+    """Cut pairs into batches of consecutive ones, each as large as batch_tokens allows.
+
+    A batch of n pairs has n x (longest source + longest target) tokens. A pair that exceeds
+    batch_tokens is a batch of its own.
+
+    Returns:
+        int64, the first pair of each batch, and the number of pairs.
+    """
+    firsts, n = [0], len(lengths_P2)
+    while firsts[-1] < n:
+        first = firsts[-1]
+        # The first pair alone bounds the number of pairs.
+        most = max(batch_tokens // int(lengths_P2[first].sum()), 1)
+        longest = np.maximum.accumulate(lengths_P2[first : first + most])
+        sizes = longest.sum(axis=1) * np.arange(1, len(longest) + 1)
+        firsts.append(first + max(int(sizes.searchsorted(batch_tokens, "right")), 1))
+    return np.array(firsts)
 
 
 class ShardOrder(SampleOrder):

@@ -26,11 +26,10 @@ from megarecur.attention.documents import count_boundaries
 from megarecur.batch import END, START
 from megarecur.config.objective import TaskConfig
 from megarecur.config.run import Config
-from megarecur.data.corpus import MEND, Corpus, check_tokenizer, read_manifest
-from megarecur.data.fit import find_task_misfits
+from megarecur.data.corpus import MEND, Corpus
+from megarecur.data.fit import check_fit
 from megarecur.data.loader import Loader, MicroBatch
 from megarecur.data.order import SampleOrder, WholeOrder
-from megarecur.data.tokenizer import tokenizer_fingerprint
 from megarecur.errors import DataError, MegarecurError
 from megarecur.parallel.loss import IGNORED
 
@@ -99,14 +98,8 @@ def open_scored(
         DataError: a corpus that is damaged, made with another tokenizer, or does not fit the task;
             all those that do not fit are reported.
     """
-    fingerprint, corpora = tokenizer_fingerprint(tokenizer), []
-    for path in paths:
-        check_tokenizer(path, read_manifest(path), tokenizer, fingerprint)
-        corpora.append(TaskCorpus(path, verify, part, num_parts))
-    problems = [p for c in corpora for p in find_task_misfits(c.path, c.manifest, config)]
-    if problems:
-        raise DataError("\n".join(problems))
-    return corpora
+    check_fit(config, paths, tokenizer)
+    return [TaskCorpus(path, verify, part, num_parts) for path in paths]
 
 
 class TaskLoader(Loader):

@@ -11,6 +11,7 @@ RING = "recurrence={kind: ring, depth: 4, level_rank: 8}"
 HALTING = "recurrence={kind: universal, depth: 4, halting: {mode: token}}"
 TEMPORAL = "temporal={chunk_length: 32, num_slots: 4}"
 TASK = "task={kind: sequence, num_classes: 2}"
+ENCODER = "encoder={kind: dense, num_layers: 2}"
 CYCLE = "recurrence={kind: cycle, num_blocks: 4, depth: 8}"
 ROLL_BACK = "alarms.action=roll_back"
 CORE = (
@@ -234,6 +235,27 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
     ("objective.label_smoothing", "exits"): (
         (CYCLE, "exits={}", "objective.label_smoothing=0.1"),
         ("exits=null",),
+    ),
+    ("train.batch_tokens", "encoder"): (
+        ("train.batch_tokens=4096", "train.micro_batch_size=1"),
+        ("train.batch_tokens=null",),
+    ),
+    ("train.batch_tokens", "train.micro_batch_size"): (
+        (ENCODER, "train.batch_tokens=4096"),
+        ("train.micro_batch_size=1",),
+    ),
+    ("data.truncate", "encoder"): (("data.truncate=true",), ("data.truncate=false",)),
+    ("encoder", "data.shuffle_shards"): (
+        (ENCODER, "data.shuffle_shards=4"),
+        ("data.shuffle_shards=0",),
+    ),
+    ("encoder", "data.mask_documents"): (
+        (ENCODER, "data.mask_documents=false"),
+        ("data.mask_documents=true",),
+    ),
+    ("encoder", "data.train.remote", "data.val.remote"): (
+        (ENCODER, "data.val=[{path: data/cache, remote: data/quickstart/val}]"),
+        ("data.val=[{path: data/quickstart/val}]",),
     ),
     ("exits", "recurrence.kind"): (
         ("exits={}",),
