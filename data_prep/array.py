@@ -77,7 +77,7 @@ def plan_remaining_work(request: Request, out: Path, tasks: int) -> Work:
         plan = make_plan(request, load_tokenizer(request.tokenizer, request.eos), hashed=compare)
         if compare and is_prepared(out, plan):
             return {}
-        return _remaining(plan, partial, tasks, begun=compare and is_begun(partial, plan))
+        return _remaining(plan, partial, tasks, begun=compare and is_begun(partial, plan.stamp))
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def begin(request: Request, out: Path, tasks: int) -> Iterator[Work]:
             yield {}
             return
         with hold(partial) as lock:
-            resume_or_restart(partial, plan)
+            resume_or_restart(partial, plan.stamp)
             copy = copy_tokenizer(request.tokenizer, model, partial)
             write_record(partial / RECORD, request, plan, copy)
             work = _remaining(plan, partial, tasks, begun=True)

@@ -145,6 +145,19 @@ def read_shard(shard: HubShard, fields: Sequence[str]) -> Iterator[tuple[str, di
         ) from None
 
 
+def read_column_names(shard: HubShard) -> list[str]:
+    """Return the columns of a shard.
+
+    Raises:
+        DataError: the dataset cannot be read.
+    """
+    try:
+        rows = _load(shard.path, shard.config, shard.split, shard.revision)
+        return list(rows.column_names or next(iter(rows), {}))
+    except Exception as error:  # errors of the library, the network, or the format
+        raise DataError(f"{shard}: datasets cannot read it ({_reason(error)})") from None
+
+
 def _parse(entry: str) -> tuple[str, str | None, str | None]:
     """Return path or name, config and split; a folder's name may contain an @ or a colon."""
     rest = entry.removeprefix(PREFIX).removeprefix("//")

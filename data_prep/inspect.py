@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from megarecur.data.corpus import Corpus, Manifest, check_tokenizer
+from megarecur.data.fit import TRANSLATION
 from megarecur.data.tokenizer import BYTES, load_tokenizer
+from megarecur.data_prep.pairs import describe_dropped
 from megarecur.errors import DataError
 
 BAR_WIDTH = 40
@@ -32,6 +34,8 @@ class Inspection:
     longest: int
     samples: list[tuple[int, str]]
     """Pairs (number of the document, the beginning of its text)."""
+    pairs: list[tuple[int, str, str]]
+    """Sentence pairs (number, source, target), which take the place of documents."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -72,15 +76,15 @@ def inspect_corpus(
     ends = np.append(corpus.documents[1:], corpus.num_tokens)
     lengths = ends - corpus.documents
     counts = np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1)
-    chosen = np.random.default_rng(seed).choice(
-        lengths.size, min(num_samples, lengths.size), replace=False
-    )
-    samples = []
-    for number in sorted(chosen.tolist()):
-        size = min(int(lengths[number]) - 1, sample_tokens)
-        samples.append(
-            (number, model.decode(corpus.read(int(corpus.documents[number]), size).tolist()))
-        )
+    is_paired = manifest.task is not None and manifest.task["kind"] == TRANSLATION
+    size = lengths.size // 2 if is_paired else lengths.size
+    drawn = np.random.default_rng(seed).choice(size, min(num_samples, size), replace=False)
+    chosen = sorted(drawn.tolist())
+
+    def decode(number: int) -> str:
+        count = min(int(lengths[number]) - 1, sample_tokens)
+        return model.decode(corpus.read(int(corpus.documents[number]), count).tolist())
+
     return Inspection(
         path=corpus.path,
         manifest=manifest,
@@ -88,12 +92,23 @@ def inspect_corpus(
         histogram=[(1 << i, int(count)) for i, count in enumerate(counts)],
         mean_length=float(lengths.mean()),
         longest=int(lengths.max()),
-        samples=samples,
+        samples=[] if is_paired else [(n, decode(n)) for n in chosen],
+        pairs=[(n, decode(2 * n), decode(2 * n + 1)) for n in chosen] if is_paired else [],
     )
 
 
 def describe_task(task: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the manifest's description of labelled samples."""
+    """Return the manifest's description of labelled samples, or of sentence pairs."""
+    if task["kind"] == TRANSLATION:
+        return [
+            ("pairs", f"{task['num_pairs']:,}"),
+            *(
+                (side, f"{task[f'{side}_tokens']:,} tokens (longest {task[f'longest_{side}']:,})")
+                for side in ("source", "target")
+            ),
+            ("longest pair", f"{task['longest_pair']:,} tokens"),
+            ("dropped", describe_dropped(task["dropped"]) or "none"),
+        ]
     counts = zip(task["classes"], task["of_classes"], strict=True)
     return [
         ("task", f"{task['name']}, {task['num_samples']:,} samples of kind {task['kind']}"),
@@ -125,8 +140,13 @@ def render_inspection(inspection: Inspection) -> RenderableType:
     for n, count in inspection.histogram:
         bar = "█" * -(-count * BAR_WIDTH // most)
         lengths.add_row(f"{n:,} to {2 * n - 1:,}", f"{count:,}", bar)
-    panels = [
+    panels: list[RenderableType] = [
         Panel(Text(text), title=f"document {number:,}", title_align="left")
         for number, text in inspection.samples
     ]
+    if inspection.pairs:
+        sides = Table("pair", "source", "target", show_lines=True)
+        for number, source, target in inspection.pairs:
+            sides.add_row(f"{number:,}", Text(source), Text(target))
+        panels.append(sides)
     return Group(Text(str(inspection.path), style="bold"), facts, lengths, *panels)

@@ -22,10 +22,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from functools import partial as partial_call
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -167,7 +168,7 @@ def prepare_shards(
         else:
             number = workers or len(os.sched_getaffinity(0))
             with hold(partial), Workers(number, progress) as pool:
-                resume_or_restart(partial, plan)
+                resume_or_restart(partial, plan.stamp)
                 _prepare(plan, out, partial, copy_tokenizer(tokenizer, model, partial), pool)
     return {split: read_manifest(out / split) for split in plan.splits}
 
@@ -400,7 +401,8 @@ def _assemble(
     folder = partial / split
     shutil.rmtree(folder, ignore_errors=True)
     writer = open_writer(folder, shared["dtype"])
-    lengths, num_bytes = _write_chunks(writer, split, files, shared, progress)
+    load = partial_call(_load_tokens, split=split)
+    lengths, num_bytes = write_chunks(writer, split, files, load, shared, progress)
     if not lengths.size:
         shutil.rmtree(folder, ignore_errors=True)
         remedy = (
@@ -459,21 +461,26 @@ def finish_split(
     sync(folder)
 
 
-def _write_chunks(
+def write_chunks(
     writer: Any,
     split: str,
     files: Sequence[Path],
-    shared: dict[str, Any],
+    load: Callable[[Path], tuple[NDArray[Any], int, NDArray[Any]]],
+    shared: Mapping[str, Any],
     progress: ProgressReport | None,
 ) -> tuple[NDArray[Any], int]:
     """Write the tokens of a split; return the tokens of each document, and the total bytes of
-    text."""
+    text.
+
+    Args:
+        load: returns the tokens of each document, the bytes of text and the tokens of a file.
+    """
     rest = np.empty(0, shared["dtype"])
     lengths: list[NDArray[Any]] = [np.empty(0, np.int64)]
     num_bytes = 0
     with report_phase(progress, split, sum(f.stat().st_size for f in files)) as advance:
         for path in files:
-            document_lengths, part_bytes, tokens = _load_tokens(path, split)
+            document_lengths, part_bytes, tokens = load(path)
             lengths.append(document_lengths)
             num_bytes += part_bytes
             rest = np.concatenate([rest, tokens]) if rest.size else tokens
@@ -695,9 +702,10 @@ def refuse_damage(path: Path, manifest: Manifest) -> None:
         raise DataError(f"{error}; to prepare it again, delete {path} first") from None
 
 
-def resume_or_restart(partial: Path, plan: PrepPlan) -> None:
-    """Keep the finished parts of an interrupted run of the same plan; otherwise restart."""
-    if is_begun(partial, plan):
+def resume_or_restart(partial: Path, stamp: str) -> None:
+    """Keep the finished parts of an interrupted run of the same plan, which its stamp identifies;
+    otherwise restart."""
+    if is_begun(partial, stamp):
         return
     for entry in partial.iterdir():
         if entry.is_dir():
@@ -705,13 +713,13 @@ def resume_or_restart(partial: Path, plan: PrepPlan) -> None:
         elif entry.name != "lock":
             entry.unlink()
     with open_replacement(partial / "plan.json", shared=True) as handle:
-        handle.write(plan.stamp.encode())
+        handle.write(stamp.encode())
 
 
-def is_begun(partial: Path, plan: PrepPlan) -> bool:
-    """Return True if there is unfinished work of this plan."""
+def is_begun(partial: Path, stamp: str) -> bool:
+    """Return True if there is unfinished work of the plan with this stamp."""
     file = partial / "plan.json"
-    return file.exists() and file.read_text() == plan.stamp
+    return file.exists() and file.read_text() == stamp
 
 
 def copy_tokenizer(path: str | Path, tokenizer: Tokenizer, partial: Path) -> str:

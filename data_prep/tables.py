@@ -267,10 +267,7 @@ def read_arrow(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[st
             "write the file again"
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{path}: is not a valid {path.suffix[1:]} file, or damaged ({reason}); create it again"
-        ) from None
+        raise _explain_arrow(path, error) from None
 
 
 def _cells(column: Any, place: str) -> list[Any]:
@@ -319,6 +316,45 @@ def _as_bytes(column: Any) -> Any:
     return compute.run_end_decode(column) if types.is_run_end_encoded(kind) else column
 
 
+def column_names(path: Path) -> list[str]:
+    """Return the columns of a parquet or Arrow file, or of an MDS shard.
+
+    Raises:
+        DataError: the file is damaged, or the shard has no index.
+    """
+    if is_mds(path):
+        return list(_mds_entry(path)["column_names"])
+    import pyarrow
+
+    try:
+        if path.suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            return list(parquet.read_schema(path).names)
+        with pyarrow.memory_map(str(path)) as source, _open_arrow(source) as reader:
+            return list(reader.schema.names)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _explain_arrow(path, error) from None
+
+
+def _open_arrow(source: Any) -> Any:
+    """Return a reader of an Arrow file, a stream or one with random access."""
+    import pyarrow
+
+    try:
+        return pyarrow.ipc.open_stream(source)
+    except pyarrow.ArrowInvalid:
+        return pyarrow.ipc.open_file(source)
+
+
+def _explain_arrow(path: Path, error: Exception) -> DataError:
+    """Return an error with the library's reason."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(
+        f"{path}: is not a valid {path.suffix[1:]} file, or damaged ({reason}); create it again"
+    )
+
+
 def _batches(path: Path, fields: Sequence[str]) -> Iterator[Any]:
     """Yield record batches with the columns of the fields."""
     import pyarrow
@@ -331,12 +367,11 @@ def _batches(path: Path, fields: Sequence[str]) -> Iterator[Any]:
             yield from file.iter_batches(ROWS_AT_ONCE, columns=columns)
         return
     with pyarrow.memory_map(str(path)) as source:
-        try:
-            reader = pyarrow.ipc.open_stream(source)
-            batches = iter(reader)
-        except pyarrow.ArrowInvalid:
-            reader = pyarrow.ipc.open_file(source)
+        reader = _open_arrow(source)
+        if isinstance(reader, pyarrow.RecordBatchFileReader):
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            batches = iter(reader)
         columns = columns_of(path, fields, reader.schema.names)
         for batch in batches:
             yield batch.select(columns)
@@ -363,7 +398,21 @@ def read_mds(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str,
         DataError: the index is missing or does not list the shard, or the shard is damaged or lacks
         a column.
     """
-    from megarecur.data.foreign import MEND, decode_shard
+    from megarecur.data.foreign import decode_shard
+
+    entry = _mds_entry(path)
+    columns_of(path, fields, entry["column_names"])
+    for number, row in enumerate(decode_shard(path, entry), 1):
+        yield f"{path}: sample {number}", row
+
+
+def _mds_entry(path: Path) -> dict[str, Any]:
+    """Return the entry of an MDS shard in the index.json beside or above it.
+
+    Raises:
+        DataError: the index is missing or does not list the shard.
+    """
+    from megarecur.data.foreign import MEND
 
     folder = next((p for p in path.parents if (p / "index.json").is_file()), None)
     if folder is None:
@@ -374,9 +423,7 @@ def read_mds(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str,
     entry = _mds_entries(folder, (folder / "index.json").stat().st_mtime_ns).get(name)
     if entry is None:
         raise DataError(f"{path}: is not listed in {folder / 'index.json'}; {MEND}")
-    columns_of(path, fields, entry["column_names"])
-    for number, row in enumerate(decode_shard(path, entry), 1):
-        yield f"{path}: sample {number}", row
+    return entry
 
 
 @lru_cache(4)

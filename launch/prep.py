@@ -31,6 +31,7 @@ Errors = Literal["fail", "skip", "replace"]
 Quoting = Literal["auto", "quoted", "none"]
 ERRORS = "Bytes that are not UTF-8, holes of zero bytes, null: fail, skip the document, or replace."
 EXCLUDE = "Pattern of files and folders to exclude."
+VAL_TEXT, TEST_TEXT = "The same for DIR/val.", "The same for DIR/test."
 QUOTING = "Quoting of csv and tsv cells (auto: csv only)."
 READING = {
     "text_key": (
@@ -222,6 +223,118 @@ def shards(
         progress=ProgressReport(),
     )
     report(made, out)
+
+
+@app.command()
+def pairs(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[INPUT]...",
+            help="Tables of both sides, instead of --source and --target: jsonl, csv, tsv, "
+            "parquet, arrow, mds, hf:NAME.",
+        ),
+    ] = None,
+    *,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="Text of the source side, a sentence per line; repeat for more."
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Text of the target side, in the same order."),
+    ] = None,
+    val_source: Annotated[list[str] | None, typer.Option(metavar="FILE", help=VAL_TEXT)] = None,
+    val_target: Annotated[list[str] | None, typer.Option(metavar="FILE", help=VAL_TEXT)] = None,
+    val: Annotated[
+        list[str] | None, typer.Option(metavar="INPUT", help="Tables for DIR/val.")
+    ] = None,
+    test_source: Annotated[list[str] | None, typer.Option(metavar="FILE", help=TEST_TEXT)] = None,
+    test_target: Annotated[list[str] | None, typer.Option(metavar="FILE", help=TEST_TEXT)] = None,
+    test: Annotated[
+        list[str] | None, typer.Option(metavar="INPUT", help="Tables for DIR/test.")
+    ] = None,
+    source_key: Annotated[
+        str, typer.Option(help="Field of a row with the source, also inside a translation column.")
+    ] = "source",
+    target_key: Annotated[str, typer.Option(help="Field of a row with the target.")] = "target",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of the next column of csv and tsv without a header."),
+    ] = None,
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="Tokenizer of both sides, with a padding token (`prep tokenizer --pad`)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to make: DIR/train, DIR/val, DIR/test.")],
+    max_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Drop pairs of train with more tokens of one side per token of the "
+            "other (default: off)."
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Drop pairs of train with more tokens on a side (default: off)."),
+    ] = None,
+    deduplicate: Annotated[bool, typer.Option(help="Keep equal pairs of train once.")] = False,
+    drop_identical: Annotated[
+        bool, typer.Option(help="Drop pairs of train whose sides are equal.")
+    ] = False,
+    eos: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="Token that ends sentences, by name or id (default: the tokenizer's).",
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes (default: 0, one per core).")] = 0,
+    quoting: Annotated[Quoting, typer.Option(help=QUOTING)] = "auto",
+    errors: Annotated[Errors, typer.Option(help=ERRORS)] = "fail",
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help=EXCLUDE)] = None,
+) -> None:
+    """Make corpora of sentence pairs for translation; the same command resumes.
+
+    Pairs with an empty side are always dropped. The other filters are off by default and for train
+    alone. What is dropped is counted by reason, printed, and kept in manifest.json.
+    """
+    from megarecur.data_prep.bitext import Bitext, Keys
+    from megarecur.data_prep.pairs import (
+        PairFilters,
+        PairRequest,
+        describe_dropped,
+        prepare_pairs,
+    )
+    from megarecur.data_prep.progress import ProgressReport
+    from megarecur.data_prep.readers import Reading
+
+    def bitext(*given: list[str] | None) -> Bitext:
+        return Bitext(*(tuple(entries or ()) for entries in given))
+
+    request = PairRequest(
+        train=bitext(source, target, inputs),
+        val=bitext(val_source, val_target, val),
+        test=bitext(test_source, test_target, test),
+        tokenizer=tokenizer,
+        keys=Keys(source_key, target_key, tuple(column or ())),
+        filters=PairFilters(max_ratio, max_length, deduplicate, drop_identical),
+        reading=Reading(errors=errors, exclude=tuple(exclude or ()), quoting=quoting),
+        eos=eos,
+    )
+    made = prepare_pairs(request, out, workers=workers, progress=ProgressReport())
+    for split, manifest in made.items():
+        held = manifest.task or {}
+        dropped = describe_dropped(held["dropped"])
+        print(
+            f"{out / split}: {held['num_pairs']:,} pairs, {held['source_tokens']:,} source and "
+            f"{held['target_tokens']:,} target tokens, up to {held['longest_source']} and "
+            f"{held['longest_target']} in a sentence; dropped: {dropped or 'none'}"
+        )
 
 
 @app.command()
