@@ -96,6 +96,12 @@ def certified(config: Config, small: bool, dp: int) -> Config:
         values["data"]["seq_length"] = length - config.num_positions + config.data.seq_length
         if config.task is not None:
             values["task"]["truncate"] = True
+        if config.encoder is not None:
+            values["data"]["truncate"] = True
+            for key in values["encoder"].keys() & {"level_rank", "feed_forward_rank"}:
+                values["encoder"][key] = min(values["encoder"][key], 8)
+        if config.train.batch_tokens is not None:
+            values["train"]["batch_tokens"] = 8 * length
         if config.model.positions == "learned":
             values["model"]["max_positions"] = length
         if config.temporal is not None:
