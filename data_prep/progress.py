@@ -67,7 +67,9 @@ class ProgressReport:
         text = f"{self.done / 1e6:.1f}/{self.total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
         if self.unit:
             text = f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.0f}/s"
-        if self.tokens:
+        if self.tokens and self.unit:
+            text += f", {self.tokens / seconds:,.0f} tokens/s"
+        elif self.tokens:
             text += f", {self.tokens / seconds / 1e6:.2f} M tokens/s"
         if self.done >= self.total:
             return f"{text}, {seconds:.1f} s"

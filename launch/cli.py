@@ -575,6 +575,113 @@ def generate(
 
 
 @app.command()
+def translate(
+    run: RunPath,
+    source: Annotated[
+        Path, typer.Option(metavar="FILE", help="Sentences, one a line; - is standard input.")
+    ],
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Translations by people, for BLEU and chrF."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Output, with its scores in FILE.json (default: standard output).",
+        ),
+    ] = None,
+    beam: Annotated[int, typer.Option(help="Live hypotheses of a sentence; 1 is greedy.")] = 4,
+    length_penalty: Annotated[float, typer.Option(help="Exponent of the length penalty.")] = 0.6,
+    penalty: Annotated[
+        Literal["wu", "fairseq"],
+        typer.Option(help="wu: ((5 + n) / 6)^a. fairseq: n^a, as Hugging Face has it."),
+    ] = "wu",
+    nbest: Annotated[
+        int,
+        typer.Option(help="Translations of each sentence, as lines of number, score and text."),
+    ] = 1,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw translations instead of searching.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of all samples.")] = 1,
+    prefix: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Beginnings of the translations, one a line."),
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Loops of the decoder instead of the trained number.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Most sentences of a batch.")] = 64,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most source tokens of a batch times the beam (default: no limit)."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of a translation (default: those of its source and 50)."),
+    ] = None,
+    truncate: Annotated[
+        bool,
+        typer.Option("--truncate", help="Cut sources to the positions or data.seq_length."),
+    ] = False,
+    draw: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw a line's cross-attention: .png or .svg."),
+    ] = None,
+    draw_line: Annotated[int, typer.Option(help="Number of the line to draw.")] = 1,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep keys and values, or recompute them.")
+    ] = True,
+    step: Annotated[
+        int | None, typer.Option(help="Checkpoint to use (default: the newest).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Translate a file by an encoder-decoder; with --reference, score it."""
+    check_picture(draw)
+    drawn = {"--temperature": temperature != 1.0, "--top-k": top_k is not None,
+             "--top-p": top_p != 1.0, "--seed": seed != 1}  # fmt: skip
+    if not sample and (lonely := [name for name, given in drawn.items() if given]):
+        raise ConfigError(f"{', '.join(lonely)}: only for samples; add --sample, or omit them")
+    from megarecur.data_prep.progress import ProgressReport
+    from megarecur.inference.beam import LengthPenalty
+    from megarecur.inference.translate import Sampling, TranslateOptions
+    from megarecur.launch import translate as translation
+
+    options = TranslateOptions(
+        beam=beam,
+        penalty=LengthPenalty(penalty, length_penalty),
+        nbest=nbest,
+        sampling=Sampling(temperature, top_k, top_p, seed) if sample else None,
+        batch=batch,
+        batch_tokens=batch_tokens,
+        max_tokens=max_tokens,
+        num_loops=depth,
+        truncate=truncate,
+        use_cache=cache,
+    )
+    progress = ProgressReport()
+    done = translation.translate_files(
+        run, translation.Files(source, reference, prefix, out), options, step, device,
+        lambda total: progress.phase("translating", total, unit="sentences"), progress.advance,
+        draw_line if draw is not None else None,
+    )  # fmt: skip
+    for line in done.lines if out is None else ():
+        print(line)
+    for line in done.summary:
+        print(line, file=sys.stdout if out is not None else sys.stderr)
+    if draw is not None:
+        translation.draw_line(done, options, draw_line, draw)
+        print(f"cross-attention drawn to {draw}", file=sys.stderr)
+
+
+@app.command()
 def convert(
     hf_dir: Annotated[
         Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face model.")

@@ -47,6 +47,7 @@ OWNERS = {
     "submitit": ("megarecur.launch",),
     "deepspeed": ("megarecur.optim.zero",),
     "tensorboard": ("megarecur.train.metrics",),
+    "sacrebleu": ("megarecur.inference.bleu",),
     "torch.utils.tensorboard": ("megarecur.train.metrics",),
     "matplotlib": ("megarecur.plot",),
     "fsspec": ("megarecur.checkpoint.mirror",),

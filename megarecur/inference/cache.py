@@ -50,11 +50,23 @@ class Cache:
         """Keep the keys and values of source sentences of a step of the map."""
         self.of_source[step] = made
 
-    def select(self, rows_b: Tensor) -> None:
-        """Keep the samples `rows_b`, in this order; a sample may occur several times."""
-        for entries in (self.entries, self.of_source):
-            for step, both in entries.items():
-                entries[step] = both[0].index_select(0, rows_b), both[1].index_select(0, rows_b)
+    def select(self, rows_b: Tensor, of_source: bool = True) -> None:
+        """Keep the samples `rows_b`, in this order; a sample may occur several times.
+
+        Args:
+            of_source: False leaves the keys and values of source sentences as they are, since every
+                row has the sentence that it had.
+        """
+
+        def reorder(buffer: Tensor) -> Tensor:
+            chosen = buffer.new_empty(len(rows_b), *buffer.shape[1:])
+            chosen[:, : self.length] = buffer[:, : self.length].index_select(0, rows_b)
+            return chosen
+
+        for step, (k, v) in self.entries.items():
+            self.entries[step] = reorder(k), reorder(v)
+        for step, (k, v) in self.of_source.items() if of_source else ():
+            self.of_source[step] = k.index_select(0, rows_b), v.index_select(0, rows_b)
 
     def append(
         self, step: tuple[int, int], k_BSNH: Tensor, v_BSNH: Tensor
