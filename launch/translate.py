@@ -15,7 +15,7 @@ from typing import Any
 from megarecur.checkpoint.load import Run, load_model, open_tokenizer
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.data_prep.compressed import open_whole
-from megarecur.errors import ConfigError, DataError
+from megarecur.errors import CheckpointError, ConfigError, DataError
 from megarecur.files import replace_file
 from megarecur.inference.bleu import score_texts
 from megarecur.inference.decoder import read_cross_attention
@@ -109,6 +109,11 @@ def translate_files(
     with progress(len(sentences)):
         found = translate(model, tokenizer, sentences, options, advance)
     seconds = time.perf_counter() - began
+    if unfinished := [number for number, each in enumerate(found, 1) if not each.hypotheses]:
+        raise CheckpointError(
+            f"{run.checkpoint}: its probabilities are not finite for line {unfinished[0]}; use "
+            "another checkpoint"
+        )
     tokens = sum(len(h.tokens) + h.ended for each in found for h in each.hypotheses)
     record = describe(run, files, options) | {
         "sentences": len(found),

@@ -90,6 +90,29 @@ PAIR_RULES = (
         remedy="leave sample_prompts out",
     ),
     Rule(
+        keys=("train.eval_bleu", "encoder"),
+        when=lambda c: c.train.eval_bleu > 0 and c.encoder is None,
+        reason="train.eval_bleu={train.eval_bleu}: a model without an encoder translates no "
+        "sentences",
+        remedy="leave eval_bleu out, or add an encoder",
+    ),
+    Rule(
+        keys=("train.eval_bleu", "parallel.pipeline"),
+        when=lambda c: c.train.eval_bleu > 0 and c.parallel.pipeline > 1,
+        reason="train.eval_bleu={train.eval_bleu} with parallel.pipeline={parallel.pipeline}: "
+        "a token would pass all stages before the next one begins",
+        remedy="set eval_bleu to 0 and translate checkpoints with `megarecur translate`, or set "
+        "pipeline to 1",
+    ),
+    Rule(
+        keys=("train.eval_bleu", "parallel.zero_stage"),
+        when=lambda c: c.train.eval_bleu > 0 and c.parallel.zero_stage == 3,
+        reason="train.eval_bleu={train.eval_bleu} with parallel.zero_stage=3: ranks gather "
+        "parameters together, but translate sentences of other lengths",
+        remedy="set eval_bleu to 0 and translate checkpoints with `megarecur translate`, or set "
+        "zero_stage to 2",
+    ),
+    Rule(
         keys=("model.tie", "encoder"),
         when=lambda c: c.model.tie is not None and c.encoder is None,
         reason="model.tie={model.tie} is about the three tables of an encoder-decoder",

@@ -95,6 +95,9 @@ class TrainConfig(Section):
     """Samples of each validation corpus read by the evaluation after the last step, regardless of
     eval_samples; Megatron's --eval-iters N are N x global_batch_size samples. all: the whole
     corpus, which may take as long as many steps of training."""
+    eval_bleu: Count = free(0)
+    """Pairs of each validation corpus that are translated greedily at every evaluation, for
+    val/bleu; the first ones. 0: none."""
     eval_depths: tuple[Blocks, ...] = free(())
     """Additional numbers of loops to evaluate at, for schemes that repeat a group of blocks.
     Default: the config's own alone."""

@@ -19,7 +19,7 @@ import torch
 
 from megarecur.config.run import Config
 from megarecur.data.tokenizer import Tokenizer
-from megarecur.errors import ConfigError, MegarecurError
+from megarecur.errors import ConfigError
 from megarecur.inference.beam import Hypothesis, LengthPenalty, StepDecoder, beam_search, sample
 from megarecur.inference.decoder import TranslationDecoder, collate_sources
 from megarecur.inference.generate import refuse_cache
@@ -34,7 +34,7 @@ MORE_TOKENS = 50
 
 @dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn, instead of a search; see `generate.choose`."""
+    """Options of drawing samples instead of searching; see `generate.choose`."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -84,7 +84,8 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Translation:
-    """The translations of a sentence, best first; samples in the order of their numbers."""
+    """The translations of a sentence, best first; samples in the order of their numbers. There are
+    none if the model's probabilities are not finite."""
 
     hypotheses: list[Hypothesis]
     texts: list[str]
@@ -287,9 +288,6 @@ def translate(
         model: the whole model; with tensor parallelism this rank's part, and all ranks call this.
         note: called after each batch with its sentences, and the tokens of their translations.
         first_number: number of the first sentence, for the random choices of samples.
-
-    Raises:
-        MegarecurError: the model's probabilities are not finite.
     """
     config, device = model.config, next(model.parameters()).device
     if options.truncate:
@@ -311,11 +309,6 @@ def translate(
             make_decoder, chosen, numbers, lengths, start, end, options, device
         )
         for i, hypotheses in zip(batch, searched, strict=True):
-            if not hypotheses:
-                raise MegarecurError(
-                    f"sentence {i + 1}: the model's probabilities are not finite; use another "
-                    "checkpoint, or another precision"
-                )
             texts = [one_line(tokenizer.decode(h.tokens)) for h in hypotheses]
             found[i] = Translation(hypotheses, texts)
         note(len(batch), sum(len(h.tokens) + h.ended for each in searched for h in each))

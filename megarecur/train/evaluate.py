@@ -23,6 +23,7 @@ from megarecur.objective.task import Score, build_objective
 from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.plan.schedule import Scheduled, Schedules
 from megarecur.progress import Note, note_nothing
+from megarecur.train.bleu import score_bleu
 from megarecur.train.heartbeat import Heartbeat
 from megarecur.train.signals import StopFlag
 from megarecur.train.state import TrainState
@@ -66,6 +67,10 @@ def validate(
         prefix = "val/" if depth is None else f"val/depth_{depth}/"
         found = model.objective.metrics(scores, short_names(paths))
         values |= {prefix + name: value for name, value in found.items()}
+    if config.train.eval_bleu:
+        note = beat.note("evaluate")
+        found = score_bleu(model, data.validation, short_names(paths), config, mesh, note)
+        values |= {f"val/{name}": value for name, value in found.items()}
     return values, stop.agreed(mesh)
 
 

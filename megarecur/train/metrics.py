@@ -72,6 +72,7 @@ METRICS = {
     "val/loss": "validation loss per token in nats, over all corpora",
     "val/bits_per_byte": "validation loss per byte of text in bits",
     "val/exit_{n}/loss": "validation loss of the exit after loop n",
+    "val/bleu": "BLEU of greedy translations of validation pairs (train.eval_bleu)",
     "val/accuracy": "share of scored predictions that are right, of a task",
     "val/glitch_rate": "share of scored tokens that are wrong (kind: token)",
     "val/last_accuracy": "share of samples whose last scored token is right (kind: token)",
@@ -324,6 +325,8 @@ class Progress:
             ]
         if "val/loss" in values:
             parts.append(f"val loss {values['val/loss']:.4f}")
+            if "val/bleu" in values:
+                parts.append(f"bleu {values['val/bleu']:.2f}")
             if "val/accuracy" in values:
                 parts.append(f"accuracy {values['val/accuracy']:.4f}")
             else:

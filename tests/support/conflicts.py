@@ -380,6 +380,15 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         (PAIRS, "train.sample_prompts=[def]"),
         ("train.sample_prompts=[]",),
     ),
+    ("train.eval_bleu", "encoder"): (("train.eval_bleu=8",), ("train.eval_bleu=0",)),
+    ("train.eval_bleu", "parallel.pipeline"): (
+        (PAIRS, "train.eval_bleu=8", "parallel.pipeline=2"),
+        ("train.eval_bleu=0",),
+    ),
+    ("train.eval_bleu", "parallel.zero_stage"): (
+        (PAIRS, "train.eval_bleu=8", "parallel.zero_stage=3"),
+        ("parallel.zero_stage=2",),
+    ),
     ("model.tie", "encoder"): (("model.tie=none",), (PAIRS,)),
     ("model.source_vocab_size", "model.tie", "encoder"): (
         (PAIRS, "model.source_vocab_size=99", "model.tie=all", "model.tie_embeddings=true"),
