@@ -111,7 +111,7 @@ class PairRequest:
 
 @dataclass(frozen=True)
 class PairPlan:
-    """What a preparation reads, and its identity."""
+    """The inputs of a preparation, and its identity."""
 
     splits: Mapping[str, Sequence[Part]]
     hashes: Mapping[str, str]

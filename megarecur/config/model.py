@@ -98,8 +98,9 @@ class ModelConfig(Section):
     parallel_residual: bool = False
     """Compute x + attention(N1(x)) + feed_forward(N2(x)), as in GPT-NeoX. Needs norm_position
     pre."""
-    feed_forward: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"] = "swiglu"
-    """Kind of feed-forward. The first three are gated; _tanh: GELU approximated by tanh (Gemma)."""
+    feed_forward: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    """Kind of feed-forward. The first three are gated; _tanh: GELU approximated by tanh (Gemma);
+    relu: as in Vaswani et al. 2017 and fairseq."""
     shared_feed_forward: bool = False
     """Use one feed-forward in all blocks, owned by the first; each block keeps its own attention
     and norms (Pires et al. 2023, One Wide Feedforward)."""

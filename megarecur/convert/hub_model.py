@@ -53,7 +53,7 @@ BLOCK: dict[str, Any] = {
     "final_norm_eps": None,  # left out: norm_eps
     "residual": "plain",  # plain, admin
     "parallel_residual": False,
-    "feed_forward": "swiglu",  # swiglu, geglu, geglu_tanh, gelu, gelu_tanh
+    "feed_forward": "swiglu",  # swiglu, geglu, geglu_tanh, gelu, gelu_tanh, relu
     "shared_feed_forward": False,
     "gate": False,
     "gate_hidden_size": None,
@@ -573,12 +573,18 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(*sizes, bias) if gated else None
         self.up = nn.Linear(*sizes, bias)
         self.down = nn.Linear(*sizes[::-1], bias)
-        self.is_silu, self.approximate = kind == "swiglu", "tanh" if "tanh" in kind else "none"
+        self.kind = kind
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return f(x)."""
+        if self.kind in ("swiglu", "relu"):
+            return F.silu(x) if self.kind == "swiglu" else F.relu(x)
+        return F.gelu(x, approximate="tanh" if "tanh" in self.kind else "none")
 
     def forward(self, x: Tensor, own: Own) -> Tensor:
         up = apply(self.up, x, own, "up")
         inner = up if self.gate is None else apply(self.gate, x, own, "gate")
-        inner = F.silu(inner) if self.is_silu else F.gelu(inner, approximate=self.approximate)
+        inner = self.activate(inner)
         return apply(self.down, inner if self.gate is None else inner * up, own, "down")
 
 

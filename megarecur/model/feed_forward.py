@@ -132,9 +132,22 @@ class GELU(nn.Module):
 
     def forward(self, x: Tensor, adapter: Adapter | None = None) -> Tensor:
         """Apply the layer: [..., D] to [..., D]. The adapter adds the deltas of its loop."""
-        mixed = gelu(self.up(x, *deltas_of(adapter, "up")), self.approximate)
+        mixed = self.activate(self.up(x, *deltas_of(adapter, "up")))
         out: Tensor = self.down(mixed, *deltas_of(adapter, "down"))
         return out
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return the activation: [..., F] to [..., F]."""
+        return gelu(x, self.approximate)
+
+
+class ReLU(GELU):
+    """Feed-forward layer down(relu(up(x))) (Vaswani et al. 2017, eq. 2)."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return the activation: [..., F] to [..., F]."""
+        y = F.relu(x)
+        return y if torch.compiler.is_compiling() else mark(y, F.relu, x)
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
@@ -174,4 +187,5 @@ FEED_FORWARDS = {
     "geglu_tanh": GeGLU,
     "gelu": GELU,
     "gelu_tanh": GELU,
+    "relu": ReLU,
 }

@@ -715,7 +715,8 @@ def count_kept_elements(model: ModelConfig, span: int, parallel: ParallelConfig)
     attention = 2 * queries + 2 * keys  # q, k, v and the output projection's input
     if model.qk_norm:
         attention += queries + keys  # inputs of the head norms
-    feed_forward = (3 if model.gated else 2) * model.ffn_hidden_size // tp
+    kept = 3 if model.gated else 1 if model.feed_forward == "relu" else 2
+    feed_forward = kept * model.ffn_hidden_size // tp
     # Input and output of its GELU; the gate and the gated value.
     if model.gate_hidden_size is not None:
         feed_forward += 2 * model.gate_hidden_size // tp + 2 * model.hidden_size

@@ -62,7 +62,7 @@ class StepResult:
     counts: Tensor | None = None
     """With halting: tokens by steps, then computed and possible steps (`Mixture.finish`)."""
     encoder_counts: Tensor | None = None
-    """The same counts of an encoder that halts."""
+    """`counts` of an encoder that halts."""
     places: float = 0.0
     """Computed tokens of the global batch, including the padding of a task's batches."""
     keys: tuple[float, ...] = (0.0,) * 5

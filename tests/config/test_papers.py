@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.pairs import collate, make_pairs
+from support.pairs import objective as objective_of_pairs
+from torch import Tensor
 
 from megarecur.batch import END, START
 from megarecur.config.load import load_config
@@ -36,9 +39,11 @@ def load(path: Path) -> Config:
 def test_a_row_has_the_published_size_or_says_why_not(path: Path) -> None:
     config = load(path)
     twin = load(path.with_stem(path.stem + "-small"))
-    assert {**vars(twin.recurrence), "level_rank": 0, "feed_forward_rank": 0} == {
-        **vars(config.recurrence), "level_rank": 0, "feed_forward_rank": 0
-    }  # fmt: skip
+    for ours, small in ((config.recurrence, twin.recurrence), (config.encoder, twin.encoder)):
+        assert (ours is None) == (small is None)
+        if ours is not None and small is not None:
+            ranks = {"level_rank": 0, "feed_forward_rank": 0}
+            assert vars(ours) | ranks == vars(small) | ranks
     assert count_parameters(twin).non_embedding < 5_000_000 and twin.paper is None
     if config.paper is None:  # No number was published.
         return
@@ -53,6 +58,9 @@ def test_a_row_has_the_published_size_or_says_why_not(path: Path) -> None:
 def test_a_twin_learns_from_a_batch(path: Path) -> None:
     config = load(path)
     model = Transformer(config)
+    if config.encoder is not None:
+        check_learning(model, *objective_of_pairs(model, collate(*make_pairs(4))))
+        return
     tokens = torch.randint(2048, (4, 33), generator=torch.Generator().manual_seed(1))
     inputs, labels = tokens[:, :-1].clone(), tokens[:, 1:]
     positions = torch.arange(32).expand(4, 32)
@@ -68,7 +76,11 @@ def test_a_twin_learns_from_a_batch(path: Path) -> None:
     ctx = model.context(batch, 0, training=True)
     x, terms = model.run(build_map(config), model.embed(batch.tokens_BS, ctx), ctx, {})
     terms |= model.loss(x, batch)
-    sum(term.total * term.weight for term in terms.values()).backward()
+    check_learning(model, sum(term.total * term.weight for term in terms.values()))
+
+
+def check_learning(model: Transformer, loss: Tensor, *_: object) -> None:
+    loss.backward()
     for name, parameter in model.parameters_by_name.items():
         assert parameter.grad is not None, name
         assert parameter.grad.any() or ".signal_" in name, name  # A factor beside a zero one.
@@ -111,6 +123,35 @@ def test_a_header_prepares_what_its_config_reads(
             prepared.add(line)
         open_data(load_config(path), Mesh())
     assert prepared
+
+
+@pytest.mark.parametrize("paper", ["takase", "ringformer"])
+def test_a_header_prepares_the_pairs_that_its_config_reads(
+    paper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["ein", "zwei", "drei", "vier", "hund", "katze", "maus", "baum", "haus", "berg"]
+    for part, count in (("train", 400), ("val", 20)):
+        for language in ("de", "en"):
+            rows = [f"{words[i % 10]} {words[i * 3 % 10]} {language} {i}\n" for i in range(count)]
+            Path(f"{part}.{language}").write_text("".join(rows))
+    twins = [path for path in sorted(set(FILES) - set(ROWS)) if path.parent.name == paper]
+    twins = [path for path in twins if load(path).encoder is not None]
+    commands = {
+        tuple(line.removeprefix("#   megarecur ").split())
+        for path in twins
+        for line in path.read_text().splitlines() if line.startswith("#   megarecur prep")
+    }  # fmt: skip
+    for command in sorted(commands, reverse=True):  # the tokenizer first
+        few = ["--vocab-size", "300"] if "tokenizer" in command[:3] else []
+        monkeypatch.setattr(sys, "argv", ["megarecur", *command, *few])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, command
+    assert len(commands) == 2
+    for path in twins:
+        batch = open_data(load_config(path), Mesh()).loader.batch(0)[0]
+        assert batch.source is not None and len(batch.source.tokens_BS) == len(batch.tokens_BS)
 
 
 def test_check_shows_both_numbers() -> None:

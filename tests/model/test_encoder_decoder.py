@@ -116,16 +116,16 @@ def copy_layer(block: int, layer: Any, model: Transformer) -> None:
             getattr(module, kind).data.copy_(given[f"{prefix}.{name}.{kind}"].data)
 
 
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
-def test_a_plain_model_is_torchs_transformer(norm_position: str) -> None:
+@pytest.mark.parametrize(("norm_position", "activation"), [("pre", "gelu"), ("post", "relu")])
+def test_a_plain_model_is_torchs_transformer(norm_position: str, activation: str) -> None:
     config = pair_config(DENSE, {"kind": "dense", "num_layers": 3}, model={
-        "norm_position": norm_position, "feed_forward": "gelu", "attention_bias": "all",
+        "norm_position": norm_position, "feed_forward": activation, "attention_bias": "all",
         "feed_forward_bias": True, "positions": "learned", "tie": "none",
     })  # fmt: skip
     model, batch = build(config), make_pair_batch(4)
     loss, logits, found = run(model, batch)
     shape = config.model
-    args = (shape.hidden_size, shape.num_heads, shape.ffn_hidden_size, 0.0, nn.GELU())
+    args = (shape.hidden_size, shape.num_heads, shape.ffn_hidden_size, 0.0, activation)
     options = {"batch_first": True, "norm_first": norm_position == "pre", "dtype": torch.float64}
     encoder = [nn.TransformerEncoderLayer(*args, **options) for _ in range(2)]
     decoder = [nn.TransformerDecoderLayer(*args, **options) for _ in range(3)]

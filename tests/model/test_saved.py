@@ -28,7 +28,7 @@ MODELS: list[tuple[str, str, dict[str, Any]]] = [
     ("reuse_map", "fp32", DROPOUT),
     ("loop_linear_random", "bf16", {"num_kv_heads": 2, "qk_norm": True, "norm": "layer"}),
     ("cycle", "fp32", {"norm_position": "sandwich", "qk_norm": True, "rope_fraction": 0.5}),
-    ("block_recurrence", "fp32", {"norm_position": "post", "feed_forward": "gelu"}),
+    ("block_recurrence", "fp32", {"norm_position": "post", "feed_forward": "relu"}),
     ("sequence", "bf16", {"norm_position": "peri", "feed_forward": "geglu_tanh", **DROPOUT}),
     ("custom", "fp32", {"norm_position": "output", "qk_norm": True, "qk_norm_over": "all"}),
     ("reuse_map", "fp32", {"parallel_residual": True, "positions": "xpos"}),
