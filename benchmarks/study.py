@@ -14,6 +14,7 @@ import argparse
 import json
 import lzma
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -212,10 +213,73 @@ def task_cells(
     return cells
 
 
+# ------------------------------------------------------------------------------------ translation
+
+SHARED = "num_blocks: 3, depth: 6}"
+SCHEMES = {
+    "vanilla, N = 3": "{kind: dense, num_layers: 3}",
+    "vanilla, N = 6": "{kind: dense, num_layers: 6}",
+    "SEQUENCE, M = 3, N = 6": f"{{kind: sequence, {SHARED}",
+    "CYCLE, M = 3, N = 6": f"{{kind: cycle, {SHARED}",
+    "CYCLE (REV), M = 3, N = 6": f"{{kind: cycle_reverse, {SHARED}",
+    "ring, N = 6, rank d/16": "{kind: ring, depth: 6, level_rank: 16, feed_forward_rank: 16}",
+    "tied, N = 6, levels encoded": "{kind: cycle, num_blocks: 1, depth: 6}",
+    "tied, N = 6": "{kind: cycle, num_blocks: 1, depth: 6}",
+}
+"""Schemes of both stacks, by row (Takase & Kiyono 2021; Heo et al. 2025)."""
+
+
+def translation(root: Path, data: Path) -> list[Cell]:
+    """Return the cells that compare ways to share layers in translation, on Multi30k.
+
+    Both directions, the same batches for every scheme. BLEU is of greedy translations of all 1,014
+    validation pairs.
+    """
+    folder, tokenizer = data / "translation/multi30k", root / "joint.model"
+    files = {
+        part: {n: folder / f"{part}.{n}.xz" for n in ("de", "en")} for part in ("train", "val")
+    }
+    if not tokenizer.exists():
+        megarecur(
+            root, "prep", "tokenizer", *files["train"].values(), "--text-split", "line", "--pad",
+            "--vocab-size", 8000, "--out", tokenizer,
+        )  # fmt: skip
+    cells = []
+    for seed in (1, 2, 3):
+        for source, target in (("de", "en"), ("en", "de")):
+            pairs = root / f"{source}-{target}"
+            if not (pairs / "train/manifest.json").exists():
+                given: list[object] = []
+                for prefix, part in (("--", "train"), ("--val-", "val")):
+                    given += [f"{prefix}source", files[part][source]]
+                    given += [f"{prefix}target", files[part][target]]
+                given += ["--tokenizer", tokenizer, "--out", pairs]
+                megarecur(root, "prep", "pairs", *given)
+            cells += [translation_cell(root, pairs, row, seed) for row in SCHEMES]
+    return cells
+
+
+def translation_cell(root: Path, pairs: Path, row: str, seed: int) -> Cell:
+    """Return the cell of a scheme, a direction and a seed."""
+    name = re.sub(r"\W+", "-", row).strip("-").lower()
+    run = root / f"{pairs.name}-{name}-seed{seed}"
+    levels = ("model.positions=none", "model.level_encoding=sinusoidal")
+    train = (
+        "train", "configs/translation.yaml", f"run_dir={run}", f"seed={seed}",
+        f"encoder={SCHEMES[row]}", f"recurrence={SCHEMES[row]}", "model.norm_position=post",
+        f"data.train=[{{path: {pairs}/train}}]", f"data.val=[{{path: {pairs}/val}}]",
+        f"data.tokenizer={root}/joint.model", "train.eval_every=0", "train.eval_bleu=1014",
+        *(levels if "levels" in row else ()),
+    )  # fmt: skip
+    columns = ("val/bleu", "val/loss", "speed/tokens_per_second")
+    return Cell(f"{pairs.name}: {row}", run, (train,), columns=columns)
+
+
 # ---------------------------------------------------------------------------------------- common
 
 STUDIES: dict[str, Callable[[Path, Path], list[Cell]]] = {
-    "relaxed": relaxed, "ilr": ilr, "flip_flop": flip_flop, "logic": logic
+    "relaxed": relaxed, "ilr": ilr, "flip_flop": flip_flop, "logic": logic,
+    "translation": translation,
 }  # fmt: skip
 
 
