@@ -132,7 +132,8 @@ class TensorParallel:
             return gathered
         parts = x.new_empty(self.size, *x.shape)
         all_gather(parts.view(-1, *x.shape[1:]), x.contiguous(), group=self.group)
-        return parts.transpose(0, 1).flatten(1, 2)
+        # With one position per rank, `flatten` alone would return a view.
+        return parts.transpose(0, 1).flatten(1, 2).contiguous()
 
     def scatter_sum(self, y: Tensor) -> Tensor:
         """Sum [B, S, D] of all ranks and return this rank's [B, P, D]. May overwrite y."""

@@ -28,7 +28,7 @@ from megarecur.recurrence.inventory import (
     signal_names,
     uses_muon,
 )
-from megarecur.recurrence.layer_map import LayerMap, Step, from_order
+from megarecur.recurrence.layer_map import TARGET, LayerMap, Step, from_order
 from megarecur.recurrence.schemes import build_map
 from megarecur.recurrence.stacks import Stack, list_stacks, stack_of
 
@@ -586,6 +586,8 @@ def count_kept_bytes(config: Config, steps: LayerMap) -> int:
     kept = stream * sum(len(step.writes) for step in steps)
     stacks = {stack.name: stack for stack in list_stacks(config)}
     for step in steps:
+        if TARGET in step.reads and config.has_final_norm:
+            kept += stream  # the input of the encoder's norm
         if not step.grad:
             continue
         stack, again = stacks[step.stack], config.train.recomputes(step.loop_index)

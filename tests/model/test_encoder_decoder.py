@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.harness import assert_gradients_close
-from support.models import assert_same, build
+from support.models import LiveStorages, assert_same, build
 from support.pairs import (
     DENSE,
     collate,
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from megarecur.config.run import Config
 from megarecur.inference.cache import Cache, context_after
 from megarecur.model.transformer import Transformer
-from megarecur.plan.cost import count_parameters
+from megarecur.plan.cost import count_kept_bytes, count_parameters
 from megarecur.recurrence.depth import Depth, count_depths, draw_depth
 from megarecur.recurrence.layer_map import Step
 from megarecur.recurrence.schemes import build_map
@@ -326,3 +326,27 @@ def test_cached_decoding_is_the_whole_pass(name: str) -> None:
         torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
     made = {(step.block, step.loop_index) for step in steps if step.stack == "decoder"}
     assert set(cache.of_source) == set(cache.entries) == made
+
+
+POLICIES: list[Any] = ["none", "full", "selective"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("model", [{}, {**POST, "residual": "admin", "dropout": 0.1}])
+def test_kept_bytes_are_what_check_says(model: dict[str, Any], policy: Any) -> None:
+    """Of sentences of one length, as `check` assumes them."""
+    shape = {"hidden_size": 128, "ffn_hidden_size": 256, "max_positions": 64}
+    train = {"micro_batch_size": 4, "recompute": policy}
+    config = pair_config(CYCLE, CYCLE, "fp32", model=shape | model, train=train)
+    config = with_section(config, "data", seq_length=64)
+    sentences = [torch.arange(65) % 7 for _ in range(4)]
+    batch = collate([row[:64] for row in sentences], sentences)
+    built, steps = Transformer(config), build_map(config)
+    ctx, reads = built.context(batch, 0, training=True), dict[str, Tensor]()
+    known = [*built.parameters(), *(weight.value() for weight in built.weights())]
+    with LiveStorages(known) as live:
+        x = built.enter(batch.tokens_BS, ctx, reads, batch.source)
+        x, _ = built.run(steps, x, ctx, reads)
+    assert x.grad_fn is not None
+    expected = 4 * 64 * count_kept_bytes(config, steps)
+    assert expected * 0.9 < live.count_bytes() < expected * 1.1

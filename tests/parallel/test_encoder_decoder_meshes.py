@@ -4,15 +4,18 @@ one process."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from support.harness import Trace, compare
-from support.meshes import gather_whole, later, mesh_of
+from support.meshes import aot_eager, gather_whole, later, mesh_of
 from support.pairs import DENSE, collate, make_pairs, pair_config
 
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
+from megarecur.model.compile import CompiledModel
+from megarecur.model.transformer import Transformer
 from megarecur.optim.build import build_engine
 from megarecur.plan.predict import walk_over
 from megarecur.plan.schedule import Schedules
@@ -59,10 +62,19 @@ def read(config: Config, step: int, dp_rank: int, dp: int) -> list[MicroBatch]:
     return found
 
 
-def trace(config: Config) -> Trace:
+def trace_compiled(config: Config) -> tuple[Trace, int]:
+    """The trace with compiled blocks, and the number of their graphs."""
+    graphs: list[CompiledModel] = []
+    found = trace(config, lambda model: graphs.append(CompiledModel(model, aot_eager)))
+    return found, graphs[0].graphs
+
+
+def trace(config: Config, prepare: Callable[[Transformer], None] | None = None) -> Trace:
     """(loss, raw gradients of whole tensors, norm, skipped) of each optimizer step."""
     mesh, schedules = mesh_of(config), Schedules(config)
     model = build_model(config, mesh, schedules)
+    if prepare is not None:
+        prepare(model)
     engine = build_engine(model, config, mesh)
     found: Trace = []
     for step in range(STEPS):
@@ -122,6 +134,18 @@ def test_four_ranks_compute_what_one_does(scheme: str, mesh: dict[str, Any], wor
     config = make(scheme, mesh, precision)
     for found in world(4).run(trace, config):
         compare(found, alone(scheme, precision), *TOLERANCES[precision])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mesh"),
+    [later("ring", PIPELINE), later("reverse", SEQUENCE), later("sampled", TENSOR)],
+)
+def test_compiled_blocks_compute_what_eager_ones_do(scheme: str, mesh: Any, world: Any) -> None:
+    """One graph for each kind of block, with its lengths free; a rank has the blocks it owns."""
+    config = make(scheme, mesh)
+    for found, graphs in world(2).run(trace_compiled, config):
+        compare(found, alone(scheme, "fp64"), *TOLERANCES["fp64"])
+        assert 1 <= graphs <= 6
 
 
 def stages_of(scheme: str, ranks: int) -> tuple[Stage, ...]:
