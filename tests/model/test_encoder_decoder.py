@@ -26,12 +26,16 @@ from support.pairs import (
 from torch import Tensor, nn
 
 from megarecur.config.run import Config
+from megarecur.data.loader import MicroBatch
 from megarecur.inference.cache import Cache, context_after
+from megarecur.model.adapters import ResidualScale
 from megarecur.model.transformer import Transformer
+from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_kept_bytes, count_parameters
 from megarecur.recurrence.depth import Depth, count_depths, draw_depth
 from megarecur.recurrence.layer_map import Step
 from megarecur.recurrence.schemes import build_map
+from megarecur.train.scales import profile_scales
 
 CYCLE = {"kind": "cycle", "num_blocks": 2, "depth": 4}
 RING = {"kind": "ring", "depth": 3, "level_rank": 3, "feed_forward_rank": 2}
@@ -350,3 +354,42 @@ def test_kept_bytes_are_what_check_says(model: dict[str, Any], policy: Any) -> N
     assert x.grad_fn is not None
     expected = 4 * 64 * count_kept_bytes(config, steps)
     assert expected * 0.9 < live.count_bytes() < expected * 1.1
+
+
+# ----------------------------------------------------------------------------------------- Admin
+
+
+class FirstPairs:
+    """A loader of a run's first samples."""
+
+    def first_samples(self, count: int) -> MicroBatch:
+        return make_pair_batch(count)
+
+
+def test_admin_scales_of_each_stack_begin_with_one() -> None:
+    """Two scales per use of an encoder's block, three per use of a decoder's, by the recursion."""
+    config = mixed("cycle below cycle with Admin")
+    model = Transformer(config)
+    profile_scales(model, config, FirstPairs(), Mesh())  # type: ignore[arg-type]
+    inputs: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {"encoder": [], "decoder": []}
+    count = min(config.train.global_batch_size, 4096 // config.data.seq_length)
+    batch = make_pair_batch(count)
+    assert batch.source is not None
+    real = {"encoder": batch.source.documents_BS >= 0, "decoder": batch.documents_BS >= 0}
+    for name, runner in (("encoder", model.encoder), ("decoder", model.runner)):
+        assert runner is not None
+        for scale in (m for m in runner.modules() if isinstance(m, ResidualScale)):
+            scale.register_forward_pre_hook(
+                lambda scale, given, kept=inputs[name]: kept.append((scale.weight.data, *given))
+            )
+    run(model, batch)
+    assert [len(inputs[name]) for name in inputs] == [2 * 4, 3 * 4]
+    for name, seen in inputs.items():
+        ratio = 1.0
+        for weight, x, branch in seen:
+            torch.testing.assert_close(weight, torch.full_like(weight, ratio))
+            kept = real[name]
+            of_x, of_branch = ((t[kept].var(correction=0)) for t in (x * weight, branch))
+            ratio = float((of_x + of_branch).sqrt())
+    named = [n for n in model.inventory if "_residual" in n]
+    assert len(named) == 2 * 4 + 3 * 4
