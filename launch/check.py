@@ -167,6 +167,8 @@ def _compute(config: Config, steps: LayerMap) -> RenderableType:
         per_step = format_count(count * tokens)
         table.add_row(name, format_count(count), per_step, f"x {count / other:.2f}")
     keys = f"{seen.full:,.0f}"
+    if config.encoder is not None:
+        keys += f" target and {seen.cross:,.0f} source"
     if config.model.sliding_window is not None:
         keys += f", {seen.sliding:,.0f} in sliding blocks,"
     whole = "by the documents of data.train" if found else "with one document per sample"

@@ -63,14 +63,45 @@ def see_corpora(config: Config) -> Seen | None:
         return None
     found = []
     for source in config.data.train:
-        lengths = list(measure_documents(Path(source.path), config))
-        if lengths:
-            found.append((source.weight, count_seen(config, lengths)))
+        path = Path(source.path)
+        if config.encoder is None:
+            lengths = list(measure_documents(path, config))
+            seen = count_seen(config, lengths) if lengths else None
+        else:
+            seen = see_pairs(path, config)
+        if seen is not None:
+            found.append((source.weight, seen))
     if not found:
         return None
     total = sum(weight for weight, _ in found)
-    full, sliding = (sum(w * seen[i] for w, seen in found) / total for i in range(2))
-    return Seen(full, sliding)
+    return Seen(*(sum(weight * seen[i] for weight, seen in found) / total for i in range(5)))
+
+
+def see_pairs(path: Path, config: Config) -> Seen | None:
+    """Return the keys that queries see over a corpus of pairs of sentences, padding excluded; None
+    if it is not a local corpus."""
+    import numpy as np
+
+    from megarecur.data.corpus import read_manifest
+
+    try:
+        tokens = read_manifest(path).num_tokens
+        starts = np.load(path / "documents.npy", mmap_mode="r")
+    except (DataError, OSError, ValueError):
+        return None
+    if len(starts) % 2 or not len(starts):
+        return None
+    most = config.data.seq_length
+    source, target = np.minimum(np.diff(starts, append=tokens), most).reshape(-1, 2).T
+    queries = max(int(target.sum()), 1)
+    keys = float((target * (target + 1) // 2).sum() / queries)
+    return Seen(
+        keys,
+        keys,
+        float((source * source).sum() / queries),
+        float((source * target).sum() / queries),
+        float(source.sum() / queries),
+    )
 
 
 def measure_documents(path: Path, config: Config) -> Iterator[int]:

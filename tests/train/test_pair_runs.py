@@ -14,6 +14,8 @@ from support.sentences import write_pair_corpus
 
 from megarecur.checkpoint.load import load_model
 from megarecur.config.run import Config
+from megarecur.data.pairs import PairCorpus
+from megarecur.launch.configs import see_corpora
 from megarecur.train.metrics import read_rows
 from megarecur.train.trainer import FINISHED, train
 
@@ -90,3 +92,15 @@ def test_two_ranks_train_as_one_does(
             if key == "val/bleu" and "pipeline" in parallel:
                 continue
             assert found[key] == pytest.approx(value, rel=2e-4, abs=1e-6), key
+
+
+def test_check_reads_the_lengths_of_pairs(pairs: Path, tmp_path: Path) -> None:
+    config = make(pairs, tmp_path, 1)
+    corpus = PairCorpus(pairs / "train")
+    source, target = corpus.lengths_P2.T
+    seen = see_corpora(config)
+    assert seen is not None
+    assert seen.cross == pytest.approx((source * target).sum() / target.sum())
+    assert seen.encoder == pytest.approx((source**2).sum() / target.sum())
+    assert seen.source_share == pytest.approx(source.sum() / target.sum())
+    assert seen.full == pytest.approx((target * (target + 1) / 2).sum() / target.sum())
