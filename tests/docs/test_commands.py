@@ -59,6 +59,10 @@ def make_inputs(folder: Path) -> None:
         if path.parent.name == "configs":
             for section, values in SMALL.items():
                 config[section] |= values
+            if "encoder" in config:
+                config["data"] |= {"seq_length": 64, "truncate": True}
+                config["train"] |= {"micro_batch_size": 1, "batch_tokens": 256}
+                config["optimizer"]["schedule"]["warmup_steps"] = 4
             if "curriculum" in config["recurrence"]:
                 config["recurrence"]["curriculum"]["steps"] = 10
         copy = folder / path.relative_to(ROOT)
@@ -71,6 +75,16 @@ def make_inputs(folder: Path) -> None:
     for i, text in enumerate(texts):
         with lzma.open(folder / f"books/{i}.txt.xz", "wt", encoding="utf-8") as file:
             file.write(text)
+    lines = [
+        line.strip()
+        for path in sources[:20]
+        for line in path.open(encoding="utf-8")
+        if line.strip()
+    ]
+    for split, own in (("train", lines[50:]), ("val", lines[:50])):
+        for side, turn in (("de", 1), ("en", -1)):
+            text = "".join(" ".join(line.split()[::turn]) + "\n" for line in own)
+            (folder / f"{split}.{side}.xz").write_bytes(lzma.compress(text.encode()))
     import zstandard
 
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[:4])
