@@ -235,7 +235,7 @@ def translation(root: Path, data: Path) -> list[Cell]:
     Both directions, the same batches for every scheme. BLEU is of greedy translations of all 1,014
     validation pairs.
     """
-    folder, tokenizer = data / "translation/multi30k", root / "joint.model"
+    folder, tokenizer = data / "translation/multi30k", root / "tokenizer.model"
     files = {
         part: {n: folder / f"{part}.{n}.xz" for n in ("de", "en")} for part in ("train", "val")
     }
@@ -268,7 +268,7 @@ def translation_cell(root: Path, pairs: Path, row: str, seed: int) -> Cell:
         "train", "configs/translation.yaml", f"run_dir={run}", f"seed={seed}",
         f"encoder={SCHEMES[row]}", f"recurrence={SCHEMES[row]}", "model.norm_position=post",
         f"data.train=[{{path: {pairs}/train}}]", f"data.val=[{{path: {pairs}/val}}]",
-        f"data.tokenizer={root}/joint.model", "train.eval_every=0", "train.eval_bleu=1014",
+        f"data.tokenizer={root}/tokenizer.model", "train.eval_every=0", "train.eval_bleu=1014",
         *(levels if "levels" in row else ()),
     )  # fmt: skip
     columns = ("val/bleu", "val/loss", "speed/tokens_per_second")
