@@ -18,14 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from trained import Trained
 
 from megarecur.attention.documents import from_lengths
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
-from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
-from megarecur.parallel.mesh import Mesh
-from megarecur.recurrence.schemes import layer_map
 
 LENGTH, HIDDEN, HEADS, VOCABULARY, BLOCKS = 2048, 512, 8, 2048, 4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,16 +72,11 @@ def make_batch(
 
 def make_step(config: Config, batch: MicroBatch) -> Callable[[], float]:
     """Return a function that runs an optimizer step and returns its seconds."""
-    model = Transformer(config, DEVICE)
-    engine = PlainEngine(model, config, Mesh(device=DEVICE))
-    steps = layer_map(config.recurrence)
+    trained = Trained(config, DEVICE)
 
     def step() -> float:
         started = time.perf_counter()
-        ctx = model.context(batch, step=0, training=True)
-        x, _ = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
-        engine.backward(model.loss(x, batch)["loss"].total / batch.tokens_BS.numel())
-        engine.step(1e-4)
+        trained.step(batch)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started

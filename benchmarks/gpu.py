@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from attention import make_batch
 from torch import Tensor, nn
+from trained import Trained
 
 from megarecur.attention.attend import attend
 from megarecur.attention.documents import Boundaries
@@ -46,9 +47,7 @@ from megarecur.data.loader import MicroBatch
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.inference.cache import Cache
 from megarecur.inference.generate import next_logits
-from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_flops, count_seen, estimate_memory
@@ -224,32 +223,6 @@ def make_config(shapes: Shapes, recurrence: Row | None = None, **train: Any) -> 
     })  # fmt: skip
 
 
-class Trained:
-    """A model, its engine, and the step that `benchmarks` measure."""
-
-    def __init__(self, config: Config, compiled: bool) -> None:
-        self.config = config
-        self.model = Transformer(config, DEVICE)
-        self.engine = PlainEngine(self.model, config, Mesh(device=DEVICE))
-        self.compiled = CompiledModel(self.model) if compiled else None
-
-    def step(self, batch: MicroBatch, depth: Depth | None = None) -> Tensor:
-        """Run an optimizer step; returns the loss, on the device."""
-        with torch.autograd.profiler.record_function("forward and backward"):
-            loss = self.differentiate(batch, depth)
-        self.engine.step(self.config.optimizer.lr)
-        return loss.detach()
-
-    def differentiate(self, batch: MicroBatch, depth: Depth | None = None) -> Tensor:
-        """Run the forward and the backward pass."""
-        steps = layer_map(self.config.recurrence, depth)
-        ctx = self.model.context(batch, step=0, training=True)
-        x, _ = self.model.run(steps, self.model.embed(batch.tokens_BS, ctx), ctx, {})
-        loss = self.model.loss(x, batch)["loss"].total / batch.tokens_BS.numel()
-        self.engine.backward(loss)
-        return loss
-
-
 def measure_training(shapes: Shapes) -> Iterator[Row]:
     """Yield rows of the looped model, of each policy of recomputing, and of Hugging Face's."""
     peak = peak_flops(DEVICE, torch.bfloat16)
@@ -273,7 +246,7 @@ def measure_training(shapes: Shapes) -> Iterator[Row]:
             config = make_config(shapes, **train)
             if DEVICE.type == "cpu" and "offload_activations" in train:
                 raise RuntimeError("activations are offloaded from a GPU only")
-            trained = Trained(config, compiled)
+            trained = Trained(config, DEVICE, compiled)
             seconds, bytes_ = measure(lambda t=trained, b=batch: t.step(b), shapes.repeats)
             steps = layer_map(config.recurrence)
             assert batch.boundaries is not None
@@ -370,7 +343,7 @@ def measure_depth(shapes: Shapes) -> Iterator[Row]:
     for compiled in (True, False):
         row: Row = {"model": "compiled" if compiled else "eager"}
         with fallible(row):
-            trained, drawn = Trained(config, compiled), drawn_depths(config)
+            trained, drawn = Trained(config, DEVICE, compiled), drawn_depths(config)
             for loops in (1, 7, 4):
                 trained.step(batch, Depth(loops, loops))
             times = []

@@ -21,13 +21,10 @@ from collections.abc import Callable
 
 import torch
 from attention import make_batch
+from trained import Trained
 
 from megarecur.config.run import Config
 from megarecur.data.torchvision_stub import make_torchvision_importable
-from megarecur.model.compile import CompiledModel
-from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
-from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_flops
 from megarecur.recurrence.schemes import layer_map
 
@@ -64,21 +61,9 @@ def make_config(precision: str) -> Config:
 def our_step(config: Config) -> Step:
     """Return a function that runs one optimizer step of the trainer's engine and returns the
     loss."""
-    model = Transformer(config, DEVICE)
-    engine = PlainEngine(model, config, Mesh(device=DEVICE))
-    if COMPILE:
-        CompiledModel(model)
-    steps, batch = layer_map(config.recurrence), make_batch(DOCUMENTS, BATCH, LENGTH, VOCABULARY)
-
-    def step() -> float:
-        ctx = model.context(batch, step=0, training=True)
-        x, _ = model.run(steps, model.embed(batch.tokens_BS, ctx), ctx, {})
-        loss = model.loss(x, batch)["loss"].total / TOKENS
-        engine.backward(loss)
-        engine.step(config.optimizer.lr)
-        return loss.item()
-
-    return step
+    trained = Trained(config, DEVICE, COMPILE)
+    batch = make_batch(DOCUMENTS, BATCH, LENGTH, VOCABULARY)
+    return lambda: trained.step(batch).item()
 
 
 def their_step(precision: str) -> Step:
