@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from support.cluster import Cluster, NoCluster
 from support.harness import World
+from support.once import make_once
 
 # A shared machine may stall: no drawn example fails for its time.
 settings.register_profile("megarecur", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -79,8 +80,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     from support.configs import write_corpus
 
-    made = os.environ.get("MEGARECUR_TEST_CORPUS")
-    return Path(made) if made else write_corpus(tmp_path_factory.mktemp("corpus") / "bytes")
+    if made := os.environ.get("MEGARECUR_TEST_CORPUS"):
+        return Path(made)
+    return make_once(tmp_path_factory, "corpus", lambda to: write_corpus(to / "bytes")) / "bytes"
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from support.configs import make_config
 from support.damage import Damage
 from support.drawn import PINNED, Drawer, draw_configs, leaves, sections_in
 from support.fuzz import FAILED, LARGE, REFUSED, TRAINED, bases_of, make_data, texts_of, try_config
+from support.once import make_once
 
 from megarecur.config.depth import PoissonLogNormal
 from megarecur.config.load import parse_yaml
@@ -25,9 +26,7 @@ TRIALS = 10
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What drawn configs read."""
-    folder = tmp_path_factory.mktemp("fuzz") / "data"
-    make_data(folder)
-    return folder
+    return make_once(tmp_path_factory, "fuzz", lambda to: make_data(to / "data")) / "data"
 
 
 @pytest.mark.slow

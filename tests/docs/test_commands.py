@@ -21,6 +21,7 @@ import pytest
 import yaml
 from support.forks import Forks
 from support.markdown import PAGES, ROOT, Block, explain_metric, read_blocks
+from support.once import make_once
 
 from megarecur.launch.folder import FILES
 
@@ -128,17 +129,18 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
 @pytest.fixture(scope="module")
 def started(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which getting started was followed, and a dense model was exported."""
-    folder = tmp_path_factory.mktemp("started")
-    make_inputs(folder)
-    for block in runnable(START):
-        shell.run(block, folder)
     dense = """
         megarecur train configs/quickstart.yaml run_dir=runs/dense-source train.steps=5 \
             optimizer.schedule.warmup_steps=1 'recurrence={kind: dense, num_layers: 4}'
         megarecur export runs/dense-source --to hf exported-dense
     """
-    shell.run(Block(START, 0, "sh", dense, ""), folder)
-    return folder
+
+    def follow(folder: Path) -> None:
+        make_inputs(folder)
+        for block in (*runnable(START), Block(START, 0, "sh", dense, "")):
+            shell.run(block, folder)
+
+    return make_once(tmp_path_factory, "started", follow)
 
 
 @pytest.mark.parametrize(
