@@ -20,12 +20,14 @@ settings.register_profile("megarecur", deadline=None, suppress_health_check=[Hea
 settings.load_profile("megarecur")
 
 
+@pytest.hookimpl(trylast=True)  # After tests were deselected.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests that wait first: those of Slurm, then the other ones of launching.
 
     `make` lets workers steal from the ends of each other's lists. The first worker then starts the
     only Slurm cluster and spends its time waiting for jobs, one after the other, while the rest
-    compute; a long test of Slurm that came last would leave the machine idle.
+    compute; a long test of Slurm that came last would leave the machine idle. The rest also give
+    way to those jobs, for the same reason.
     """
 
     def rank(item: pytest.Item) -> int:
@@ -34,6 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 1 if "launch" in item.path.parts else 2
 
     items.sort(key=rank)
+    others = os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0"
+    if others and any(item.get_closest_marker("slurm") for item in items):
+        os.nice(10)
     if any(item.get_closest_marker("cuda") for item in items) and not has_cuda():
         skip = pytest.mark.skip(reason="needs a CUDA device; torch finds none here")
         for item in items:
