@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.exports import CASES, our_logits, save_run, write_run
+from support.once import make_once
 
 from megarecur.batch import END, START
 from megarecur.checkpoint.load import load_model
@@ -60,8 +61,8 @@ def shrink(path: Path, run_dir: Path) -> Config:
 
 
 def distinct(folder: Path) -> dict[str, Config]:
-    """Shrunken shipped configs that differ in more than numbers of layers, loops and classes, by
-    name."""
+    """Shrunken shipped configs that differ in more than numbers of layers, loops and classes, and
+    the weight of a loss, by name."""
     found: dict[str, Config] = {}
     for path in SHIPPED:
         config = shrink(path, folder)
@@ -71,8 +72,10 @@ def distinct(folder: Path) -> dict[str, Config]:
         ignored = {*compact.TRAINING, "norm_eps", "hidden_size", "num_heads", "num_kv_heads"}
         model = config.model.model_dump(mode="json", exclude=ignored)
         task = config.task and config.task.model_dump(mode="json", exclude={"truncate"})
-        if task and task["num_classes"]:
-            task["num_classes"] = min(task["num_classes"], 3)
+        if task:
+            del task["num_classes"]
+        if halting := recurrence.get("halting"):
+            del halting["coefficient"]
         parts = (config.adapters, config.temporal)
         same = [recurrence, model, task, *(p and p.model_dump(mode="json") for p in parts)]
         found.setdefault(json.dumps(same), config.model_copy(update={"run_dir": path.stem}))
@@ -102,8 +105,12 @@ def describe_case(run_dir: Path, out: Path) -> dict[str, Any]:
 
 
 def make_cases(folder: Path) -> list[dict[str, Any]]:
-    """Exports of all shipped configs, in every form that they have, and of further options."""
-    cases = []
+    """Exports of all shipped configs, in every form that they have, and of further options.
+
+    The library's tools are tried once with every class of models, kind of recurrence and task:
+    beyond that, what they call is what the comparisons of each export call.
+    """
+    cases, tried = [], set()
     for name, config in distinct(folder).items():
         run_dir, forms = folder / name, 0
         save_run(config, run_dir)
@@ -115,8 +122,11 @@ def make_cases(folder: Path) -> list[dict[str, Any]]:
                 assert unrolled, error  # Some form is always there.
                 continue
             describe = describe_task_case if config.classifies else describe_case
-            cases.append(describe(run_dir, out))
-            forms += 1
+            case, forms = describe(run_dir, out), forms + 1
+            kind = json.loads((out / "config.json").read_text())["model_type"]
+            key = kind, config.recurrence.kind, case.get("task")
+            cases.append(case | {"tools": key not in tried})
+            tried.add(key)
         assert forms, f"{name} has no export"
     for name in THOROUGH:
         recurrence, adapters, shape = CASES[name]
@@ -124,7 +134,7 @@ def make_cases(folder: Path) -> list[dict[str, Any]]:
         write_run(run_dir, recurrence, adapters=adapters, **shape | {"vocab_size": 257})
         out = export_hf(run_dir, folder / f"options, {name}.compact", unrolled=False)
         # Of the blocks' code, which all share, a compiled loop shows most.
-        thorough = {"thorough": True, "compiles": name == "loop, huginn"}
+        thorough = {"thorough": True, "tools": True, "compiles": name == "loop, huginn"}
         cases.append(describe_case(run_dir, out) | thorough)
     return cases
 
@@ -132,10 +142,11 @@ def make_cases(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CASES.json."""
-    folder = tmp_path_factory.mktemp("exports")
-    path = folder / "cases.json"
-    path.write_text(json.dumps(make_cases(folder)))
-    return path
+
+    def make(folder: Path) -> None:
+        (folder / "cases.json").write_text(json.dumps(make_cases(folder)))
+
+    return make_once(tmp_path_factory, "exports", make) / "cases.json"
 
 
 @pytest.mark.slow
