@@ -15,6 +15,7 @@ import pytest
 import yaml
 from support.cluster import PATIENCE
 from support.configs import make_config
+from support.forks import Forks
 
 from megarecur.config.load import load_config, to_yaml
 from megarecur.errors import MeshError
@@ -191,12 +192,14 @@ def test_a_worker_that_dies_fails_the_launch(corpus, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_demo_at_five_steps(tmp_path) -> None:
+def test_the_demo_at_five_steps(tmp_path, request) -> None:
+    forks = Forks(tmp_path)
+    request.addfinalizer(forks.close)
+
     def run(*words: object) -> str:
         process = subprocess.run(
-            [sys.executable, "-m", "megarecur.launch.cli", *map(str, words)],
+            [forks.folder / "megarecur", *map(str, words)],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=1200,
