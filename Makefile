@@ -3,7 +3,8 @@
 # make transformers   create environments with transformers 4 and 5, for tests of exports
 # make test       run the fast tests                    make test-all   run all tests
 # make lint       run ruff and mypy                     make check      lint and test
-# make docs       build the site in build/site          make coverage   coverage of the fast tests
+# make docs       build the site in build/site          make coverage   coverage of the fast tests,
+#                                                                       at least the floor
 #
 # WORKERS is the number of parallel test processes.
 # PYTHON is a Python 3.11 or 3.12; PIP_FLAGS are passed to pip (for example --index-url).
