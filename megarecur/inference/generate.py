@@ -259,6 +259,10 @@ def check_options(
     """Reject invalid generation options; all mistakes, `refusal` included, are lines of one
     ConfigError."""
     model, problems = config.model, [refusal] if refusal else []
+    if config.encoder is not None:
+        problems.append(
+            "encoder: the run translates sentences and continues no text; use `megarecur translate`"
+        )
     if config.classifies:
         problems.append(
             "task: the run is a classifier without a language-model head; score it with "

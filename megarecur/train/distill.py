@@ -78,10 +78,12 @@ def with_teacher(config: Config, tokenizer: str, corpora: Sequence[Corpus], mesh
         with same_error(mesh):
             index, found = read_index(path), read_fingerprint(path)
             check_vocabulary(config, index, tokenizer)
-            if teacher_config(config, index).classifies:
+            teacher = teacher_config(config, index)
+            if teacher.classifies or teacher.encoder is not None:
+                how = "classifies (its config has a task)" if teacher.classifies else "translates"
                 raise ConfigError(
-                    f"{place} classifies (its config has a task), and says nothing of the next "
-                    "token; name a run that predicts text"
+                    f"{place} {how}, and says nothing of the next token; name a run that predicts "
+                    "text"
                 )
     with same_error(mesh):
         if distill.fingerprint not in (None, found):
