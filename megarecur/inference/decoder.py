@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megarecur.attention.documents import count_boundaries
 from megarecur.data.loader import SourceSentences
+from megarecur.data.pairs import pad_sources
 from megarecur.inference.cache import Cache, context_after
 from megarecur.model.attention import CrossAttention
 from megarecur.model.context import CrossView, see_source
@@ -30,19 +30,8 @@ from megarecur.recurrence.layer_map import LayerMap, Step
 
 def collate_sources(sources: Sequence[Sequence[int]]) -> SourceSentences:
     """Return sentences, each with its end token, padded to the longest."""
-    length = max(map(len, sources))
-    tokens_BS = torch.zeros(len(sources), length, dtype=torch.long)
-    documents_BS = torch.full((len(sources), length), -1, dtype=torch.int32)
-    for row, ids in enumerate(sources):
-        tokens_BS[row, : len(ids)] = torch.tensor(ids)
-        documents_BS[row, : len(ids)] = 0
-    return SourceSentences(
-        tokens_BS,
-        torch.arange(length).expand(len(sources), -1),
-        documents_BS,
-        single_document=bool((documents_BS >= 0).all()),
-        boundaries=count_boundaries(documents_BS),
-    )
+    # Padding is seen by no token, so that its id does not matter.
+    return pad_sources([np.array(ids, np.int64) for ids in sources], pad_id=0)
 
 
 class TranslationDecoder:

@@ -261,7 +261,8 @@ def check_options(
     model, problems = config.model, [refusal] if refusal else []
     if config.encoder is not None:
         problems.append(
-            "encoder: the run translates sentences and continues no text; use `megarecur translate`"
+            "encoder: the run is an encoder-decoder, which continues no text; translate sentences "
+            "with `megarecur translate`"
         )
     if config.classifies:
         problems.append(

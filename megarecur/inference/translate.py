@@ -295,6 +295,8 @@ def translate(
     steps = build_map(config, options.num_loops)
     start, end = start_token(tokenizer), tokenizer.eos_id
     banned = {*tokenizer.missing_ids(config.model.vocab_size or 0), start} - {end}
+    if tokenizer.pad_id is not None:
+        banned.add(tokenizer.pad_id)
 
     def make_decoder(sources: list[list[int]]) -> StepDecoder:
         source = collate_sources(sources).to(device)

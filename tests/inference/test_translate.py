@@ -301,7 +301,13 @@ def test_files_that_do_not_match_are_refused(
     assert "binary: line 2 is not UTF-8" in refused(capsys, run, binary)
 
 
+def test_an_encoder_decoder_continues_no_text(run: Path, capsys: Any) -> None:
+    code, _, error = megarecur(capsys, "generate", run, "Ein Hund")
+    assert code == 2 and "translate sentences with `megarecur translate`" in error
+
+
 def test_a_decoder_only_run_is_refused(tmp_path: Path, source: Path, capsys: Any) -> None:
     write_run(tmp_path / "run", DENSE_DECODER, vocab_size=257)
     error = refused(capsys, tmp_path / "run", source)
+    assert "with `megarecur generate`" in error
     assert "encoder is not set, so the run is no encoder-decoder; continue text with" in error
