@@ -270,15 +270,15 @@ def best_offers(
         width: rows of a sentence.
     """
     count = min(count, log_p_RV.shape[1])
-    values_RC, ids_RC = log_p_RV.topk(count, sorted=False)
-    # topk takes any of the tokens that are equal to its last one: rows with more of them are
-    # sorted whole. Tokens of probability 0 are never chosen.
-    last_R1 = values_RC.amin(1, keepdim=True)
-    tied = (log_p_RV == last_R1).sum(1) > (values_RC == last_R1).sum(1)
-    tied &= last_R1[:, 0] > -torch.inf
-    if bool(tied.any()):
-        whole, order = log_p_RV[tied].sort(dim=1, descending=True, stable=True)
-        values_RC[tied], ids_RC[tied] = whole[:, :count], order[:, :count]
+    values_RC, ids_RC = log_p_RV.topk(min(count + 1, log_p_RV.shape[1]))
+    # topk takes any of the tokens that are equal to its last one: rows where the next value equals
+    # it are sorted whole. Tokens of probability 0 are never chosen.
+    last_R1 = values_RC[:, count - 1 : count]
+    tied_R = ((values_RC[:, count:] == last_R1) & (last_R1 > -torch.inf)).any(1)
+    values_RC, ids_RC = values_RC[:, :count], ids_RC[:, :count]
+    if bool(tied_R.any()):
+        whole, order = log_p_RV[tied_R].sort(dim=1, descending=True, stable=True)
+        values_RC[tied_R], ids_RC[tied_R] = whole[:, :count], order[:, :count]
     values_RC, ids_RC = values_RC.cpu().to(torch.float64), ids_RC.cpu()
     ids_RC, order = ids_RC.sort(1)
     values_RC, again = values_RC.gather(1, order).sort(dim=1, descending=True, stable=True)
