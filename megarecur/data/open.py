@@ -100,8 +100,8 @@ def open_sources(
     if problems := [
         problem
         for corpus in corpora
-        if corpus.manifest.task is not None
-        for problem in find_misfits(corpus.path, corpus.manifest, config, trained=False)
+        if (manifest := getattr(corpus, "manifest", None)) is not None and manifest.task is not None
+        for problem in find_misfits(corpus.path, manifest, config, trained=False)
     ]:
         raise DataError("\n".join(problems))
     return corpora
