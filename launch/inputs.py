@@ -201,12 +201,13 @@ def check_model(config: Config, tokenizer: Path) -> str:
     """
     own = Path(config.run_dir) / tokenizer.name  # the copy in a run folder that was moved
     loaded = load_tokenizer(own if own.is_file() and not tokenizer.exists() else tokenizer)
-    rows = config.model.vocab_size
-    if rows is not None and rows < loaded.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={rows} is below the {loaded.vocab_size} ids of "
-            f"data.tokenizer={config.data.tokenizer}; raise it or omit it"
-        )
+    for key in ("vocab_size", "source_vocab_size"):
+        rows = getattr(config.model, key)
+        if rows is not None and rows < loaded.vocab_size:
+            raise ConfigError(
+                f"model.{key}={rows} is below the {loaded.vocab_size} ids of "
+                f"data.tokenizer={config.data.tokenizer}; raise it or omit it"
+            )
     resolved = resolve_vocab_size(config, lambda path: loaded.vocab_size)
     check_patterns(resolved.optimizer, build_inventory(resolved))
     return loaded.fingerprint

@@ -86,15 +86,18 @@ def refuse_options(config: Config, samples: int, streaming: bool, draws: bool) -
 
 
 def fit_longest(config: Config, sources: Sequence[Source]) -> Config:
-    """Return the config with a seq_length that reads a task's longest samples, where it can.
+    """Return the config with a seq_length that reads the longest samples of a task or pairs of
+    sentences, where it can.
 
     Longer samples than those of training are what many tests are for.
     """
     task, table = config.task, config.model.positions == "learned" and not config.temporal
-    if task is None or task.truncate or table:
+    cuts = config.data.truncate if task is None else task.truncate
+    if (task is None and config.encoder is None) or cuts or table:
         return config
-    manifests = [read_manifest(source.path) for source in sources]
-    longest = max((manifest.task or {}).get("longest", 0) for manifest in manifests)
+    held = [read_manifest(source.path).task or {} for source in sources]
+    keys = ("longest", "longest_source", "longest_target")
+    longest = max((own.get(key, 0) for own in held for key in keys), default=0)
     length = max(config.data.seq_length, longest)
     data = config.data.model_copy(update={"seq_length": length})
     return config.model_copy(update={"data": data})

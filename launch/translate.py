@@ -146,7 +146,8 @@ def translate_files(
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a text file, plain or compressed; `-` is standard input.
 
-    Only line feeds end lines, so that files have the numbers of lines that other tools count.
+    Only line feeds end lines, so that files have the numbers of lines that other tools count. A
+    byte order mark, and white space around lines, are left out, as `prep pairs` does.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8.
@@ -157,14 +158,14 @@ def read_lines(path: Path) -> list[str]:
         with open_whole(path) as file:
             content = file.read()
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}: line {line} is not UTF-8; convert the file") from None
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+    return [line.strip() for line in lines]
 
 
 def read_matching(path: Path, source: Path, count: int) -> list[str]:

@@ -60,9 +60,8 @@ class TrainConfig(Section):
     """Samples per forward pass of one process; divides global_batch_size."""
     batch_tokens: Length | None = None
     """Batches by tokens, for pairs of sentences: a batch is sentences of like length with at most
-    this many tokens, source and target and their padding counted. It takes the place of a sample:
-    global_batch_size counts batches, and micro_batch_size is 1. Default: batches of
-    micro_batch_size sentences."""
+    this many tokens, source and target and their padding counted. global_batch_size then counts
+    batches, and micro_batch_size is 1. Default: batches of micro_batch_size sentences."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Precision of compute. Parameters, gradients and optimizer state are fp32 (fp64 with fp64,
     which is for tests)."""
@@ -90,7 +89,8 @@ class TrainConfig(Section):
     eval_every: Count = free(0)
     """Optimizer steps between evaluations. 0: evaluate at the end only."""
     eval_samples: Count = free(0)
-    """Samples of each validation corpus read per evaluation during training; 0: all."""
+    """Samples (pairs of sentences, with an encoder) of each validation corpus read per evaluation
+    during training; 0: all."""
     eval_final: Literal["all"] | PositiveCount = free("all")
     """Samples of each validation corpus read by the evaluation after the last step, regardless of
     eval_samples; Megatron's --eval-iters N are N x global_batch_size samples. all: the whole

@@ -80,8 +80,8 @@ def find_pair_misfits(path: Path, manifest: Manifest, config: Config, trained: b
     if longest > data.seq_length and not data.truncate:
         problems.append(
             f"{path}: its longest sentence has {longest} tokens, its end included, but "
-            f"data.seq_length={data.seq_length}; raise seq_length to {longest}, set data.truncate "
-            "to true, or prepare the corpus with --max-length"
+            f"data.seq_length={data.seq_length}; raise seq_length to {longest}, or set "
+            "data.truncate to true" + ", or prepare the corpus with --max-length" * trained
         )
     # Truncated lengths are in the corpus itself: the loader checks them.
     if trained and most is not None and held["longest_pair"] > most and not data.truncate:

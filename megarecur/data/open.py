@@ -48,7 +48,7 @@ def open_data(config: Config, mesh: Mesh) -> Data:
         corpora = open_sources(
             config, sources, tokenizer, config.data.verify, part=mesh.dp_rank, num_parts=mesh.dp
         )
-        if mesh.rank == 0 and config.task is None:
+        if mesh.rank == 0 and config.task is None and config.encoder is None:
             warn_of_other_ends(corpora, tokenizer, config.data.tokenizer)
         config = with_vocab_size(config, tokenizer.vocab_size)
         num_trained = len(config.data.train)
@@ -232,9 +232,10 @@ def check_rows(config: Config, vocab_size: int, tokenizer: str) -> None:
     Raises:
         DataError: with both numbers.
     """
-    rows = config.model.vocab_size
-    if rows is not None and rows < vocab_size:
-        raise DataError(
-            f"model.vocab_size={rows} is below the {vocab_size} ids of data.tokenizer={tokenizer}; "
-            "raise or omit it, or use the tokenizer that a converted model was trained with"
-        )
+    for key in ("vocab_size", "source_vocab_size"):
+        rows = getattr(config.model, key)
+        if rows is not None and rows < vocab_size:
+            raise DataError(
+                f"model.{key}={rows} is below the {vocab_size} ids of data.tokenizer={tokenizer}; "
+                "raise or omit it, or use the tokenizer that a converted model was trained with"
+            )

@@ -27,6 +27,7 @@ from megarecur.data.corpus import MEND, Corpus
 from megarecur.data.fit import TRANSLATION, check_fit, explain_long_pair
 from megarecur.data.loader import Loader, MicroBatch, SourceSentences
 from megarecur.data.order import BatchOrder, SampleOrder, WholeOrder, cut_batches, sort_by_length
+from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import DataError, MegarecurError
 from megarecur.parallel.loss import IGNORED
 
@@ -91,7 +92,18 @@ def open_pairs(
             config; all those that do not fit are reported.
     """
     check_fit(config, paths, tokenizer)
-    return [PairCorpus(path, verify, part, num_parts) for path in paths]
+    corpora = [PairCorpus(path, verify, part, num_parts) for path in paths]
+    end = load_tokenizer(tokenizer).eos_id
+    problems = [
+        f"{corpus.path}: its sentences end with id {corpus.eos_id}, but data.tokenizer={tokenizer} "
+        f"ends texts with {end}, at which translations would not stop; set data.tokenizer to the "
+        "corpus's copy of it"
+        for corpus in corpora
+        if corpus.eos_id != end
+    ]
+    if problems:
+        raise DataError("\n".join(problems))
+    return corpora
 
 
 class PairLoader(Loader):

@@ -64,7 +64,9 @@ class TranslationDecoder:
         device = source.tokens_BS.device
         self.banned = torch.tensor(sorted(banned), dtype=torch.long, device=device)
         with model.tp.whole_sequences():
-            self.encoded = model.encode(steps, source)
+            # A random initial state is the same for every sentence, whatever its batch and beam.
+            same_B = torch.zeros(len(source.tokens_BS), dtype=torch.long, device=device)
+            self.encoded = model.encode(steps, source, same_B)
         self.cache = Cache() if use_cache else None
         self.sentences_R = torch.arange(len(source.tokens_BS), device=device)
         """The sentence of each row."""
@@ -97,7 +99,10 @@ class TranslationDecoder:
         if moved:
             self.sentences_R, self.cross = sentences_R, self.look_at(sentences_R)
         new_RS = self.history_RS if self.cache is None else tokens_R[:, None]
-        ctx = replace(context_after(self.model, new_RS, self.cache), cross=self.cross)
+        same_R = torch.zeros_like(sentences_R)
+        seed = self.model.config.seed
+        ctx = context_after(self.model, new_RS, self.cache, seed, same_R)
+        ctx = replace(ctx, cross=self.cross)
         # With a cache, the encoder's output is read in the first call only.
         encoded = self.encoded if self.cache is not None else self.encoded[sentences_R]
         with self.model.tp.whole_sequences():

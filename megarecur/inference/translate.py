@@ -288,6 +288,9 @@ def translate(
         model: the whole model; with tensor parallelism this rank's part, and all ranks call this.
         note: called after each batch with its sentences, and the tokens of their translations.
         first_number: number of the first sentence, for the random choices of samples.
+
+    Raises:
+        ConfigError: a prefix has a token that no translation contains.
     """
     config, device = model.config, next(model.parameters()).device
     if options.truncate:
@@ -297,6 +300,12 @@ def translate(
     banned = {*tokenizer.missing_ids(config.model.vocab_size or 0), start} - {end}
     if tokenizer.pad_id is not None:
         banned.add(tokenizer.pad_id)
+    refused = [i for i, s in enumerate(sentences, 1) if banned & {*s.prefix}]
+    if refused:
+        raise ConfigError(
+            f"line {refused[0]} of the prefixes has a start or padding token{others(refused)}, "
+            "which no translation contains; remove it"
+        )
 
     def make_decoder(sources: list[list[int]]) -> StepDecoder:
         source = collate_sources(sources).to(device)

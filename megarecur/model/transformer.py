@@ -380,12 +380,16 @@ class Transformer(nn.Module):
         return (self.pool_memory(x) if self.config.reads_memory else x), terms
 
     @torch.no_grad()
-    def encode(self, steps: Sequence[Step], source: Sentences) -> Tensor:
+    def encode(
+        self, steps: Sequence[Step], source: Sentences, samples_B: Tensor | None = None
+    ) -> Tensor:
         """Return the output of the encoder [B, K, D], or this rank's positions of it.
 
         Args:
             steps: the map of an optimizer step or evaluation; those of the encoder run.
             source: the source sentences.
+            samples_B: numbers of the sentences, on which a random initial state depends; None: 0,
+                1, ...
         """
         assert self.encoder is not None
         model, separates = list_stacks(self.config)[0].config.model, not source.single_document
@@ -396,6 +400,7 @@ class Transformer(nn.Module):
             documents_BS=source.documents_BS if separates else None,
             boundaries=source.boundaries if separates else None,
             backend=self.attention.backend,
+            sample_ids_B=samples_B,
             seed=self.config.seed,
             tp=self.tp,
         )

@@ -345,8 +345,9 @@ def walk_over(config: Config, steps: LayerMap, placement: Placement) -> Walk:
     """Return the walk of a map of the config."""
     parallel = config.parallel
     cuts: tuple[int, ...] = ()
-    if parallel.split_backward and parallel.order in ("auto", "zbv"):
-        cuts = cuts_for_v(steps, placement)
+    halts = any(stack.config.halting is not None for stack in list_stacks(config))
+    if parallel.split_backward and parallel.order in ("auto", "zbv") and not halts:
+        cuts = cuts_for_v(steps, placement)  # A pass that halts is never cut.
     return build_walk(steps, placement, cuts, find_fresh(config))
 
 

@@ -11,11 +11,13 @@ def find_waits(config: Config) -> list[str]:
     Empty for most configs: the host runs ahead of the device until it reads the norm.
     """
     waits = []
-    if config.halting is not None:
-        waits.append(
-            f"recurrence.halting.mode={config.halting.mode}: every step of the map reads which "
-            "samples go on"
-        )
+    for key, scheme in (("encoder", config.encoder), ("recurrence", config.recurrence)):
+        halting = getattr(scheme, "halting", None)
+        if halting is not None and halting.mode != "none":
+            waits.append(
+                f"{key}.halting.mode={halting.mode}: every step of the map reads which samples go "
+                "on"
+            )
     if config.temporal is not None and (config.data.mask_documents or config.task is not None):
         waits.append("temporal: every micro batch reads which documents its chunks continue")
     if config.distill is not None and config.distill.stored is not None:

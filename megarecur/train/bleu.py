@@ -13,7 +13,7 @@ from megarecur.data.tokenizer import Tokenizer, load_tokenizer
 from megarecur.inference.bleu import score_texts
 from megarecur.inference.translate import Sentence, TranslateOptions, translate
 from megarecur.model.transformer import Transformer
-from megarecur.parallel.mesh import Mesh
+from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.progress import Note, note_nothing
 
 
@@ -39,7 +39,8 @@ def score_bleu(
     collective.
 
     Replicas share the sentences. References are the decoded targets of the corpus, so that BLEU
-    may differ from that of the original files where the tokenizer normalises text.
+    may differ from that of the original files where the tokenizer normalises text, or
+    data.truncate cuts it.
 
     Args:
         corpora: corpora of pairs; the first train.eval_bleu pairs of each are translated.
@@ -49,7 +50,7 @@ def score_bleu(
     found: list[tuple[list[str], list[str]]] = []
     for corpus, name in zip(corpora, names, strict=True):
         assert isinstance(corpus, Pairs), "an encoder-decoder reads corpora of pairs"
-        texts, references = translate_pairs(model, corpus, config, mesh, tokenizer)
+        texts, references = translate_pairs(model, corpus, config, mesh, tokenizer, note)
         note(f"{len(texts)} sentences of {name} translated")
         found.append((texts, references))
     if not found:
@@ -63,15 +64,25 @@ def score_bleu(
 
 
 def translate_pairs(
-    model: Transformer, corpus: Pairs, config: Config, mesh: Mesh, tokenizer: Tokenizer
+    model: Transformer,
+    corpus: Pairs,
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    note: Note = note_nothing,
 ) -> tuple[list[str], list[str]]:
     """Return greedy translations of the first pairs of a corpus, and their references, on every
     rank; collective."""
     count, most = min(config.train.eval_bleu, corpus.num_pairs), config.data.seq_length
-    pairs = [corpus.pair(number, most) for number in range(count)]
     mine = range(mesh.dp_rank, count, mesh.dp)
     options = TranslateOptions(beam=1, use_cache=config.halting is None)
-    own = translate(model, tokenizer, [Sentence(pairs[i][0].tolist(), []) for i in mine], options)
+    with same_error(mesh):
+        pairs = [corpus.pair(number, most) for number in range(count)]
+    sentences = [Sentence(pairs[i][0].tolist(), []) for i in mine]
+    own = translate(
+        model, tokenizer, sentences, options,
+        lambda some, tokens: note(f"{some} more sentences translated"),
+    )  # fmt: skip
     texts: dict[int, str] = {}
     for part in mesh.gather_objects(
         {i: each.texts[0] if each.texts else "" for i, each in zip(mine, own, strict=True)}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarecur.config.recurrence import Looped
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.errors import ConfigError, MegarecurError, explain_os_error
@@ -171,7 +172,7 @@ class Interval:
         same = carried.get("mesh") == [mesh.dp, mesh.pp]
         sums = ranks[place] if same else {
             "losses": add_up([rank.get("losses", {}) for rank in ranks]),
-            **add_up([{n: r[n] for n in ("sources", "counts") if n in r} for r in ranks]),
+            **add_up([{n: r[n] for n in SUMMED if n in r} for r in ranks]),
         }  # fmt: skip
 
         def share(value: Any) -> Tensor:
@@ -180,7 +181,7 @@ class Interval:
             return tensor if same or place == 0 else torch.zeros_like(tensor)
 
         self.losses = {name: share(value) for name, value in sums.get("losses", {}).items()}
-        for name in ("sources", "counts"):
+        for name in SUMMED:
             if name in sums:
                 setattr(self, name, share(sums[name]))
 
@@ -336,7 +337,8 @@ class Report:
             self.flops[depth] = tuple(
                 count_flops(self.config, steps, Seen(*keys)) for keys in (nothing, *units)
             )
-        share_of_encoder = self.weigh_encoder(depths[0], seen)
+        shares = {depth: self.weigh_encoder(depth, seen) for depth in set(depths)}
+        share_of_encoder = sum(shares[depth] for depth in depths) / len(depths)
         executed += share_of_encoder * (of_encoder - executed)
 
         def count(kind: str) -> float:
@@ -359,9 +361,12 @@ class Report:
         if share("recompute"):
             work["speed/mfu_with_recompute"] = share("hardware")
         loops = [depth for depth in depths if depth is not None]
-        if loops:
-            work["recurrence/num_loops"] = sum(d.num_loops for d in loops) / len(loops)
-            work["recurrence/backward_loops"] = sum(d.backward_loops for d in loops) / len(loops)
+        of_stacks = {"": self.config.recurrence, "encoder_": self.config.encoder}
+        for stack, scheme in of_stacks.items():
+            if loops and isinstance(scheme, Looped):
+                drawn = [d[2:] if stack else d[:2] for d in loops]
+                for i, name in enumerate(("num_loops", "backward_loops")):
+                    work[f"recurrence/{stack}{name}"] = sum(d[i] for d in drawn) / len(loops)
         return work
 
     def weigh_encoder(self, depth: Depth | None, seen: Seen) -> float:

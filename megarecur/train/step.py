@@ -240,11 +240,13 @@ def count_keys(config: Config, batches: Sequence[MicroBatch]) -> tuple[float, ..
     sources = [(batch.source, batch.tokens_BS.shape[1]) for batch in batches if batch.source]
     of_encoder = crossed = tokens = 0
     for source, length in sources:
-        each = np.diff(source.boundaries.edges).astype(np.int64)
+        rows, span = source.tokens_BS.shape
+        firsts, each = source.boundaries.edges[:-1], np.diff(source.boundaries.edges)
+        each = each.astype(np.int64)
         of_encoder += int((each * each).sum())
-        real = each.sum() - int((source.documents_BS < 0).sum())
-        crossed += length * int(real)
-        tokens += source.tokens_BS.numel()
+        # The first document of each row is its sentence, a second one padding.
+        crossed += length * int(each[firsts % span == 0].sum())
+        tokens += rows * span
     return *found, float(of_encoder), float(crossed), float(tokens)
 
 

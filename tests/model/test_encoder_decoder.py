@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.inference.cache import Cache, context_after
+from megarecur.inference.decoder import TranslationDecoder
 from megarecur.model.adapters import ResidualScale
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh
@@ -393,3 +394,24 @@ def test_admin_scales_of_each_stack_begin_with_one() -> None:
             ratio = float((of_x + of_branch).sqrt())
     named = [n for n in model.inventory if "_residual" in n]
     assert len(named) == 2 * 4 + 3 * 4
+
+
+def test_a_random_initial_state_does_not_depend_on_the_beam() -> None:
+    """Of the encoder's core and of the decoder's: one state for all hypotheses and batches."""
+    random = {**LOOP, "initial_state": "random"}
+    model = build(pair_config(random, random))
+    steps = build_map(model.config)
+    (source, other), _ = make_pairs(2, seed=4)
+
+    def read(sources: list[Tensor]) -> Tensor:
+        given = collate(sources, [torch.arange(3)] * len(sources)).source
+        assert given is not None
+        decoder = TranslationDecoder(model, steps, given)
+        rows = torch.arange(len(sources))
+        first = decoder.advance(torch.ones(len(sources), dtype=torch.long), rows)
+        assert first.shape[0] == len(sources)
+        return decoder.advance(torch.full((len(sources),), 2), rows.flip(0)).flip(0)
+
+    alone, together = read([source]), read([other, source, source])
+    torch.testing.assert_close(together[1], together[2], rtol=1e-10, atol=1e-10)
+    assert alone.isfinite().all()

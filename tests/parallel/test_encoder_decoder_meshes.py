@@ -96,7 +96,7 @@ def alone(scheme: str, precision: str) -> Trace:
 TENSOR, PIPELINE = {"tensor": 2}, {"pipeline": 2}
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
 CASES = [
-    *((scheme, PIPELINE) for scheme in SCHEMES if scheme != "halting"),
+    *((scheme, PIPELINE) for scheme in SCHEMES),
     ("cycle", TENSOR),
     ("ring", SEQUENCE),
     ("halting", TENSOR),
