@@ -188,7 +188,10 @@ class HaltingRunner(Runner):
         tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__(stack, make, dtype, blocks, tp)
-        self.halting = HaltingHead(f"blocks.{stack.first}.halting", make, dtype)
+        self.halting: HaltingHead | None = None
+        """The head, on the rank of the stack's block."""
+        if str(stack.first) in self.blocks:
+            self.halting = HaltingHead(f"blocks.{stack.first}.halting", make, dtype)
         self.compact = True
         """If True, compute only on samples that have not halted; else on all, with excess results
         discarded."""
@@ -204,7 +207,7 @@ class HaltingRunner(Runner):
     ) -> Tensor:
         """Run the steps; see `Runner.forward`. Adds the term `halting`, the expected depth."""
         halting = self.config.halting
-        assert halting is not None
+        assert halting is not None and self.halting is not None
         recorder = ctx.recorder
         whole, watched = x, recorder.telemetry is not None or recorder.states is not None
         mixture = Mixture(

@@ -280,6 +280,7 @@ FREE = {
     "train.eval_every",
     "train.eval_final",
     "train.eval_samples",
+    "train.eval_bleu",
     "train.eval_depths",
     "train.profile",
     "train.sample_prompts",

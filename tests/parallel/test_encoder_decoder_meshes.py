@@ -76,6 +76,9 @@ def trace(config: Config, prepare: Callable[[Transformer], None] | None = None) 
     if prepare is not None:
         prepare(model)
     engine = build_engine(model, config, mesh)
+    owned = mesh.gather_over_pp(list(model.parameters_by_name))
+    names = [name for own in owned for name in own]
+    assert {name for name in names if names.count(name) > 1} <= {"embedding.weight"}
     found: Trace = []
     for step in range(STEPS):
         batches = read(config, step, mesh.dp_rank, mesh.dp)
