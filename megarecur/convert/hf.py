@@ -46,12 +46,14 @@ from megarecur.convert.source import (
 from megarecur.convert.tokenizer import (
     complete_hf_tokenizer,
     describe_hf_tokenizer,
+    end_sentences,
     find_pad_id,
     write_hf_tokenizer,
 )
 from megarecur.data.tokenizer import BYTES, load_tokenizer, tokenizer_fingerprint
 from megarecur.errors import CheckpointError, ConfigError, DataError
 from megarecur.files import create_file, create_folder, write_all
+from megarecur.inference.translate import MORE_TOKENS, TranslateOptions, limit_of
 from megarecur.parallel.shards import TensorShard, whole
 from megarecur.recurrence.inventory import build_inventory, signal_names
 from megarecur.recurrence.layer_map import LayerMap, count_uses
@@ -68,7 +70,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id")
-PADDING = "pad_token_id"
+PADDING, START = "pad_token_id", "decoder_start_token_id"
 
 
 # --------------------------------------------------------------------------------------- convert
@@ -222,10 +224,13 @@ def export_hf(
     run = open_run_folder(run_dir, step)
     config, origin = run.config, run.state.get("hugging_face", {})
     if config.encoder is not None:
-        raise ConfigError(
-            f"{run_dir}: is an encoder-decoder, which this version does not export; use the run "
-            "itself, with `megarecur translate` and `megarecur eval`"
-        )
+        if unrolled:
+            raise ConfigError(
+                f"{run_dir}: has an encoder (encoder.kind={config.encoder.kind}), and encoder-"
+                "decoders are exported with a modelling file of their own; leave out --unrolled, "
+                "or use --compact"
+            )
+        unrolled = False
     if config.task is not None and config.classifies:
         if unrolled:
             raise ConfigError(
@@ -262,12 +267,19 @@ def export_hf(
             tensors = compact_tensors(parameters)
             create_file(aside / compact.MODELLING, compact.modelling_code())
         values |= special_tokens(run)
-        write_json(aside / "config.json", values)
         export_tokenizer(run, aside)
+        pad = find_pad_id(aside)
+        if config.encoder is not None:
+            values |= {START: start_token(values), PADDING: pad}
+            end_sentences(aside)
+            create_file(aside / compact.CARD, compact.model_card(config, run_dir.name))
+        write_json(aside / "config.json", values)
         if not (aside / "generation_config.json").exists():
             chosen = {key: values[key] for key in SPECIAL_TOKENS} | suppress_missing(run)
-            if (pad := find_pad_id(aside)) is not None:
-                chosen["pad_token_id"] = pad
+            if pad is not None:
+                chosen[PADDING] = pad
+            if config.encoder is not None:
+                chosen |= search_options(config, values, chosen)
             write_json(aside / "generation_config.json", chosen)
         write_tensors(aside / "model.safetensors", tensors, dtype, stored)
     return out_dir
@@ -454,7 +466,11 @@ def unrolled_tensors(
 def compact_tensors(parameters: Parameters) -> list[Stored]:
     """Return every parameter that the map uses, once, by our names."""
     return [
-        Stored(name, parameters.inventory[name].shape, partial(parameters.values.__getitem__, name))
+        Stored(
+            compact.hub_name(parameters.config, name),
+            parameters.inventory[name].shape,
+            partial(parameters.values.__getitem__, name),
+        )
         for name in compact.parameter_names(parameters.config)
     ]
 
@@ -501,6 +517,35 @@ def special_tokens(run: Run) -> dict[str, Any]:
     except DataError:
         return dict.fromkeys(SPECIAL_TOKENS)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def start_token(values: Mapping[str, Any]) -> int | None:
+    """Return the id that a decoder starts from: begin or, without one, end of text."""
+    begin, end = (values[key] for key in SPECIAL_TOKENS)
+    return end if begin is None else begin
+
+
+def search_options(
+    config: Config, values: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return generation settings by which transformers translates as `megarecur translate` does.
+
+    Args:
+        values: config.json.
+        chosen: the other generation settings.
+    """
+    start, end = values[START], values["eos_token_id"]
+    most = limit_of(config) or config.data.seq_length + MORE_TOKENS
+    never = set(chosen.get("suppress_tokens", ())) | ({start} - {end, None})
+    return {
+        START: start,
+        "forced_eos_token_id": end,
+        "max_length": 1 + most,  # The start token is counted.
+        "num_beams": TranslateOptions().beam,
+        "early_stopping": True,
+        "length_penalty": 1.0,
+        **({"suppress_tokens": sorted(never)} if never else {}),
+    }
 
 
 def suppress_missing(run: Run) -> dict[str, Any]:

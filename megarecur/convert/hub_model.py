@@ -10,7 +10,13 @@ Classifiers are AutoModelForSequenceClassification or AutoModelForTokenClassific
 
     model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
 
-Shapes: B samples, S new tokens, K keys, D hidden, N heads, H head_dim, V vocabulary.
+Encoder-decoders are AutoModelForSeq2SeqLM. Their encoder is a model of the same blocks, and each
+block of the decoder attends to its output too:
+
+    model.generate(**tokenizer(sentences, padding=True, return_tensors="pt"), num_beams=4)
+
+Shapes: B samples, S new tokens, K keys or source tokens, D hidden, N heads, H head_dim,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,12 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
+    BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithPast,
+    Seq2SeqLMOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -39,6 +47,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 BLOCK: dict[str, Any] = {
     "positions": "rope",  # rope, xpos, alibi, learned, sinusoidal, none
     "level_encoding": "none",  # none, sinusoidal
+    "sinusoid_layout": "split",  # split, interleaved
     "rope_theta": 10000.0,
     "rope_interleaved": False,  # pairs (2i, 2i + 1) instead of (i, i + H/2)
     "rope_fraction": 1.0,  # of head_dim, which rotates
@@ -67,6 +76,7 @@ BLOCK: dict[str, Any] = {
     "attention_types": ["full"],  # block b has entry b modulo length
     "attention_bias": "none",  # none, qk, qkv, all
     "feed_forward_bias": False,
+    "head_bias": False,
     "scale_embeddings": False,
 }
 """Options of a block's computation, with their defaults in `MegarecurConfig.block`."""
@@ -133,6 +143,9 @@ class MegarecurConfig(PretrainedConfig):
         noise of deviation `std`, a function of `key` (made of `seed`), position and sample.
     normalized_steps: layers before which the final norm is applied.
     halting, temporal, task: None, or of classifiers (`MegarecurClassifier`).
+    encoder: None, or the values that the encoder of an encoder-decoder has of its own: vocab_size,
+        layer_map, num_loops, loop, levels, injection; and shared_embedding, which is True if it
+        embeds source sentences with the decoder's table.
     trained_length: tokens of the samples in training; positions may allow more.
     """
 
@@ -160,6 +173,7 @@ class MegarecurConfig(PretrainedConfig):
         halting: dict[str, Any] | None = None,
         temporal: dict[str, Any] | None = None,
         task: dict[str, Any] | None = None,
+        encoder: dict[str, Any] | None = None,
         trained_length: int | None = None,
         use_cache: bool = True,
         **kwargs: Any,
@@ -180,6 +194,7 @@ class MegarecurConfig(PretrainedConfig):
         self.injection = injection
         self.normalized_steps = list(normalized_steps or [])
         self.halting, self.temporal, self.task = halting, temporal, task
+        self.encoder = encoder
         self.trained_length = trained_length
         self.use_cache = use_cache
         for derived in ("num_hidden_layers", "layer_types", "sliding_window"):
@@ -190,6 +205,7 @@ class MegarecurConfig(PretrainedConfig):
         self.num_loops = num_loops
         # Some versions set it and others do not, so it is set here too.
         self.tie_word_embeddings = tie_word_embeddings
+        kwargs["is_encoder_decoder"] = encoder is not None
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -224,6 +240,19 @@ class MegarecurConfig(PretrainedConfig):
             self.injection = self.injection | {"sources": [start], "steps": steps}
         if loop["normalize"]:
             self.normalized_steps = [self.num_hidden_layers - coda]
+
+    def of_encoder(self) -> MegarecurConfig:
+        """Return the configuration of the encoder, whose tokens see later ones."""
+        own = dict(self.encoder)
+        own.pop("shared_embedding")
+        shapes = (
+            "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "max_position_embeddings", "initializer_range", "adapters",
+        )  # fmt: skip
+        shared = {name: getattr(self, name) for name in shapes}
+        config = type(self)(**shared, **own, block=self.block | {"causal": False})
+        config._attn_implementation = self._attn_implementation
+        return config
 
     def steps(self) -> list[Step]:
         """Return the computation of each layer."""
@@ -325,16 +354,34 @@ class Call(NamedTuple):
     """Source of keys and values if it differs from that of queries, [B, S, D]."""
     memory: Tensor | None = None
     """The memory that blocks of models with a temporal memory read, [B, M, D]."""
+    source_mask: Tensor | None = None
+    """The mask of attention to the output of an encoder; None: all of it is seen."""
+    source_cache: Any = None
+    """The EncoderDecoderCache that keeps its keys and values, once per block."""
+
+
+class Encoded(NamedTuple):
+    """The output of an encoder."""
+
+    states: Tensor
+    """[B, K, D]."""
+    mask: Tensor | None
+    """The mask for attention functions; None: all of it is seen."""
 
 
 class Use(nn.Module):
     """One use of a block: the attributes that attention functions need, without parameters."""
 
-    def __init__(self, config: MegarecurConfig, step: Step, layer: int) -> None:
+    def __init__(
+        self, config: MegarecurConfig, step: Step, layer: int, *, across: bool = False
+    ) -> None:
+        """Build it; across: for attention to the output of an encoder."""
         super().__init__()
         self.config, self.step, self.layer_idx = config, step, layer
         self.layer_type = config.layer_types[layer]
-        self.head_dim, self.is_causal = config.head_dim, config.block["causal"]
+        self.head_dim, self.is_causal = config.head_dim, config.block["causal"] and not across
+        reads = config.encoder is not None and not across
+        self.across = Use(config, step, layer, across=True) if reads else None
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.block["attention_scale"] or self.head_dim**-0.5
         self.softcap = config.block["attention_softcap"]
@@ -504,31 +551,46 @@ def scale_frequencies(
     return frequencies * (slow / factor + (1.0 - slow)), gain
 
 
-def sinusoids(positions: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Return sines, then cosines: positions [...] to [..., D]."""
+def sinusoids(positions: Tensor, size: int, dtype: torch.dtype, layout: str) -> Tensor:
+    """Return sines, then cosines, or both by turns: positions [...] to [..., D]."""
     half = (size + 1) // 2
-    exponent = torch.arange(half, device=positions.device).to(dtype) / max(half - 1, 1)
+    last = max(half - 1, 1) if layout == "split" else size / 2
+    exponent = torch.arange(half, device=positions.device).to(dtype) / last
     angle = positions[..., None].to(dtype) * 10000.0 ** (-exponent)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :size]
+    waves = angle.sin(), angle.cos()
+    both = torch.cat(waves, -1) if layout == "split" else torch.stack(waves, -1).flatten(-2)
+    return both[..., :size]
 
 
-class Attention(nn.Module):
-    """Attention; query head i reads key head i // (heads / key heads)."""
+class MultiHead(nn.Module):
+    """The linear layers of attention; query head i reads key head i // (heads / key heads)."""
 
-    def __init__(self, config: MegarecurConfig, head_norms: bool) -> None:
+    def __init__(self, config: MegarecurConfig) -> None:
         super().__init__()
-        block, self.head_dim = config.block, config.head_dim
-        hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        biased = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}[block["attention_bias"]]
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        queries = config.num_attention_heads * self.head_dim
+        keys = config.num_key_value_heads * self.head_dim
+        kinds = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}
+        biased = kinds[config.block["attention_bias"]]
         self.query = nn.Linear(hidden, queries, "q" in biased)
         self.key = nn.Linear(hidden, keys, "k" in biased)
         self.value = nn.Linear(hidden, keys, "v" in biased)
         self.output = nn.Linear(queries, hidden, "o" in biased)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Split heads: [B, S, N H] to [B, N, S, H]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class Attention(MultiHead):
+    """Self-attention with positions and a cache."""
+
+    def __init__(self, config: MegarecurConfig, head_norms: bool) -> None:
+        super().__init__(config)
         self.query_norm = self.key_norm = None
         for name, size in count_normed(config).items() if head_norms else ():
-            setattr(self, name, Norm(size, "rms", block["norm_eps"]))
-        self.interleaved = block["rope_interleaved"]
+            setattr(self, name, Norm(size, "rms", config.block["norm_eps"]))
+        self.interleaved = config.block["rope_interleaved"]
 
     def forward(
         self, x: Tensor, stream: Tensor, view: View, use: Use, call: Call, own: Own
@@ -560,6 +622,33 @@ def update(call: Call, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor
     if SIZED_BY_POSITIONS:
         return call.cache.update(k, v, layer, {"cache_position": call.cache_position})
     return call.cache.update(k, v, layer, kwargs=call.keywords)
+
+
+class EncoderAttention(MultiHead):
+    """Attention of a decoder to the output of the encoder, without positions.
+
+    Keys and values do not depend on the use of a block, so a cache keeps them once per block.
+    """
+
+    def forward(
+        self, x: Tensor, encoded: Tensor, use: Use, call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from [B, S, D] to [B, K, D]."""
+        k, v = self.read(encoded, call.source_cache, use.step.block)
+        q, call = self.split(self.query(x)), call._replace(keywords={})
+        out, weights = use.across.attend(q, k, v, call.source_mask, call)
+        return self.output(out.reshape(*x.shape[:-1], -1)), weights
+
+    def read(self, encoded: Tensor, cache: Any, block: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, N, K, H], from the cache if it has them."""
+        if cache is not None and cache.is_updated.get(block):
+            layer = cache.cross_attention_cache.layers[block]
+            return layer.keys, layer.values
+        k, v = self.split(self.key(encoded)), self.split(self.value(encoded))
+        if cache is not None:
+            k, v = cache.cross_attention_cache.update(k, v, block)
+            cache.is_updated[block] = True
+        return k, v
 
 
 class FeedForward(nn.Module):
@@ -617,13 +706,16 @@ class Block(GradientCheckpointingLayer):
         if mixes and config.layer_map[injection["sources"][0]] == number:
             sizes = 2 * config.hidden_size, config.hidden_size
             self.injection = nn.Linear(*sizes, bias=injection.get("bias", False))
-        names = ["attention_norm", "feed_forward_norm"] * (self.position != "output")
+        across = ["cross_attention"] * (config.encoder is not None)
+        parts = ["attention", *across, "feed_forward"]
+        names = [f"{part}_norm" for part in parts if self.position != "output"]
         if self.position in ("sandwich", "peri", "output"):
-            names += ["attention_output_norm", "feed_forward_output_norm"]
+            names += [f"{part}_output_norm" for part in parts]
         own_norms = levels is not None or (adapters is not None and adapters["norms"])
         for name in () if own_norms else names:
             self.add_module(name, Norm(config.hidden_size, block["norm"], block["norm_eps"]))
         self.attention = Attention(config, block["qk_norm"] and not own_norms)
+        self.cross_attention = EncoderAttention(config) if across else None
         shared = block["shared_feed_forward"] and number > 0
         self.feed_forward = None if shared else FeedForward(config)
         self.gate = Gate(config) if block["gate"] else None
@@ -642,8 +734,8 @@ class Block(GradientCheckpointingLayer):
             head_norms = count_normed(config) if own_norms and block["qk_norm"] else {}
             for name, size in head_norms.items():
                 own[name] = Norm(size, "rms", block["norm_eps"])
-            for name in ("attention_residual", "feed_forward_residual") if scaled else ():
-                own[name] = ResidualScale(config.hidden_size)
+            for part in parts if scaled else ():
+                own[f"{part}_residual"] = ResidualScale(config.hidden_size)
             self.loops.append(own)
 
     def add_deltas(self, own: nn.ModuleDict, adapters: dict[str, Any]) -> None:
@@ -670,12 +762,15 @@ class Block(GradientCheckpointingLayer):
         view: View,
         use: Use,
         call: Call,
-    ) -> tuple[Tensor, Tensor | None]:
+        encoded: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Run one layer; `injected` is added or mixed in first, then the level's encoding is added.
 
-        `feed` is called if the block has no feed-forward of its own.
+        `feed` is called if the block has no feed-forward of its own. A decoder's block reads
+        `encoded`, the output of the encoder [B, K, D].
 
-        Returns the new state, [B, S, D], and attention weights if they are requested.
+        Returns the new state, [B, S, D], and attention weights if they are requested: of attention
+        to tokens and, in a decoder, to the output of the encoder.
         """
         own = Own(self.loops[use.step.loop]) if len(self.loops) else NOTHING
         feed = self.feed_forward if feed is None else feed
@@ -699,35 +794,56 @@ class Block(GradientCheckpointingLayer):
         def informed(y: Tensor) -> Tensor:
             return y + own["signal_feed_forward"](y) if "signal_feed_forward" in own else y
 
-        def attend(y: Tensor) -> tuple[Tensor, Tensor | None]:
+        weights: list[Tensor | None] = []
+
+        def attend(y: Tensor) -> Tensor:
             # Level signals read the stream before its norm.
             stream = x if self.position == "pre" else y
-            return self.attention(y, stream, view, use, call, own)
+            mixed, seen = self.attention(y, stream, view, use, call, own)
+            weights.append(seen)
+            return mixed
 
-        if self.position == "post":
-            mixed, weights = attend(x)
-            x = norm("attention_norm", join(x, mixed, "attention_residual"))
-            fed = feed(informed(x), own)
-            return norm("feed_forward_norm", join(x, fed, "feed_forward_residual")), weights
-        if self.position == "output":
-            mixed, weights = attend(x)
-            x = x + norm("attention_output_norm", mixed)
-            return x + norm("feed_forward_output_norm", feed(x, own)), weights
-        mixed, weights = attend(norm("attention_norm", x))
-        if self.position == "pre":
-            if self.parallel:
-                return x + mixed + feed(norm("feed_forward_norm", x), own), weights
-            a = self.read(x + mixed, call)
-            u = norm("feed_forward_norm", informed(a))
-            out = a + feed(u, own)
-            return (out if self.gate is None else torch.lerp(x, out, self.gate(u))), weights
-        if self.position == "peri":
-            x = x + norm("attention_output_norm", mixed)
+        def look(y: Tensor) -> Tensor:
+            """Return the stream after attention to the output of the encoder, if there is one."""
+            if self.cross_attention is None:
+                return y
+            name = "cross_attention"
+            plain = self.position in ("post", "output")
+            read = y if plain else norm(f"{name}_norm", y)
+            found, seen = self.cross_attention(read, encoded, use, call)
+            weights.append(seen)
+            if self.position == "post":
+                return norm(f"{name}_norm", join(y, found, f"{name}_residual"))
+            if self.position == "sandwich":
+                return norm(f"{name}_output_norm", y + found)
+            return y + (found if self.position == "pre" else norm(f"{name}_output_norm", found))
+
+        def run(x: Tensor) -> Tensor:
+            if self.position == "post":
+                x = norm("attention_norm", join(x, attend(x), "attention_residual"))
+                x = look(x)
+                fed = feed(informed(x), own)
+                return norm("feed_forward_norm", join(x, fed, "feed_forward_residual"))
+            if self.position == "output":
+                x = look(x + norm("attention_output_norm", attend(x)))
+                return x + norm("feed_forward_output_norm", feed(x, own))
+            mixed = attend(norm("attention_norm", x))
+            if self.position == "pre":
+                if self.parallel:
+                    return x + mixed + feed(norm("feed_forward_norm", x), own)
+                a = look(self.read(x + mixed, call))
+                u = norm("feed_forward_norm", informed(a))
+                out = a + feed(u, own)
+                return out if self.gate is None else torch.lerp(x, out, self.gate(u))
+            if self.position == "peri":
+                x = look(x + norm("attention_output_norm", mixed))
+                fed = feed(norm("feed_forward_norm", x), own)
+                return x + norm("feed_forward_output_norm", fed)
+            x = look(norm("attention_output_norm", x + mixed))
             fed = feed(norm("feed_forward_norm", x), own)
-            return x + norm("feed_forward_output_norm", fed), weights
-        x = norm("attention_output_norm", x + mixed)
-        fed = feed(norm("feed_forward_norm", x), own)
-        return norm("feed_forward_output_norm", x + fed), weights
+            return norm("feed_forward_output_norm", x + fed)
+
+        return run(x), tuple(weights)
 
     def read(self, x: Tensor, call: Call) -> Tensor:
         """Return the stream after reading the memory; here there is none."""
@@ -793,7 +909,7 @@ class MegarecurModel(PreTrainedModel):
             self._supports_flash_attn = self._supports_flex_attn = False
         super().__init__(config)
         block, hidden = config.block, config.hidden_size
-        self.embedding = nn.Embedding(config.vocab_size, hidden)
+        self.embedding = self.make_embedding()
         if block["positions"] == "learned":
             table = torch.zeros(config.max_position_embeddings, hidden)
             self.embedding.positions = nn.Parameter(table)
@@ -810,6 +926,14 @@ class MegarecurModel(PreTrainedModel):
         self.plan()
         self.add_head()
         self.post_init()
+
+    def make_embedding(self) -> nn.Module:
+        """Return the table of the vocabulary, which also holds those of learned positions."""
+        return nn.Embedding(self.config.vocab_size, self.config.hidden_size)
+
+    def look_up(self, input_ids: Tensor) -> Tensor:
+        """Return embeddings [B, S, D]."""
+        return self.embedding(input_ids)
 
     def add_head(self) -> None:
         """Add no head after the final norm."""
@@ -836,8 +960,6 @@ class MegarecurModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-            if hasattr(module, "positions"):
-                nn.init.normal_(module.positions, std=std)
         elif isinstance(module, LowRank):
             nn.init.normal_(module.lora_a, std=module.lora_a.shape[1] ** -0.5)
             nn.init.zeros_(module.lora_b)
@@ -848,6 +970,8 @@ class MegarecurModel(PreTrainedModel):
             nn.init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
+        if isinstance(getattr(module, "positions", None), Tensor):
+            nn.init.normal_(module.positions, std=std)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -871,6 +995,7 @@ class MegarecurModel(PreTrainedModel):
         num_loops: int | None = None,
         sample_ids: Tensor | None = None,
         cache: Any = None,
+        encoded: Encoded | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return hidden states [B, S, D] after the final norm.
@@ -889,6 +1014,7 @@ class MegarecurModel(PreTrainedModel):
             num_loops: loops of the core instead of the config's.
             sample_ids: [B], for random initial states; 0 by default, whatever the place in the
             batch.
+            encoded: the output of the encoder that a decoder reads.
             kwargs: `ATTENTION_KEYWORDS`; others are rejected.
         """
         if num_loops not in (None, self.config.num_loops):
@@ -897,7 +1023,7 @@ class MegarecurModel(PreTrainedModel):
                 return MegarecurModel.forward(
                     self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
                     use_cache, output_attentions, output_hidden_states, return_dict, None,
-                    sample_ids, cache, **kwargs,
+                    sample_ids, cache, encoded, **kwargs,
                 )  # fmt: skip
             finally:
                 self.config.num_loops = former
@@ -916,7 +1042,12 @@ class MegarecurModel(PreTrainedModel):
             use_cache, cache = False, None
         if cache is None and use_cache:
             cache = DynamicCache()
-        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        given = cache
+        if encoded is not None and cache is not None:
+            if not isinstance(cache, EncoderDecoderCache):
+                given = EncoderDecoderCache(cache, DynamicCache())
+            cache = given.self_attention_cache
+        x = self.look_up(input_ids) if inputs_embeds is None else inputs_embeds
         length = x.shape[1]
         if cache_position is None:
             past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
@@ -926,17 +1057,21 @@ class MegarecurModel(PreTrainedModel):
         x = self.place(self.scaled(x), position_ids)
         views = self.views(x, position_ids, cache_position, cache, attention_mask)
         attentions = choose(output_attentions, config, "output_attentions")
-        call = Call(cache, cache_position, kwargs, attentions)
-        x, states, weights = self.walk(x, views, call, position_ids, sample_ids)
+        call, source = Call(cache, cache_position, kwargs, attentions), None
+        if encoded is not None:
+            source, call = encoded.states, call._replace(source_mask=encoded.mask)
+            call = call._replace(source_cache=given)
+        x, states, weights = self.walk(x, views, call, position_ids, sample_ids, source)
         x = x if self.final_norm is None else self.final_norm(x)
         states[-1] = x
-        output = BaseModelOutputWithPast(
+        output = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=x,
-            **{CACHE: cache if use_cache else None},
+            **{CACHE: given if use_cache else None},
             hidden_states=tuple(states)
             if choose(output_hidden_states, config, "output_hidden_states")
             else None,
-            attentions=tuple(weights) if attentions else None,
+            attentions=tuple(own for own, *_ in weights) if attentions else None,
+            cross_attentions=tuple(w[1] for w in weights) if attentions and encoded else None,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -947,9 +1082,10 @@ class MegarecurModel(PreTrainedModel):
         call: Call,
         position_ids: Tensor,
         sample_ids: Tensor | None,
+        encoded: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Any]]:
         """Run all layers. Return the final state, each layer's input and output, and attention
-        weights."""
+        weights. A decoder's layers read `encoded`, the output of the encoder [B, K, D]."""
         states, weights, kept = [x], [], None
         encodings = self.encodings(position_ids, x)
         for use in self.plan():
@@ -966,7 +1102,7 @@ class MegarecurModel(PreTrainedModel):
             x, seen = block(
                 x, kept if step.reads else None,
                 None if encodings is None else encodings[step.loop],
-                feed, views[use.layer_type], use, call,
+                feed, views[use.layer_type], use, call, encoded,
             )  # fmt: skip
             states.append(x)
             weights.append(seen)
@@ -998,7 +1134,7 @@ class MegarecurModel(PreTrainedModel):
         if block["positions"] == "learned":
             x = x + F.embedding(positions, parameter_of(self.embedding, "positions"))
         if block["positions"] == "sinusoidal":
-            x = x + sinusoids(positions, hidden, wide).to(x.dtype)
+            x = x + sinusoids(positions, hidden, wide, block["sinusoid_layout"]).to(x.dtype)
         return x
 
     def encodings(self, positions: Tensor, x: Tensor) -> list[Tensor] | None:
@@ -1007,9 +1143,10 @@ class MegarecurModel(PreTrainedModel):
         if self.config.block["level_encoding"] != "sinusoidal":
             return None
         wide, hidden = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
-        places = sinusoids(positions, hidden, wide)
+        layout = self.config.block["sinusoid_layout"]
+        places = sinusoids(positions, hidden, wide, layout)
         loops = torch.arange(max(use.step.loop for use in self.plan()) + 1, device=x.device)
-        return [places + level for level in sinusoids(loops, hidden, wide)]
+        return [places + level for level in sinusoids(loops, hidden, wide, layout)]
 
     def views(
         self, x: Tensor, positions: Tensor, cache_position: Tensor, cache: Any, attention_mask: Any
@@ -1070,6 +1207,8 @@ class MegarecurModel(PreTrainedModel):
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
             whole = not attention_mask.is_floating_point()
             mask = attention_mask.bool() if whole else attention_mask
+        elif not self.config.block["causal"]:
+            mask = see_all(attention_mask, self.config)
         else:
             make, known = MASKS[kind]
             values = {
@@ -1108,6 +1247,8 @@ class MegarecurModel(PreTrainedModel):
         distance = (cache_position[:, None] - keys).abs().to(torch.float32)
         slopes = alibi_slopes(self.config.num_attention_heads).to(x.device)
         bias = (-slopes[:, None, None] * distance)[None].to(x.dtype)
+        if mask is None and not self.config.block["causal"]:
+            return bias
         if mask is None:
             mask = (keys <= cache_position[:, None])[None, None]
         if mask.dtype == torch.bool:
@@ -1121,6 +1262,14 @@ def choose(given: bool | None, config: MegarecurConfig, name: str) -> bool:
     return bool(getattr(config, name, False) if given is None else given)
 
 
+def see_all(attention_mask: Tensor | None, config: MegarecurConfig) -> Tensor | None:
+    """Return the mask for attention functions by which every token sees all tokens [B, K] but
+    padding."""
+    if attention_mask is None or "flash" in config._attn_implementation:
+        return attention_mask
+    return attention_mask.bool()[:, None, None]
+
+
 def count_positions(attention_mask: Any, cache_position: Tensor) -> Tensor:
     """Return [B or 1, S]: positions among the tokens that are not padding, or in the cache."""
     length = len(cache_position)
@@ -1129,20 +1278,47 @@ def count_positions(attention_mask: Any, cache_position: Tensor) -> Tensor:
     return cache_position[None]
 
 
+class Bias(nn.Module):
+    """The bias of a head that is the table of the embedding."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits + self.bias
+
+
 class MegarecurForCausalLM(MegarecurModel, GenerationMixin):
-    """The model with a language-model head; a tied head is the embedding itself, without
-    parameters."""
+    """The model with a language-model head; a tied head is the embedding itself, with no parameters
+    but a bias."""
 
     def add_head(self) -> None:
         config = self.config
-        tied = config.tie_word_embeddings
-        self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        sizes, biased = (config.hidden_size, config.vocab_size), config.block["head_bias"]
+        if config.tie_word_embeddings:
+            self.head = Bias(sizes[1]) if biased else None
+        else:
+            self.head = nn.Linear(*sizes, bias=biased)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        return self.head
+        return None if isinstance(self.head, Bias) else self.head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.head = value
+
+    def project(self, x: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        """Return logits [B, S, V] of states [B, S, D], of the tokens to keep."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        x = x[:, kept]
+        if self.head is None or isinstance(self.head, Bias):
+            table = parameter_of(self.embedding, "weight")
+            logits = F.linear(x.to(table.device), table)  # Layers may be spread over devices.
+            logits = logits if self.head is None else self.head(logits)
+        else:
+            logits = self.head(x)
+        cap = self.config.block["logit_softcap"]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def generate(self, *args: Any, num_loops: int | None = None, **kwargs: Any) -> Any:
         """Generate like transformers; num_loops: loops of the core instead of the config's."""
@@ -1188,17 +1364,7 @@ class MegarecurForCausalLM(MegarecurModel, GenerationMixin):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             output_attentions, output_hidden_states, None, num_loops, sample_ids, cache, **kwargs,
         )  # fmt: skip
-        x = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        x = x[:, kept]
-        if self.head is None:
-            table = parameter_of(self.embedding, "weight")
-            logits = F.linear(x.to(table.device), table)  # Layers may be spread over devices.
-        else:
-            logits = self.head(x)
-        cap = self.config.block["logit_softcap"]
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        loss = None
+        logits, loss = self.project(outputs.last_hidden_state, logits_to_keep), None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size,
@@ -1214,32 +1380,201 @@ class MegarecurForCausalLM(MegarecurModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
 
+# ----------------------------------------------------------------------------- encoder-decoders
+
+
+class MegarecurEncoder(MegarecurModel):
+    """The encoder of an encoder-decoder; its tokens see all of their sentence."""
+
+    def __init__(self, config: MegarecurConfig, decoder: MegarecurModel) -> None:
+        # In a tuple, so that the decoder is no part of its encoder.
+        self.decoder = (decoder,)
+        super().__init__(config)
+
+    @property
+    def shares_embedding(self) -> bool:
+        """True if source sentences are embedded with the decoder's table."""
+        return self.decoder[0].config.encoder["shared_embedding"]
+
+    def make_embedding(self) -> nn.Module:
+        """Return a table of its own, or none, which still may hold learned positions."""
+        return nn.Module() if self.shares_embedding else super().make_embedding()
+
+    def look_up(self, input_ids: Tensor) -> Tensor:
+        """Return embeddings [B, S, D]."""
+        return (self.decoder[0] if self.shares_embedding else self).embedding(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        sample_ids: Tensor | None = None,
+    ) -> Any:
+        """Return hidden states [B, S, D] after the norm of the encoder; arguments as in
+        `MegarecurModel`."""
+        chosen = self.decoder[0].config
+        if self.config._attn_implementation != chosen._attn_implementation:
+            self.config._attn_implementation = chosen._attn_implementation
+        return super().forward(
+            input_ids, attention_mask, None, None, inputs_embeds, False,
+            choose(output_attentions, chosen, "output_attentions"),
+            choose(output_hidden_states, chosen, "output_hidden_states"),
+            return_dict, sample_ids=sample_ids,
+        )  # fmt: skip
+
+
+class EndAtLimit(LogitsProcessor):
+    """Lets only the end token follow at the maximum length, with the probability that it has;
+    transformers' own processor takes it for certain, which prefers the hypotheses that are cut."""
+
+    def __init__(self, max_length: int, end: Tensor) -> None:
+        self.max_length, self.end = max_length, end
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[-1] != self.max_length - 1:
+            return scores
+        kept = torch.full_like(scores, -math.inf)
+        kept[:, self.end] = scores[:, self.end]
+        return kept
+
+
+class MegarecurForConditionalGeneration(MegarecurForCausalLM):
+    """An encoder, and a decoder that attends to its output; the decoder is the model itself.
+
+    Source sentences end with the end token. The decoder starts from `decoder_start_token_id`.
+    """
+
+    def __init__(self, config: MegarecurConfig) -> None:
+        self._supports_flex_attn = False  # It has no mask of all tokens but padding here.
+        super().__init__(config)
+
+    def add_head(self) -> None:
+        super().add_head()
+        self.encoder = MegarecurEncoder(self.config.of_encoder(), self)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.encoder
+
+    def get_decoder(self) -> nn.Module:
+        return self
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Return the decoder's input of labels [B, S]: the start token, and all labels but the
+        last."""
+        config = self.config
+        start = getattr(config, "decoder_start_token_id", None)
+        if start is None:
+            start = self.generation_config.decoder_start_token_id
+        if start is None:
+            raise ValueError(
+                "labels without decoder_input_ids need decoder_start_token_id; set it in the config"
+            )
+        pad = getattr(config, "pad_token_id", None)
+        shifted = F.pad(labels[:, :-1], (1, 0), value=start)
+        return shifted.masked_fill(shifted == -100, start if pad is None else pad)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Keep the probability of a forced end token."""
+        found = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList(
+            EndAtLimit(p.max_length, p.eos_token_id)
+            if type(p).__name__ == "ForcedEOSTokenLogitsProcessor"
+            else p
+            for p in found
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Any = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_loops: int | None = None,
+        sample_ids: Tensor | None = None,
+        cache: Any = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return logits [B, S, V] of target tokens, and the loss of labels [B, S] (-100: none),
+        which are the tokens that follow.
+
+        Args:
+            input_ids: source sentences [B, K], each with its end token.
+            attention_mask: [B, K], 0 at padding of the source.
+            decoder_input_ids: [B, S]; by default the start token and the labels but the last.
+            decoder_attention_mask: as `attention_mask` of `MegarecurModel`.
+            encoder_outputs: the encoder's output, in place of source sentences.
+            inputs_embeds: [B, K, D], in place of input_ids.
+            decoder_inputs_embeds: [B, S, D], in place of decoder_input_ids.
+            num_loops: loops of the decoder's core instead of the config's.
+            logits_to_keep: as in `MegarecurForCausalLM`; others as in `MegarecurModel`.
+        """
+        config = self.config
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states,
+                sample_ids=sample_ids,
+            )  # fmt: skip
+        states = encoder_outputs[0]
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        encoded = Encoded(states, see_all(attention_mask, config))
+        outputs = MegarecurModel.forward(
+            self, decoder_input_ids, decoder_attention_mask, None, past_key_values,
+            decoder_inputs_embeds, use_cache, output_attentions, output_hidden_states, None,
+            num_loops, sample_ids, cache, encoded, **kwargs,
+        )  # fmt: skip
+        logits, loss = self.project(outputs.last_hidden_state, logits_to_keep), None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, shift_labels=labels, vocab_size=config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )  # fmt: skip
+        output = Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            **{CACHE: outputs.get(CACHE)},
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=states,
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
 # ---------------------------------------------------------------------------------- classifiers
 
 START, END = -1, -2
 """Placeholder ids for the learned START and END of a sequence."""
 
 
-class CrossAttention(nn.Module):
-    """Attention of one sequence to another, without positions."""
+class CrossAttention(MultiHead):
+    """Attention between tokens and a memory, without positions."""
 
     def __init__(self, config: MegarecurConfig) -> None:
-        super().__init__()
-        hidden, self.head_dim = config.hidden_size, config.head_dim
-        queries = config.num_attention_heads * self.head_dim
-        keys = config.num_key_value_heads * self.head_dim
-        kinds = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}
-        biased = kinds[config.block["attention_bias"]]
-        self.query = nn.Linear(hidden, queries, "q" in biased)
-        self.key = nn.Linear(hidden, keys, "k" in biased)
-        self.value = nn.Linear(hidden, keys, "v" in biased)
-        self.output = nn.Linear(queries, hidden, "o" in biased)
+        super().__init__(config)
         self.scale = config.block["attention_scale"] or self.head_dim**-0.5
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend from [B, S, D] to [B, K, D]; mask [B, 1, 1, K] is True where allowed."""
         q, k, v = (
-            layer(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            self.split(layer(y))
             for layer, y in ((self.query, x), (self.key, source), (self.value, source))
         )
         out = F.scaled_dot_product_attention(

@@ -74,7 +74,7 @@ def describe_hf_tokenizer(folder: Path) -> None:
     """Write the tokenizer_config.json that a lone tokenizer.json lacks and AutoTokenizer needs."""
     ours = load_tokenizer(folder / "tokenizer.json")
     assert isinstance(ours, HuggingFaceTokenizer)
-    roles = {"bos_token": ours.bos_id, "eos_token": ours.eos_id}
+    roles = {"bos_token": ours.bos_id, "eos_token": ours.eos_id, "pad_token": ours.pad_id}
     write_tokenizer_config(
         {role: ours.model.id_to_token(i) for role, i in roles.items() if i is not None}, folder
     )
@@ -122,6 +122,34 @@ def fill_in_batching(values: dict[str, Any]) -> dict[str, Any]:
     return {"padding_side": "left"} | values
 
 
+def end_sentences(folder: Path) -> None:
+    """Let a written tokenizer put the end token after every text and padding on the right, as
+    encoder-decoders read sentences."""
+    paths = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    if not all(path.is_file() for path in paths):
+        return
+    model, values = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    end = values.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    index = find_token_id(model, end)
+    if index is None:
+        return
+    special = {"SpecialToken": {"id": end, "type_id": 0}}
+    model["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, special],
+        "pair": [
+            {"Sequence": {"id": "A", "type_id": 0}}, special,
+            {"Sequence": {"id": "B", "type_id": 0}}, special,
+        ],
+        "special_tokens": {end: {"id": end, "ids": [index], "tokens": [end]}},
+    }  # fmt: skip
+    for path in paths:
+        path.unlink()  # The folder is not published yet.
+    create_file(paths[0], json.dumps(model, indent=2, ensure_ascii=False) + "\n")
+    write_values(values | {"padding_side": "right"}, folder)
+
+
 def write_values(values: dict[str, Any], folder: Path) -> None:
     """Write tokenizer_config.json."""
     content = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
@@ -135,12 +163,16 @@ def find_pad_id(folder: Path) -> int | None:
         return None
     values, model = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
     pad = values.get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    added = {token["content"]: token["id"] for token in model.get("added_tokens", [])}
-    if pad in added:
-        return int(added[pad])
+    return find_token_id(model, pad.get("content") if isinstance(pad, dict) else pad)
+
+
+def find_token_id(model: dict[str, Any], token: str | None) -> int | None:
+    """Return the id of a token in a tokenizer.json; None if unknown."""
+    added = {each["content"]: each["id"] for each in model.get("added_tokens", [])}
+    if token in added:
+        return int(added[token])
     vocabulary = model.get("model", {}).get("vocab", {})
-    return vocabulary.get(pad) if isinstance(vocabulary, dict) else None
+    return vocabulary.get(token) if isinstance(vocabulary, dict) else None
 
 
 def from_bytes() -> tuple[Any, dict[str, str]]:

@@ -12,3 +12,11 @@ def transformers() -> Any:
     """Return Hugging Face's transformers; the import costs seconds."""
     make_torchvision_importable()
     return pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="session")
+def hub_model(transformers: Any) -> Any:
+    """Return the modelling file of exports, imported where it lies."""
+    from megarecur.convert import hub_model
+
+    return hub_model

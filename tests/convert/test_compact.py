@@ -39,7 +39,6 @@ from megarecur.convert import compact
 from megarecur.convert.hf import export_hf
 from megarecur.convert.tokenizer import SAMPLES, write_hf_tokenizer
 from megarecur.data.tokenizer import load_tokenizer
-from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.data_prep.tokenizer import train_tokenizer
 from megarecur.errors import ConfigError
 from megarecur.inference.generate import generate
@@ -47,16 +46,6 @@ from megarecur.recurrence.schemes import layer_map
 from megarecur.train.trainer import FINISHED, train
 
 FAST = ("reuse_map", "embedding again", "loop, random", "ring, pre")
-
-
-@pytest.fixture(scope="module")
-def hub_model() -> Any:
-    """The modelling file, imported where it lies; transformers' import costs seconds."""
-    make_torchvision_importable()
-    pytest.importorskip("transformers")
-    from megarecur.convert import hub_model
-
-    return hub_model
 
 
 def load_compact(hub_model: Any, folder: Path) -> Any:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from support.exports import CASES, our_logits, save_run, write_run
 from support.once import make_once
+from support.pair_exports import PAIRS, describe_pair_case, write_pair_run
 
 from megarecur.batch import END, START
 from megarecur.checkpoint.load import load_model
@@ -35,10 +36,11 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml")) + sorted(
     (ROOT / "configs/papers").rglob("*.yaml")
 )
-SHIPPED = [path for path in SHIPPED if "\nencoder:" not in path.read_text(encoding="utf-8")]
-"""Configs of one stack: the modelling file has no encoder."""
+ONE_STACK = [path for path in SHIPPED if "\nencoder:" not in path.read_text(encoding="utf-8")]
+"""Configs without an encoder; those of encoder-decoders differ in sizes that PAIRS have too."""
 TEXTS = ["def main(arguments):", "import os"]
 THOROUGH = ("reuse_map", "loop, huginn", "cycle_reverse, alibi", "embedding again")
+THOROUGH_PAIR = "ring below loop, pre"
 
 
 def shrink(path: Path, run_dir: Path) -> Config:
@@ -64,7 +66,7 @@ def distinct(folder: Path) -> dict[str, Config]:
     """Shrunken shipped configs that differ in more than numbers of layers, loops and classes, and
     the weight of a loss, by name."""
     found: dict[str, Config] = {}
-    for path in SHIPPED:
+    for path in ONE_STACK:
         config = shrink(path, folder)
         recurrence = config.recurrence.model_dump(mode="json")
         for number in ("reuse_map", "num_blocks", "depth", "num_layers"):
@@ -136,6 +138,12 @@ def make_cases(folder: Path) -> list[dict[str, Any]]:
         # Of the blocks' code, which all share, a compiled loop shows most.
         thorough = {"thorough": True, "tools": True, "compiles": name == "loop, huginn"}
         cases.append(describe_case(run_dir, out) | thorough)
+    for name in PAIRS:
+        run_dir = folder / f"pairs, {name}"
+        write_pair_run(run_dir, *PAIRS[name])
+        out = export_hf(run_dir, folder / f"pairs, {name}.compact")
+        tools = {"tools": name == THOROUGH_PAIR, "linear": "all-linear"}
+        cases.append(describe_pair_case(run_dir, out) | tools)
     return cases
 
 
@@ -172,7 +180,7 @@ def test_exports_with_the_newest_transformers(cases: Path, version: str) -> None
     failures = answer["failures"]
     assert not failures, "\n\n".join(f"{Path(k).name}:\n{v}" for k, v in failures.items())
     for case in json.loads(cases.read_text()):
-        if "task" in case:
+        if "task" in case or "pairs" in case:
             continue
         found = answer["found"][case["folder"]]
         run_dir = Path(case["folder"]).with_suffix("")

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -258,6 +260,49 @@ def check_classifier(case: dict[str, Any]) -> None:
         assert not torch.equal(trained.eval()(**padded).logits, before)
 
 
+def check_encoder_decoder(case: dict[str, Any]) -> None:
+    """Everything in `check_pairs.py`, with adapters of peft, the Trainer and weights on disk."""
+    # Python runs this file isolated, without its folder among those of modules.
+    sys.path.append(str(Path(__file__).parent))
+    from check_pairs import check_pairs
+
+    def load_pair(folder: str, **options: Any) -> Any:
+        model, faults = AutoModelForSeq2SeqLM.from_pretrained(
+            folder, trust_remote_code=True, output_loading_info=True, **options
+        )
+        assert not any(faults.values()), faults
+        return model.eval()
+
+    check_pairs(case, load_pair, tools=case["tools"])
+    if not case["tools"]:
+        return
+    model, tokenizer = load_pair(case["folder"]), AutoTokenizer.from_pretrained(case["folder"])
+    batch = tokenizer(case["lines"], padding=True, return_tensors="pt")
+    found = model.generate(**batch)
+    static = model.generate(**batch, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, found), "static cache"
+    labels = torch.tensor([row[1:3] for row in case["targets"] if len(row) > 2])
+    inputs = {name: value[: len(labels)] for name, value in batch.items()} | {"labels": labels}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        check_offload(model, load_pair, lambda spread: spread(**inputs).logits, before)
+        eager = load_pair(case["folder"], attn_implementation="eager")
+        assert_equal(eager(**inputs).logits, before)
+    config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=case["linear"])
+    adapted = get_peft_model(model, config).train()
+    adapted(**inputs).loss.backward()
+    assert adapted.eval().generate(**batch).equal(found)
+    trained = load_pair(case["folder"])
+    rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+    samples = [
+        {name: value[mask.bool()] for name, value in row.items()} | {"labels": own}
+        for row, mask, own in zip(rows, batch["attention_mask"], labels, strict=False)
+    ]
+    train_one_step(trained, samples, DataCollatorForSeq2Seq(tokenizer, trained))
+    with torch.no_grad():
+        assert not torch.equal(trained.eval()(**inputs).logits, before)
+
+
 def train_one_step(model: Any, samples: list[Any], collator: Any) -> None:
     """By the library's Trainer."""
     with tempfile.TemporaryDirectory() as folder:
@@ -361,6 +406,9 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     """All of one export; what is to be compared with the run."""
     if "task" in case:
         check_classifier(case)
+        return {}
+    if "pairs" in case:
+        check_encoder_decoder(case)
         return {}
     model, tokenizer = load(case["folder"]), AutoTokenizer.from_pretrained(case["folder"])
     found = check_text(case, model, tokenizer)

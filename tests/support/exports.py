@@ -5,6 +5,7 @@ Shapes: B samples, S positions, V ids.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,15 @@ def write_run(
     return save_run(validate(values, "test"), run_dir, step)
 
 
-def save_run(config: Config, run_dir: Path, step: int = 7) -> Config:
-    """A run folder of a config, with random parameters."""
-    parameters = Transformer(config).parameters_by_name
+def save_run(
+    config: Config,
+    run_dir: Path,
+    step: int = 7,
+    change: Callable[[Transformer], object] = lambda model: None,
+) -> Config:
+    """A run folder of a config, with random parameters, which `change` may alter."""
+    model = Transformer(config)
+    parameters = model.parameters_by_name
     generator = torch.Generator().manual_seed(step)
     shards = {}
     for name, parameter in parameters.items():
@@ -91,9 +98,13 @@ def save_run(config: Config, run_dir: Path, step: int = 7) -> Config:
             parameter.data.normal_(generator=generator)
         if ".loops." in name:  # Loops differ: neither B nor the differences of gains are zero.
             parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    change(model)
+    for name, parameter in parameters.items():
         for prefix in ("", "exp_avg."):
             shards[prefix + name] = whole(parameter.detach())
-    state = {"step": step, "tokenizer": tokenizer_fingerprint("bytes")}
+    known = Path(config.data.tokenizer).is_file()
+    name = config.data.tokenizer if known else "bytes"
+    state = {"step": step, "tokenizer": tokenizer_fingerprint(name)}
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     checkpoint.save(run_dir / "checkpoints", step, shards, state).result()
@@ -158,7 +169,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
         {"kind": "custom", "order": [1, 0, 1, 2, 0]},
         {"rank": 2, "norms": True},
         {"positions": "sinusoidal", "norm": "layer", "attention_bias": "all"}
-        | {"feed_forward": "geglu", "tie_embeddings": False},
+        | {"feed_forward": "geglu", "tie_embeddings": False, "head_bias": True}
+        | {"sinusoid_layout": "interleaved"},
     ),
     "dense": (
         DENSE,
@@ -174,7 +186,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
         {"kind": "ring", "depth": 4, "level_rank": 3},
         None,
         {"norm": "layer", "norm_position": "post", "feed_forward": "gelu", "qk_norm": True}
-        | {"positions": "sinusoidal"},
+        | {"positions": "sinusoidal", "head_bias": True},
     ),
     "ring, pre": (
         {"kind": "ring", "depth": 3, "level_rank": 2, "feed_forward_rank": 5},
