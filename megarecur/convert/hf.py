@@ -522,7 +522,8 @@ def special_tokens(run: Run) -> dict[str, Any]:
 def start_token(values: Mapping[str, Any]) -> int | None:
     """Return the id that a decoder starts from: begin or, without one, end of text."""
     begin, end = (values[key] for key in SPECIAL_TOKENS)
-    return end if begin is None else begin
+    start: int | None = end if begin is None else begin
+    return start
 
 
 def search_options(
