@@ -537,7 +537,7 @@ def search_options(
     """
     start, end = values[START], values["eos_token_id"]
     most = limit_of(config) or config.data.seq_length + MORE_TOKENS
-    never = set(chosen.get("suppress_tokens", ())) | ({start} - {end, None})
+    never = {*chosen.get("suppress_tokens", ()), start, values[PADDING]} - {end, None}
     return {
         START: start,
         "forced_eos_token_id": end,

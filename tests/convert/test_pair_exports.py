@@ -91,7 +91,7 @@ def test_settings_of_generation_and_the_model_card(tmp_path: Path) -> None:
     assert chosen == {
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1,
         "forced_eos_token_id": 2, "max_length": 41, "num_beams": 4, "early_stopping": True,
-        "length_penalty": 1.0, "suppress_tokens": [1, 24, 25],
+        "length_penalty": 1.0, "suppress_tokens": [0, 1, 24, 25],
     }  # fmt: skip
     values = json.loads((out / "config.json").read_text())
     assert values["is_encoder_decoder"] and values["decoder_start_token_id"] == 1

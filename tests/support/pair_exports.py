@@ -49,8 +49,8 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str,
     "cycle below ring, post": (
         CYCLE, RING,
         {"norm_position": "post", "positions": "sinusoidal", "sinusoid_layout": "interleaved"}
-        | {"feed_forward": "relu", "head_bias": True, "tie": "none", "source_vocab_size": 31}
-        | {"scale_embeddings": True} | BIASED, None,
+        | {"feed_forward": "gelu", "head_bias": True, "tie": "all", "scale_embeddings": True}
+        | BIASED, None,
     ),
     "ring below loop, pre": (
         RING, LOOP,
@@ -78,11 +78,13 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str,
     ),
     "blocks below universal, pre": (
         BLOCKS, UNIVERSAL | {"depth": 2},
-        {"positions": "xpos", "gate": True, "gate_hidden_size": 7, "tie": "none"}, None,
+        {"positions": "xpos", "gate": True, "gate_hidden_size": 7, "tie": "none"}
+        | {"source_vocab_size": 31}, None,
     ),
     "sequence below dense, shared feed-forward": (
         SEQUENCE, DENSE,
-        {"shared_feed_forward": True, "positions": "sinusoidal", "tie": "decoder"}, None,
+        {"shared_feed_forward": True, "positions": "sinusoidal", "tie": "decoder"}
+        | {"feed_forward": "relu"}, None,
     ),
 }  # fmt: skip
 """Encoder, recurrence, our `model` section, and adapters."""
