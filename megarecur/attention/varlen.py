@@ -22,6 +22,11 @@ def arguments(task: Task) -> tuple[Tensor, Tensor, int, int]:
     return task.device_cu_q[:count], task.device_cu_k[:count], longest[0], longest[1]
 
 
+def end_of_keys(task: Task) -> int:
+    """Return the end of the keys of the last document that has queries."""
+    return int(task.cu_k.numpy()[len(used_edges(task.cu_q)) - 1])
+
+
 def window_of(task: Task) -> dict[str, int]:
     """Return the keys that a query sees before and after itself; -1: all."""
     window = task.window_size
@@ -47,7 +52,7 @@ def backward(
         state, torch.empty(0, device=q.device), scale=task.scale, **window_of(task),
     )  # fmt: skip
     # The kernel leaves rows of keys behind the last document with queries as they were allocated.
-    end = int(task.cu_k.numpy()[len(used_edges(task.cu_q)) - 1])
-    dk[end:] = 0.0
-    dv[end:] = 0.0
+    end = end_of_keys(task)
+    for unread in (dk, dv):
+        unread.narrow(0, end, len(unread) - end).zero_()
     return dq, dk, dv

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from support.pairs import make_pair_batch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,6 +29,7 @@ from megarecur.attention.operation import _attend, run_backward, run_forward, un
 from megarecur.attention.scores import Drop, Scores
 from megarecur.attention.segments import Task
 from megarecur.attention.visibility import Visibility, make_window, see_documents
+from megarecur.model.context import see_source
 from megarecur.parallel.random import key_words
 
 CPU = torch.device("cpu")
@@ -347,6 +349,7 @@ def test_varlen_makes_no_scores_under_fake_tensors(monkeypatch) -> None:
         with FakeTensorMode(allow_non_fake_inputs=True), LargestTensor() as seen:
             device = torch.empty(len(lengths) + 1, dtype=torch.int32, device="cuda")
             monkeypatch.setattr(varlen, "arguments", lambda task, d=device: (d, d, 200, 200))
+            monkeypatch.setattr(varlen, "end_of_keys", lambda task: B * S)
             task = Task(
                 host.cu_seqlens, host.cu_seqlens, device, device, make_window(window), None, None,
                 None, None, True, 0.1, None, 0.0, 0,
@@ -399,3 +402,18 @@ def test_no_tensor_has_a_score_of_all_pairs(changes: dict[str, Any], packed: boo
             layout, Visibility(mask=layout.oracle_mask(torch.float32, None)), torch.float32
         )
     assert seen.elements >= S * S
+
+
+def test_varlen_knows_where_the_keys_that_it_reads_end() -> None:
+    """Rows of padding behind the last source sentence have no queries: their gradient is zero."""
+    batch = make_pair_batch(4)
+    assert batch.source is not None
+    seen = see_source(batch.source, tuple(batch.tokens_BS.shape), "varlen", torch.float32)
+    assert seen.queries is not None and seen.keys is not None
+    task = Task(
+        seen.queries.cu_seqlens, seen.keys.cu_seqlens, seen.queries.on_device, seen.keys.on_device,
+        make_window(0), None, None, None, None, False, 1.0, None, 0.0, 0,
+    )  # fmt: skip
+    rows, span = batch.source.tokens_BS.shape
+    real = int((batch.source.documents_BS[-1] >= 0).sum())
+    assert real < span and varlen.end_of_keys(task) == (rows - 1) * span + real
