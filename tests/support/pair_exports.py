@@ -54,7 +54,9 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str,
     ),
     "ring below loop, pre": (
         RING, LOOP,
-        {"positions": "learned", "max_positions": 40, "tie": "all", "norm": "rms"}, None,
+        # With larger weights this model multiplies rounding by thousands.
+        {"positions": "learned", "max_positions": 40, "tie": "all", "norm": "rms"}
+        | {"init_std": 0.15}, None,
     ),
     "loop below reuse map, peri": (
         LOOP, REUSE,
