@@ -221,7 +221,7 @@ def with_vocab_size(config: Config, vocab_size: int) -> Config:
     """
     if config.model.vocab_size is None:
         model = config.model.model_copy(update={"vocab_size": vocab_size})
-        return config.model_copy(update={"model": model})
+        config = config.model_copy(update={"model": model})
     check_rows(config, vocab_size, config.data.tokenizer)
     return config
 

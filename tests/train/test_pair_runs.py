@@ -14,8 +14,11 @@ from support.sentences import write_pair_corpus
 
 from megarecur.checkpoint.load import load_model
 from megarecur.config.run import Config
+from megarecur.data.open import open_data
 from megarecur.data.pairs import PairCorpus
+from megarecur.errors import DataError
 from megarecur.launch.configs import see_corpora
+from megarecur.parallel.mesh import Mesh
 from megarecur.train.metrics import read_rows
 from megarecur.train.trainer import FINISHED, train
 
@@ -104,3 +107,10 @@ def test_check_reads_the_lengths_of_pairs(pairs: Path, tmp_path: Path) -> None:
     assert seen.encoder == pytest.approx((source**2).sum() / target.sum())
     assert seen.source_share == pytest.approx(source.sum() / target.sum())
     assert seen.full == pytest.approx((target * (target + 1) / 2).sum() / target.sum())
+
+
+def test_an_embedding_of_sources_has_a_row_for_every_id(pairs: Path, tmp_path: Path) -> None:
+    config = make(pairs, tmp_path, 1, model={"tie": "none", "source_vocab_size": 3})
+    assert config.model.vocab_size is None
+    with pytest.raises(DataError, match="source_vocab_size=3 is below the 330 ids"):
+        open_data(config, Mesh())
