@@ -13,40 +13,12 @@ START, END = -1, -2
 
 
 class Sentences(Protocol):
-    """The interface of the source sentences of a micro batch, which an encoder reads: one document
-    per row, then padding."""
+    """The interface of tokens in documents: the source sentences that an encoder reads, one to a
+    row, or the part of a micro batch that it shares with them."""
 
     @property
     def tokens_BS(self) -> Tensor:
         """Ids."""
-
-    @property
-    def positions_BS(self) -> Tensor:
-        """Positions of the tokens in their sentence."""
-
-    @property
-    def documents_BS(self) -> Tensor:
-        """0 for tokens, -1 for padding."""
-
-    @property
-    def boundaries(self) -> Boundaries | None:
-        """The boundaries of the sentences; None: counted from `documents_BS` where needed."""
-
-    @property
-    def single_document(self) -> bool:
-        """True if there is no padding."""
-
-
-class Batch(Protocol):
-    """The interface of a micro batch that the model reads."""
-
-    @property
-    def tokens_BS(self) -> Tensor:
-        """Ids."""
-
-    @property
-    def labels_BS(self) -> Tensor:
-        """Ids of the next tokens, or IGNORED."""
 
     @property
     def positions_BS(self) -> Tensor:
@@ -54,19 +26,27 @@ class Batch(Protocol):
 
     @property
     def documents_BS(self) -> Tensor:
-        """Index of each token's document within its sample."""
+        """Index of each token's document within its sample; -1 for padding."""
 
     @property
     def boundaries(self) -> Boundaries | None:
         """The boundaries of the documents; None: counted from `documents_BS` where needed."""
 
     @property
-    def sample_ids_B(self) -> Tensor:
-        """Global sample ids."""
+    def single_document(self) -> bool:
+        """True if every sample is one document, without padding."""
+
+
+class Batch(Sentences, Protocol):
+    """The interface of a micro batch that the model reads."""
 
     @property
-    def single_document(self) -> bool:
-        """True if no document ends inside a sample."""
+    def labels_BS(self) -> Tensor:
+        """Ids of the next tokens, or IGNORED."""
+
+    @property
+    def sample_ids_B(self) -> Tensor:
+        """Global sample ids."""
 
     @property
     def source(self) -> Sentences | None:

@@ -1,5 +1,5 @@
-"""Rules about encoder-decoders: an encoder keeps the rules of schemes, and those of pairs of
-sentences."""
+"""Rules about encoder-decoders: those about schemes, applied to the encoder's, and those about what
+does not go together with an encoder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def of_encoder(rule: Rule) -> Rule:
     """Return a rule about a scheme as a rule about the encoder's."""
 
     def when(c: Config) -> bool | Mapping[str, object]:
-        return c.encoder is not None and rule.when(c.of_encoder())
+        return c.encoder is not None and rule.when(c.encoder_view())
 
     return replace(
         rule,

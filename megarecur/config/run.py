@@ -138,7 +138,7 @@ class Config(Section):
         """True if embedding and head are one table."""
         return self.model.tie_embeddings and not self.classifies
 
-    def of_encoder(self) -> Config:
+    def encoder_view(self) -> Config:
         """Return the run as its encoder sees it: with its scheme, and tokens that see later
         ones."""
         model = self.model.model_copy(update={"causal": False})

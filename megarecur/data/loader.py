@@ -11,6 +11,7 @@ Shapes: B samples of a micro batch, S sequence length.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
@@ -451,6 +452,23 @@ def _cut_at(
     starts = np.where(readable, ids * seq_length, corpus.num_tokens)
     samples = _lay_out([corpus], np.zeros_like(ids), starts, ids, seq_length, mask_documents)
     return _cut(samples, 0, len(ids))
+
+
+class PaddedLoader(Loader, ABC):
+    """A loader whose samples have lengths of their own: a micro batch is padded to its longest."""
+
+    def _build(self, step: int) -> list[MicroBatch]:
+        first = step * self.global_batch_size + self.dp_rank * self.rank_batch_size
+        rows = range(first, first + self.rank_batch_size, self.micro_batch_size)
+        return [self._collate(np.arange(row, row + self.micro_batch_size)) for row in rows]
+
+    def first_samples(self, count: int) -> MicroBatch:
+        """Return the first samples of the run, the same on every rank."""
+        return self._collate(np.arange(count))
+
+    @abstractmethod
+    def _collate(self, ids: NDArray[Any]) -> MicroBatch:
+        """Collate samples by their ids, which ascend by one."""
 
 
 def _check_length(corpus: Corpus, order: SampleOrder, seq_length: int) -> None:

@@ -25,7 +25,7 @@ from megarecur.config.run import Config
 from megarecur.config.train import TrainConfig
 from megarecur.data.corpus import MEND, Corpus
 from megarecur.data.fit import TRANSLATION, check_fit, explain_long_pair
-from megarecur.data.loader import Loader, MicroBatch, SourceSentences
+from megarecur.data.loader import MicroBatch, PaddedLoader, SourceSentences
 from megarecur.data.order import BatchOrder, SampleOrder, WholeOrder, cut_batches, sort_by_length
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import DataError, MegarecurError
@@ -106,7 +106,7 @@ def open_pairs(
     return corpora
 
 
-class PairLoader(Loader):
+class PairLoader(PaddedLoader):
     """The training data of one data-parallel rank; other arguments are those of `Loader`.
 
     With `train.batch_tokens`, a sample is a batch of pairs (see `BatchOrder`), and weights of
@@ -155,15 +155,10 @@ class PairLoader(Loader):
             raise DataError(explain_long_pair(own.path, longest, self.batch_tokens))
         return BatchOrder(lengths_P2, self.batch_tokens, shuffle, self.seed, source)
 
-    def _build(self, step: int) -> list[MicroBatch]:
-        first = step * self.global_batch_size + self.dp_rank * self.rank_batch_size
-        rows = range(first, first + self.rank_batch_size, self.micro_batch_size)
-        return [self._collate(np.arange(row, row + self.micro_batch_size)) for row in rows]
-
     def first_samples(self, count: int) -> MicroBatch:
         """Return the first pairs of the run, or its first batch with `train.batch_tokens`; the same
         on every rank."""
-        return self._collate(np.arange(count if self.batch_tokens is None else 1))
+        return super().first_samples(count if self.batch_tokens is None else 1)
 
     def _collate(self, ids: NDArray[np.int64]) -> MicroBatch:
         """Collate samples by their ids, which ascend by one."""

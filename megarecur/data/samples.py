@@ -28,7 +28,7 @@ from megarecur.config.objective import TaskConfig
 from megarecur.config.run import Config
 from megarecur.data.corpus import MEND, Corpus
 from megarecur.data.fit import check_fit
-from megarecur.data.loader import Loader, MicroBatch
+from megarecur.data.loader import MicroBatch, PaddedLoader
 from megarecur.data.order import SampleOrder, WholeOrder
 from megarecur.errors import DataError, MegarecurError
 from megarecur.parallel.loss import IGNORED
@@ -102,7 +102,7 @@ def open_scored(
     return [TaskCorpus(path, verify, part, num_parts) for path in paths]
 
 
-class TaskLoader(Loader):
+class TaskLoader(PaddedLoader):
     """The training data of one data-parallel rank; arguments are those of `Loader`.
 
     A micro batch is padded to its longest sequence, in multiples of `multiple`.
@@ -137,15 +137,6 @@ class TaskLoader(Loader):
         """Return an order whose windows are the samples of the corpus."""
         n = self.task_corpora[source].num_samples
         return WholeOrder((0, n), n + 1, 1, shuffle, self.seed, source)
-
-    def _build(self, step: int) -> list[MicroBatch]:
-        first = step * self.global_batch_size + self.dp_rank * self.rank_batch_size
-        rows = range(first, first + self.rank_batch_size, self.micro_batch_size)
-        return [self._collate(np.arange(row, row + self.micro_batch_size)) for row in rows]
-
-    def first_samples(self, count: int) -> MicroBatch:
-        """Return the first samples of the run, the same on every rank."""
-        return self._collate(np.arange(count))
 
     def _collate(self, ids: NDArray[Any]) -> MicroBatch:
         """Collate samples by their ids, which ascend by one."""

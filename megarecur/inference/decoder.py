@@ -37,9 +37,9 @@ def collate_sources(sources: Sequence[Sequence[int]]) -> SourceSentences:
 class TranslationDecoder:
     """A decoder of many hypotheses (`beam.StepDecoder`), for the sentences of one batch.
 
-    Keys and values of the target are kept by (block, loop) and reordered with the hypotheses; those
-    of source sentences are made once per use of a block, and only copied when a sentence has ended:
-    hypotheses of a sentence share them.
+    Keys and values of the target are kept by (block, loop) and reordered with the hypotheses. Those
+    of source sentences are made once per sentence and use of a block; each hypothesis has a copy,
+    made when its search begins and when a sentence of the batch has ended.
 
     Args:
         model: the whole model; with tensor parallelism this rank's part, and all ranks make the

@@ -20,7 +20,6 @@ from megarecur.model.context import (
     Context,
     CrossView,
     DropoutKeys,
-    Recorder,
     build_context,
     see_source,
 )
@@ -102,17 +101,18 @@ class Transformer(nn.Module):
         self.embedding = (
             Weight(make("embedding.weight"), self.dtype) if has_embedding or tied else None
         )
-        own_blocks, stacks = set(placement.blocks(pp_rank)), list_stacks(config)
+        self.stacks = list_stacks(config)
+        own_blocks = set(placement.blocks(pp_rank))
         runners = [
             build_runner(stack, make, self.dtype, sorted(own_blocks & set(stack.blocks)), tp)
-            for stack in stacks
+            for stack in self.stacks
         ]
         self.runner = runners[-1]
         """Runs the steps of the decoder, or of the only stack."""
         self.encoder = runners[0] if len(runners) > 1 else None
         self.encoder_norm: nn.Module | None = None
         """Norm of the encoder's output, on the rank of the decoder's first block."""
-        if f"{ENCODER_NORM}.weight" in self.inventory and stacks[-1].first in own_blocks:
+        if f"{ENCODER_NORM}.weight" in self.inventory and self.stacks[-1].first in own_blocks:
             eps = model.final_norm_eps or model.norm_eps
             self.encoder_norm = build_norm(model.norm, ENCODER_NORM, make, eps)
         self.final_norm: nn.Module | None = None
@@ -223,52 +223,49 @@ class Transformer(nn.Module):
             telemetry: measures the steps of the map, if given.
             states: list to which the output of every step is appended, if given.
         """
-        separates = not batch.single_document or (training and self.always_separates)
+        always = training and self.always_separates
         options: dict[str, Any] = {
-            "documents_BS": batch.documents_BS if separates else None,
-            "boundaries": batch.boundaries if separates else None,
-            "backend": self.attention.backend,
             "sample_ids_B": batch.sample_ids_B,
-            "seed": self.config.seed,
             "step": step,
             "training": training,
             "drawn": drawn,
             "telemetry": telemetry,
             "states": states,
-            "tp": self.tp,
         }
+        given = self._surroundings(batch, always) | options
         if self.config.temporal is not None:
-            return build_chunks(self.config, batch.positions_BS, self.dtype, **options)
-        ctx = build_context(self.config.model, batch.positions_BS, self.dtype, **options)
+            return build_chunks(self.config, batch.positions_BS, self.dtype, **given)
+        ctx = build_context(self.config.model, batch.positions_BS, self.dtype, **given)
         if batch.source is None:
             return ctx
-        always = training and self.always_separates
-        separates = always or not batch.source.single_document
-        options |= {
-            "documents_BS": batch.source.documents_BS if separates else None,
-            "boundaries": batch.source.boundaries if separates else None,
-        }
-        return self.with_source(ctx, batch.source, always, **options)
+        # Each stack counts its own tokens, so the recorders differ.
+        own = self._source_context(batch.source, always, **options)
+        shape = tuple(batch.tokens_BS.shape)
+        seen = see_source(batch.source, shape, self.attention.backend, self.dtype, always)
+        return replace(ctx, source=own, cross=CrossView(seen))
 
-    def with_source(
-        self, ctx: Context, source: Sentences, separates: bool = False, **options: Any
+    def _source_context(
+        self, source: Sentences, separates: bool = False, **options: Any
     ) -> Context:
-        """Return the context of targets with that of their source sentences.
+        """Return the context of source sentences; options: of `build_context`."""
+        model = self.stacks[0].config.model
+        given = self._surroundings(source, separates) | options
+        return build_context(model, source.positions_BS, self.dtype, **given)
+
+    def _surroundings(self, read: Sentences, separates: bool) -> dict[str, Any]:
+        """Return the arguments of `build_context` that are the same for every reader.
 
         Args:
-            ctx: the context of the targets.
-            source: the source sentences.
-            separates: whether cross-attention treats sentences without padding as those with.
-            options: of `build_context`, for the source sentences.
+            separates: treat samples of single documents as those of several.
         """
-        model = list_stacks(self.config)[0].config.model
-        own = build_context(model, source.positions_BS, self.dtype, **options)
-        backend = self.attention.backend
-        shape = tuple(ctx.positions.index_BS.shape)
-        seen = see_source(source, shape, backend, self.dtype, separates)
-        recorder = Recorder(ctx.recorder.telemetry, ctx.recorder.states)
-        own = replace(own, recorder=recorder)  # Tokens of a stack are counted by themselves.
-        return replace(ctx, source=own, cross=CrossView(seen))
+        separates = separates or not read.single_document
+        return {
+            "documents_BS": read.documents_BS if separates else None,
+            "boundaries": read.boundaries if separates else None,
+            "backend": self.attention.backend,
+            "seed": self.config.seed,
+            "tp": self.tp,
+        }
 
     def draw_keys(
         self, steps: Iterable[Step], optimizer_step: int, device: torch.device
@@ -276,9 +273,9 @@ class Transformer(nn.Module):
         """Return the random keys of training on some steps of the map, in one table on the
         device."""
         keys = DropoutKeys(self.config.seed, optimizer_step, True)
-        stacks, blocks = list_stacks(self.config), self.blocks()
+        blocks = self.blocks()
         places: list[tuple[str, Step | None]] = [(n, None) for n in embedding_names(self.config)]
-        places += [(initial_site(stack), None) for stack in stacks]
+        places += [(initial_site(stack), None) for stack in self.stacks]
         if isinstance(self.runner, ChunkedRunner):
             places += [(site, None) for site in self.runner.memory.sites()]
         for step in steps:
@@ -392,18 +389,7 @@ class Transformer(nn.Module):
                 1, ...
         """
         assert self.encoder is not None
-        model, separates = list_stacks(self.config)[0].config.model, not source.single_document
-        ctx = build_context(
-            model,
-            source.positions_BS,
-            self.dtype,
-            documents_BS=source.documents_BS if separates else None,
-            boundaries=source.boundaries if separates else None,
-            backend=self.attention.backend,
-            sample_ids_B=samples_B,
-            seed=self.config.seed,
-            tp=self.tp,
-        )
+        ctx = self._source_context(source, sample_ids_B=samples_B)
         x = self.embed_source(source.tokens_BS, ctx)
         below = [step for step in steps if step.stack == "encoder"]
         encoded: Tensor = self.encoder(below, x, ctx, {}, None, {})

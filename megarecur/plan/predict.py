@@ -635,9 +635,8 @@ def count_collectives(config: Config, stage: Stage) -> tuple[int, int]:
 
     Counts two for every step and direction, a third if it attends to a temporal memory or to an
     encoder, and the forward ones again under recompute; one for the sum of each cut embedding, and
-    one for the gradient that
-    the cut head returns, also for each exit. Under sequence parallelism each is a gather and a
-    scatter of the same number of bytes.
+    one for the gradient that the cut head returns, also for each exit. Under sequence parallelism
+    each is a gather and a scatter of the same number of bytes.
     """
     reads_more = config.temporal is not None
     each = [2 + (reads_more or ENCODER in step.reads) for step in stage.steps]

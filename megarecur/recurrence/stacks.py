@@ -42,7 +42,7 @@ def list_stacks(config: Config) -> tuple[Stack, ...]:
         return (Stack("decoder", config),)
     decoder = config.model_copy(update={"encoder": None})
     first = config.encoder.num_blocks
-    return Stack("encoder", config.of_encoder()), Stack("decoder", decoder, first, cross=True)
+    return Stack("encoder", config.encoder_view()), Stack("decoder", decoder, first, cross=True)
 
 
 def stack_of(config: Config, block: int) -> Stack:

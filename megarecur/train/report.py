@@ -32,7 +32,6 @@ from megarecur.plan.describe import format_bytes
 from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.layer_map import LayerMap, StackName
 from megarecur.recurrence.schemes import build_map
-from megarecur.recurrence.stacks import stack_of
 from megarecur.train.evaluate import short_names
 from megarecur.train.metrics import HALTED_AT, Metrics, Progress, read_rows
 from megarecur.train.signals import StopFlag
@@ -285,10 +284,11 @@ class Report:
             "speed/data_wait": interval.data_seconds / interval.seconds,
             "speed/step_seconds": interval.seconds / interval.num_steps,
         }
-        order = [(step.block, step.loop_index) for step in build_map(self.config, last.depth)]
+        steps = build_map(self.config, last.depth)
+        order = {(step.block, step.loop_index): step.stack for step in steps}
         keys = [key for key in order if key in telemetry]
         read = {"decoder": round(last.places), "encoder": round(last.keys[-1])}
-        tokens = [read[stack_of(self.config, block).name] for block, _ in keys]
+        tokens = [read[order[key]] for key in keys]
         values |= name_measures(keys, [telemetry[key] for key in keys], tokens)
         for name, loss, counted in zip(self.sources, *sources, strict=True) if sources else ():
             if counted:

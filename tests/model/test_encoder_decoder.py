@@ -391,7 +391,7 @@ def test_admin_scales_of_each_stack_begin_with_one() -> None:
             torch.testing.assert_close(weight, torch.full_like(weight, ratio))
             kept = real[name]
             of_x, of_branch = ((t[kept].var(correction=0)) for t in (x * weight, branch))
-            ratio = float((of_x + of_branch).sqrt())
+            ratio = float((of_x + of_branch).sqrt().detach())
     named = [n for n in model.inventory if "_residual" in n]
     assert len(named) == 2 * 4 + 3 * 4
 
