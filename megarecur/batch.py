@@ -51,3 +51,7 @@ class Batch(Sentences, Protocol):
     @property
     def source(self) -> Sentences | None:
         """The source sentences of an encoder-decoder; None without an encoder."""
+
+    @property
+    def pixels_BCHW(self) -> Tensor | None:
+        """The pictures, normalised; None where samples are tokens."""

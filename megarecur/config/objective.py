@@ -96,19 +96,29 @@ class TaskConfig(Section):
     corpora). The head is the final norm, a hidden layer with ReLU and the classes; two classes are
     one logit."""
 
-    kind: Literal["sequence", "pair", "token"]
+    kind: Literal["sequence", "pair", "token", "image"]
     """Unit that is classified. sequence: a class per sample, from its pooled state. pair: a class
     per two sequences, from [u; v; u*v; |u-v|] of their pooled states. token: a class at each token
-    that has a label."""
+    that has a label. image: a class per picture, read as a sequence of patches (`megarecur prep
+    images` makes the corpora)."""
     targets: Literal["labels", "next_token"] = "labels"
     """Prediction target. next_token, of kind token: every next token, by the ordinary head; labels
     say which predictions are scored."""
     num_classes: Size | None = None
     """Number of classes of the corpora. Omitted only with targets next_token."""
-    pooling: Literal["mean", "end", "first"] = "mean"
-    """Pooling of a sequence's states into one: their mean, the last one or the first one."""
+    pooling: Literal["mean", "end", "first", "class_token"] = "mean"
+    """Pooling of a sequence's states into one: their mean, the last one or the first one.
+    class_token, for images: that of a learned token before the patches (Dosovitskiy et al.
+    2021)."""
     head_size: Annotated[int, Field(ge=0, le=1 << 22)] | None = None
-    """Width of the hidden layer; 0: no hidden layer. Default: model.hidden_size."""
+    """Width of the hidden layer; 0: no hidden layer. Default: model.hidden_size; for images 0."""
+    image_size: Size | None = None
+    """Height and width of the pictures that the model reads, in pixels. For images only."""
+    patch_size: Size | None = None
+    """Height and width of a patch, in pixels; image_size is a multiple. For images only."""
+    channels: Literal[1, 3] | None = None
+    """Channels of the pictures, for images only: 1, grey, or 3, red, green and blue. Default: 3
+    for images."""
     augment: bool = False
     """Put a learned START before a sequence and a learned END after its last token."""
     truncate: bool = False

@@ -92,6 +92,9 @@ class MicroBatch:
     """The boundaries of the documents, counted on the CPU. Must fit `documents_BS`."""
     source: SourceSentences | None = field(default=None, kw_only=True)
     """The source sentences, if the samples are pairs of sentences; all else is of the target."""
+    pixels_BCHW: Tensor | None = field(default=None, kw_only=True)
+    """Normalised pictures, float32, if the samples are pictures; tokens are then 0, one per
+    position."""
     num_tokens: int = field(init=False)
     """Number of counted labels, counted on the CPU."""
     num_documents: int = field(init=False)
