@@ -85,7 +85,11 @@ class CompiledModel:
         config = model.config
         lengths_vary = config.task is not None or config.encoder is not None
         self.body = Compiled(Block.body, backend, lengths_vary)
-        self.loss = Compiled(summarize_fused, backend), Compiled(differentiate_fused, backend)
+        # Tokens that count vary with the lengths, and so do the rows of their logits.
+        self.loss = (
+            Compiled(summarize_fused, backend, lengths_vary),
+            Compiled(differentiate_fused, backend, lengths_vary),
+        )
         for block in model.blocks().values():
             block.compiled = self.body
             for weight in block.weights:

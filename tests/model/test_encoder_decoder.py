@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.engines import aot_eager
 from support.harness import assert_gradients_close
 from support.models import LiveStorages, assert_same, build
 from support.pairs import (
@@ -30,6 +31,7 @@ from megarecur.data.loader import MicroBatch
 from megarecur.inference.cache import Cache, context_after
 from megarecur.inference.decoder import TranslationDecoder
 from megarecur.model.adapters import ResidualScale
+from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_kept_bytes, count_parameters
@@ -415,3 +417,20 @@ def test_a_random_initial_state_does_not_depend_on_the_beam() -> None:
     alone, together = read([source]), read([other, source, source])
     torch.testing.assert_close(together[1], together[2], rtol=1e-10, atol=1e-10)
     assert alone.isfinite().all()
+
+
+def test_few_graphs_of_the_loss_serve_every_length() -> None:
+    """Tokens that count differ in number from batch to batch, and each would need a graph."""
+    config = pair_config(DENSE, DENSE, "fp32")
+    compiled_model, eager_model = Transformer(config), Transformer(config)
+    compiled = CompiledModel(compiled_model, aot_eager)
+    sizes = set()
+    for seed in range(5):
+        batch = make_pair_batch(3, seed)
+        sizes.add(batch.tokens_BS.shape[1])
+        loss, _, found = run(compiled_model, batch, training=True)
+        wanted_loss, _, wanted = run(eager_model, batch, training=True)
+        torch.testing.assert_close(loss, wanted_loss)
+        torch.testing.assert_close(found, wanted)
+    assert len(sizes) > 2
+    assert [part.graphs <= 2 for part in compiled.loss] == [True, True]
