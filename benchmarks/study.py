@@ -4,8 +4,10 @@
 
 NAME is one of the studies below. A study is a list of cells, each of them a run. Missing cells are
 run, --jobs at a time, until the minutes are over; an interrupted cell resumes. The finished cells
-are then printed as a table in Markdown and plotted. All files are in runs/NAME. FOLDER holds the
-development data (default: MEGARECUR_DATA).
+are then printed as a table in Markdown and plotted. Runs are in runs/NAME. Scores of finished cells
+are appended to benchmarks/scores/NAME.jsonl, and a cell that has them there is not run again: a
+long study grows over days and machines. FOLDER holds the development data (default:
+MEGARECUR_DATA).
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CONFIGS = Path("configs/papers")
-PICTURES = Path("benchmarks/pictures")
+PICTURES, SCORES = Path("benchmarks/pictures"), Path("benchmarks/scores")
 Command = tuple[object, ...]
 THREADS: dict[str, str] = {}
 """Environment variables of a cell if several run in parallel."""
@@ -47,12 +50,42 @@ class Cell:
     drawn: bool = True
     """Include the run in the picture. False: its scores are too far from the others."""
 
-    def scores(self) -> list[float] | None:
-        """Return one score per column; None for a run that is not finished."""
-        path = self.run / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        found = [[row[key] for row in rows if key in row] for key in self.columns]
+    def scores(self, kept: dict[str, list[float]]) -> list[float] | None:
+        """Return one score per column; None for a run that is not finished.
+
+        Args:
+            kept: scores by name of the run, from earlier.
+        """
+        if self.run.name in kept:
+            return kept[self.run.name]
+        found = [[row[key] for row in read_lines(self.run / "metrics.jsonl") if key in row]
+                 for key in self.columns]  # fmt: skip
         return [values[-1] for values in found] if all(found) else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL file; none if there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_scores(name: str, cells: list[Cell]) -> dict[str, list[float]]:
+    """Return the kept scores of a study's cells, by name of the run."""
+    known = {cell.run.name: cell.columns for cell in cells}
+    found = {}
+    for line in read_lines(SCORES / f"{name}.jsonl"):
+        if all(key in line["scores"] for key in known.get(line["run"], ("",))):
+            found[line["run"]] = [line["scores"][key] for key in known[line["run"]]]
+    return found
+
+
+def keep_scores(name: str, cell: Cell, scores: list[float]) -> None:
+    """Append the scores of a finished cell to those that are kept."""
+    SCORES.mkdir(parents=True, exist_ok=True)
+    line = {"run": cell.run.name, "scores": dict(zip(cell.columns, scores, strict=True))}
+    with open(SCORES / f"{name}.jsonl", "a", encoding="utf-8") as kept:
+        kept.write(json.dumps(line) + "\n")
 
 
 def megarecur(root: Path, *words: object) -> None:
@@ -290,18 +323,19 @@ def do(root: Path, cell: Cell) -> None:
         megarecur(root, *command)
 
 
-def collect(cells: list[Cell]) -> dict[str, list[list[float]]]:
+def collect(cells: list[Cell], kept: dict[str, list[float]]) -> dict[str, list[list[float]]]:
     """Return the scores of finished runs by row, in order."""
     rows: dict[str, list[list[float]]] = {}
     for cell in cells:
-        if (scores := cell.scores()) is not None:
+        if (scores := cell.scores(kept)) is not None:
             rows.setdefault(cell.row, []).append(scores)
     return rows
 
 
 def show(name: str, cells: list[Cell]) -> None:
     """Print the finished cells as a table in Markdown, and plot them."""
-    rows, columns = collect(cells), cells[0].columns
+    kept = read_scores(name, cells)
+    rows, columns = collect(cells, kept), cells[0].columns
     print(f"\n| {name} | {' | '.join(columns)} | seeds |\n|---|{'---|' * len(columns)}---|")
     for row, runs in rows.items():
         texts = []
@@ -309,9 +343,9 @@ def show(name: str, cells: list[Cell]) -> None:
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             texts.append(f"{statistics.mean(values):.4f}{spread}")
         print(f"| {row} | {' | '.join(texts)} | {len(runs)} |")
-    done = sum(cell.scores() is not None for cell in cells)
+    done = sum(map(len, rows.values()))
     print(f"\n{done} of {len(cells)} cells")
-    near = collect([cell for cell in cells if cell.drawn])
+    near = collect([cell for cell in cells if cell.drawn], kept)
     if near:
         draw(name, near, columns)
 
@@ -355,10 +389,14 @@ def main() -> None:
     if options.jobs > 1:
         THREADS["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
 
+    kept = read_scores(options.name, cells)
+
     def work(cell: Cell) -> None:
-        if cell.scores() is None and time.monotonic() - began < 60 * options.minutes:
+        if cell.scores(kept) is None and time.monotonic() - began < 60 * options.minutes:
             do(root, cell)
-            print(f"{cell.run.name}: {cell.scores()}", flush=True)
+            if (scores := cell.scores(kept)) is not None:
+                keep_scores(options.name, cell, scores)
+            print(f"{cell.run.name}: {scores}", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         for _ in pool.map(work, cells):
