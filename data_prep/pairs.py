@@ -413,7 +413,8 @@ def tokenise_pairs(task: PairTask) -> int:
     tokenizer, filters = _load_once(task.tokenizer), task.filters
     pairs = json.loads(zstandard.ZstdDecompressor().decompress(task.text.read_bytes()))
     end = np.array([tokenizer.eos_id], tokenizer.dtype)
-    ids, lengths, num_bytes = [np.empty(0, tokenizer.dtype)], [], 0
+    ids, lengths = [np.empty(0, tokenizer.dtype)], []
+    bytes_2 = np.zeros(2, np.int64)
     dropped: Counter[str] = Counter()
     for pair in pairs:
         sides = [tokenizer.encode_array(text).astype(tokenizer.dtype) for text in pair]
@@ -428,10 +429,10 @@ def tokenise_pairs(task: PairTask) -> int:
             for side in sides:
                 ids += [side, end]
                 lengths.append(side.size + 1)
-            num_bytes += sum(len(text.encode()) for text in pair)
+            bytes_2 += [len(text.encode()) for text in pair]
     with open_replacement(task.target.with_suffix(".tokens"), shared=True) as file:
         np.save(file, np.array(lengths, np.int64))
-        np.save(file, np.array(num_bytes, np.int64))
+        np.save(file, bytes_2)
         np.save(file, np.concatenate(ids))
         np.save(file, np.array([dropped[reason] for reason in REASONS], np.int64))
     return sum(lengths)
@@ -446,15 +447,16 @@ def _load_once(path: str) -> Tokenizer:
 def _load(path: Path) -> tuple[NDArray[Any], int, NDArray[Any]]:
     """Return the tokens of each document, the bytes of text and the tokens of a part."""
     with open(path, "rb") as file:
-        lengths, num_bytes, tokens = (np.load(file) for _ in range(3))
-    return lengths, int(num_bytes), tokens
+        lengths, bytes_2, tokens = (np.load(file) for _ in range(3))
+    return lengths, int(bytes_2.sum()), tokens
 
 
-def _load_dropped(path: Path) -> Counter[str]:
-    """Return the pairs of a part that the filters of tokens left out."""
+def _load_counts(path: Path) -> tuple[NDArray[Any], Counter[str]]:
+    """Return the bytes of sources and of targets of a part, and the pairs that the filters of
+    tokens left out."""
     with open(path, "rb") as file:
-        counts = [np.load(file) for _ in range(4)][3]
-    return Counter(dict(zip(REASONS, counts.tolist(), strict=True)))
+        _, bytes_2, _, counts = (np.load(file) for _ in range(4))
+    return bytes_2, Counter(dict(zip(REASONS, counts.tolist(), strict=True)))
 
 
 # ---------------------------------------------------------------------------------- assemble
@@ -488,7 +490,11 @@ def _assemble(
         DataError: no pair is left.
     """
     files = [task.target.with_suffix(".tokens") for task in tasks]
-    dropped = sum(map(_load_dropped, files), Counter(shared["task"]["dropped"]))
+    bytes_2, dropped = np.zeros(2, np.int64), Counter(shared["task"]["dropped"])
+    for file in files:
+        of_file, left_out = _load_counts(file)
+        bytes_2 += of_file
+        dropped += left_out
     told = {reason: dropped[reason] for reason in REASONS}
     shutil.rmtree(folder, ignore_errors=True)
     writer = open_writer(folder, shared["dtype"])
@@ -512,6 +518,7 @@ def _assemble(
         "longest_pair": int(lengths_P2.sum(axis=1).max()),
         "source_tokens": tokens_2[0],
         "target_tokens": tokens_2[1],
+        "target_bytes": int(bytes_2[1]),
     }
     values = {
         **shared,

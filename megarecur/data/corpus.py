@@ -216,6 +216,11 @@ class Corpus:
         self.documents = np.asarray(documents)
         """Start of each document, int64 [num_documents]."""
 
+    @property
+    def bytes_per_label(self) -> float:
+        """Bytes of text per token that is predicted."""
+        return self.num_bytes / self.num_tokens
+
     def _check_files(self, hashed: set[str]) -> None:
         """Compare the sizes of all files, and the hashes of these, with the manifest."""
         check_files(self.path, self.manifest, hashed)

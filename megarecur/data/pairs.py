@@ -58,6 +58,14 @@ class PairCorpus(Corpus):
                 f"{MEND}"
             )
 
+    @property
+    def bytes_per_label(self) -> float:
+        """Bytes of text per token of the targets, ends included."""
+        held = self.manifest.task or {}
+        if "target_bytes" not in held:  # The first corpora of pairs lack it.
+            return super().bytes_per_label
+        return float(held["target_bytes"] / held["target_tokens"])
+
     @cached_property
     def lengths_P2(self) -> NDArray[np.int64]:
         """Tokens of source and target of each pair, ends included, int64."""

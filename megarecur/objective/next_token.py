@@ -204,7 +204,7 @@ def make_score(
         of_exits: summed losses of each exit.
     """
     tokens = sum(counts)
-    num_bytes = tokens * corpus.num_bytes / corpus.num_tokens
+    num_bytes = tokens * corpus.bytes_per_label
     parts = tuple(a / n if n else math.nan for a, n in zip(losses, counts, strict=True))
     early = tuple(sum(row) / max(tokens, 1.0) for row in of_exits)
     return TextScore(sum(losses) / max(tokens, 1.0), int(tokens), num_bytes, parts, early)

@@ -126,6 +126,11 @@ def test_the_manifest_describes_the_pairs(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder / "joint.model")
     assert (held["start_id"], held["pad_id"]) == (tokenizer.bos_id, tokenizer.pad_id) == (1, 3)
     assert [source["pairs"] for source in made.sources] == [60, 60]
+    # Scores per byte are of targets alone.
+    of_targets = sum(len(target.encode()) for _, target in PAIRS)
+    assert held["target_bytes"] == of_targets != made.num_bytes - of_targets
+    expected = of_targets / held["target_tokens"]
+    assert PairCorpus(tmp_path / "out/train").bytes_per_label == expected
 
 
 # ------------------------------------------------------------------------------------- filters
