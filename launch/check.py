@@ -249,11 +249,19 @@ def _tokens(config: Config) -> RenderableType:
     return Padding(table, (0, 0, 1, 0))
 
 
+def describe_input(config: Config) -> dict[str, object]:
+    """Return the resolved size of the vocabulary or, of pictures, the positions by their key."""
+    if not config.reads_images or config.task is None:
+        return {"model.vocab_size": config.model.vocab_size}
+    side, token = config.task.grid_size, " + class token" * config.task.has_class_token
+    return {"data.seq_length": f"{config.data.seq_length} ({side} x {side} patches{token})"}
+
+
 def _resolved(config: Config) -> RenderableType:
     """Return the values derived from others when a config omits them."""
     model, recurrence = config.model, config.recurrence
     values: dict[str, object] = {
-        "model.vocab_size": model.vocab_size,
+        **describe_input(config),
         "model.head_dim": model.head_dim,
         "model.num_kv_heads": model.num_kv_heads,
         "model.ffn_hidden_size": model.ffn_hidden_size,

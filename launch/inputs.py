@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from megarecur.config.locate import NOT_A_FILE
 from megarecur.config.run import Config
 from megarecur.data.corpus import check_tokenizer, read_manifest
 from megarecur.data.fit import find_misfits
 from megarecur.data.foreign import is_foreign, missing_files
-from megarecur.data.tokenizer import BYTES, load_tokenizer
+from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import ConfigError, DataError, MegarecurError
 from megarecur.launch.folder import newest_checkpoint
 from megarecur.launch.profile import ClusterProfile
@@ -154,7 +155,9 @@ def checks_of(
 
     fingerprint = None
     tokenizer = (
-        Path(BYTES) if data.tokenizer == BYTES else visible("data.tokenizer", data.tokenizer)
+        Path(data.tokenizer)
+        if data.tokenizer in NOT_A_FILE
+        else visible("data.tokenizer", data.tokenizer)
     )
     if tokenizer is not None:
         try:

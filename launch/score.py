@@ -93,7 +93,7 @@ def fit_longest(config: Config, sources: Sequence[Source]) -> Config:
     """
     task, table = config.task, config.model.positions == "learned" and not config.temporal
     cuts = config.data.truncate if task is None else task.truncate
-    if (task is None and config.encoder is None) or cuts or table:
+    if (task is None and config.encoder is None) or cuts or table or config.reads_images:
         return config
     held = [read_manifest(source.path).task or {} for source in sources]
     keys = ("longest", "longest_source", "longest_target")

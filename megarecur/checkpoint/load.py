@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megarecur.checkpoint import checkpoint
 from megarecur.config.load import changed_fixed_fields, load_config, validate
+from megarecur.config.locate import NOT_A_FILE
 from megarecur.config.parallel import ParallelConfig
 from megarecur.config.run import Config
-from megarecur.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from megarecur.data.tokenizer import Tokenizer, load_tokenizer
 from megarecur.errors import CheckpointError, ConfigError
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.shards import whole
@@ -107,7 +108,7 @@ def find_tokenizer(run_dir: Path, config: Config) -> str:
     """
     name = config.data.tokenizer
     own = run_dir / Path(name).name
-    return str(own) if name != BYTES and own.is_file() else name
+    return str(own) if name not in NOT_A_FILE and own.is_file() else name
 
 
 def load_model(

@@ -51,9 +51,10 @@ class DataConfig(Section):
     """Corpora to evaluate on. Default: none."""
     tokenizer: str = free(min_length=1)
     """A sentencepiece model, a Hugging Face tokenizer.json, or `bytes`. The path may change when a
-    run resumes; the content may not."""
+    run resumes; the content may not. Of images it is `none`, and may be omitted."""
     seq_length: Length
-    """Tokens per sample; with an encoder, most tokens of a sentence, its end included."""
+    """Tokens per sample; with an encoder, most tokens of a sentence, its end included. Of images it
+    is the number of patches, plus the class token, and may be omitted."""
     truncate: bool = False
     """Cut longer sentences of an encoder-decoder to seq_length, their end included; false: they are
     an error before training."""

@@ -15,12 +15,12 @@ from typing import Any
 
 import xxhash
 
-from megarecur.config.run import Config
+from megarecur.config.run import NO_TOKENIZER, Config
 from megarecur.errors import ConfigError
 from megarecur.files import replace_file
 
 ORIGIN = "origin.json"
-NOT_A_FILE = ("bytes",)
+NOT_A_FILE = ("bytes", NO_TOKENIZER)
 """Tokenizers without a file."""
 
 

@@ -47,9 +47,14 @@ class ModelConfig(Section):
     source_vocab_size: Annotated[int, Field(gt=0, le=1 << 26)] | None = None
     """Rows of an embedding of source sentences that has a table of its own. Default:
     vocab_size."""
-    positions: Literal["rope", "xpos", "alibi", "learned", "sinusoidal", "none"] = "rope"
+    positions: Literal[
+        "rope", "xpos", "alibi", "learned", "sinusoidal", "sinusoidal_2d", "none"
+    ] = "rope"
     """Position encoding. xpos: rotary, with scores that decay by distance where tokens look back
-    (Sun et al. 2023)."""
+    (Sun et al. 2023). sinusoidal_2d, for images: a quarter of the channels each for the sines and
+    cosines of a patch's column and row, of frequencies 10000^(-k / (D/4 - 1)) (Beyer et al. 2022);
+    a class token has none. All others count the patches of a picture row after row, after a class
+    token."""
     level_encoding: Literal["none", "sinusoidal"] = "none"
     """Encoding added to the state before every step of the layer map. sinusoidal: sinusoids of the
     position and of the level, which is the loop of the block (Dehghani et al. 2019). With one
@@ -193,6 +198,11 @@ class ModelConfig(Section):
                 "a divisor, or omit it"
             )
         yield from self.find_rotary_problems()
+        if self.positions == "sinusoidal_2d" and (self.hidden_size % 4 or self.hidden_size < 8):
+            yield (
+                f"positions=sinusoidal_2d needs a hidden_size of at least 8 that 4 divides, not "
+                f"{self.hidden_size}; choose one, or other positions"
+            )
         if self.tie is not None and self.tie_embeddings != (self.tie != "none"):
             yield (
                 f"tie={self.tie} with tie_embeddings={show(self.tie_embeddings)} contradict each "

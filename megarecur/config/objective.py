@@ -142,8 +142,67 @@ class TaskConfig(Section):
                 f"num_classes={show(self.num_classes)} must be at least 2; set it to the number of "
                 "classes of the corpora"
             )
+        yield from self.find_image_problems()
         if self.kind == "token" and (self.augment or self.pooling != "mean"):
             yield (
                 f"kind=token classifies single tokens, and augment={show(self.augment)} and "
                 f"pooling={self.pooling} are for whole sequences; leave augment and pooling out"
             )
+
+    def find_image_problems(self) -> Iterator[str]:
+        """Yield fields that images need, and fields that are for images or for tokens only."""
+        if self.kind != "image":
+            for key in ("image_size", "patch_size", "channels"):
+                if (value := getattr(self, key)) is not None:
+                    yield f"{key}={value} is for kind=image, not {self.kind}; leave {key} out"
+            if self.pooling == "class_token":
+                yield (
+                    f"pooling=class_token is for kind=image, not {self.kind}; set pooling to "
+                    "mean, or set augment to true and pooling to first"
+                )
+            return
+        if self.image_size is None or self.patch_size is None:
+            yield (
+                f"kind=image with image_size={show(self.image_size)} and patch_size="
+                f"{show(self.patch_size)} needs both; set them, such as 32 and 4"
+            )
+        elif self.image_size % self.patch_size:
+            yield (
+                f"patch_size={self.patch_size} does not divide image_size={self.image_size}; "
+                "choose a divisor"
+            )
+        if self.pooling not in ("mean", "class_token"):
+            yield (
+                f"pooling={self.pooling} is for sequences of tokens, not kind=image; set it to "
+                "mean or class_token"
+            )
+        for key in ("augment", "truncate"):
+            if getattr(self, key):
+                yield f"{key}=true is for sequences of tokens, not kind=image; leave {key} out"
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the pictures."""
+        return self.channels or 3
+
+    @property
+    def grid_size(self) -> int:
+        """Patches in a row, and rows of patches, of a picture."""
+        assert self.image_size is not None and self.patch_size is not None
+        return self.image_size // self.patch_size
+
+    @property
+    def has_class_token(self) -> bool:
+        """True if a learned token stands before the patches."""
+        return self.pooling == "class_token"
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a picture."""
+        return self.grid_size**2
+
+    @property
+    def pixels_per_patch(self) -> int:
+        """Values of a patch, over its channels, rows and columns."""
+        assert self.patch_size is not None
+        return self.num_channels * self.patch_size**2

@@ -25,6 +25,8 @@ def find_longest(c: Config) -> int:
 def exceeds_positions(c: Config) -> Mapping[str, object]:
     """Return the longest sequence if the learned position table is too short for it."""
     longest, rows = find_longest(c), c.model.max_positions
+    if c.reads_images:  # Their positions are added before chunks are cut.
+        longest = c.num_positions
     beyond = c.model.positions == "learned" and rows is not None and rows < longest
     return {"longest": longest} if beyond else {}
 

@@ -18,6 +18,18 @@ from megarecur.config.recurrence import HaltingConfig, RecurrenceConfig, Ring
 from megarecur.config.temporal import TemporalConfig
 from megarecur.config.train import AlarmConfig, HealthConfig, TrainConfig
 
+NO_TOKENIZER = "none"
+"""The word by which data.tokenizer says that samples are no text."""
+
+
+def count_positions(task: dict[str, Any]) -> Any:
+    """Return the positions of a picture, its patches and a class token, from the values of a
+    section `task`; UNREADABLE if the patches cannot be counted."""
+    image, patch = (as_size(task.get(key)) for key in ("image_size", "patch_size"))
+    if image is None or patch is None or image % patch:
+        return UNREADABLE
+    return (image // patch) ** 2 + (task.get("pooling") == "class_token")
+
 
 class PaperConfig(Section):
     """The row of a published table that this run reproduces; `megarecur check` compares."""
@@ -88,19 +100,24 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def fill_in(cls, values: Any) -> Any:
-        """Fill in the rows of a learned position table, and the width of the memory's layers."""
+        """Fill in the positions of pictures, the rows of a learned position table, and the width of
+        the memory's layers."""
         if not isinstance(values, dict):
             return values
-        model, data = values.get("model"), values.get("data")
+        model, data, task = values.get("model"), values.get("data"), values.get("task")
         if not (isinstance(model, dict) and isinstance(data, dict)):
             return values
+        of_pictures = isinstance(task, dict) and task.get("kind") == "image"
+        if isinstance(task, dict) and of_pictures:
+            data = {"seq_length": count_positions(task), "tokenizer": NO_TOKENIZER, **data}
+            values = {**values, "data": data}
         longest, temporal = data.get("seq_length"), values.get("temporal")
         if isinstance(temporal, dict):
             hidden = as_size(model.get("hidden_size")) or UNREADABLE
             values = {**values, "temporal": {"update_ffn_hidden_size": hidden, **temporal}}
-            longest = temporal.get("chunk_length")
+            # The positions of a picture are added before it is cut into chunks.
+            longest = longest if of_pictures else temporal.get("chunk_length")
         if model.get("positions") == "learned" and model.get("max_positions") is None:
-            task = values.get("task")
             ends = 2 * bool(isinstance(task, dict) and task.get("augment"))
             longest = as_size(longest)
             if longest is not None and not isinstance(temporal, dict):
@@ -118,6 +135,11 @@ class Config(Section):
     def classifies(self) -> bool:
         """True if the head of a task replaces the vocabulary's."""
         return self.task is not None and self.task.targets == "labels"
+
+    @property
+    def reads_images(self) -> bool:
+        """True if samples are pictures, which the model reads as patches instead of tokens."""
+        return self.task is not None and self.task.kind == "image"
 
     @property
     def reads_memory(self) -> bool:

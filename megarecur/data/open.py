@@ -214,12 +214,12 @@ def length_multiple(config: Config) -> int:
 
 
 def with_vocab_size(config: Config, vocab_size: int) -> Config:
-    """Return the config with model.vocab_size resolved.
+    """Return the config with model.vocab_size resolved, which a model of pictures has not.
 
     Raises:
         DataError: fewer rows than the tokenizer has ids.
     """
-    if config.model.vocab_size is None:
+    if config.model.vocab_size is None and not config.reads_images:
         model = config.model.model_copy(update={"vocab_size": vocab_size})
         config = config.model_copy(update={"model": model})
     check_rows(config, vocab_size, config.data.tokenizer)

@@ -25,6 +25,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from megarecur.config.locate import NOT_A_FILE
+from megarecur.config.run import NO_TOKENIZER
 from megarecur.errors import DataError
 from megarecur.files import replace_file
 
@@ -114,6 +116,28 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some bytes; invalid UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class NoTokenizer(Tokenizer):
+    """The tokenizer of pictures, which has no ids."""
+
+    def __init__(self) -> None:
+        self.name = NO_TOKENIZER
+        self.fingerprint = xxhash.xxh3_128_hexdigest(NO_TOKENIZER.encode())
+        self.vocab_size, self.eos_id, self.bos_id = 0, -1, None
+        self.end = End(self.eos_id, False, "")
+
+    def encode_array(self, text: str) -> NDArray[Any]:
+        """Refuse a text.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError(f"{NO_TOKENIZER}: the tokenizer of pictures reads no text; name another")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return an empty text."""
+        return ""
 
 
 class WordTokenizer(Tokenizer):
@@ -446,10 +470,11 @@ def describe_end(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def load_tokenizer(path: str | Path, eos: str | None = None) -> Tokenizer:
-    """Load a sentencepiece model, a Hugging Face tokenizer.json, a list of words, or `bytes`.
+    """Load a sentencepiece model, a Hugging Face tokenizer.json, a list of words, `bytes`, or
+    `none`, which pictures have.
 
     Args:
-        path: path of the tokenizer, or `bytes`.
+        path: path of the tokenizer, or one of the words.
         eos: the token that ends documents, by name or id; overrides the tokenizer and the files
         beside it (see `find_end`).
 
@@ -457,12 +482,13 @@ def load_tokenizer(path: str | Path, eos: str | None = None) -> Tokenizer:
         DataError: the file does not exist, has another format, or has no end of documents.
     """
     path = Path(path)
-    content = b"" if str(path) == BYTES else _read(path)
-    has_fixed_end = str(path) == BYTES or content.startswith(WordTokenizer.mark)
+    has_file = str(path) not in NOT_A_FILE
+    content = _read(path) if has_file else b""
+    has_fixed_end = not has_file or content.startswith(WordTokenizer.mark)
     if eos is not None and has_fixed_end:
         raise DataError(f"--eos {eos}: {path} has its own end of documents; omit --eos")
-    if str(path) == BYTES:
-        return ByteTokenizer()
+    if not has_file:
+        return ByteTokenizer() if str(path) == BYTES else NoTokenizer()
     if has_fixed_end:
         return _build(path, lambda: WordTokenizer(path, content), "a list of words")
     if content.lstrip()[:1] == b"{":
@@ -496,7 +522,7 @@ def tokenizer_vocab_size(path: str | Path) -> int:
 
 def tokenizer_fingerprint(path: str | Path) -> str:
     """Return the fingerprint of a tokenizer's file, without loading it."""
-    content = BYTES.encode() if str(path) == BYTES else _read(Path(path))
+    content = str(path).encode() if str(path) in NOT_A_FILE else _read(Path(path))
     return xxhash.xxh3_128_hexdigest(content)
 
 
@@ -504,7 +530,7 @@ def copy_tokenizer_files(name: str, folder: Path) -> None:
     """Copy a tokenizer, and the files beside a tokenizer.json, into a folder; existing equal files
     stay."""
     source = Path(name)
-    if name == BYTES or not source.is_file():
+    if name in NOT_A_FILE or not source.is_file():
         return
     content = source.read_bytes()
     files = {source.name: content}

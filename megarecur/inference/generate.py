@@ -159,9 +159,15 @@ class Forward:
     """The stages' computation without training (`parallel.pipeline.Program`)."""
 
     def __init__(
-        self, model: Transformer, tokens_BS: Tensor, ctx: Context, source: Sentences | None
+        self,
+        model: Transformer,
+        tokens_BS: Tensor,
+        ctx: Context,
+        source: Sentences | None,
+        pixels_BCHW: Tensor | None = None,
     ) -> None:
         self.model, self.tokens_BS, self.ctx, self.source = model, tokens_BS, ctx, source
+        self.pixels_BCHW = pixels_BCHW
         self.x: Tensor | None = None
         """The output of the last stage, if this rank has it."""
         self.exits: dict[str, Tensor] = {}
@@ -181,7 +187,7 @@ class Forward:
     ) -> tuple[Tensor, None]:
         """Return (outgoing hidden state, None)."""
         if stage.first:
-            x = self.model.enter(self.tokens_BS, self.ctx, reads, self.source)
+            x = self.model.enter(self.tokens_BS, self.ctx, reads, self.source, self.pixels_BCHW)
         assert x is not None
         x, _ = self.model.run(stage.steps, x, self.ctx, reads)
         if stage.last:
@@ -204,10 +210,12 @@ def run_with_exits(
     tokens_BS: Tensor,
     ctx: Context,
     source: Sentences | None = None,
+    pixels_BCHW: Tensor | None = None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Return (result of `run_forward`, hidden states of the map's early exits by name); both on the
-    pipeline rank of the head. An encoder reads the sentences `source`."""
-    program = Forward(model, tokens_BS, ctx, source)
+    pipeline rank of the head. An encoder reads the sentences `source`, a model of pictures
+    `pixels_BCHW`."""
+    program = Forward(model, tokens_BS, ctx, source, pixels_BCHW)
     Pipeline(mesh, scheduled.walk, program, model.dtype).run(scheduled.order[mesh.pp_rank])
     return program.x, program.exits
 

@@ -83,7 +83,8 @@ class CompiledModel:
     def __init__(self, model: Transformer, backend: Backend | None = None) -> None:
         # Batches of a task, or of pairs of sentences, are padded to their longest sequence.
         config = model.config
-        lengths_vary = config.task is not None or config.encoder is not None
+        of_sequences = config.task is not None and not config.reads_images
+        lengths_vary = of_sequences or config.encoder is not None
         self.body = Compiled(Block.body, backend, lengths_vary)
         # Tokens that count vary with the lengths, and so do the rows of their logits.
         self.loss = (
@@ -95,7 +96,9 @@ class CompiledModel:
             for weight in block.weights:
                 weight.open_handle()
         model.readout.compiled = LossKernels(*self.loss)
-        model.always_separates = config.data.mask_documents or config.encoder is not None
+        model.always_separates = config.encoder is not None or (
+            config.data.mask_documents and not config.reads_images
+        )
         self.told: int | None = None
         """Number of graphs at the last call of `news`; None: not called yet."""
 

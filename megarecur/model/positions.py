@@ -186,3 +186,17 @@ def sinusoidal(
     waves = angle.sin(), angle.cos()
     both = torch.cat(waves, -1) if layout == "split" else torch.stack(waves, -1).flatten(-2)
     return both[..., :hidden_size]
+
+
+def sinusoidal_2d(
+    grid_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return the fixed embedding [N, D] of a square of patches, row after row: sines and cosines of
+    the column, then of the row (Beyer et al. 2022, as in big_vision)."""
+    quarter = hidden_size // 4
+    exponent = torch.arange(quarter, device=device).to(dtype) / (quarter - 1)
+    places = torch.arange(grid_size, device=device).to(dtype)
+    angle = places[:, None] * 10000.0 ** (-exponent)
+    waves = torch.cat((angle.sin(), angle.cos()), -1)
+    rows, columns = waves[:, None], waves[None]
+    return torch.cat(torch.broadcast_tensors(columns, rows), -1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The head of a task, which classifies sequences, pairs of sequences, or tokens.
+"""The head of a task, which classifies sequences, pairs of sequences, pictures, or tokens.
 
 Shapes: B sequences, S positions, P positions of this rank, D hidden, F features, C classes, M
 labels.
@@ -26,6 +26,7 @@ class TaskHead(nn.Module):
         make: makes this rank's shards of the parameters by name.
         own_features: features that this rank's shard of the output layer reads if there is no
             hidden layer.
+        has_hidden: whether there is a hidden layer.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class TaskHead(nn.Module):
         dtype: torch.dtype,
         tp: TensorParallel = ALONE,
         own_features: slice = slice(None),
+        has_hidden: bool = True,
     ) -> None:
         super().__init__()
         self.task, self.tp, self.own_features = task, tp, own_features
         self.hidden: Weight | None = None
-        if task.head_size != 0:
+        if has_hidden:
             self.hidden = Weight(make("task.hidden.weight"), dtype)
             self.hidden_table = self.hidden.parameter
             self.hidden_bias = make("task.hidden.bias")
@@ -71,21 +73,22 @@ class TaskHead(nn.Module):
     def features(self, x_BSD: Tensor, real_BS: Tensor | None) -> Tensor:
         """Return the features, [M, F].
 
-        They are the states of tokens, the pooled states of sequences, or [u; v; u*v; |u-v|] of
-        pairs, where u and v are the pooled states of neighbouring sequences.
+        They are the states of tokens, the pooled states of sequences or pictures, or [u; v; u*v;
+        |u-v|] of pairs, where u and v are the pooled states of neighbouring sequences.
         """
         if self.task.kind == "token":
             return x_BSD.flatten(0, 1)
         pooled_BD = x_BSD if x_BSD.ndim == 2 else pool(x_BSD, real_BS, self.task.pooling)
-        if self.task.kind == "sequence":
+        if self.task.kind in ("sequence", "image"):
             return pooled_BD
         u, v = pooled_BD[0::2], pooled_BD[1::2]
         return torch.cat([u, v, u * v, (u - v).abs()], dim=-1)
 
 
 def pool(x_BSD: Tensor, real_BS: Tensor | None, pooling: str) -> Tensor:
-    """Return [B, D]: the mean, the last or the first of the states that are not padding."""
-    if pooling == "first":
+    """Return [B, D]: the mean, the last or the first of the states that are not padding; the first
+    is that of a class token."""
+    if pooling in ("first", "class_token"):
         return x_BSD[:, 0]
     if real_BS is None:
         return x_BSD[:, -1] if pooling == "end" else x_BSD.mean(1)

@@ -1,6 +1,6 @@
-"""The model, which embeds tokens, runs steps of the layer map, and computes the loss.
+"""The model, which embeds tokens or pictures, runs steps of the layer map, and computes the loss.
 
-Shapes: B samples, S positions, D hidden, V vocabulary, N = B S tokens.
+Shapes: B samples, S positions, D hidden, V vocabulary, N = B S tokens, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from megarecur.model.context import (
 )
 from megarecur.model.embedding import Embedding, Head
 from megarecur.model.norm import build_norm
+from megarecur.model.patches import Patches
 from megarecur.model.positions import sinusoidal
 from megarecur.model.runner import ChunkedRunner, Runner, build_runner, initial_site
 from megarecur.model.saved import CudaCopies, HostCopies, saving
@@ -56,7 +57,7 @@ class Transformer(nn.Module):
     """A model, or the part of a model on one pipeline rank.
 
     Args:
-        config: the run, with model.vocab_size resolved.
+        config: the run, with model.vocab_size resolved, unless it reads pictures.
         placement: the blocks of each pipeline rank; None: this rank has the whole model.
         pp_rank: this pipeline rank.
         tp: the ranks that share matrices, and this rank's place among them.
@@ -98,9 +99,10 @@ class Transformer(nn.Module):
         """The other pipeline rank that has the tied table."""
         if config.ties_embeddings and placement.embedding != placement.head:
             self.tied = "embedding.weight" if has_embedding or has_head else ""
-        self.embedding = (
-            Weight(make("embedding.weight"), self.dtype) if has_embedding or tied else None
-        )
+        self.embedding: Weight | None = None
+        """The table of tokens, if this rank has it."""
+        if (has_embedding or tied) and not config.reads_images:
+            self.embedding = Weight(make("embedding.weight"), self.dtype)
         self.stacks = list_stacks(config)
         own_blocks = set(placement.blocks(pp_rank))
         runners = [
@@ -145,6 +147,10 @@ class Transformer(nn.Module):
                     self.look_up = embedding
                 else:
                     self.look_up_source = embedding
+        self.patches: Patches | None = None
+        """Embeds pictures, on the rank of the embedding."""
+        if has_embedding and config.reads_images:
+            self.patches = Patches(config, make, self.dtype, tp)
         self.project: Head | None = None
         if self.head is not None:
             bias = make("head.bias") if model.head_bias else None
@@ -152,11 +158,13 @@ class Transformer(nn.Module):
         self.task_head: TaskHead | None = None
         if has_head and config.classifies and config.task is not None:
             own = self.inventory["task.output.weight"].place(tp.rank, tp.size)[1]
-            self.task_head = TaskHead(config.task, make, self.dtype, tp, own)
+            has_hidden = "task.hidden.weight" in self.inventory
+            self.task_head = TaskHead(config.task, make, self.dtype, tp, own, has_hidden)
         self.deferred = DeferredProducts()
         for weight in self.weights():
             weight.deferred = self.deferred
-        bounds = [self.first_id(rank) for rank in range(tp.size + 1)]
+        has_table = "embedding.weight" in self.inventory
+        bounds = [self.first_id(rank) if has_table else 0 for rank in range(tp.size + 1)]
         self.readout = Readout(config, tp, bounds, self.final_norm, self.project, self.task_head)
         self.objective = build_objective(config, self.readout)
         """The objective, which computes loss terms and scores."""
@@ -192,6 +200,11 @@ class Transformer(nn.Module):
                 assert isinstance(block, Block)
                 found[int(number)] = block
         return found
+
+    @property
+    def entry(self) -> nn.Module | None:
+        """The module that a pass over the model calls first, if this rank has it."""
+        return self.look_up_source or self.look_up or self.patches
 
     def hidden_shape(self, tokens_BS: Tensor) -> tuple[int, int, int]:
         """Return the shape of the hidden state: [B, S, D], or this rank's positions of it."""
@@ -320,10 +333,17 @@ class Transformer(nn.Module):
         return normed_BMD.mean(1) if mean else normed_BMD[:, -1]
 
     def enter(
-        self, tokens_BS: Tensor, ctx: Context, reads: dict[str, Tensor], source: Sentences | None
+        self,
+        tokens_BS: Tensor,
+        ctx: Context,
+        reads: dict[str, Tensor],
+        source: Sentences | None = None,
+        pixels_BCHW: Tensor | None = None,
     ) -> Tensor:
-        """Return the input of the map's first step, [B, S, D]: embedded tokens; of an
+        """Return the input of the map's first step, [B, S, D]: embedded tokens or pictures; of an
         encoder-decoder, embedded source sentences, with the embedded target added to `reads`."""
+        if pixels_BCHW is not None:
+            return self.embed_pictures(pixels_BCHW, ctx)
         if source is None or ctx.source is None:
             return self.embed(tokens_BS, ctx)
         x = self.embed_source(source.tokens_BS, ctx.source)
@@ -340,17 +360,25 @@ class Transformer(nn.Module):
         assert self.look_up_source is not None
         return self._embed(self.look_up_source, tokens_BS, ctx, "source_embedding")
 
+    def embed_pictures(self, pixels_BCHW: Tensor, ctx: Context) -> Tensor:
+        """Embed pictures: [B, C, H, W] to [B, S, D], or this rank's positions of it, in the compute
+        dtype."""
+        assert self.patches is not None
+        return self._drop(self.patches(pixels_BCHW), ctx, "embedding")
+
     def _embed(self, look_up: Embedding, tokens_BS: Tensor, ctx: Context, site: str) -> Tensor:
         model = self.config.model
         x: Tensor = look_up(tokens_BS, ctx.positions.index_BS)
         if model.positions == "sinusoidal":
             index_BS = ctx.positions.tp.own(ctx.positions.index_BS)
             x = x + sinusoidal(index_BS, model.hidden_size, x.dtype, model.sinusoid_layout)
-        x = x.to(self.dtype)
-        if ctx.dropout.training and model.dropout > 0.0:
-            where = ctx.dropout.words(site, x.device)
-            x = dropout(x, model.dropout, where, ctx.positions.rows())
-        return x
+        return self._drop(x.to(self.dtype), ctx, site)
+
+    def _drop(self, x: Tensor, ctx: Context, site: str) -> Tensor:
+        rate = self.config.model.dropout
+        if not ctx.dropout.training or rate == 0.0:
+            return x
+        return dropout(x, rate, ctx.dropout.words(site, x.device), ctx.positions.rows())
 
     def run(
         self, steps: Sequence[Step], x: Tensor, ctx: Context, reads: dict[str, Tensor]

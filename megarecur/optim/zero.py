@@ -99,9 +99,8 @@ class ZeroEngine:
         if self.stage == 3:
             kinds = list({type(runner) for runner in model.runners()})
             deepspeed.utils.set_z3_leaf_modules(model, kinds)
-            first = model.look_up_source or model.look_up
-            assert first is not None
-            first.register_forward_pre_hook(self.start_of_pass)
+            assert model.entry is not None
+            model.entry.register_forward_pre_hook(self.start_of_pass)
             for runner in model.runners():
                 anchor_runner(runner, mesh.device)
         self.engine, self.optimizer, *_ = deepspeed.initialize(

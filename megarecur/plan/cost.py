@@ -1,6 +1,7 @@
 """Estimate what a run costs from its config alone: parameters, executed FLOPs, memory, tokens.
 
-Every function is pure. `config.model.vocab_size` must be resolved (`describe.resolve_vocab_size`).
+Every function is pure. `config.model.vocab_size` must be resolved (`describe.resolve_vocab_size`),
+except that of a model of pictures, which has none. A token is a position: of pictures, a patch.
 Sizes are in parameters, FLOPs per token, bytes.
 """
 
@@ -134,8 +135,9 @@ def count_flops(config: Config, steps: LayerMap, seen: Seen | None = None) -> Fl
         again = step.grad and config.train.recomputes(step.loop_index)
         mixing = count_halting_flops(views[step.stack])  # Not recomputed.
         repeated += flops - mixing if again else 0
-    written = count_memory_flops(config)
-    forward, train = forward + written, train + 3 * written
+    written, cut = count_memory_flops(config), count_patch_flops(config)
+    # Pixels need no gradient.
+    forward, train = forward + written + cut, train + 3 * written + 2 * cut
     exits = sum(step.exit for step in steps[:-1])
     head = count_head_flops(config) * (1 + exits)
     train += 3 * head
@@ -292,6 +294,14 @@ def count_memory_flops(config: Config) -> int:
             size += spec.size * (1.0 if of_tokens else slots)
     scores = 4 * temporal.num_slots * model.num_heads * model.head_dim
     return round(2 * size) + temporal.updates * scores
+
+
+def count_patch_flops(config: Config) -> int:
+    """Return forward FLOPs per position of the projection of patches; 0 for a model of tokens."""
+    if not config.reads_images or config.task is None:
+        return 0
+    size = config.model.hidden_size * config.task.pixels_per_patch
+    return 2 * size * config.task.num_patches // config.num_positions
 
 
 def count_halting_flops(config: Config) -> int:
@@ -501,7 +511,7 @@ def count_span(config: Config) -> int:
 
 def has_documents(config: Config) -> bool:
     """Return True if a sample may hold several documents or padding."""
-    return config.data.mask_documents or config.task is not None
+    return (config.data.mask_documents or config.task is not None) and not config.reads_images
 
 
 def count_mask_heads(config: Config) -> int:
@@ -531,7 +541,7 @@ def count_mask_elements(config: Config) -> int:
 def estimate_activations(config: Config, steps: LayerMap) -> int:
     """Return bytes per token that exist on one tensor-parallel rank when backward starts: what it
     needs, by the policy of `train.recompute`, and what it makes again of one step."""
-    ends = count_end_bytes(config) + count_memory_bytes(config)
+    ends = count_end_bytes(config) + count_memory_bytes(config) + count_patch_bytes(config)
     kept = count_kept_bytes(config, steps)
     if config.train.offload_activations:
         kept = min(kept, 2 * count_largest_step(config, steps))  # on their way out, or back
@@ -768,6 +778,15 @@ def count_memory_bytes(config: Config) -> int:
     of_slot = 4 * hidden + 2 * queries + feed_forward
     each = hidden + 2 * keys + count_slots_per_token(config) * of_slot
     return round(temporal.updates * each * element_bytes(config))
+
+
+def count_patch_bytes(config: Config) -> int:
+    """Return bytes per position of the patches that backward needs; 0 for a model of tokens."""
+    if not config.reads_images or config.task is None:
+        return 0
+    size = config.task.num_patches * config.task.pixels_per_patch
+    shares = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    return size * element_bytes(config) // (config.num_positions * shares)
 
 
 def count_rank(config: Config) -> int:

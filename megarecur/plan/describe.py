@@ -29,8 +29,9 @@ ORDER_NAMES = {
 
 
 def resolve_vocab_size(config: Config, count: Callable[[str], int]) -> Config:
-    """Return the config with `model.vocab_size` set; the default is `count(data.tokenizer)`."""
-    if config.model.vocab_size is not None:
+    """Return the config with `model.vocab_size` set; the default is `count(data.tokenizer)`. A
+    model of pictures has none."""
+    if config.model.vocab_size is not None or config.reads_images:
         return config
     model = config.model.model_copy(update={"vocab_size": count(config.data.tokenizer)})
     return config.model_copy(update={"model": model})

@@ -14,6 +14,7 @@ from megarecur.config.run import Config
 from megarecur.errors import PlacementError
 from megarecur.plan.cost import (
     count_head_flops,
+    count_patch_flops,
     count_state_bytes,
     count_step_flops,
     is_chunked,
@@ -237,6 +238,7 @@ def count_block_costs(config: Config, steps: LayerMap) -> list[float]:
         exits = sum(step.exit for step in some[:-1])  # four passes: logits are recomputed
         passes = 3 + is_chunked(config) + 4 * exits
         costs[steps[-1].block] += share * passes * count_head_flops(config)
+    costs[steps[0].block] += 2 * count_patch_flops(config)  # Pixels need no gradient.
     return costs
 
 

@@ -35,6 +35,8 @@ from megarecur.plan.cost import (
     count_logits,
     count_memory_bytes,
     count_memory_flops,
+    count_patch_bytes,
+    count_patch_flops,
     count_rank,
     count_remade_bytes,
     count_score_flops,
@@ -497,6 +499,8 @@ def cost_stages(
         if stage.backward:
             activation = tokens * count_kept_bytes(config, stage.steps)
             deferred = tokens * count_deferred_bytes(config, stage.steps)
+            if stage.first:
+                activation += tokens * count_patch_bytes(config)
             if stage.last:
                 # An exit keeps only the hidden state.
                 activation += tokens * (ends + len(stage.exits) * stream) + logits
@@ -550,6 +554,8 @@ def count_stage_flops(config: Config, walk: Walk, seen: Seen | None = None) -> l
         inputs += head * (len(stage.exits) + (stage.last and is_chunked(config)))
         written = count_memory_flops(config) * stage.last
         forward, inputs, weights = forward + written, inputs + written, weights + written
+        cut = count_patch_flops(config) * stage.first  # Pixels need no gradient.
+        forward, weights = forward + cut, weights + cut
         forward_scores = inputs_scores = 0
         for step in stage.steps:
             scores = count_score_flops(config, step, seen)
@@ -578,7 +584,7 @@ def time_stages(
     work = [tokens * n for n in count_pointwise_bytes(config, fused and cluster.device == "cuda")]
     passes = [cluster.pointwise_time(n, stream) for n in work]
     logits = count_logits(config, tokens) * element_bytes(config)
-    all_logits = tokens * vocab_shard(config) * (not config.classifies)
+    all_logits = 0 if config.classifies else tokens * vocab_shard(config)
     losses = [cluster.pointwise_time(all_logits * n, logits) for n in count_logit_bytes(config)]
     launch = cluster.rates.launch_us * 1e-6 if cluster.rates else 0.0
     starts = [launch * count for count in (FUSED_LAUNCHES if fused else EAGER_LAUNCHES)]
@@ -644,7 +650,7 @@ def count_collectives(config: Config, stage: Stage) -> tuple[int, int]:
     for step, count in zip(stage.steps, each, strict=True):
         if step.grad and stage.backward:
             backward += count * (2 if config.train.recomputes(step.loop_index) else 1)
-    embeddings = len(embedding_names(config))
+    embeddings = 0 if config.reads_images else len(embedding_names(config))
     return sum(each) + stage.first * embeddings, backward
 
 

@@ -77,6 +77,8 @@ class ParameterSpec:
 Inventory = dict[str, ParameterSpec]
 EMBEDDINGS = ("source_embedding", "embedding")
 """Embeddings of source sentences and of targets; a model without an encoder has the latter only."""
+CLASS_TOKEN = "class_token"
+"""The learned token before the patches of a picture."""
 HEAD_NORMS = ("query_norm", "key_norm")
 """Norms of attention heads, present if model.qk_norm is set."""
 SIGNALS = ("query", "key", "value", "feed_forward")
@@ -95,22 +97,10 @@ SIGNAL_STD = 1e-6
 def build_inventory(config: Config) -> Inventory:
     """Return every parameter of the run by global name, in model order.
 
-    `config.model.vocab_size` must be resolved.
+    `config.model.vocab_size` must be resolved, unless the model reads pictures.
     """
     model = config.model
-    assert model.vocab_size is not None
-    hidden = model.hidden_size
-    table = (model.vocab_size, hidden)
-    specs: list[ParameterSpec] = []
-    for name in embedding_names(config):
-        if name == "embedding":
-            specs.append(ParameterSpec(f"{name}.weight", table, None, model.init_std, cut=0))
-        elif config.separate_source:
-            of_source = (model.source_vocab_size or model.vocab_size, hidden)
-            specs.append(ParameterSpec(f"{name}.weight", of_source, None, model.init_std, cut=0))
-        if model.positions == "learned":
-            rows = model.max_positions or config.num_positions
-            specs.append(ParameterSpec(f"{name}.positions", (rows, hidden), None, model.init_std))
+    specs = patch_parameters(config) if config.reads_images else token_parameters(config)
     for stack in list_stacks(config):
         if stack.cross and stack.config.has_final_norm:
             # It lives with the decoder's first block, which is the first to need it.
@@ -126,10 +116,13 @@ def build_inventory(config: Config) -> Inventory:
         specs += norm_parameters(model, "final_norm", None)
     if config.classifies:
         specs += task_parameters(config)
-    elif not model.tie_embeddings:
-        specs.append(ParameterSpec("head.weight", table, None, model.init_std, cut=0))
-    if model.head_bias and not config.classifies:
-        specs.append(ParameterSpec("head.bias", table[:1], None, cut=0))
+    else:
+        assert model.vocab_size is not None
+        table = (model.vocab_size, model.hidden_size)
+        if not model.tie_embeddings:
+            specs.append(ParameterSpec("head.weight", table, None, model.init_std, cut=0))
+        if model.head_bias:
+            specs.append(ParameterSpec("head.bias", table[:1], None, cut=0))
     if model.init_scaling == "xavier":
         specs = [with_xavier(spec) for spec in specs]
     return {spec.name: spec for spec in specs}
@@ -148,6 +141,42 @@ def with_xavier(spec: ParameterSpec) -> ParameterSpec:
 def embedding_names(config: Config) -> tuple[str, ...]:
     """Return the names of the embeddings: of source and target sentences, or of tokens."""
     return EMBEDDINGS if config.encoder is not None else EMBEDDINGS[-1:]
+
+
+def token_parameters(config: Config) -> list[ParameterSpec]:
+    """Return the specs of the embeddings of tokens, with their learned positions."""
+    model, specs = config.model, list[ParameterSpec]()
+    assert model.vocab_size is not None
+    hidden, std = model.hidden_size, model.init_std
+    for name in embedding_names(config):
+        if name == "embedding":
+            table = (model.vocab_size, hidden)
+            specs.append(ParameterSpec(f"{name}.weight", table, None, std, cut=0))
+        elif config.separate_source:
+            table = (model.source_vocab_size or model.vocab_size, hidden)
+            specs.append(ParameterSpec(f"{name}.weight", table, None, std, cut=0))
+        if model.positions == "learned":
+            rows = model.max_positions or config.num_positions
+            specs.append(ParameterSpec(f"{name}.positions", (rows, hidden), None, std))
+    return specs
+
+
+def patch_parameters(config: Config) -> list[ParameterSpec]:
+    """Return the specs of the embedding of pictures: the projection of patches, with the values of
+    a patch by channel, row and column; the class token; learned positions.
+
+    Tensor-parallel ranks hold all of it, like norms.
+    """
+    task, model = config.task, config.model
+    assert task is not None
+    hidden, std = model.hidden_size, model.init_std
+    specs = linear_parameters("patches", (hidden, task.pixels_per_patch), None, True, std)
+    if task.has_class_token:
+        specs.append(ParameterSpec(CLASS_TOKEN, (hidden,), None, std))
+    if model.positions == "learned":
+        shape = (config.num_positions, hidden)
+        specs.append(ParameterSpec("embedding.positions", shape, None, std))
+    return specs
 
 
 def block_parameters(stack: Stack, block: int, depth: int) -> list[ParameterSpec]:
@@ -300,7 +329,7 @@ def task_parameters(config: Config) -> list[ParameterSpec]:
     ends = ("task.start", "task.end") if task.augment else ()
     specs = [ParameterSpec(name, (hidden,), None, std) for name in ends]
     features = hidden * (4 if task.kind == "pair" else 1)
-    size = hidden if task.head_size is None else task.head_size
+    size = head_width(config)
     if size:
         specs.append(ParameterSpec("task.hidden.weight", (size, features), None, std, cut=0))
         specs.append(ParameterSpec("task.hidden.bias", (size,), None, cut=0))
@@ -309,6 +338,14 @@ def task_parameters(config: Config) -> list[ParameterSpec]:
     # Every tensor-parallel rank adds its share of the bias to its share of the sum.
     specs.append(ParameterSpec("task.output.bias", (logits,), None, partial=True))
     return specs
+
+
+def head_width(config: Config) -> int:
+    """Return the width of the hidden layer of a task's head; 0: the head is linear."""
+    assert config.task is not None
+    if config.task.head_size is not None:
+        return config.task.head_size
+    return 0 if config.reads_images else config.model.hidden_size
 
 
 def feed_forward_owner(stack: Stack, block: int) -> int:
@@ -499,12 +536,13 @@ def head_norm_parameters(model: ModelConfig, prefix: str, block: int | None) -> 
 
 def is_with_embedding(name: str) -> bool:
     """Return True if a parameter of no block lives with the embedding, False if with the head."""
-    return name.partition(".")[0] in EMBEDDINGS or name in ("task.start", "task.end")
+    ends = ("task.start", "task.end", CLASS_TOKEN)
+    return name.partition(".")[0] in (*EMBEDDINGS, "patches") or name in ends
 
 
 def is_embedding(name: str) -> bool:
     """Return True if the field's non-embedding count excludes this parameter."""
-    return name.partition(".")[0] in (*EMBEDDINGS, "head")
+    return name.partition(".")[0] in (*EMBEDDINGS, "head", "patches", CLASS_TOKEN)
 
 
 def check_patterns(optimizer: OptimizerConfig, names: Iterable[str]) -> None:

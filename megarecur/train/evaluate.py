@@ -209,7 +209,10 @@ def run_batches(
                 raise EvaluationStopped
         batch = batch.to(mesh.device)
         ctx = model.context(batch, step=0, training=False)
-        yield batch, *run_with_exits(model, mesh, scheduled, batch.tokens_BS, ctx, batch.source)
+        ran = run_with_exits(
+            model, mesh, scheduled, batch.tokens_BS, ctx, batch.source, batch.pixels_BCHW
+        )
+        yield batch, *ran
 
 
 def continue_prompts(

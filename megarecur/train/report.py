@@ -25,6 +25,7 @@ from megarecur.plan.cost import (
     count_flops,
     count_head_flops,
     count_memory_flops,
+    count_patch_flops,
     count_step_flops,
     estimate_memory,
 )
@@ -233,6 +234,7 @@ class Report:
         """Executed FLOPs per token by depth: without attention scores and source tokens, and with
         one unit of each field of `Seen`."""
         self.always = 3 * (count_head_flops(config) + count_memory_flops(config))
+        self.always += 2 * count_patch_flops(config)
         """Part of the training FLOPs that is executed however early tokens halt."""
         self.has_reported_memory = False
         self.interval = Interval()

@@ -87,7 +87,7 @@ def profile_scales(model: Transformer, config: Config, loader: Loader, mesh: Mes
         scales = [module for module in runner.modules() if isinstance(module, ResidualScale)]
         hooks += [scale.register_forward_pre_hook(setter) for scale in scales]
     reads: dict[str, Tensor] = {}
-    x = whole.enter(batch.tokens_BS, ctx, reads, batch.source)
+    x = whole.enter(batch.tokens_BS, ctx, reads, batch.source, batch.pixels_BCHW)
     whole.run(longest_map(config), x, ctx, reads)
     for hook in hooks:
         hook.remove()

@@ -86,7 +86,7 @@ class Training:
         batch, ctx = self.batches[microbatch], self.context(microbatch)
         with named("forward"):
             if stage.first:
-                x = self.model.enter(batch.tokens_BS, ctx, reads, batch.source)
+                x = self.model.enter(batch.tokens_BS, ctx, reads, batch.source, batch.pixels_BCHW)
             assert x is not None
             x, terms = self.model.run(stage.steps, x, ctx, reads)
             self.result.add_counts(ctx.recorder.counts)

@@ -19,6 +19,11 @@ CORE = (
     "final_norm_after_core: true}"
 )
 
+IMAGE = "task={kind: image, num_classes: 9, image_size: 32, patch_size: 4}"
+PICTURES = (
+    IMAGE, "model.causal=false", "model.scale_embeddings=false", "data.seq_length=64",
+    "data.tokenizer=none",
+)  # fmt: skip
 PAIRS = "encoder={kind: dense, num_layers: 2}"
 Example = tuple[tuple[str, ...], tuple[str, ...]]
 """Overrides that break one rule, and overrides that follow its remedy."""
@@ -223,6 +228,36 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
     ("task", "data.train.remote", "data.val.remote"): (
         (TASK, "data.val=[{path: data/cache, remote: data/quickstart/val}]"),
         ("data.val=[{path: data/quickstart/val}]",),
+    ),
+    ("task.kind", "model.causal"): ((*PICTURES, "model.causal=true"), ("model.causal=false",)),
+    ("data.seq_length", "task.image_size", "task.patch_size", "task.pooling"): (
+        (*PICTURES, "task.pooling=class_token"),
+        ("data.seq_length=65",),
+    ),
+    ("data.tokenizer", "task.kind"): (
+        (*PICTURES, "data.tokenizer=bytes"),
+        ("data.tokenizer=none",),
+    ),
+    ("data.tokenizer", "task"): (("data.tokenizer=none",), ("data.tokenizer=bytes",)),
+    ("model.vocab_size", "task.kind"): (
+        (*PICTURES, "model.vocab_size=9"),
+        ("model.vocab_size=null",),
+    ),
+    ("model.scale_embeddings", "task.kind"): (
+        (*PICTURES, "model.scale_embeddings=true"),
+        ("model.scale_embeddings=false",),
+    ),
+    ("model.positions", "task.kind"): (
+        ("model.positions=sinusoidal_2d",),
+        ("model.positions=sinusoidal",),
+    ),
+    ("model.max_positions", "task.kind"): (
+        (*PICTURES, "model.positions=learned", "model.max_positions=65"),
+        ("model.max_positions=null",),
+    ),
+    ("task.pooling", "temporal"): (
+        (*PICTURES, TEMPORAL, "task.pooling=class_token", "data.seq_length=65"),
+        ("task.pooling=mean", "data.seq_length=64"),
     ),
     ("objective.label_smoothing", "task"): (
         (TASK, "objective.label_smoothing=0.1"),
