@@ -462,6 +462,14 @@ def evaluate_run(
             "then documents, and exits are not scored."
         ),
     ] = False,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Height and width of the pictures (default: those of training); learned positions "
+            "are interpolated.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     launch: Annotated[
         Literal["slurm"] | None, typer.Option(help="Submit the evaluation as a Slurm job.")
@@ -480,7 +488,7 @@ def evaluate_run(
         from megarecur.launch.evaluation import submit_evaluation
 
         options = {"step": step, "samples": samples or None, "depth": depth, "draw": draw,
-                   "device": device}  # fmt: skip
+                   "device": device, "image-size": image_size}  # fmt: skip
         words = [f"--{name}={value}" for name, value in options.items() if value is not None]
         words += [f"--data={path}" for path in data or ()] + ["--streaming"] * streaming
         job = submit_evaluation(run, words, cluster=cluster, gpus=gpus)
@@ -489,7 +497,9 @@ def evaluate_run(
     from megarecur.launch.score import score_run
 
     curves: dict[str, tuple[float, ...]] | None = {} if draw is not None else None
-    for line in score_run(run, step, data or (), samples, depth, streaming, curves, device):
+    for line in score_run(
+        run, step, data or (), samples, depth, streaming, curves, device, image_size
+    ):
         print(line)
     if draw is not None and curves is not None:
         from megarecur.plot.layer_map import save

@@ -12,6 +12,7 @@ from megarecur.config.run import Config
 from megarecur.data.corpus import read_manifest
 from megarecur.data.open import check_rows, open_sources
 from megarecur.errors import ConfigError
+from megarecur.model.resized import resize_model
 from megarecur.objective.next_token import TextScore
 from megarecur.parallel.mesh import Mesh, pick_device
 from megarecur.recurrence.depth import refuse_depth
@@ -30,6 +31,7 @@ def score_run(
     streaming: bool = False,
     curves: Curves | None = None,
     device: str = "auto",
+    image_size: int | None = None,
 ) -> Iterator[str]:
     """Yield the scores of a run as lines of text, as soon as they are known.
 
@@ -39,13 +41,16 @@ def score_run(
         depth: numbers of loops to run, such as `1,2,4`; None: those trained with.
         streaming: read documents to their end, the temporal memory carried along.
         curves: filled with the loss by position, if given.
+        image_size: size to which pictures are made, in pixels; None: that of training.
 
     Raises:
         MegarecurError: no run, no corpora, or what they cannot be scored with.
     """
     mesh = Mesh(device=pick_device(device))
     model, run = load_model(run_dir, step, mesh.device)
-    config = run.config
+    if image_size is not None:
+        model = resize_model(model, image_size, mesh.device)
+    config = run.config if image_size is None else model.config
     depths = parse_depths(depth, config)
     sources = [Source(path=path) for path in data] or list(config.data.val)
     if not sources:

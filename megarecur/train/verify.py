@@ -94,7 +94,10 @@ def certified(config: Config, small: bool, dp: int) -> Config:
             values["recurrence"][key] = min(values["recurrence"][key], 8)
         length = min(config.num_positions, 16 * config.parallel.tensor)
         values["data"]["seq_length"] = length - config.num_positions + config.data.seq_length
-        if config.task is not None:
+        if config.reads_images:
+            values["task"]["patch_size"] = grow_patches(config, length)
+            del values["data"]["seq_length"], values["model"]["max_positions"]
+        elif config.task is not None:
             values["task"]["truncate"] = True
         if config.encoder is not None:
             values["data"]["truncate"] = True
@@ -102,7 +105,7 @@ def certified(config: Config, small: bool, dp: int) -> Config:
                 values["encoder"][key] = min(values["encoder"][key], 8)
         if config.train.batch_tokens is not None:
             values["train"]["batch_tokens"] = 8 * length
-        if config.model.positions == "learned":
+        if config.model.positions == "learned" and not config.reads_images:
             values["model"]["max_positions"] = length
         if config.temporal is not None:
             chunk_length = min(config.temporal.chunk_length, -(-length // 4))
@@ -113,6 +116,19 @@ def certified(config: Config, small: bool, dp: int) -> Config:
                 values["temporal"]["backward_chunks"] = backward
         values["train"] |= {"micro_batch_size": 1, "global_batch_size": 2 * dp}
     return validate(values, "verify")
+
+
+def grow_patches(config: Config, most: int) -> int:
+    """Return the size of patches with which a picture has at most `most` positions, that ranks can
+    share; without such a size, that of the run. Pictures keep their size, as corpora have it."""
+    task, parallel = config.task, config.parallel
+    assert task is not None and task.image_size is not None and task.patch_size is not None
+    shares = parallel.tensor if parallel.sequence_parallel else 1
+    for patch in range(task.patch_size, task.image_size + 1):
+        positions = (task.image_size // patch) ** 2 + task.has_class_token
+        if task.image_size % patch == 0 and positions <= most and positions % shares == 0:
+            return patch
+    return task.patch_size
 
 
 def record(config: Config, steps: int, folder: Path, backend: Backend | None = None) -> None:

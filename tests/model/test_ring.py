@@ -12,14 +12,14 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.configs import make_config
 from support.decoding import VOCAB, compare_with_recomputation
 from support.harness import Trace, assert_gradients_close, compare
 from support.meshes import config_of, later, reference, trace
-from support.models import Batch, assert_same, build, make_batch, make_model_config, objective, run
+from support.models import assert_same, build, make_batch, make_model_config, objective, run
 from support.pairs import collate, pair_config
 from support.parity import FP32_TOL, cases, read_case
+from support.pictures import batch_pictures, picture_config
 from torch import Tensor, nn
 
 from megarecur.config.run import Config
@@ -65,110 +65,7 @@ def ring(model: dict[str, Any], precision: str = "fp64", **recurrence: Any) -> C
 
 # ---------------------------------------------------------------------------------------- parity
 
-PARTS = {
-    "q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value",
-    "attn_proj": "attention.output", "query": "attention.query", "key": "attention.key",
-    "value": "attention.value", "out": "attention.output",
-    "FFN1.0": "feed_forward.up", "FFN2.0": "feed_forward.down",
-    "fc1": "feed_forward.up", "fc2": "feed_forward.down",
-}  # fmt: skip
 SIGNALS = {"Q": "query", "K": "key", "V": "value", "F": "feed_forward"}
-
-
-def our_names(name: str) -> list[str]:
-    """Our parameters that make theirs, one of each level where theirs holds all; none where there
-    is no counterpart here."""
-    if match := re.fullmatch(
-        r"(?:encoders|decoders|layers)\.0\."
-        r"(?:self_attention|masked_self_attention|positionWiseFeedForward|attn|ffn)\.(.*)\.(\w+)",
-        name,
-    ):
-        return [f"blocks.0.{PARTS[match[1]]}.{match[2]}"]
-    if match := re.fullmatch(r"(\w*layer_norms\w*)\.(\d+)\.(\w+)", name):
-        kind = {
-            "layer_norms_01": "attention_norm",
-            "layer_norms_02": "feed_forward_norm",
-            "ATTN_layer_norms": "attention_norm",
-            "FF_layer_norms": "feed_forward_norm",
-        }
-        return [f"blocks.0.loops.{match[2]}.{kind[match[1]]}.{match[3]}"]  # fmt: skip
-    if match := re.fullmatch(r"(?:lev_param|\w*lev_embed)_(?:SA_)?([QKVF])F?_0([12])", name):
-        of = f"signal_{SIGNALS[match[1]]}.{'ab'[int(match[2]) - 1]}"
-        return [f"blocks.0.loops.{{}}.{of}"]
-    return []
-
-
-class Side:
-    """One of their stacks as our model: weights of a prefix, gradients under their names."""
-
-    def __init__(
-        self, case: dict[str, Any], weights: dict[str, Tensor], levels: int, precision: str,
-        **model: Any,
-    ) -> None:  # fmt: skip
-        c, self.levels = case["config"], levels
-        ranks = {"level_rank": c.get("rank", c.get("attn_signal_rank")),
-                 "feed_forward_rank": c.get("rank", c.get("ffn_signal_rank"))}  # fmt: skip
-        bias = c.get("bias", True)
-        shape = {"hidden_size": c["d"], "num_heads": c["heads"], "head_dim": c["head_dim"],
-                 "ffn_hidden_size": c["ffn"], "feed_forward": "gelu", "positions": "none",
-                 "norm": "layer", "norm_eps": 1e-5, "attention_bias": "all" if bias else "none",
-                 "feed_forward_bias": bias}  # fmt: skip
-        recurrence = {"kind": "ring", "depth": levels, **ranks}
-        self.config = make_model_config(recurrence, precision, **{**shape, **model})
-        self.model = Transformer(self.config)
-        missing = {n for n in self.model.parameters_by_name if not n.startswith("task.")}
-        missing -= {"embedding.weight"}
-        self.known = {name: ours for name in weights if (ours := our_names(name))}
-        for name, ours in self.known.items():
-            for parameter, value in zip(
-                self.each(ours), weights[name][:levels].unbind() if "lev_" in name else
-                [weights[name]], strict=True,
-            ):  # fmt: skip
-                parameter.data.copy_(value.T if parameter.shape != value.shape else value)
-            missing -= {one.format(i) for one in ours for i in range(levels)}
-        if self.model.final_norm is not None:
-            missing -= {"final_norm.weight", "final_norm.bias"}
-        assert not missing, missing
-        self.model.refresh()
-        self.seen: dict[str, list[Tensor]] = defaultdict(list)
-        block = self.model.runner.blocks["0"]
-        assert isinstance(block, Block)
-        self.watch("attention", block.attention)
-        self.watch("feed_forward", block.feed_forward)
-        self.loops = [loop for loop in block.adapters if isinstance(loop, Adapter)]
-        for loop in self.loops:
-            for name, norm in loop.norms.items():
-                self.watch(name, norm)
-
-    def each(self, ours: list[str]) -> list[nn.Parameter]:
-        names = [ours[0].format(i) for i in range(self.levels)] if "{" in ours[0] else ours
-        return [self.model.parameters_by_name[name] for name in names]
-
-    def watch(self, name: str, module: nn.Module) -> None:
-        module.register_forward_hook(lambda _m, _i, out: self.seen[name].append(out))
-
-    def run(self, x: Tensor, real_BS: Tensor) -> Tensor:
-        """From the input of the first level to the output of the last."""
-        positions = torch.arange(x.shape[1]).expand(x.shape[:2])
-        documents = torch.where(real_BS, 0, -1)
-        ids = torch.zeros_like(documents)
-        batch = Batch(ids, ids, positions, documents, torch.arange(len(x)), bool(real_BS.all()))
-        states: list[Tensor] = []
-        ctx = self.model.context(batch, step=0, training=False, states=states)
-        x, _ = self.model.run(layer_map(self.config.recurrence), x, ctx, {})
-        self.seen["out"] = states
-        return x
-
-    def gradients(self) -> dict[str, Tensor]:
-        found = {}
-        for name, ours in self.known.items():
-            parts = [p.grad for p in self.each(ours)]
-            if "lev_" in name:
-                parts = [g.T if name.endswith("01") else g for g in parts]
-                found[name] = torch.stack(parts)
-            else:
-                found[name] = parts[0]
-        return found
 
 
 class Theirs:
@@ -337,48 +234,103 @@ def test_parity_ringformer_translation(path: Path, precision: str) -> None:
     theirs.check_gradients(gradients)
 
 
+VISION = {
+    "transformer.embeddings.patch_embeddings": "patches",
+    "transformer.embeddings.cls_token": "class_token",
+    "transformer.encoder.encoder_norm": "final_norm",
+    "transformer.encoder.layers.0.attn.out": "blocks.0.attention.output",
+    "transformer.encoder.layers.0.attn": "blocks.0.attention",
+    "transformer.encoder.layers.0.ffn.fc1": "blocks.0.feed_forward.up",
+    "transformer.encoder.layers.0.ffn.fc2": "blocks.0.feed_forward.down",
+    "head": "task.output",
+}
+NORMS_OF_VISION = {"ATTN": "attention_norm", "FF": "feed_forward_norm"}
+
+
+def names_in_vision(name: str, levels: int) -> list[str]:
+    """Our parameters that make theirs, one of each level where theirs holds all."""
+    if match := re.search(r"(\w+)_layer_norms\.(\d+)\.(\w+)$", name):
+        return [f"blocks.0.loops.{match[2]}.{NORMS_OF_VISION[match[1]]}.{match[3]}"]
+    if match := re.search(r"lev_embed_([QKVF])F?_0([12])$", name):
+        of = f"signal_{SIGNALS[match[1]]}.{'ab'[int(match[2]) - 1]}"
+        return [f"blocks.0.loops.{level}.{of}" for level in range(levels)]
+    theirs = next(theirs for theirs in VISION if name.startswith(theirs))
+    return [name.replace(theirs, VISION[theirs])]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("path", cases("ringformer", "vision"))
 def test_parity_ringformer_vision(path: Path, precision: str) -> None:
-    """Patches and the head of classes are plain torch here."""
+    """From pixels to gradients, the whole model is ours: patches, class token, positions, levels
+    and the head of classes."""
     theirs = Theirs(path, precision)
-    c, arrays = theirs.case["config"], theirs.arrays
-    encoder = theirs.under("transformer.encoder.")
-    side = Side(
-        theirs.case, encoder, c["levels"], precision,
-        norm_position="pre", causal=False, final_norm_eps=1e-6,
+    c, arrays, weights = theirs.case["config"], theirs.arrays, theirs.weights
+    ring = {"kind": "ring", "depth": c["levels"], "level_rank": c["attn_signal_rank"],
+            "feed_forward_rank": c["ffn_signal_rank"]}  # fmt: skip
+    config = picture_config(
+        ring, precision,
+        task={
+            "num_classes": c["classes"], "image_size": c["image"], "patch_size": c["patch"],
+            "channels": c["channels"], "pooling": "class_token",
+        },
+        model={
+            "hidden_size": c["d"], "num_heads": c["heads"], "head_dim": c["head_dim"],
+            "ffn_hidden_size": c["ffn"], "feed_forward": "gelu", "norm_position": "pre",
+            "positions": "sinusoidal", "sinusoid_layout": "interleaved",
+            "attention_bias": "all", "feed_forward_bias": True, "final_norm_eps": 1e-6,
+        },
     )  # fmt: skip
-    names = {f"encoder_norm.{kind}": f"final_norm.{kind}" for kind in ("weight", "bias")}
-    for theirs_name, ours_name in names.items():
-        side.model.parameters_by_name[ours_name].data.copy_(encoder[theirs_name].data)
-    front = theirs.under("transformer.embeddings.")
-    patches = F.conv2d(
-        arrays["in/images"], front["patch_embeddings.weight"], front["patch_embeddings.bias"],
-        stride=c["patch"],
-    )  # fmt: skip
-    first = front["cls_token"].expand(len(patches), -1, -1)
-    x = torch.cat([first, patches.flatten(2).transpose(1, 2)], 1)
-    x = x + front["position_embeddings.pos_embed"].detach()
+    model = Transformer(config)
+    given, missing = model.parameters_by_name, set(model.parameters_by_name)
+    known = {
+        name: names_in_vision(name, c["levels"]) for name in weights if "pos_embed" not in name
+    }
+    for name, ours in known.items():
+        values = weights[name].detach()
+        for parameter, value in zip(
+            (given[one] for one in ours), values if len(ours) > 1 else [values], strict=True
+        ):
+            value = value.T if name.endswith("_01") else value
+            parameter.data.copy_(value.reshape(parameter.shape))
+        missing -= set(ours)
+    assert not missing
+    model.refresh()
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+
+    def watch(name: str, module: nn.Module) -> None:
+        module.register_forward_hook(lambda _m, _i, out: seen[name].append(out))
+
+    block = model.blocks()[0]
+    watch("attn_branch", block.attention)
+    watch("ffn_branch", block.feed_forward)
+    for loop in block.adapters:
+        assert isinstance(loop, Adapter)
+        watch("attn_norm_out", loop.norms["attention_norm"])
+        watch("ff_norm_out", loop.norms["feed_forward_norm"])
+    batch = batch_pictures(arrays["in/images"], arrays["in/labels"][:, None], config.num_positions)
+    states: list[Tensor] = []
+    ctx = model.context(batch, step=0, training=False, states=states)
+    x = model.enter(batch.tokens_BS, ctx, {}, None, batch.pixels_BCHW)
     theirs.check("mid/input_state", x)
-    x = side.run(x, torch.ones(x.shape[:2], dtype=torch.bool))
-    assert side.model.final_norm is not None
-    x = side.model.final_norm(x)
-    theirs.check("out/encoded", x)
-    head = theirs.under("head.")
-    logits = F.linear(x[:, 0], head["weight"], head["bias"])
-    theirs.check("out/logits", logits)
-    watched = {"attn_branch": "attention", "attn_norm_out": "attention_norm", "out": "out",
-               "ff_norm_out": "feed_forward_norm", "ffn_branch": "feed_forward"}  # fmt: skip
-    for i in range(c["levels"]):
-        for name, ours in watched.items():
-            theirs.check(f"mid/level{i}/{name}", side.seen[ours][i])
-    loss = F.cross_entropy(logits, arrays["in/labels"])
+    x, _ = model.run(build_map(config), x, ctx, {})
+    assert model.final_norm is not None
+    theirs.check("out/encoded", model.final_norm(x))
+    theirs.check("out/logits", model.readout.class_logits(x, batch))
+    seen["out"] = states
+    for name, found in seen.items():
+        assert len(found) == c["levels"], name
+        for level, value in enumerate(found):
+            theirs.check(f"mid/level{level}/{name}", value)
+    loss = model.loss(x, batch)["loss"].total / batch.num_tokens
     theirs.check("out/loss", loss)
     loss.backward()
-    found = side.gradients() | {
-        name: side.model.parameters_by_name[ours].grad for name, ours in names.items()
-    }
-    theirs.check_gradients({f"transformer.encoder.{k}": g for k, g in found.items()})
+    gradients = {}
+    for name, ours in known.items():
+        parts = [given[one].grad for one in ours]
+        parts = [g.T if name.endswith("_01") else g for g in parts]
+        whole = torch.stack(parts) if len(ours) > 1 else parts[0]
+        gradients[name] = whole.reshape(weights[name].shape)
+    theirs.check_gradients(gradients)
 
 
 # --------------------------------------------------------------------- what levels are equal to

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support.models import step_once
+from support.pictures import make_pictures, picture_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megarecur.config.load import validate
@@ -270,6 +271,29 @@ def test_flops_and_activations_are_those_of_the_model(
     _, _, kept = step_once(config)
     logits, remade = tokens * 1024 * 4, tokens * count_remade_bytes(config, steps)
     assert memory.activations - remade == pytest.approx(kept - logits, rel=0.06)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "class_token"])
+def test_pictures_cost_what_torch_counts(pooling: str) -> None:
+    """Patches are projected once, and pixels need no gradient."""
+    config = picture_config(
+        {"kind": "cycle", "num_blocks": 1, "depth": 2}, "fp32",
+        model={"hidden_size": 64, "ffn_hidden_size": 96},
+        task={"image_size": 16, "patch_size": 2, "channels": 3, "pooling": pooling},
+        train={"micro_batch_size": 2},
+    )  # fmt: skip
+    steps, batch = layer_map(config.recurrence), make_pictures(config, 2)
+    tokens = 2 * config.num_positions
+    dense = config.model_copy(
+        update={"train": config.train.model_copy(update={"attention": "dense"})}
+    )
+    flops, memory = count_flops(config, steps), estimate_memory(config, steps)
+    with sdpa_kernel(SDPBackend.MATH):
+        forward, everything, _ = step_once(dense, batch)
+    assert forward == pytest.approx(tokens * flops.forward, rel=1e-3)
+    assert everything == pytest.approx(tokens * flops.hardware, rel=1e-3)
+    _, _, kept = step_once(config, batch)
+    assert memory.activations == pytest.approx(kept, rel=0.06)
 
 
 # ---------------------------------------------------------------------------------- the drawing

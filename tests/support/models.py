@@ -53,6 +53,7 @@ class Batch:
     single_document: bool = True
     boundaries: None = None
     source: None = None
+    pixels_BCHW: None = None
 
     def rows(self, start: int, stop: int) -> Batch:
         """Some of the samples."""
@@ -163,18 +164,20 @@ class LiveStorages(TorchDispatchMode):
         return sum(size for reference, size in self.made.values() if not reference.expired())
 
 
-def step_once(config: Config) -> tuple[int, int, int]:
-    """(forward FLOPs, all FLOPs, bytes kept for backward by the steps of the map)."""
+def step_once(config: Config, batch: Any = None) -> tuple[int, int, int]:
+    """(forward FLOPs, all FLOPs, bytes kept for backward by the steps of the map), by default over
+    tokens."""
     size = (config.train.micro_batch_size, config.data.seq_length)
-    tokens = torch.zeros(size, dtype=torch.long)
-    positions = torch.arange(size[1]).expand(size)
-    batch = Batch(tokens, tokens, positions, torch.zeros_like(tokens), torch.arange(size[0]))
+    if batch is None:
+        tokens = torch.zeros(size, dtype=torch.long)
+        positions = torch.arange(size[1]).expand(size)
+        batch = Batch(tokens, tokens, positions, torch.zeros_like(tokens), torch.arange(size[0]))
     model = Transformer(config)
     ctx = model.context(batch, step=0, training=True)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_flops})
     with counter:
         with LiveStorages([*model.parameters(), *(w.value() for w in model.weights())]) as live:
-            x = model.embed(batch.tokens_BS, ctx)
+            x = model.enter(batch.tokens_BS, ctx, {}, None, batch.pixels_BCHW)
             x, _ = model.run(layer_map(config.recurrence), x, ctx, {})
             terms = model.loss(x, batch)
         forward = counter.get_total_flops()
