@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megarecur.config.model import ModelConfig
+from megarecur.config.run import Config
 
 Values = dict[str, Any]
 """The values of a config.json."""
@@ -35,6 +36,8 @@ class Entry(NamedTuple):
     """Converts their tensor, in fp32, to ours."""
     write: Write = lambda parts, model: parts[0]
     """Convert our tensors to theirs."""
+    shape: Callable[[Config], tuple[int, ...]] | None = None
+    """Returns the shape of their tensor; None: that of ours, joined."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Architecture:
     """Values of our `model` section that the architecture can express, by key; other keys are
     free."""
     names: Callable[[ModelConfig], Names]
+    read_task: Callable[[Values, list[str]], Values] | None = None
+    """Maps config.json to our `task` section, as `read_config` does; None: a model of text."""
     obstacles: Callable[[ModelConfig], list[str]] = lambda model: []
     """Returns other properties of our model that the architecture cannot express, in words."""
     required: tuple[str, ...] = (
@@ -102,7 +107,7 @@ class Architecture:
     @property
     def title(self) -> str:
         """Name for messages: Llama, GPTNeoX, ..."""
-        return self.hf_class.removesuffix("ForCausalLM")
+        return self.hf_class.removesuffix("ForCausalLM").removesuffix("ForImageClassification")
 
     def find_problems(self, values: Values) -> list[str]:
         """Return the missing and unsupported keys of a config.json."""

@@ -42,6 +42,7 @@ from megarecur.convert.source import (
     SAFETENSORS_DTYPES,
     SourceModel,
     placeholder_config,
+    read_json,
 )
 from megarecur.convert.tokenizer import (
     complete_hf_tokenizer,
@@ -81,8 +82,9 @@ def convert_hf(hf_dir: str | Path, run_dir: str | Path, *, allow_pickles: bool =
     0.
 
     The run is dense, in fp32 (computing in bf16 if all tensors are). Everything in the config
-    beyond the model (corpora, optimizer, batch) is a placeholder; there are no optimizer moments.
-    Returns the checkpoint's path. `allow_pickles`: see `SourceModel`.
+    beyond the model (corpora, optimizer, batch) is a placeholder; there are no optimizer moments. A
+    model of pictures (ViT) has no tokenizer. Returns the checkpoint's path. `allow_pickles`: see
+    `SourceModel`.
 
     Raises:
         ConfigError: the model cannot be expressed, or the target is not empty.
@@ -111,9 +113,11 @@ def write_run(
     """
     values, dtype, hf_dir = source.values, source.dtype, source.folder
     with written_aside(run_dir) as aside:
-        tokenizer = copy_tokenizer(hf_dir, aside)
+        task, of_pictures = source.config.task, source.config.reads_images
+        tokenizer = None if of_pictures else copy_tokenizer(hf_dir, aside)
         config = placeholder_config(
             source.config.model.model_dump(),
+            None if task is None else task.model_dump(),
             source.num_layers,
             str(run_dir),
             str(run_dir / (tokenizer or TOKENIZERS[0])),
@@ -132,6 +136,9 @@ def write_run(
             "dtypes": {name: d for name, d in source.dtypes.items() if d != dtype},
             "torch_dtype": values.get("torch_dtype") or values.get("dtype"),
         }
+        fingerprint = tokenizer_fingerprint(aside / tokenizer) if tokenizer else ""
+        if of_pictures:
+            fingerprint = tokenizer_fingerprint(config.data.tokenizer)
         state = {
             "step": 0,
             "tokens": 0,
@@ -139,7 +146,7 @@ def write_run(
             "data": {},
             "config": config.model_dump(mode="json"),
             "layer_map": config.recurrence.model_dump(mode="json"),
-            "tokenizer": tokenizer_fingerprint(aside / tokenizer) if tokenizer else "",
+            "tokenizer": fingerprint,
             "versions": {"megarecur": version("megarecur"), "torch": torch.__version__},
             "hugging_face": origin | {k: values.get(k) for k in (*SPECIAL_TOKENS, PADDING)},
         }
@@ -149,13 +156,35 @@ def write_run(
         finish(aside)
     if tokenizer is not None:
         warn_of_rows(run_dir / tokenizer, config.model.vocab_size or 0)
-    if tokenizer is None:
+    if of_pictures:
+        tell_normalisation(hf_dir)
+    elif tokenizer is None:
         log.warning(
             "%s has no tokenizer.json or tokenizer.model; put one at %s before giving the run text",
             hf_dir,
             config.data.tokenizer,
         )
     return run_dir / saved.relative_to(aside)
+
+
+def tell_normalisation(hf_dir: Path) -> None:
+    """Log the statistics by which a model's pictures are normalised, if its folder has them."""
+    path = hf_dir / "preprocessor_config.json"
+    if not path.is_file():
+        log.warning(
+            "%s has no preprocessor_config.json; find out by which mean and deviation its pictures "
+            "are normalised, and set data.images to them",
+            hf_dir,
+        )
+        return
+    values = read_json(path)
+    log.info(
+        "%s: pictures are normalised by image_mean=%s and image_std=%s; set data.images.mean and "
+        "data.images.std to them",
+        path,
+        values.get("image_mean"),
+        values.get("image_std"),
+    )
 
 
 def warn_of_rows(path: Path, rows: int) -> None:
@@ -231,6 +260,11 @@ def export_hf(
                 "or use --compact"
             )
         unrolled = False
+    if config.reads_images:
+        raise ConfigError(
+            f"{run_dir}: classifies pictures (task.kind=image), which have no export in this "
+            "version; such a model stays a megarecur run"
+        )
     if config.task is not None and config.classifies:
         if unrolled:
             raise ConfigError(

@@ -24,6 +24,7 @@ from megarecur.convert.neox import NEOX
 from megarecur.convert.olmo import OLMO2, OLMO3
 from megarecur.convert.phi import PHI3
 from megarecur.convert.qwen import QWEN2, QWEN3
+from megarecur.convert.vit import VIT
 from megarecur.errors import ConfigError, DataError
 from megarecur.recurrence.inventory import build_inventory
 
@@ -47,6 +48,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """Architectures by `model_type` of config.json. An export uses the first that can express the
 model."""
+OF_PICTURES: dict[str, Architecture] = {VIT.model_type: VIT}
+"""Architectures of pictures, which are read only."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -90,8 +93,10 @@ class SourceModel:
         path = self.folder / "config.json"
         self.values = read_json(path)
         self.architecture = find_architecture(self.values, path)
-        model, self.num_layers = read_model(self.architecture, self.values, path)
-        self.config = placeholder_config(model, self.num_layers, "run", "tokenizer.json", path)
+        model, task, self.num_layers = read_model(self.architecture, self.values, path)
+        self.config = placeholder_config(
+            model, task, self.num_layers, "run", "tokenizer.json", path
+        )
         self.files = find_weights(self.folder, allow_pickles)
         for file in sorted(set(self.files.values())):
             if file.suffix != PICKLE and file.is_file():
@@ -153,6 +158,8 @@ class SourceModel:
                     shape, dtype = file.describe(theirs)
                     parts = [inventory[name].shape for name in e.ours]
                     wanted = [sum(part[0] for part in parts), *parts[0][1:]]
+                    if e.shape is not None:
+                        wanted = list(e.shape(self.config))
                     if shape != wanted:
                         problems.append(f"{theirs}: shape {shape}, config.json: {wanted}")
                     if dtype not in DTYPES:
@@ -206,42 +213,52 @@ def find_architecture(values: dict[str, Any], path: Path) -> Architecture:
         ConfigError: the message lists the known ones.
     """
     kind = values.get("model_type")
-    if kind not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    architectures = ARCHITECTURES | OF_PICTURES
+    if kind not in architectures:
+        known = ", ".join(architectures)
         raise ConfigError(
             f"{path}: model_type={kind!r} is not supported; convert a model of one of {known}"
         )
-    return ARCHITECTURES[kind]
+    return architectures[kind]
 
 
 def read_model(
     architecture: Architecture, values: dict[str, Any], path: Path
-) -> tuple[dict[str, Any], int]:
-    """Return our `model` section, and the number of layers.
+) -> tuple[dict[str, Any], dict[str, Any] | None, int]:
+    """Return our `model` section, our `task` section if it classifies pictures, and the number of
+    layers.
 
     Raises:
         ConfigError: the message lists every key with an unsupported value, with the remedy.
     """
     problems = architecture.find_problems(values)
     model = {} if problems else architecture.read_config(values, problems)
+    task = None
+    if architecture.read_task is not None:
+        task = architecture.read_task(values, problems)
     if problems:
         raise ConfigError(f"{path}: cannot be converted" + "".join(f"\n  {p}" for p in problems))
-    return model, values["num_hidden_layers"]
+    return model, task, values["num_hidden_layers"]
 
 
 def placeholder_config(
-    model: dict[str, Any], num_layers: int, run_dir: str, tokenizer: str, origin: Path
+    model: dict[str, Any],
+    task: dict[str, Any] | None,
+    num_layers: int,
+    run_dir: str,
+    tokenizer: str,
+    origin: Path,
 ) -> Config:
-    """Return a valid dense config around a model section."""
+    """Return a valid dense config around a model section and, of pictures, a task section."""
+    data: dict[str, Any] = {"train": [{"path": "data/train"}]}
+    if task is None:
+        data |= {"tokenizer": tokenizer, "seq_length": model["max_positions"]}
     values = {
         "run_dir": run_dir,
         "model": model,
         "recurrence": {"kind": "dense", "num_layers": num_layers},
-        "data": {
-            "train": [{"path": "data/train"}],
-            "tokenizer": tokenizer,
-            "seq_length": model["max_positions"],
-        },
+        "task": task,
+        "data": data,
         "optimizer": {"lr": 1e-5},
         "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
