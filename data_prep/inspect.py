@@ -12,9 +12,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from megarecur.data.corpus import Corpus, Manifest, check_tokenizer
-from megarecur.data.fit import TRANSLATION
+from megarecur.data.corpus import Corpus, Manifest, check_tokenizer, read_manifest
+from megarecur.data.fit import IMAGE, TRANSLATION
+from megarecur.data.images import ImageCorpus
 from megarecur.data.tokenizer import BYTES, load_tokenizer
+from megarecur.data_prep.images import describe_sizes
 from megarecur.data_prep.pairs import describe_dropped
 from megarecur.errors import DataError
 
@@ -66,6 +68,10 @@ def inspect_corpus(
     """
     if num_samples < 0:
         raise DataError(f"num_samples={num_samples} must be at least 0; raise it")
+    held = read_manifest(path)
+    if held.task is not None and held.task["kind"] == IMAGE:
+        images = ImageCorpus(path, verify=verify)
+        return Inspection(images.path, held, images.fingerprint, [], 1.0, 1, [], [])
     corpus = Corpus(path, verify=verify)
     manifest = corpus.manifest
     if tokenizer is None:
@@ -110,6 +116,17 @@ def describe_task(task: dict[str, Any]) -> list[tuple[str, str]]:
             ("dropped", describe_dropped(task["dropped"]) or "none"),
         ]
     counts = zip(task["classes"], task["of_classes"], strict=True)
+    if task["kind"] == IMAGE:
+        return [
+            ("pictures", f"{task['num_samples']:,}"),
+            ("sizes", describe_sizes(task)),
+            ("channels", str(task["channels"])),
+            *(
+                (f"{key} of training", ", ".join(f"{value:.4f}" for value in task[key]))
+                for key in ("mean", "std")
+            ),
+            ("classes", ", ".join(f"{name}: {count:,}" for name, count in counts)),
+        ]
     return [
         ("task", f"{task['name']}, {task['num_samples']:,} samples of kind {task['kind']}"),
         ("labels", ", ".join(f"{name}: {count:,}" for name, count in counts)),
@@ -120,6 +137,15 @@ def render_inspection(inspection: Inspection) -> RenderableType:
     """Render an inspection as tables for a terminal."""
     manifest = inspection.manifest
     facts = Table(box=None, show_header=False)
+    if manifest.task is not None and manifest.task["kind"] == IMAGE:
+        for name, value in (
+            *describe_task(manifest.task),
+            ("bytes of pictures", f"{manifest.num_bytes:,}"),
+            ("damaged and skipped", f"{manifest.documents_skipped:,}"),
+            ("identity", inspection.fingerprint),
+        ):
+            facts.add_row(name, Text(value))
+        return Group(Text(str(inspection.path), style="bold"), facts)
     for name, value in (
         ("tokens", f"{manifest.num_tokens:,}"),
         ("documents", f"{manifest.num_documents:,}"),

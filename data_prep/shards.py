@@ -422,11 +422,13 @@ def open_writer(folder: Path, dtype: str) -> Any:
 
     Do not use it as a context: after an exception, it would write a valid-looking partial index.
     """
+    return open_columns(folder, {COLUMN: f"ndarray:{dtype}:{CHUNK_TOKENS}"})
+
+
+def open_columns(folder: Path, columns: dict[str, str]) -> Any:
+    """Return the library's writer of samples with these columns; see `open_writer`."""
     return _import_writer()(
-        out=str(folder),
-        columns={COLUMN: f"ndarray:{dtype}:{CHUNK_TOKENS}"},
-        hashes=["xxh64"],
-        size_limit=SHARD_BYTES,
+        out=str(folder), columns=columns, hashes=["xxh64"], size_limit=SHARD_BYTES
     )
 
 

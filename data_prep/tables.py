@@ -12,6 +12,7 @@ import re
 import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -243,17 +244,23 @@ def refuse_twice(header: Sequence[str], place: str) -> None:
         raise DataError(f"{place} names {', '.join(twice)} twice; give each column its own name")
 
 
-def read_arrow(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_arrow(
+    path: Path, fields: Sequence[str], groups: range | None = None, first_row: int = 0
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) of a parquet or Arrow file; only the columns of the fields are read.
+
+    Args:
+        groups: the row groups to read (`rows_of_groups`); None means all.
+        first_row: number of rows before them, for the places.
 
     Raises:
         DataError: the file contradicts its name, is damaged, or lacks a column.
     """
     import pyarrow
 
-    number = 0
+    number = first_row
     try:
-        for batch in _batches(path, fields):
+        for batch in _batches(path, fields, groups):
             names = batch.schema.names
             refuse_twice(names, f"{path}")
             columns = [_cells(batch.column(i), f"{path}: column {names[i]!r}, of a row from "
@@ -337,6 +344,55 @@ def column_names(path: Path) -> list[str]:
         raise _explain_arrow(path, error) from None
 
 
+@dataclass(frozen=True)
+class TableShape:
+    """The columns and row groups of a parquet or Arrow file."""
+
+    types: dict[str, str]
+    """Type of each column, as pyarrow writes it."""
+    features: dict[str, Any]
+    """Description of each column by the library `datasets`; empty if it did not write the file."""
+    groups: list[int]
+    """Number of rows of each row group, or of each record batch."""
+
+
+def read_shape(path: Path) -> TableShape:
+    """Return the columns and row groups of a parquet or Arrow file.
+
+    Raises:
+        DataError: the file is damaged, or contradicts its name.
+    """
+    import pyarrow
+
+    try:
+        if path.suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            with parquet.ParquetFile(path) as file:
+                schema, held = file.schema_arrow, file.metadata
+                groups = [held.row_group(i).num_rows for i in range(held.num_row_groups)]
+        else:
+            with pyarrow.memory_map(str(path)) as source, _open_arrow(source) as reader:
+                schema, groups = reader.schema, [b.num_rows for b in _batches_of(reader)]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _explain_arrow(path, error) from None
+    features: Any = {}
+    with suppress(ValueError, KeyError, TypeError):
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    types = {field.name: str(field.type) for field in schema}
+    return TableShape(types, features if isinstance(features, dict) else {}, groups)
+
+
+def _batches_of(reader: Any) -> Iterator[Any]:
+    """Yield the record batches of an open Arrow file or stream."""
+    import pyarrow
+
+    if isinstance(reader, pyarrow.RecordBatchFileReader):
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        yield from reader
+
+
 def _open_arrow(source: Any) -> Any:
     """Return a reader of an Arrow file, a stream or one with random access."""
     import pyarrow
@@ -355,8 +411,8 @@ def _explain_arrow(path: Path, error: Exception) -> DataError:
     )
 
 
-def _batches(path: Path, fields: Sequence[str]) -> Iterator[Any]:
-    """Yield record batches with the columns of the fields."""
+def _batches(path: Path, fields: Sequence[str], groups: range | None = None) -> Iterator[Any]:
+    """Yield record batches with the columns of the fields, of all row groups or of some."""
     import pyarrow
 
     if path.suffix.lower() == ".parquet":
@@ -364,17 +420,14 @@ def _batches(path: Path, fields: Sequence[str]) -> Iterator[Any]:
 
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             columns = columns_of(path, fields, file.schema_arrow.names)
-            yield from file.iter_batches(ROWS_AT_ONCE, columns=columns)
+            yield from file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=columns)
         return
     with pyarrow.memory_map(str(path)) as source:
         reader = _open_arrow(source)
-        if isinstance(reader, pyarrow.RecordBatchFileReader):
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = iter(reader)
         columns = columns_of(path, fields, reader.schema.names)
-        for batch in batches:
-            yield batch.select(columns)
+        for number, batch in enumerate(_batches_of(reader)):
+            if groups is None or number in groups:
+                yield batch.select(columns)
 
 
 def is_mds(path: Path) -> bool:

@@ -429,17 +429,104 @@ def task(
 
 
 @app.command()
+def images(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Labelled pictures: a folder with a sub-folder per class (or train/ and val/ with "
+            "such), parquet or Arrow files of Hugging Face, IDX (MNIST), npz, tar of WebDataset.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to make: DIR/train, and DIR/val.")],
+    val: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT",
+            help="Pictures for DIR/val (default: files and folders named val or test, if any).",
+        ),
+    ] = None,
+    val_fraction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the pictures for DIR/val instead.")
+    ] = 0.0,
+    resize: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1 << 16, help="Pixels of the short side (default: sizes are kept)."
+        ),
+    ] = None,
+    channels: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=3, help="1 (grey) or 3 (default: 1 if all pictures are grey, else 3)."
+        ),
+    ] = None,
+    background: Annotated[
+        str, typer.Option(metavar="COLOUR", help="Colour below transparent pixels.")
+    ] = "white",
+    image_key: Annotated[
+        str | None, typer.Option(help="Column or array with the pictures (default: found).")
+    ] = None,
+    label_key: Annotated[
+        str | None, typer.Option(help="Column, array or json field of labels (default: found).")
+    ] = None,
+    class_names: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME,...", help="Names of the classes 0, 1, 2 and so on."),
+    ] = None,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Skip and count pictures that do not decode.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes (default: 0, one per core).")] = 0,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help=EXCLUDE)] = None,
+) -> None:
+    """Make corpora of labelled pictures; the same command resumes after an interruption.
+
+    JPEG and PNG are kept byte for byte, unless a picture is turned by its EXIF tag, transparent or
+    resized. Mean and standard deviation of the training pictures are measured.
+    """
+    from megarecur.data_prep.image_encoding import Encoding
+    from megarecur.data_prep.image_inputs import FieldNames
+    from megarecur.data_prep.images import ImageRequest, describe_corpus, prepare_images
+    from megarecur.data_prep.progress import ProgressReport
+
+    if channels == 2:
+        raise ConfigError("--channels 2: pictures have 1 or 3; correct it")
+    request = ImageRequest(
+        inputs=tuple(inputs),
+        val=tuple(val or ()),
+        val_fraction=val_fraction,
+        encoding=Encoding(channels, resize, background),
+        keys=FieldNames(image_key, label_key),
+        class_names=tuple(class_names.split(",")) if class_names else (),
+        skip_damaged=skip_damaged,
+        exclude=tuple(exclude or ()),
+    )
+    made = prepare_images(request, out, workers=workers, progress=ProgressReport())
+    for split, manifest in made.items():
+        print(f"{out / split}: {describe_corpus(manifest)}")
+
+
+@app.command()
 def inspect(
     corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A folder of shards.")],
     samples: Annotated[int, typer.Option(min=0, help="Documents to decode.")] = 3,
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer, if it is not found automatically.")
     ] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw pictures of the corpus with their classes."),
+    ] = None,
 ) -> None:
-    """Show what a corpus holds: samples, lengths, bytes per token."""
+    """Show what a corpus holds: samples, lengths, bytes per token; or pictures, sizes, classes."""
+    from megarecur.data_prep.contact_sheet import draw_corpus
     from megarecur.data_prep.inspect import inspect_corpus, render_inspection
     from megarecur.launch.terminal import show
 
+    if draw is not None:
+        draw_corpus(corpus, draw)
+        print(draw)
     found = inspect_corpus(corpus, num_samples=samples, tokenizer=tokenizer)
     show(lambda _: render_inspection(found))
 

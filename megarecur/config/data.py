@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from megarecur.config.base import Count, Length, Section, free
+from megarecur.config.images import ImagesConfig
 
 REMOTE_SCHEMES = ("s3", "gs", "sftp", "hf", "oci", "azure", "azure-dl", "dbfs", "alipan")
 
@@ -58,6 +59,9 @@ class DataConfig(Section):
     truncate: bool = False
     """Cut longer sentences of an encoder-decoder to seq_length, their end included; false: they are
     an error before training."""
+    images: ImagesConfig | None = None
+    """Reading and augmentation of pictures. Default: for task.kind image, pictures as they are,
+    normalised by the statistics of the training corpora."""
     shuffle: bool = True
     """Read samples in an order drawn from (seed, epoch); false: in the order of the corpus."""
     shuffle_shards: Count = 0

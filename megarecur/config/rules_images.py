@@ -1,4 +1,5 @@
-"""Rules about classification of pictures (task.kind image)."""
+"""Rules about classification of pictures: the model (task.kind image) and how they are read
+(data.images)."""
 
 from __future__ import annotations
 
@@ -20,6 +21,25 @@ def has_other_table(c: Config) -> bool:
     """Return True if the table of learned positions has other rows than a picture has positions."""
     rows = c.model.max_positions
     return c.model.positions == "learned" and rows is not None and rows > c.num_positions
+
+
+def find_other_channels(c: Config) -> Mapping[str, object]:
+    """Return the numbers of channels of the statistics and of the pictures, if they differ."""
+    if c.task is None or c.data.images is None or c.data.images.mean is None:
+        return {}
+    given, channels = len(c.data.images.mean), c.task.channels or 3
+    return {"given": given, "channels": channels} if given != channels else {}
+
+
+def resizes_too_small(c: Config) -> bool:
+    """Return True if evaluation resizes pictures below the size that the model reads."""
+    images, size = c.data.images, None if c.task is None else c.task.image_size
+    return (
+        size is not None
+        and images is not None
+        and images.eval_resize is not None
+        and images.eval_resize < size
+    )
 
 
 IMAGE_RULES = (
@@ -82,5 +102,25 @@ IMAGE_RULES = (
         reason="task.pooling=class_token with temporal memory: the class token is in the first "
         "chunk, which sees no later one",
         remedy="set pooling to mean, or leave temporal out",
+    ),
+    Rule(
+        keys=("data.images", "task.kind"),
+        when=lambda c: c.data.images is not None and (c.task is None or c.task.kind != "image"),
+        reason="data.images: how pictures are read, but the run has no task.kind=image",
+        remedy="leave data.images out, or set task.kind to image",
+    ),
+    Rule(
+        keys=("data.images.mean", "data.images.std", "task.channels"),
+        when=find_other_channels,
+        reason="data.images.mean={data.images.mean} has {given} channel(s), but pictures have "
+        "{channels} (task.channels)",
+        remedy="give one number for each channel, or leave mean and std out",
+    ),
+    Rule(
+        keys=("data.images.eval_resize", "task.image_size"),
+        when=resizes_too_small,
+        reason="data.images.eval_resize={data.images.eval_resize} is below task.image_size="
+        "{task.image_size}: nothing would be left to cut out",
+        remedy="raise it to at least {task.image_size}, or leave it out",
     ),
 )

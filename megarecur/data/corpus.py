@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 MANIFEST_VERSION = 1
 CHUNK_TOKENS = 16384
 COLUMN = "tokens"
+NO_TOKENIZER = "none"
+"""The tokenizer that the manifest of a corpus of images names."""
 MEND = "copy it again from its source, or prepare it again with `megarecur prep shards`"
 
 
@@ -144,11 +146,13 @@ def check_files(path: Path, manifest: Manifest, hashed: Container[str]) -> None:
 
 
 def check_tokenizer(path: str | Path, manifest: Manifest, tokenizer: str, fingerprint: str) -> None:
-    """Reject a tokenizer other than the one that made the corpus.
+    """Reject a tokenizer other than the one that made the corpus; images are made without one.
 
     Raises:
         DataError: the fingerprints differ.
     """
+    if manifest.tokenizer == NO_TOKENIZER:
+        return
     if manifest.tokenizer_fingerprint != fingerprint:
         raise DataError(
             f"{path}: was made with another tokenizer ({manifest.tokenizer}, fingerprint "

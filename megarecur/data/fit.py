@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from megarecur.config.images import NO_AUGMENTATION, ImagesConfig
+from megarecur.config.objective import TaskConfig
 from megarecur.config.run import Config
 from megarecur.data.corpus import Manifest, check_tokenizer, read_manifest
 from megarecur.data.tokenizer import tokenizer_fingerprint
@@ -12,6 +15,8 @@ from megarecur.errors import DataError
 
 TRANSLATION = "translation"
 """Kind of a corpus of sentence pairs."""
+IMAGE = "image"
+"""Kind of a corpus of labelled pictures."""
 
 
 def check_fit(config: Config, paths: Sequence[str], tokenizer: str) -> None:
@@ -22,10 +27,11 @@ def check_fit(config: Config, paths: Sequence[str], tokenizer: str) -> None:
         DataError: a corpus was made with another tokenizer, or does not fit; all of these are
             reported.
     """
-    fingerprint, manifests = tokenizer_fingerprint(tokenizer), [read_manifest(p) for p in paths]
-    named = list(zip(paths, manifests, strict=True))
-    for path, manifest in named:
-        check_tokenizer(path, manifest, tokenizer, fingerprint)
+    named = [(path, read_manifest(path)) for path in paths]
+    if config.task is None or config.task.kind != IMAGE:
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        for path, manifest in named:
+            check_tokenizer(path, manifest, tokenizer, fingerprint)
     problems = [p for path, m in named for p in find_misfits(Path(path), m, config, trained=False)]
     if problems:
         raise DataError("\n".join(problems))
@@ -44,6 +50,13 @@ def find_misfits(path: Path, manifest: Manifest, config: Config, trained: bool =
         return [
             f"{path}: holds pairs of sentences, but the config has no encoder; add an encoder "
             "section, or use another corpus"
+        ]
+    if config.task is not None and config.task.kind == IMAGE:
+        return find_image_misfits(path, manifest, config, trained)
+    if held is not None and held["kind"] == IMAGE:
+        return [
+            f"{path}: holds pictures, but the config has no task.kind=image; add it, or use "
+            "another corpus"
         ]
     if config.task is not None:
         return find_task_misfits(path, manifest, config)
@@ -129,3 +142,63 @@ def find_task_misfits(path: Path, manifest: Manifest, config: Config) -> list[st
             "to true, or use another corpus"
         )
     return problems
+
+
+def find_image_misfits(path: Path, manifest: Manifest, config: Config, trained: bool) -> list[str]:
+    """Return why a classifier of pictures cannot read a corpus; see `find_misfits`."""
+    task, held = config.task, manifest.task
+    assert task is not None
+    if held is None or held["kind"] != IMAGE:
+        content = "text" if held is None else f"samples of kind {held['kind']}"
+        return [
+            f"{path}: holds {content}, but task.kind=image reads pictures; prepare a corpus with "
+            "`megarecur prep images`, or set another task"
+        ]
+    problems, classes = [], held["classes"]
+    if task.num_classes is not None and len(classes) != task.num_classes:
+        more = "more" if len(classes) > task.num_classes else "fewer"
+        remedy = (
+            f"set it to {len(classes)}" if trained else "use pictures of the classes of training"
+        )
+        problems.append(
+            f"{path}: has {len(classes)} classes ({', '.join(classes[:12])}"
+            f"{', ...' if len(classes) > 12 else ''}), {more} than task.num_classes="
+            f"{task.num_classes}; {remedy}"
+        )
+    channels = task.channels or 3
+    if held["channels"] != channels:
+        problems.append(
+            f"{path}: has pictures of {held['channels']} channel(s), but task.channels={channels}; "
+            f"set task.channels to {held['channels']}, or prepare the corpus with --channels "
+            f"{channels}"
+        )
+    if trained:
+        images = config.data.images or NO_AUGMENTATION
+        problems += find_size_misfits(path, held, task, images)
+    return problems
+
+
+def find_size_misfits(
+    path: Path, held: dict[str, Any], task: TaskConfig, images: ImagesConfig
+) -> list[str]:
+    """Return why the crop of training does not bring all pictures of a corpus to one size.
+
+    Args:
+        held: the manifest's description of the pictures.
+    """
+    size = task.image_size
+    small, large = (f"{h} x {w}" for h, w in (held["smallest"], held["largest"]))
+    sizes = small if small == large else f"from {small} to {large}"
+    if images.crop == "none" and not held["smallest"] == held["largest"] == [size, size]:
+        return [
+            f"{path}: has pictures of {sizes} pixels (height x width), but task.image_size={size} "
+            "and data.images.crop=none; set data.images.crop to resized, or prepare pictures of "
+            "that size"
+        ]
+    if images.crop == "padded" and min(held["smallest"]) + 2 * images.padding < (size or 0):
+        return [
+            f"{path}: has pictures of {sizes} pixels (height x width), too few for a window of "
+            f"task.image_size={size} with data.images.padding={images.padding}; set "
+            "data.images.crop to resized, or lower task.image_size"
+        ]
+    return []

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from megarecur.config.data import Source
 from megarecur.config.run import Config
 from megarecur.data.corpus import Corpus, warn_of_other_ends
-from megarecur.data.fit import find_misfits
+from megarecur.data.fit import IMAGE, find_misfits
 from megarecur.data.formats import open_corpus
+from megarecur.data.images import (
+    ImageCorpus,
+    ImageLoader,
+    open_images,
+    scored_images,
+    with_statistics,
+)
 from megarecur.data.loader import Loader, MicroBatch, count_samples, validation_batches
 from megarecur.data.pairs import PairCorpus, PairLoader, cut_for_scoring, open_pairs, pair_batches
 from megarecur.data.samples import TaskCorpus, TaskLoader, open_scored, scored_batches
@@ -52,6 +59,7 @@ def open_data(config: Config, mesh: Mesh) -> Data:
             warn_of_other_ends(corpora, tokenizer, config.data.tokenizer)
         config = with_vocab_size(config, tokenizer.vocab_size)
         num_trained = len(config.data.train)
+        config = with_statistics(config, corpora[:num_trained])
         loader = build_loader(config, corpora[:num_trained], mesh)
     return Data(config, loader, corpora[num_trained:], tokenizer.fingerprint)
 
@@ -67,7 +75,7 @@ def open_sources(
     num_parts: int = 1,
 ) -> list[Corpus]:
     """Open corpora of text, of pairs of sentences where the config has an encoder, or of labelled
-    samples where it has a task.
+    samples or pictures where it has a task.
 
     Args:
         tokenizer: the tokenizer that they must have been made with.
@@ -82,6 +90,8 @@ def open_sources(
     name, paths = name or config.data.tokenizer, [source.path for source in sources]
     if config.encoder is not None:
         return list(open_pairs(config, paths, name, verify, part, num_parts))
+    if config.task is not None and config.task.kind == IMAGE:
+        return list(open_images(config, paths, verify, part, num_parts))
     if config.task is not None:
         return list(open_scored(config, paths, name, verify, part, num_parts))
     corpora = [
@@ -118,6 +128,20 @@ def build_loader(config: Config, corpora: Sequence[Corpus], mesh: Mesh) -> Loade
             train,
             multiple=length_multiple(config),
             seq_length=config.data.seq_length,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            device=mesh.device,
+        )
+    if config.task is not None and config.task.kind == IMAGE:
+        return ImageLoader(
+            [(corpus, weight) for corpus, weight in sources if isinstance(corpus, ImageCorpus)],
+            config.task,
+            config.data.images,
+            seq_length=config.data.seq_length,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp,
             seed=config.seed,
@@ -182,6 +206,19 @@ def read_in_order(
             failures=failures,
         )
         return of_pairs, len(cut) * size
+    if config.task is not None and isinstance(corpus, ImageCorpus):
+        of_images = scored_images(
+            corpus,
+            config.task,
+            config.data.images,
+            seq_length=seq_length,
+            micro_batch_size=size,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp,
+            max_samples=max_samples,
+            failures=failures,
+        )
+        return of_images, min(corpus.num_samples, max_samples or corpus.num_samples)
     if config.task is not None and isinstance(corpus, TaskCorpus):
         batches: Iterator[MicroBatch] = scored_batches(
             corpus,
