@@ -46,7 +46,7 @@ def draw_corpus(path: str | Path, file: Path, seed: int = 1) -> None:
         left = GAP + place % COLUMNS * step
         top = GAP + TEXT + GAP + place // COLUMNS * height
         picture = fit(decode(corpus.pictures.read(number), corpus.channels))
-        sheet.paste(picture, (left + (CELL - picture.width) // 2, top + CELL - picture.height))
+        sheet.paste(picture, (left, top + CELL - picture.height))
         name = shorten(corpus.classes[int(corpus.labels[number])], font)
         pen.text((left, top + CELL), name, fill="black", font=font)
     content = BytesIO()

@@ -553,7 +553,8 @@ def _read_tar(unit: Unit, mistakes: Mistakes) -> Iterator[Row]:
     Raises:
         DataError: the archive is damaged.
     """
-    path, held, sample = unit.files[0], "", {}
+    path, held = unit.files[0], ""
+    sample: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:

@@ -271,7 +271,7 @@ STAMPED = ("val_fraction", "encoding", "keys", "class_names", "skip_damaged")
 
 def hash_sources(found: Inputs) -> list[dict[str, Any]]:
     """Return the name and hash of each file, and one entry for the pictures of folders by split."""
-    sources = []
+    sources: list[dict[str, Any]] = []
     for split, units in sorted(found.units.items()):
         files = dict.fromkeys(file for unit in units for file in unit.files)
         with ThreadPoolExecutor() as pool:

@@ -307,7 +307,7 @@ OPERATIONS: tuple[tuple[str, Apply, float, float, bool], ...] = (
     ("Contrast", lambda image, m: ImageEnhance.Contrast(image).enhance(1 + m), 0.0, 0.99, True),
     ("Sharpness", lambda image, m: ImageEnhance.Sharpness(image).enhance(1 + m), 0, 0.99, True),
     ("Posterize", _posterize, 8.0, 2.0, False),
-    ("Solarize", lambda image, m: ImageOps.solarize(image, m), 255.0, 0.0, False),
+    ("Solarize", lambda image, m: ImageOps.solarize(image, math.ceil(m)), 255.0, 0.0, False),
     ("AutoContrast", lambda image, _: ImageOps.autocontrast(image), 0.0, 0.0, False),
     ("Equalize", lambda image, _: ImageOps.equalize(image), 0.0, 0.0, False),
 )
