@@ -31,7 +31,7 @@ from megarecur.data.tokenizer import (
     describe_end,
     load_tokenizer,
 )
-from megarecur.data_prep import flip_flop, list_ops, logic
+from megarecur.data_prep import flip_flop, grey, list_ops, logic, pathfinder
 from megarecur.data_prep.compressed import plain_suffix, uncompressed
 from megarecur.data_prep.disk import explain_os_errors
 from megarecur.data_prep.labelled import (
@@ -52,7 +52,9 @@ from megarecur.files import open_replacement, publish, sync
 LABELS, WORDS_FILE = "labels.npy", "tokenizer.words"
 FLAGS = {"tests": "test", "text_keys": "text-key", "classes": "class", "columns": "column"}
 """Names of options that differ from their fields."""
-NAMES = ("listops", "logic", "flip_flop", "labelled")
+NAMES = ("listops", "logic", "flip_flop", "pathfinder", "labelled")
+YOUNGER = ("classes", "columns", "quoting", "errors", "contour_length")
+"""Fields of a request that the first corpora lack."""
 HEADER = 128
 """Bytes before the values of an .npy file; numpy's header leaves room for any length."""
 
@@ -90,6 +92,7 @@ class TaskRequest:
     errors: Literal["fail", "skip", "replace"] | None = None
     exclude: tuple[str, ...] = ()
     """Patterns of files to exclude; see `readers.Reading`."""
+    contour_length: int | None = None
 
     def refuse_others(self, *allowed: str) -> None:
         """Reject options that this task does not have.
@@ -191,7 +194,7 @@ def stamp_of(request: TaskRequest, task: Task, hashes: Mapping[str, str]) -> str
         tsv = any(plain_suffix(Path(path)) == ".tsv" for path, _ in task.sources)
         # Files of trees or formulas are read line by line.
         facts["quoting"] = "csv" if tsv and request.name == "labelled" else None
-    for younger in ("classes", "columns", "quoting", "errors"):  # Keys that the first corpora lack.
+    for younger in YOUNGER:
         if not facts[younger]:
             del facts[younger]
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
@@ -617,6 +620,59 @@ def spell(string: NDArray[np.int8]) -> str:
     return " ".join(np.array(flip_flop.WORDS)[words])
 
 
+# ----------------------------------------------------------------------------------- pathfinder
+
+
+def build_pathfinder(request: TaskRequest) -> Task:
+    """Build pictures of contours as sequences of pixels: train, val and test of one length of
+    contours (default 14), and tests of other lengths.
+
+    By default there are 200,000 pictures, divided 80/10/10 as in Long Range Arena. Each one is a
+    function of (seed, split, number); half of a split is connected.
+    """
+    request.refuse_others("train", "val", "tests", "test_count", "contour_length")
+    if request.inputs:
+        raise ConfigError("pathfinder: is drawn, not read from files; omit the inputs")
+    length = 14 if request.contour_length is None else request.contour_length
+    each = count_of("test-count", request.test_count, 20_000)
+    wanted = {
+        "train": (length, count_of("train", request.train, 160_000)),
+        "val": (length, count_of("val", request.val, 20_000)),
+        "test": (length, each),
+    }
+    for name in request.tests:
+        if not name.isascii() or not name.isdigit():
+            raise DataError(f"--test {name}: must be a number of dashes, such as 9")
+        wanted[f"test_{int(name)}"] = int(name), each
+    for size in {length, *(size for size, _ in wanted.values())}:
+        if not pathfinder.SHORTEST <= size <= pathfinder.LONGEST:
+            raise DataError(
+                f"contours of {size} dashes: must have {pathfinder.SHORTEST} to "
+                f"{pathfinder.LONGEST}; change --contour-length or --test"
+            )
+    wanted = {split: values for split, values in wanted.items() if values[1]}
+
+    def samples() -> Iterator[Sample]:
+        for split, (size, count) in wanted.items():
+            name = f"pathfinder {request.seed} {split} {size}"
+            labels = [number % 2 for number in range(count)]
+            random.Random(name).shuffle(labels)
+            for number, label in enumerate(labels):
+                rng = random.Random(f"{name} {number}")
+                picture = pathfinder.draw_picture(rng, bool(label), size)
+                yield Sample(split, (grey.spell(picture),), label)
+
+    return Task(
+        name="pathfinder",
+        kind="sequence",
+        classes=pathfinder.CLASSES,
+        words=grey.WORDS,
+        splits=train_last(list(wanted)),
+        total=sum(count for _, count in wanted.values()),
+        samples=samples,
+    )
+
+
 # ------------------------------------------------------------------------------------- labelled
 
 
@@ -714,5 +770,6 @@ BUILDERS: dict[str, Callable[[TaskRequest], Task]] = {
     "listops": build_list_ops,
     "logic": build_logic,
     "flip_flop": build_flip_flop,
+    "pathfinder": build_pathfinder,
     "labelled": build_labelled,
 }

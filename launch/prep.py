@@ -340,7 +340,8 @@ def pairs(
 @app.command()
 def task(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="listops, logic, flip_flop or labelled.")
+        str,
+        typer.Argument(metavar="NAME", help="listops, logic, flip_flop, pathfinder or labelled."),
     ],
     inputs: Annotated[
         list[str] | None,
@@ -361,7 +362,7 @@ def task(
         typer.Option(
             help="One more corpus. listops: a variant (d8, d14, d20, lra, iid_arg, ood_10arg, "
             "ood_15arg, 200-300 to 900-1000); flip_flop: p_i or p_i x length, as 0.98x1024; "
-            "labelled: a file."
+            "pathfinder: dashes of a contour; labelled: a file."
         ),
     ] = None,
     test_count: Annotated[
@@ -378,6 +379,9 @@ def task(
         int | None, typer.Option(max=1 << 20, help="flip_flop: symbols of a string; 512.")
     ] = None,
     p_ignore: Annotated[float | None, typer.Option(help="flip_flop: p_i of train; 0.8.")] = None,
+    contour_length: Annotated[
+        int | None, typer.Option(help="pathfinder: dashes of a contour; 14.")
+    ] = None,
     train_operators: Annotated[
         int | None, typer.Option(help="logic: maximum operators in train (default: 6).")
     ] = None,
@@ -406,7 +410,8 @@ def task(
         list[str] | None, typer.Option(metavar="GLOB", help=f"labelled: {EXCLUDE}")
     ] = None,
 ) -> None:
-    """Draw or read labelled samples: ListOps, logical inference, flip-flop, or your own."""
+    """Draw or read labelled samples: ListOps, logical inference, flip-flop, Pathfinder, or your
+    own."""
     from megarecur.data_prep.progress import ProgressReport
     from megarecur.data_prep.tasks import TaskRequest, prepare_task
 
@@ -417,7 +422,7 @@ def task(
         train_operators=train_operators, text_keys=tuple(text_key) if text_key else None,
         label_key=label_key, classes=tuple(only or ()), columns=tuple(column or ()),
         tokenizer=tokenizer, val_fraction=val_fraction, quoting=quoting, errors=errors,
-        exclude=tuple(exclude or ()),
+        exclude=tuple(exclude or ()), contour_length=contour_length,
     )  # fmt: skip
     for split, manifest in prepare_task(request, out, ProgressReport()).items():
         made = manifest.task or {}
