@@ -1,5 +1,7 @@
 # make setup      create .venv; repeated when pyproject.toml or constraints.txt change
 # make demo       prepare a corpus, train and evaluate a model, generate a sample, plot the run
+# make demo-images   the same with pictures, of Fashion-MNIST: Debian's dataset-fashion-mnist, or any
+#                    folder with its four files, as IMAGES=FOLDER
 # make transformers   create environments with transformers 4 and 5, for tests of exports
 # make test       run the fast tests                    make test-all   run all tests
 # make lint       run ruff and mypy                     make check      lint and test
@@ -15,11 +17,12 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 RUN := runs/quickstart
+IMAGES ?= /usr/share/datasets/fashion-mnist
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 TRANSFORMERS := .venv/transformers4/.ready .venv/transformers5/.ready
 
-.PHONY: setup transformers demo test test-slow test-all lint check docs coverage
+.PHONY: setup transformers demo demo-images test test-slow test-all lint check docs coverage
 
 setup: $(READY)
 
@@ -76,3 +79,16 @@ demo: setup
 	@echo "The run:      $(RUN) (config.yaml, metrics.jsonl, checkpoints/)"
 	@echo "Its pictures: $(RUN)/plots"
 	@echo "TensorBoard:  $(BIN)/tensorboard --logdir $(RUN)/tensorboard"
+
+demo-images: setup
+	@test -d $(IMAGES) || { echo "$(IMAGES) is missing; install Debian's package \
+	dataset-fashion-mnist, or name a folder with the four files of Fashion-MNIST: \
+	make demo-images IMAGES=FOLDER" >&2; exit 2; }
+	$(BIN)/megarecur prep images $(IMAGES) --out data/fashion_mnist
+	$(BIN)/megarecur prep inspect data/fashion_mnist/train --draw data/fashion_mnist/pictures.png
+	$(BIN)/megarecur train configs/images.yaml
+	$(BIN)/megarecur eval runs/images --draw runs/images/plots
+	$(BIN)/megarecur plot runs/images
+	@echo
+	@echo "The run:      runs/images (config.yaml, metrics.jsonl, checkpoints/)"
+	@echo "Its pictures: runs/images/plots"
