@@ -87,8 +87,8 @@ demo-images: setup
 	$(BIN)/megarecur prep images $(IMAGES) --out data/fashion_mnist
 	$(BIN)/megarecur prep inspect data/fashion_mnist/train --draw data/fashion_mnist/pictures.png
 	$(BIN)/megarecur train configs/images.yaml
-	$(BIN)/megarecur eval runs/images --draw runs/images/plots
-	$(BIN)/megarecur plot runs/images
+	$(BIN)/megarecur eval runs/fashion_mnist --draw runs/fashion_mnist/plots
+	$(BIN)/megarecur plot runs/fashion_mnist
 	@echo
-	@echo "The run:      runs/images (config.yaml, metrics.jsonl, checkpoints/)"
-	@echo "Its pictures: runs/images/plots"
+	@echo "The run:      runs/fashion_mnist (config.yaml, metrics.jsonl, checkpoints/)"
+	@echo "Its pictures: runs/fashion_mnist/plots"

@@ -311,11 +311,61 @@ def translation_cell(root: Path, pairs: Path, row: str, seed: int) -> Cell:
     return Cell(f"{pairs.name}: {row}", run, (train,), columns=columns)
 
 
+# ----------------------------------------------------------------------------------------- images
+
+RING = "{kind: ring, depth: 6, level_rank: 8}"
+TIED = ("recurrence={kind: cycle, num_blocks: 1, depth: 6}", "model.level_encoding=sinusoidal")
+VANILLA = ("recurrence={kind: dense, num_layers: 6}",)
+PICTURE_MODELS = {
+    "ring": (128, (f"recurrence={RING}",)),
+    "vanilla, equal FLOPs": (128, VANILLA),
+    "one-wide, equal FLOPs": (128, (*VANILLA, "model.shared_feed_forward=true")),
+    "universal, equal FLOPs": (128, TIED),
+    "vanilla, equal parameters": (56, VANILLA),
+    "one-wide, equal parameters": (88, (*VANILLA, "model.shared_feed_forward=true")),
+    "universal, equal parameters": (144, TIED),
+    "ring without attention signals": (
+        128, ("recurrence={kind: ring, depth: 6, level_rank: 0, feed_forward_rank: 8}",)
+    ),
+    "ring without feed-forward signals": (
+        128, ("recurrence={kind: ring, depth: 6, level_rank: 8, feed_forward_rank: 0}",)
+    ),
+}  # fmt: skip
+"""Width and scheme by row. Equal to the ring's: its width, hence its FLOPs, or its parameters."""
+
+
+def images(root: Path, data: Path) -> list[Cell]:
+    """Return the cells that compare RingFormer with other ways to share layers, on CIFAR-10.
+
+    As in Heo et al. 2025, with 32 pixels, patches of 4 and a class token; two epochs, the same
+    pictures for all. Accuracy is of 2,000 test pictures.
+    """
+    if not (root / "cifar10/train/manifest.json").exists():
+        megarecur(root, "prep", "images", data / "images/cifar10", "--out", root / "cifar10")
+    return [picture_cell(root, row, seed) for seed in (1, 2, 3) for row in PICTURE_MODELS]
+
+
+def picture_cell(root: Path, row: str, seed: int) -> Cell:
+    """Return the cell of a model and a seed."""
+    width, scheme = PICTURE_MODELS[row]
+    run = root / f"{re.sub(r'[^a-z]+', '-', row.lower())}-seed{seed}"
+    train = (
+        "train", "configs/images.yaml", f"run_dir={run}", f"seed={seed}", *scheme,
+        f"model.hidden_size={width}", f"model.ffn_hidden_size={4 * width}", "model.dropout=0.0",
+        f"data.train=[{{path: {root}/cifar10/train}}]", f"data.val=[{{path: {root}/cifar10/val}}]",
+        "data.images={crop: padded, padding: 4}", "task.image_size=32", "task.channels=3",
+        "train.precision=bf16", "train.compile=true", "train.steps=780", "train.eval_every=0",
+        "checkpoint.every=390",
+    )  # fmt: skip
+    columns = ("val/accuracy", "val/loss", "speed/tokens_per_second")
+    return Cell(row, run, (train,), columns=columns)
+
+
 # ---------------------------------------------------------------------------------------- common
 
 STUDIES: dict[str, Callable[[Path, Path], list[Cell]]] = {
     "relaxed": relaxed, "ilr": ilr, "flip_flop": flip_flop, "logic": logic,
-    "translation": translation,
+    "translation": translation, "images": images,
 }  # fmt: skip
 
 
