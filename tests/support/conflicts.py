@@ -259,6 +259,15 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         (*PICTURES, TEMPORAL, "task.pooling=class_token", "data.seq_length=65"),
         ("task.pooling=mean", "data.seq_length=64"),
     ),
+    ("data.images", "task.kind"): (("data.images={workers: 0}",), ("data.images=null",)),
+    ("data.images.mean", "data.images.std", "task.channels"): (
+        (*PICTURES, "data.images={mean: [0.5], std: [0.2]}"),
+        ("data.images={mean: null}",),
+    ),
+    ("data.images.eval_resize", "task.image_size"): (
+        (*PICTURES, "data.images={eval_resize: 31}"),
+        ("data.images={eval_resize: 32}",),
+    ),
     ("objective.label_smoothing", "task"): (
         (TASK, "objective.label_smoothing=0.1"),
         ("objective.label_smoothing=0",),
