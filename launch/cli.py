@@ -453,7 +453,11 @@ def evaluate_run(
     ] = None,
     draw: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also draw the loss by position: .png or .svg."),
+        typer.Option(
+            metavar="PATH",
+            help="Also draw the loss by position (a .png or .svg); for a task a folder, with the "
+            "scores of classes, the confusion matrix, mistakes and steps.",
+        ),
     ] = None,
     streaming: Annotated[
         bool,
@@ -480,8 +484,9 @@ def evaluate_run(
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of the job.")] = 0,
 ) -> None:
     """Score a run on its validation corpora: loss, perplexity, bits per byte, early exits; for a
-    task its accuracy."""
-    check_picture(draw)
+    task its accuracy, also by class, and its calibration."""
+    if draw is not None and draw.suffix:  # Without one it names a folder.
+        check_picture(draw)
     if launch is None and (cluster is not None or gpus):
         raise ConfigError("--cluster, --gpus: only for jobs; add --launch slurm, or omit them")
     if launch is not None:
@@ -494,14 +499,18 @@ def evaluate_run(
         job = submit_evaluation(run, words, cluster=cluster, gpus=gpus)
         print(f"submitted job {job.job_id}; its output: {job.paths.stdout}")
         return
+    from megarecur.launch.classes import Scored, write_scores
     from megarecur.launch.score import score_run
 
     curves: dict[str, tuple[float, ...]] | None = {} if draw is not None else None
+    scored: list[Scored] = []
     for line in score_run(
-        run, step, data or (), samples, depth, streaming, curves, device, image_size
+        run, step, data or (), samples, depth, streaming, curves, device, image_size, draw, scored
     ):
         print(line)
-    if draw is not None and curves is not None:
+    if draw is not None and scored:
+        print("\n".join(map(str, write_scores(draw, scored))))
+    elif draw is not None and curves is not None:
         from megarecur.plot.layer_map import save
         from megarecur.plot.run import draw_positions
 

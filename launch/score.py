@@ -9,14 +9,19 @@ from megarecur.checkpoint.load import load_model, open_tokenizer
 from megarecur.config.data import Source
 from megarecur.config.mistakes import show_value
 from megarecur.config.run import Config
-from megarecur.data.corpus import read_manifest
+from megarecur.data.corpus import Corpus, read_manifest
 from megarecur.data.open import check_rows, open_sources
+from megarecur.data.tokenizer import Tokenizer, WordTokenizer
+from megarecur.data_prep.grey import WORDS
 from megarecur.errors import ConfigError
+from megarecur.launch.classes import Scored
 from megarecur.model.resized import resize_model
+from megarecur.objective.extremes import Extremes
 from megarecur.objective.next_token import TextScore
+from megarecur.objective.task import TaskScore
 from megarecur.parallel.mesh import Mesh, pick_device
 from megarecur.recurrence.depth import refuse_depth
-from megarecur.train.evaluate import evaluate_corpus, stream_corpus
+from megarecur.train.evaluate import evaluate_corpus, short_names, stream_corpus
 
 Curves = dict[str, tuple[float, ...]]
 """Loss by position of the token, by title."""
@@ -32,6 +37,8 @@ def score_run(
     curves: Curves | None = None,
     device: str = "auto",
     image_size: int | None = None,
+    draw: Path | None = None,
+    scored: list[Scored] | None = None,
 ) -> Iterator[str]:
     """Yield the scores of a run as lines of text, as soon as they are known.
 
@@ -42,6 +49,8 @@ def score_run(
         streaming: read documents to their end, the temporal memory carried along.
         curves: filled with the loss by position, if given.
         image_size: size to which pictures are made, in pixels; None: that of training.
+        draw: where pictures will be written; checked here.
+        scored: filled with the scores of a classifier, if given.
 
     Raises:
         MegarecurError: no run, no corpora, or what they cannot be scored with.
@@ -55,32 +64,66 @@ def score_run(
     sources = [Source(path=path) for path in data] or list(config.data.val)
     if not sources:
         raise ConfigError(f"{run_dir}: its config has no data.val; name a corpus with --data")
-    refuse_options(config, samples, streaming, curves is not None)
+    refuse_options(config, samples, streaming, draw)
     tokenizer = open_tokenizer(run)
     check_rows(config, tokenizer.vocab_size, run.tokenizer)
     config = fit_longest(config, sources)
     corpora = open_sources(config, sources, tokenizer, name=run.tokenizer)
+    names = short_names([source.path for source in sources])
     for loops in depths:
         at = "" if loops is None else f"  depth {loops}:"
-        for source, corpus in zip(sources, corpora, strict=True):
+        for source, corpus, name in zip(sources, corpora, names, strict=True):
+            extremes = None if draw is None else Extremes(first_grey=find_grey(tokenizer))
             score = (
                 stream_corpus(model, corpus, config, mesh, samples, loops)
                 if streaming
-                else evaluate_corpus(model, corpus, config, mesh, samples, num_loops=loops)
+                else evaluate_corpus(
+                    model, corpus, config, mesh, samples, num_loops=loops, extremes=extremes
+                )
             )
+            if scored is not None and extremes is not None and isinstance(score, TaskScore):
+                own = name if loops is None else f"{name}.depth_{loops}"
+                mean, std = find_statistics(config, corpus)
+                scored.append(Scored(own, f"{source.path}{at}", score, extremes, mean, std))
             yield from score.lines(f"{source.path}:{at}", run.state["step"])
             if curves is not None and isinstance(score, TextScore):
                 curves[f"{source.path}{at.rstrip(':')}"] = score.by_position
 
 
-def refuse_options(config: Config, samples: int, streaming: bool, draws: bool) -> None:
+def find_grey(tokenizer: Tokenizer) -> int | None:
+    """Return the id of black if the tokens are grey values; otherwise None."""
+    if isinstance(tokenizer, WordTokenizer) and set(tokenizer.ids) == set(WORDS):
+        return tokenizer.ids[WORDS[0]]
+    return None
+
+
+def find_statistics(config: Config, corpus: Corpus) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the mean and the standard deviation of each channel by which pictures are normalised:
+    those of the config, or those of the corpus; 0 and 1 of other samples."""
+    images, held = getattr(config.data, "images", None), corpus.manifest.task or {}
+    if images is not None and images.mean is not None:
+        return images.mean, images.std
+    return held.get("mean") or (0.0,), held.get("std") or (1.0,)
+
+
+def refuse_options(config: Config, samples: int, streaming: bool, draw: Path | None) -> None:
     """Refuse options that a run cannot be scored with.
 
     Raises:
         ConfigError: naming the option, and what to do instead.
     """
-    if config.task is not None and draws:
-        raise ConfigError("--draw: draws the loss by position of text; the run has a task")
+    task = config.task
+    if draw is not None and task is not None:
+        if task.kind == "token":
+            raise ConfigError(
+                "--draw: draws the classes of whole samples; the run has task.kind=token; omit it"
+            )
+        if draw.suffix in (".png", ".svg") or draw.is_file():
+            raise ConfigError(
+                f"--draw {draw}: a run with a task writes several files; name a folder"
+            )
+    elif draw is not None and draw.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--draw {draw}: the name must end in .png or .svg")
     if config.task is not None and streaming:
         raise ConfigError("--streaming: reads text to its end; the run has a task")
     if streaming and samples and not config.data.mask_documents:

@@ -234,6 +234,9 @@ class Recorder:
     """Receives the output of every step of the map, if given."""
     counts: list[Tensor] = field(default_factory=list)
     """Receives counts of tokens by the number of steps they took (`Mixture.finish`)."""
+    taken: list[Tensor] = field(default_factory=list)
+    """Receives the steps that the tokens of each row took, and the number of tokens, [B, 2] each;
+    only while autograd is off."""
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ class Mixture:
         """Rows, mixture, cost and accepted steps of samples that were dropped."""
         self.executed = 0
         """Number of samples computed, summed over steps."""
+        self.of_rows: Tensor | None = None
+        """Steps that the tokens of each sample took, and their number, [B, 2]; set by `finish`."""
 
     @property
     def source(self) -> Tensor | None:
@@ -179,6 +181,7 @@ class Mixture:
             for parts in list(zip(*self.done, strict=True))[1:]
         )
         real_BS = self.whole.real_BS
+        self.of_rows = torch.stack([(taken * real_BS).sum(1), real_BS.sum(1)], 1)
         if self.shares_BS is not None:
             cost = cost * self.shares_BS
         total = torch.where(real_BS, cost / self.whole.length_BS, 0.0).sum()

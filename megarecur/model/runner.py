@@ -235,6 +235,8 @@ class HaltingRunner(Runner):
         x, cost, counts = mixture.finish()
         terms |= halting_terms(cost, halting)
         recorder.counts.append(counts)
+        if not torch.is_grad_enabled() and mixture.of_rows is not None:
+            recorder.taken.append(mixture.of_rows)
         return x
 
 

@@ -23,7 +23,9 @@ from megarecur.parallel.loss import IGNORED, LossTerm, cross_entropy, distillati
 
 Ran = tuple[Batch, Tensor | None, Mapping[str, Tensor]]
 """A micro batch, the output of the map [B, S, D] (None if another pipeline rank has it), and the
-hidden states of early exits by name."""
+hidden states of early exits by name. With halting, the name STEPS has the mean number of steps of
+the tokens of each row, [B]."""
+STEPS = "steps"
 
 AddUp = Callable[[Tensor], Tensor]
 """Function that sums a tensor over replicas."""

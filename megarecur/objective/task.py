@@ -17,7 +17,16 @@ from megarecur.config.run import Config
 from megarecur.data.corpus import Corpus
 from megarecur.data.samples import TaskBatch, TaskCorpus
 from megarecur.objective.auxiliary import z_terms
-from megarecur.objective.next_token import AddUp, NextToken, Ran, TextScore, bit_lengths
+from megarecur.objective.by_class import ClassScore, ClassSums
+from megarecur.objective.extremes import Extremes
+from megarecur.objective.next_token import (
+    STEPS,
+    AddUp,
+    NextToken,
+    Ran,
+    TextScore,
+    bit_lengths,
+)
 from megarecur.objective.readout import Readout
 from megarecur.parallel.head_loss import Target
 from megarecur.parallel.loss import LossTerm, cross_entropy
@@ -40,6 +49,8 @@ class TaskScore:
     last_right: int = 0
     """Number of samples whose last scored prediction is correct, used for kind token."""
     samples: int = 0
+    by_class: ClassScore | None = None
+    """The score by class, of tasks that classify whole samples."""
 
     @property
     def values(self) -> dict[str, float]:
@@ -51,8 +62,10 @@ class TaskScore:
         if self.kind == "token":
             found["glitch_rate"] = 1.0 - found["accuracy"]
             found["last_accuracy"] = self.last_right / max(self.samples, 1)
+        if self.by_class is not None:
+            found |= self.by_class.values
         for bits, (right, scored) in enumerate(self.by_length):
-            if scored:
+            if scored and self.kind != "image":  # All pictures have one size.
                 low, high = (1 << bits) >> 1, (1 << bits) - 1
                 found[f"accuracy_by_length/{low}-{high}"] = right / scored
         return found
@@ -62,6 +75,10 @@ class TaskScore:
         path."""
         values = self.values
         by_length = {name: values.pop(name) for name in list(values) if "/" in name}
+        by_class = {} if self.by_class is None else self.by_class.values
+        values = {name: value for name, value in values.items() if name not in by_class}
+        further = "  ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in by_class.items())
+        table = [] if self.by_class is None else self.by_class.table()
         text = "  ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in values.items())
         return [
             f"{title} {text}  ({self.scored} predictions, step {step})",
@@ -69,6 +86,8 @@ class TaskScore:
                 f"{title} {name.partition('/')[2]} tokens: accuracy {value:.4f}"
                 for name, value in by_length.items()
             ),
+            *([f"{title} {further}"] if further else []),
+            *(f"  {line}" for line in table),
         ]
 
     def __add__(self, other: TaskScore) -> TaskScore:
@@ -84,6 +103,7 @@ class TaskScore:
             tuple((a + c, b + d) for (a, b), (c, d) in zip(*parts, strict=True)),
             self.last_right + other.last_right,
             self.samples + other.samples,
+            self.by_class and other.by_class and self.by_class + other.by_class,
         )
 
 
@@ -125,6 +145,7 @@ class Task:
         corpus: Corpus,
         add_up: AddUp,
         exit_names: Sequence[str] = (),
+        extremes: Extremes | None = None,
     ) -> TaskScore:
         """Return the score of a corpus. All replicas must call this, because of `add_up`.
 
@@ -132,17 +153,28 @@ class Task:
             batches: micro batches of the corpus, with the outputs of the map.
             add_up: sums a tensor over replicas.
             exit_names: ignored; a task does not score early exits.
+            extremes: receives the samples of this process that a picture shows.
         """
         assert isinstance(corpus, TaskCorpus)
         buckets = self.config.data.seq_length.bit_length() + 1
-        # Correct and scored predictions by bit length; loss, labels, correct last ones, samples.
-        sums = torch.zeros(2 * buckets + 4, dtype=torch.float64)
-        for batch, x, _ in batches:
+        classes = 0 if corpus.kind == "token" or self.text else len(corpus.classes)
+        sizes = [2 * buckets, 4, ClassSums.size(classes) if classes else 0]
+        # Correct and scored predictions by bit length; loss, labels, correct last ones, samples;
+        # sums by class.
+        sums = torch.zeros(sum(sizes), dtype=torch.float64)
+        for batch, x, others in batches:
             sums = sums.to(batch.tokens_BS.device)
             if x is not None:
                 assert isinstance(batch, TaskBatch)
-                self.count(x, batch, sums[: 2 * buckets].view(2, buckets), sums[2 * buckets :])
-        *lengths, loss, labels, last_right, samples = add_up(sums).tolist()
+                by_length, whole, by_class = sums.split(sizes)
+                logits = self.count(x, batch, by_length.view(2, buckets), whole)
+                if classes:
+                    ClassSums.over(by_class, classes).add(logits, batch, others.get(STEPS))
+                if classes and extremes is not None:
+                    extremes.add(logits, batch, others.get(STEPS))
+        by_length, whole, by_class = add_up(sums).split(sizes)
+        lengths = by_length.tolist()
+        loss, labels, last_right, samples = whole.tolist()
         pairs = tuple(
             (round(right), round(scored))
             for right, scored in zip(lengths[:buckets], lengths[buckets:], strict=True)
@@ -151,10 +183,11 @@ class Task:
         return TaskScore(
             corpus.kind, loss, round(labels), right, scored, pairs, round(last_right),
             round(samples),
+            ClassSums.over(by_class, classes).score(corpus.classes) if classes else None,
         )  # fmt: skip
 
-    def count(self, x: Tensor, batch: TaskBatch, by_length: Tensor, sums: Tensor) -> None:
-        """Add the predictions of a micro batch to the sums of `score`.
+    def count(self, x: Tensor, batch: TaskBatch, by_length: Tensor, sums: Tensor) -> Tensor:
+        """Add the predictions of a micro batch to the sums of `score`; returns their logits.
 
         Args:
             x: output of the map [B, S, D], or pooled memories [B, D].
@@ -177,6 +210,7 @@ class Task:
         last_N1 = torch.where(batch.scored, places, 0).amax(1, keepdim=True)
         sums[2] += right.gather(1, last_N1).sum()
         sums[3] += batch.scored.any(1).sum()
+        return logits
 
     def metrics(self, scores: Sequence[TaskScore], names: Sequence[str]) -> dict[str, float]:
         """Return scores as metrics: `accuracy` and others over all corpora and, if there are

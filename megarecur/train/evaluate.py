@@ -18,8 +18,9 @@ from megarecur.errors import ConfigError, MegarecurError
 from megarecur.inference.generate import encode_prompt, generate, run_with_exits, stream_text
 from megarecur.model.temporal import Carried
 from megarecur.model.transformer import Transformer
-from megarecur.objective.next_token import NextToken, Ran, TextScore, make_score
-from megarecur.objective.task import Score, build_objective
+from megarecur.objective.extremes import Extremes
+from megarecur.objective.next_token import STEPS, NextToken, Ran, TextScore, make_score
+from megarecur.objective.task import Score, Task, build_objective
 from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.plan.schedule import Scheduled, Schedules
 from megarecur.progress import Note, note_nothing
@@ -85,6 +86,7 @@ def evaluate_corpus(
     num_loops: int | None = None,
     schedules: Schedules | None = None,
     note: Note = note_nothing,
+    extremes: Extremes | None = None,
 ) -> Score:
     """Score a corpus, or its first samples, in one pass; collective.
 
@@ -95,6 +97,7 @@ def evaluate_corpus(
         num_loops: number of loops to run instead of the trained one, if the scheme repeats a group.
         schedules: the run's walks; None: built here.
         note: called after each micro batch.
+        extremes: receives the samples of this process that a picture shows, for a task.
 
     Raises:
         EvaluationStopped: all ranks agreed to stop.
@@ -115,7 +118,10 @@ def evaluate_corpus(
 
     ran = run_batches(model, mesh, scheduled, batches, failures, stop)
     names = [step.exit_name for step in scheduled.steps if step.exit]
-    return build_objective(config, model.readout).score(ran, corpus, add_up, names)
+    objective = build_objective(config, model.readout)
+    if isinstance(objective, Task):
+        return objective.score(ran, corpus, add_up, names, extremes)
+    return objective.score(ran, corpus, add_up, names)
 
 
 @torch.no_grad()
@@ -196,7 +202,8 @@ def run_batches(
     failures: Sequence[MegarecurError],
     stop: StopFlag | None,
 ) -> Iterator[Ran]:
-    """Yield each batch with the outputs of its tokens, and those at exits.
+    """Yield each batch with the outputs of its tokens, and by name those at exits and, with
+    halting, the mean steps of each row.
 
     Raises:
         EvaluationStopped: all ranks agreed to stop; they check every few batches.
@@ -209,10 +216,13 @@ def run_batches(
                 raise EvaluationStopped
         batch = batch.to(mesh.device)
         ctx = model.context(batch, step=0, training=False)
-        ran = run_with_exits(
+        x, others = run_with_exits(
             model, mesh, scheduled, batch.tokens_BS, ctx, batch.source, batch.pixels_BCHW
         )
-        yield batch, *ran
+        if ctx.recorder.taken:
+            steps_B, tokens_B = torch.stack(ctx.recorder.taken).sum(0).double().unbind(1)
+            others[STEPS] = steps_B / tokens_B.clamp(min=1.0)
+        yield batch, x, others
 
 
 def continue_prompts(
