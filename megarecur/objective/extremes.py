@@ -42,7 +42,7 @@ class Extremes:
             256 grey values. None: they are not.
     """
 
-    def __init__(self, most: int = 24, first_grey: int | None = None) -> None:
+    def __init__(self, most: int = 16, first_grey: int | None = None) -> None:
         self.most, self.first_grey = most, first_grey
         self.mistakes: list[Shown] = []
         """The most confident mistakes, the worst first."""

@@ -52,7 +52,8 @@ def draw_confusion(counts: NDArray[np.int64], classes: Sequence[str], title: str
     )
     axes = figure.add_subplot()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    largest = 1.0 if number <= MOST_NUMBERS else max(float(shares.max()), 1e-3)
+    image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=largest)
     if number <= MOST_NUMBERS:
         for row, column in np.argwhere(counts).tolist():
             colour = "white" if shares[row, column] > 0.55 else INK
@@ -68,7 +69,8 @@ def draw_confusion(counts: NDArray[np.int64], classes: Sequence[str], title: str
         spine.set_color(SOFT)
     axes.set_xlabel("predicted class", color=INK, size=9)
     axes.set_ylabel("class", color=INK, size=9)
-    right = np.trace(counts) / max(counts.sum(), 1)
+    right, room = np.trace(counts) / max(counts.sum(), 1), int((size + margin) / 0.1)
+    title = title if len(title) <= room else f"…{title[1 - room :]}"
     axes.set_title(
         f"{title}\n{100 * right:.1f} % of {counts.sum():,} right".strip(), loc="left", size=10,
         weight="bold", color=INK,

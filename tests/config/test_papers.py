@@ -86,7 +86,7 @@ def check_learning(model: Transformer, loss: Tensor, *_: object) -> None:
         assert parameter.grad.any() or ".signal_" in name, name  # A factor beside a zero one.
 
 
-TASKS = ("listops", "listops-lra", "logic", "flip-flop", "text", "retrieval")
+TASKS = ("listops", "listops-lra", "logic", "flip-flop", "pathfinder", "text", "retrieval")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -114,7 +114,7 @@ def test_a_header_prepares_what_its_config_reads(
         command = line.removeprefix("#   megarecur ").split()
         if line not in prepared:
             few = [] if "labelled" in command else ["--train", "400" if task == "logic" else "40"]
-            if task in ("listops", "listops-lra", "flip-flop"):
+            if task in ("listops", "listops-lra", "flip-flop", "pathfinder"):
                 few += ["--test-count", "2", "--val", "4"]
             monkeypatch.setattr(sys, "argv", ["megarecur", *command, *few])
             with pytest.raises(SystemExit) as ended:

@@ -1,5 +1,6 @@
 """Runs that classify: the same on any mesh, whatever the padding; they resume, learn and score."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,20 @@ import pytest
 import torch
 from support.configs import make_config
 from support.harness import compare
-from support.meshes import later, reference, trace
+from support.meshes import build_on_mesh, later, reference, trace
 
 from megarecur.config.load import validate
 from megarecur.config.objective import TaskConfig
 from megarecur.config.run import Config
 from megarecur.data.open import open_data
-from megarecur.data.samples import TaskCorpus, TaskLoader, collate
+from megarecur.data.samples import TaskBatch, TaskCorpus, TaskLoader, collate
+from megarecur.data_prep.pixels import prepare_pixels
 from megarecur.data_prep.tasks import TaskRequest, prepare_task
 from megarecur.errors import ConfigError, DataError
 from megarecur.launch.cli import main
 from megarecur.model.transformer import Transformer
+from megarecur.objective.by_class import BINS, ClassSums
+from megarecur.objective.extremes import Extremes
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_flops, count_logits, count_parameters, estimate_memory
 from megarecur.recurrence.inventory import build_inventory
@@ -373,6 +377,188 @@ def test_scores_by_hand(tasks) -> None:
     assert score.by_length[4] == (right, scored)
     some = evaluate_corpus(network, corpus, config, Mesh(), 5)
     assert some.samples == 5
+
+
+def make_batch(labels: list[int], sides: int = 1, **tensors: torch.Tensor) -> TaskBatch:
+    """A batch of samples with these labels; -100 stands for a missing sample."""
+    labels_N1, rows = torch.tensor(labels)[:, None], len(labels) * sides
+    tokens_BS = tensors.pop("tokens_BS", torch.zeros(rows, 4, dtype=torch.long))
+    return TaskBatch(
+        tokens_BS, labels_N1, torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS),
+        torch.zeros_like(tokens_BS), torch.arange(rows), torch.zeros(len(labels), dtype=torch.long),
+        True, lengths_N=torch.full((len(labels),), 4), scored=labels_N1 != -100, **tensors,
+    )  # fmt: skip
+
+
+def test_sums_by_class_by_hand() -> None:
+    """Against loops over samples; missing ones are left out, and the order makes no difference."""
+    generator = torch.Generator().manual_seed(3)
+    logits = 3.0 * torch.randn(200, 8, generator=generator)
+    labels = torch.randint(8, (200,), generator=generator)
+    labels[::9] = -100
+    steps = 5.0 * torch.rand(200, generator=generator)
+    flat = torch.zeros(ClassSums.size(8), dtype=torch.float64)
+    turned = torch.zeros_like(flat)
+    for sums, order in ((flat, range(0, 200, 25)), (turned, range(175, -1, -25))):
+        for first in order:
+            part = slice(first, first + 25)
+            batch = make_batch(labels[part].tolist())
+            ClassSums.over(sums, 8).add(logits[part], batch, steps[part])
+    assert torch.equal(flat, turned)
+    score = ClassSums.over(flat, 8).score([f"c{n}" for n in range(8)])
+    confusion, top, bins = np.zeros((8, 8), int), 0, np.zeros((3, BINS))
+    for row, label in zip(logits.double().numpy(), labels.tolist(), strict=True):
+        if label < 0:
+            continue
+        shares = np.exp(row) / np.exp(row).sum()
+        confusion[label, row.argmax()] += 1
+        top += label in np.argsort(-row)[:5]
+        place = int(np.ceil(shares.max() * BINS)) - 1
+        bins[:, place] += 1, row.argmax() == label, shares.max()
+    assert (score.confusion == confusion).all() and score.in_top == top
+    samples, right, confidence = bins
+    taken = samples > 0
+    error = np.abs(right[taken] / samples[taken] - confidence[taken] / samples[taken])
+    expected = (error * samples[taken] / samples.sum()).sum()
+    assert score.calibration_error == pytest.approx(expected, abs=1e-6)
+    assert score.values["top5_accuracy"] == top / samples.sum()
+    for number in range(8):
+        own = labels == number
+        assert score.mean_steps is not None
+        assert score.mean_steps[number] == pytest.approx(steps[own].mean().item(), abs=1e-5)
+        assert score.accuracies[number] == confusion[number, number] / own.sum().item()
+    both = score + score
+    assert (both.confusion == 2 * confusion).all()
+    assert both.calibration_error == pytest.approx(score.calibration_error)
+    assert len(score.table()) == 9 and "c7" in score.table()[-1]
+    json.dumps(score.describe())
+
+
+def test_extreme_samples_by_hand() -> None:
+    """The most confident mistakes and the steps of pictures, of pairs and of grey sequences."""
+    logits = torch.tensor([[4.0, 0.0], [1.0, 0.0], [0.0, 3.0], [9.0, 0.0], [0.0, 9.0]])
+    labels, steps = [1, 1, 1, -100, 0], torch.tensor([1.0, 2.0, 5.0, 9.0, 3.0])
+    pixels = torch.rand(5, 3, 4, 4)
+    found = Extremes(most=2)
+    found.add(logits, make_batch(labels, pixels_BCHW=pixels), steps)
+    assert [shown.number for shown in found.mistakes] == [4, 0]
+    assert [shown.number for shown in found.slowest] == [2, 4]
+    assert [shown.number for shown in found.fastest] == [0, 1]
+    worst = found.mistakes[0]
+    assert (worst.label, worst.predicted) == (0, 1) and worst.pixels_CHW is not None
+    assert np.array_equal(worst.pixels_CHW, pixels[4].numpy())
+    assert worst.confidence == pytest.approx(1 / (1 + np.exp(-9.0)))
+    pairs = Extremes()
+    pairs.add(logits[:2], make_batch([0, 1], sides=2), torch.tensor([1.0, 3.0, 2.0, 2.5]))
+    assert [(shown.number, shown.steps) for shown in pairs.slowest] == [(1, 2.25), (0, 2.0)]
+    assert pairs.slowest[0].pixels_CHW is None
+    grey = torch.tensor([[-1, 2, 257, 4, 5, -2], [2, 2, 2, 2, 2, 2]])
+    sequences = Extremes(first_grey=2)
+    sequences.add(logits[:2], make_batch([1, 1], tokens_BS=grey), None)
+    first, second = sequences.mistakes
+    assert first.pixels_CHW is not None and second.pixels_CHW is None
+    assert (first.pixels_CHW * 255).round().tolist() == [[[0, 255], [2, 3]]]
+
+
+def halting_config(tasks: Path, **sections: Any) -> Config:
+    """A pair task whose samples halt at different steps."""
+    recurrence = {"kind": "universal", "depth": 4, "halting": {"mode": "token", "threshold": 0.9}}
+    return task_config(tasks, "logic", PAIR, recurrence=recurrence, model=ENCODER, **sections)
+
+
+def score_on_mesh(config: Config, corpus: Path) -> tuple[Any, ...]:
+    """The sums of an evaluation on this mesh."""
+    config, model, _, mesh, _ = build_on_mesh(config)
+    model.parameters_by_name["blocks.0.halting.down.weight"].data.mul_(1000.0)
+    model.refresh()
+    score = evaluate_corpus(model, TaskCorpus(corpus), config, mesh, 37)
+    by_class = score.by_class
+    assert by_class is not None and by_class.steps is not None
+    arrays = by_class.confusion, by_class.bins, by_class.steps
+    return score.samples, by_class.in_top, *(array.tolist() for array in arrays)
+
+
+@pytest.mark.parametrize("parallel", [{}, later({"tensor": 2})])
+def test_scores_by_class_are_the_same_on_two_ranks(world, tasks, parallel) -> None:
+    """To the last bit, where the ranks have other samples; also where the last ones are missing."""
+    corpus = tasks / "logic/val"
+    config = halting_config(tasks, train={"precision": "fp64"})
+    alone = score_on_mesh(config, corpus)
+    on_two = halting_config(tasks, train={"precision": "fp64"}, parallel=parallel)
+    for found in world(2).run(score_on_mesh, on_two, corpus):
+        assert found == alone
+    samples, _, confusion, bins, steps = alone
+    assert samples == 61 == sum(map(sum, confusion)) == sum(bins[0])
+    assert (
+        len({round(s / max(sum(row), 1), 3) for s, row in zip(steps, confusion, strict=True)}) > 2
+    )
+
+
+def test_steps_of_samples_are_those_of_their_tokens(tasks) -> None:
+    """Alone and in a batch, in one piece and in chunks of a temporal memory."""
+    temporal = {"chunk_length": 6, "num_slots": 3}
+    for sections in ({}, {"temporal": temporal}):
+        config = open_data(halting_config(tasks, **sections), Mesh()).config
+        network, corpus = Transformer(config), TaskCorpus(tasks / "logic/train")
+        network.parameters_by_name["blocks.0.halting.down.weight"].data.mul_(1000.0)
+        network.refresh()
+        ids = np.arange(4)
+
+        def steps(numbers: Any, config=config, network=network, corpus=corpus) -> torch.Tensor:
+            batch = collate(
+                [(corpus, int(n)) for n in numbers], numbers, numbers * 0, config.task,
+                config.data.seq_length,
+            )  # fmt: skip
+            ctx = network.context(batch, 0, training=False)
+            with torch.no_grad():
+                x = network.embed(batch.tokens_BS, ctx)
+                network.run(layer_map(config.recurrence), x, ctx, {})
+            taken, tokens = torch.stack(ctx.recorder.taken).sum(0).unbind(1)
+            assert torch.equal(tokens, (batch.documents_BS >= 0).sum(1))
+            by_steps = torch.stack(ctx.recorder.counts).sum(0)[:-2]
+            assert (by_steps * torch.arange(len(by_steps))).sum() == taken.sum()
+            return taken
+
+        together = steps(ids)
+        assert len(set(together.tolist())) > 1
+        assert torch.equal(torch.cat([steps(ids[n : n + 1]) for n in ids]), together)
+
+
+def test_a_classifier_is_drawn(tmp_path, capsys, monkeypatch) -> None:
+    """`eval --draw` writes scores and pictures of grey sequences, mistakes and steps among them."""
+    rng = np.random.default_rng(0)
+    pictures = [(rng.integers(0, 256, (6, 6), np.uint8), n % 6) for n in range(36)]
+    classes = [f"kind {n}" for n in range(6)]
+    parts = {"train": lambda: pictures, "val": lambda: pictures[:30]}
+    prepare_pixels(tmp_path / "listops", parts, classes, "stamp")
+    recurrence = {"kind": "universal", "depth": 3, "halting": {"mode": "global"}}
+    run, folder = tmp_path / "run", tmp_path / "scores"
+    config = task_config(
+        tmp_path, "listops", {**SEQUENCE, "num_classes": 6}, run_dir=str(run), model=ENCODER,
+        recurrence=recurrence, data={"seq_length": 36}, train={"steps": 1, "eval_every": 1},
+    )  # fmt: skip
+    assert train(config) == FINISHED
+    (row,) = (row for row in read_rows(run / "metrics.jsonl") if "val/accuracy" in row)
+
+    def command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["megarecur", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    capsys.readouterr()
+    code, out, _ = command("eval", run, "--draw", folder)
+    assert code == 0 and "kind 5" in out and "calibration error" in out
+    names = ["confusion.png", "mistakes.png", "scores.json", "steps.png"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    values = json.loads((folder / "scores.json").read_text())
+    assert np.array(values["confusion"]).sum() == values["samples"] == 30
+    for name in ("accuracy", "calibration_error", "top5_accuracy", "halting_depth"):
+        assert values[name] == pytest.approx(row[f"val/{name}"], abs=1e-9), name
+    depth = sum(entry["steps"] * entry["samples"] for entry in values["classes"]) / 30
+    assert depth == pytest.approx(values["halting_depth"])
+    code, _, error = command("eval", run, "--draw", tmp_path / "scores.png")
+    assert code == 2 and "a run with a task writes several files; name a folder" in error
 
 
 # ------------------------------------------------------------------------------------ refusals
