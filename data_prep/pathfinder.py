@@ -122,7 +122,8 @@ def draw_picture(rng: random.Random, connected: bool, length: int = 14) -> NDArr
     for place in (contours[first].tip, contours[second].end):
         blend(picture, CIRCLE, place, 1.0)
     inner = picture[EDGE:-EDGE, EDGE:-EDGE]
-    return np.minimum(np.rint(inner * 255.0), 255.0).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.minimum(np.rint(inner * 255.0), 255.0).astype(np.uint8)
+    return pixels
 
 
 def grow_two(rng: random.Random, length: int) -> tuple[Contour, Contour] | None:

@@ -76,7 +76,7 @@ def draw_confusion(counts: NDArray[np.int64], classes: Sequence[str], title: str
         weight="bold", color=INK,
     )  # fmt: skip
     bar = figure.colorbar(image, ax=axes, shrink=0.7, label="share of the class")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=INK, length=2)
     return figure
 
