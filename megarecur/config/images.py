@@ -73,4 +73,4 @@ class ImagesConfig(Section):
 
 
 NO_AUGMENTATION = ImagesConfig(flip=0.0)
-"""How pictures are read without the section `data.images`."""
+"""The reading of pictures without the section `data.images`."""

@@ -121,6 +121,6 @@ IMAGE_RULES = (
         when=resizes_too_small,
         reason="data.images.eval_resize={data.images.eval_resize} is below task.image_size="
         "{task.image_size}: nothing would be left to cut out",
-        remedy="raise it to at least {task.image_size}, or leave it out",
+        remedy="raise it to at least {task.image_size}, or omit it",
     ),
 )
