@@ -56,7 +56,8 @@ def free(default: Any = ..., **constraints: Any) -> Any:
 
 
 def derived() -> Any:
-    """Declare a field that the section's `fill_in` computes if the file omits it."""
+    """Declare a field that `fill_in`, of its section or of the whole config, computes if the file
+    omits it."""
     return Field(json_schema_extra={"derived": True})
 
 

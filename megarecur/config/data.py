@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megarecur.config.base import Count, Length, Section, free
+from megarecur.config.base import Count, Length, Section, derived, free
 from megarecur.config.images import ImagesConfig
 
 REMOTE_SCHEMES = ("s3", "gs", "sftp", "hf", "oci", "azure", "azure-dl", "dbfs", "alipan")
@@ -50,10 +50,10 @@ class DataConfig(Section):
     """Corpora to train on."""
     val: tuple[Source, ...] = free(())
     """Corpora to evaluate on. Default: none."""
-    tokenizer: str = free(min_length=1)
+    tokenizer: str = Field(json_schema_extra={"resume": "free", "derived": True}, min_length=1)
     """A sentencepiece model, a Hugging Face tokenizer.json, or `bytes`. The path may change when a
     run resumes; the content may not. Of images it is `none`, and may be omitted."""
-    seq_length: Length
+    seq_length: Length = derived()
     """Tokens per sample; with an encoder, most tokens of a sentence, its end included. Of images it
     is the number of patches, plus the class token, and may be omitted."""
     truncate: bool = False

@@ -24,6 +24,11 @@ def resize_config(config: Config, image_size: int) -> Config:
         raise ConfigError(f"{option}: the run classifies no pictures; omit it")
     values = config.model_dump(mode="json")
     values["task"]["image_size"] = image_size
+    if config.data.images is not None and config.data.images.eval_resize is not None:
+        assert config.task is not None and config.task.image_size is not None
+        # The same share of a picture is cut out.
+        scaled = config.data.images.eval_resize * image_size / config.task.image_size
+        values["data"]["images"]["eval_resize"] = round(scaled)
     del values["data"]["seq_length"], values["model"]["max_positions"]
     return validate(values, option)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from support.pairs import collate, make_pairs
 from support.pairs import objective as objective_of_pairs
+from support.pictures import make_pictures
+from support.pictures import objective as objective_of_pictures
 from torch import Tensor
 
 from megarecur.batch import END, START
@@ -60,6 +62,9 @@ def test_a_twin_learns_from_a_batch(path: Path) -> None:
     model = Transformer(config)
     if config.encoder is not None:
         check_learning(model, *objective_of_pairs(model, collate(*make_pairs(4))))
+        return
+    if config.reads_images:
+        check_learning(model, *objective_of_pictures(model, make_pictures(config, 4)))
         return
     tokens = torch.randint(2048, (4, 33), generator=torch.Generator().manual_seed(1))
     inputs, labels = tokens[:, :-1].clone(), tokens[:, 1:]
