@@ -482,6 +482,13 @@ def images(
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Skip and count pictures that do not decode.")
     ] = False,
+    as_tokens: Annotated[
+        Literal["grey"] | None,
+        typer.Option(
+            help="Write sequences of pixels instead of pictures, a token for each grey value, as "
+            "Long Range Arena's Image has them."
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes (default: 0, one per core).")] = 0,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help=EXCLUDE)] = None,
 ) -> None:
@@ -507,6 +514,17 @@ def images(
         skip_damaged=skip_damaged,
         exclude=tuple(exclude or ()),
     )
+    if as_tokens is not None:
+        from megarecur.data_prep.pixels import prepare_grey
+
+        made = prepare_grey(request, out, workers=workers, progress=ProgressReport())
+        for split, manifest in made.items():
+            held = manifest.task or {}
+            print(
+                f"{out / split}: {held['num_samples']:,} pictures of {held['longest']:,} pixels, "
+                f"{len(held['classes'])} classes"
+            )
+        return
     made = prepare_images(request, out, workers=workers, progress=ProgressReport())
     for split, manifest in made.items():
         print(f"{out / split}: {describe_corpus(manifest)}")

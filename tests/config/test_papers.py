@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow
 import pytest
 import torch
+from PIL import Image
+from pyarrow import parquet
 from support.pairs import collate, make_pairs
 from support.pairs import objective as objective_of_pairs
 from support.pictures import make_pictures
@@ -169,3 +174,39 @@ def test_check_shows_both_numbers() -> None:
     with console.capture() as capture:
         console.print(describe(config.model_copy(update={"model": model})))
     assert "131,072 more here" in capture.get()
+
+
+def test_a_header_prepares_the_pictures_that_its_config_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every twin's command, with files like those of Hugging Face's CIFAR-10."""
+    monkeypatch.chdir(tmp_path)
+    write_cifar("train-00000-of-00001.parquet", 60)
+    write_cifar("test-00000-of-00001.parquet", 20)
+    prepared: set[str] = set()
+    for path in sorted(set(FILES) - set(ROWS)):
+        text = path.read_text()
+        for line in (line for line in text.splitlines() if "megarecur prep images" in line):
+            if line not in prepared:
+                words = line.removeprefix("#   megarecur ").split()
+                monkeypatch.setattr(sys, "argv", ["megarecur", *words, "--workers", "1"])
+                with pytest.raises(SystemExit) as ended:
+                    main()
+                assert not ended.value.code, line
+                prepared.add(line)
+            data = open_data(load_config(path), Mesh())
+            assert len(data.loader.batch(0)[0].labels_BS) == data.config.train.micro_batch_size
+            data.close()
+    assert len(prepared) == 2
+
+
+def write_cifar(name: str, count: int) -> None:
+    """Write a Parquet file of random pictures of 32 x 32 pixels and 10 classes."""
+    pictures = []
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        pictures.append({"bytes": file.getvalue(), "path": None})
+    labels = [number % 10 for number in range(count)]
+    parquet.write_table(pyarrow.table({"img": pictures, "label": labels}), name)

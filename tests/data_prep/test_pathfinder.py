@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from megarecur.data.samples import TaskCorpus
 from megarecur.data_prep import pathfinder
@@ -187,3 +188,34 @@ def test_pixels_need_one_size(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train: picture 1 is 5x4, others are 4x4; resize"):
         prepare_pixels(tmp_path / "out", {"train": lambda: pictures}, ["a", "b"], "stamp")
     assert not (tmp_path / "out").exists()
+
+
+def test_prep_images_writes_grey_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of colours, with the classes of the folders; a second time it is done."""
+    colours = {}
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.random.default_rng(len(colours)).integers(0, 256, (4, 5, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
+            colours[name, i] = pixels
+    monkeypatch.chdir(tmp_path)
+    words = ["prep", "images", "pictures", "--as-tokens", "grey", "--out", "out", "--workers", "1"]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["megarecur", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        assert "6 pictures of 20 pixels, 2 classes" in capsys.readouterr().out
+    corpus = TaskCorpus("out/train")
+    assert corpus.classes == ["cat", "dog"]
+    expected = sorted((name, to_grey(pixels).ravel().tolist()) for (name, _), pixels in
+                      colours.items())  # fmt: skip
+    found = [
+        (corpus.classes[corpus.labels[n]], (corpus.document(n, 99)[0].astype(int) - 2).tolist())
+        for n in range(6)
+    ]
+    assert sorted(found) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pictures"]
