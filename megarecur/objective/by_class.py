@@ -23,6 +23,8 @@ BINS = 15
 GRAIN = 1 << 20
 """Confidences and numbers of steps are rounded to multiples of 1 / GRAIN before they are summed."""
 TOP = 5
+MOST_ROWS = 40
+"""Classes that `megarecur eval` prints."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,24 +80,30 @@ class ClassScore:
         return found
 
     def table(self) -> list[str]:
-        """Return a line for each class: its name, samples, accuracy, and mean steps with
-        halting."""
-        steps = self.mean_steps
-        width = max(5, *(len(name) for name in self.classes))
+        """Return a line for each class: its name, samples, accuracy, and mean steps with halting.
+        Of many classes these are the MOST_ROWS with the lowest accuracy."""
+        counts, accuracies, steps = self.counts, self.accuracies, self.mean_steps
+        numbers = list(range(len(counts)))
+        if len(counts) > MOST_ROWS:
+            numbers = np.argsort(accuracies, kind="stable")[:MOST_ROWS].tolist()  # nan comes last.
+        width = max(5, *(len(self.classes[number]) for number in numbers))
         head = f"{'class':<{width}}  samples  accuracy" + "  steps" * (steps is not None)
+        if len(counts) > MOST_ROWS:
+            head += f"  (the lowest of {len(counts)})"
         lines = [head]
-        for number, name in enumerate(self.classes):
-            line = f"{name:<{width}}  {self.counts[number]:>7}  {self.accuracies[number]:>8.4f}"
+        for number in numbers:
+            line = f"{self.classes[number]:<{width}}  {counts[number]:>7}  "
+            line += f"{accuracies[number]:>8.4f}"
             lines.append(line if steps is None else f"{line}  {steps[number]:>5.2f}")
         return lines
 
     def describe(self) -> dict[str, Any]:
         """Return the score as plain values for a JSON file; None stands for nan."""
         steps = self.mean_steps
-        rows = []
+        counts, accuracies, rows = self.counts, self.accuracies, []
         for number, name in enumerate(self.classes):
-            row = {"class": name, "samples": int(self.counts[number]),
-                   "accuracy": plain(self.accuracies[number])}  # fmt: skip
+            row = {"class": name, "samples": int(counts[number]),
+                   "accuracy": plain(accuracies[number])}  # fmt: skip
             rows.append(row if steps is None else row | {"steps": plain(steps[number])})
         return {**self.values, "classes": rows, "confusion": self.confusion.tolist()}
 
