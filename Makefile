@@ -84,7 +84,8 @@ demo-images: setup
 	@test -d $(IMAGES) || { echo "$(IMAGES) is missing; install Debian's package \
 	dataset-fashion-mnist, or name a folder with the four files of Fashion-MNIST: \
 	make demo-images IMAGES=FOLDER" >&2; exit 2; }
-	$(BIN)/megarecur prep images $(IMAGES) --out data/fashion_mnist
+	$(BIN)/megarecur prep images $(IMAGES) --out data/fashion_mnist --class-names \
+	"T-shirt,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 	$(BIN)/megarecur prep inspect data/fashion_mnist/train --draw data/fashion_mnist/pictures.png
 	$(BIN)/megarecur train configs/images.yaml
 	$(BIN)/megarecur eval runs/fashion_mnist --draw runs/fashion_mnist/plots
