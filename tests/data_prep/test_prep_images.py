@@ -29,6 +29,7 @@ from megarecur.data_prep.image_inputs import FieldNames
 from megarecur.data_prep.images import ImageRequest, prepare_images
 from megarecur.data_prep.inspect import inspect_corpus
 from megarecur.errors import ConfigError, DataError
+from megarecur.launch.cli import main
 from megarecur.launch.prep import app
 
 NAMES = ["cat", "dog", "owl"]
@@ -403,6 +404,27 @@ def refused(source: Path, out: Path, **options: Any) -> str:
         prepare(source, out=out, **options)
     assert not out.exists() and not out.with_name(out.name + ".partial").exists()
     return str(error.value)
+
+
+def test_the_command_ends_with_one_error_and_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_folders(tmp_path / "in", classes=2)
+    (source / "class_0" / "cut.png").write_bytes(encode(PIXELS[0])[:-30])
+    out = str(tmp_path / "out")
+    words = ["megarecur", "prep", "images", str(source), "--out", out, "--workers", "1"]
+    for more, expected in (
+        ([], "cut.png: cannot be decoded: "),
+        (["--channels", "2"], "--channels 2: pictures have 1 or 3"),
+        (["--val-fraction", "1"], "--val-fraction 1 must be at least 0 and below 1"),
+    ):
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        message = capsys.readouterr().err
+        assert ended.value.code == 2 and "Traceback" not in message
+        assert message.count("error: ") == 1 and expected in message
+    assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
 
 def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
