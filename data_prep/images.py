@@ -35,7 +35,6 @@ from numpy.typing import NDArray
 from megarecur.data.corpus import MANIFEST_VERSION, NO_TOKENIZER, Manifest, hash_file, read_manifest
 from megarecur.data.fit import IMAGE
 from megarecur.data.pictures import COLUMNS
-from megarecur.data.samples import LABELS
 from megarecur.data.tokenizer import BYTES
 from megarecur.data_prep.disk import explain_os_errors
 from megarecur.data_prep.image_encoding import AS_STORED, DamagedPicture, Encoding, encode_picture
@@ -57,7 +56,7 @@ from megarecur.data_prep.shards import (
     partial_of,
     resume_or_restart,
 )
-from megarecur.data_prep.tasks import is_made
+from megarecur.data_prep.tasks import LABELS, is_made
 from megarecur.data_prep.workers import Workers
 from megarecur.errors import ConfigError, DataError
 from megarecur.files import open_replacement, publish

@@ -14,7 +14,6 @@ from rich.text import Text
 
 from megarecur.data.corpus import Corpus, Manifest, check_tokenizer, read_manifest
 from megarecur.data.fit import IMAGE, TRANSLATION
-from megarecur.data.images import ImageCorpus
 from megarecur.data.tokenizer import BYTES, load_tokenizer
 from megarecur.data_prep.images import describe_sizes
 from megarecur.data_prep.pairs import describe_dropped
@@ -70,6 +69,8 @@ def inspect_corpus(
         raise DataError(f"num_samples={num_samples} must be at least 0; raise it")
     held = read_manifest(path)
     if held.task is not None and held.task["kind"] == IMAGE:
+        from megarecur.data.images import ImageCorpus  # imports torch, which takes seconds
+
         images = ImageCorpus(path, verify=verify)
         return Inspection(images.path, held, images.fingerprint, [], 1.0, 1, [], [])
     corpus = Corpus(path, verify=verify)

@@ -157,13 +157,10 @@ def find_image_misfits(path: Path, manifest: Manifest, config: Config, trained: 
     problems, classes = [], held["classes"]
     if task.num_classes is not None and len(classes) != task.num_classes:
         more = "more" if len(classes) > task.num_classes else "fewer"
-        remedy = (
-            f"set it to {len(classes)}" if trained else "use pictures of the classes of training"
-        )
         problems.append(
             f"{path}: has {len(classes)} classes ({', '.join(classes[:12])}"
             f"{', ...' if len(classes) > 12 else ''}), {more} than task.num_classes="
-            f"{task.num_classes}; {remedy}"
+            f"{task.num_classes}; use pictures of the classes of training, whose number it is"
         )
     channels = task.channels or 3
     if held["channels"] != channels:

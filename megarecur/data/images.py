@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,8 @@ class ImageCorpus(TaskCorpus):
         self.channels: int = held["channels"]
         self.mean: list[float] = held["mean"]
         """Mean of each channel of the training pictures, of values in [0, 1]."""
-        self.std: list[float] = held["std"]
+        self.std: list[float] = [value or 1.0 for value in held["std"]]
+        """Their standard deviation; 1 for a channel of one value."""
 
     def _open_shards(
         self, described: list[dict[str, Any]]
@@ -150,14 +152,13 @@ def make_decoders(
         trivial_augment=images.trivial_augment,
         resize=images.eval_resize or task.image_size,
     )
-    std = images.std or tuple(corpora[0].std)
     return Decoders(
         [corpus.path for corpus in corpora],
         [corpus.shard_names for corpus in corpora],
         [corpus.pictures for corpus in corpora],
         recipe,
         images.mean or tuple(corpora[0].mean),
-        tuple(value or 1.0 for value in std),  # A channel of one value has no deviation.
+        images.std or tuple(corpora[0].std),
         seed=seed,
         workers=images.workers,
     )
@@ -200,6 +201,7 @@ class ImageLoader(PaddedLoader):
             raise DataError("\n".join(problems))
         self.decoders = make_decoders(self.image_corpora, task, images, training=True, seed=seed)
         self._ahead: dict[int, Request] = {}
+        self._ahead_lock = Lock()
         super().__init__(
             sources, seq_length=seq_length, global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size, seed=seed,
@@ -230,14 +232,15 @@ class ImageLoader(PaddedLoader):
         return np.arange(first, first + self.rank_batch_size)
 
     def _build(self, step: int) -> list[MicroBatch]:
-        request = self._ahead.pop(step, None)
-        if request is None:
-            request = self.decoders.request(self._rows(self._step_ids(step)))
-        for stale in [s for s in self._ahead if s != step + 1]:
-            self.decoders.drop(self._ahead.pop(stale))
-        if step + 1 not in self._ahead:
-            # So that workers go on while the pixels of this step are normalised.
-            self._ahead[step + 1] = self.decoders.request(self._rows(self._step_ids(step + 1)))
+        with self._ahead_lock:  # After a jump, two threads may build steps.
+            request = self._ahead.pop(step, None)
+            if request is None:
+                request = self.decoders.request(self._rows(self._step_ids(step)))
+            for stale in [s for s in self._ahead if s != step + 1]:
+                self.decoders.drop(self._ahead.pop(stale))
+            if step + 1 not in self._ahead:
+                # So that workers go on while the pixels of this step are normalised.
+                self._ahead[step + 1] = self.decoders.request(self._rows(self._step_ids(step + 1)))
         pixels_RCHW = self.decoders.finish(request)
         ids = self._step_ids(step)
         size = self.micro_batch_size

@@ -39,7 +39,7 @@ BINS = 31
 
 @dataclass(frozen=True)
 class Recipe:
-    """The way from a picture to pixels of a fixed size; fields are those of `data.images`."""
+    """The way from a picture to pixels of a fixed size, with the fields of `data.images`."""
 
     size: int
     """Height and width of the result."""

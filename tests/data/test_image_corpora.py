@@ -422,7 +422,9 @@ def test_corpora_that_do_not_fit_are_reported_together(corpus: Path, tmp_path: P
     with pytest.raises(DataError) as error:
         open_images(config, [f"{corpus}/train", f"{corpus}/val"])
     assert str(error.value).count("has 3 classes") == 2
-    assert "more than task.num_classes=2; use pictures of the classes of" in str(error.value)
+    assert "more than task.num_classes=2; use pictures of the classes of training" in str(
+        error.value
+    )
     assert str(error.value).count("has pictures of 3 channel(s), but task.channels=1") == 2
     more = write_folders(tmp_path / "more", classes=4)
     prepare_images(ImageRequest((str(more),)), tmp_path / "out", workers=1)
