@@ -10,7 +10,7 @@ Arena (Tay et al. 2021; `lra_benchmarks/data/pathfinder.py`):
     paddle_length 2, thickness 0.5, margin 1    pixels; the margin is free at both ends of a dash
     seed_distance 7, marker_radius 1.5          pixels: between the first ends; of the circles
     continuity 1.0                              the next dash turns by d with weight cos(d)^2
-    distractor_length contour_length // 3       dashes; there are 20 // distractor_length of them
+    distractor_length contour_length // 3       dashes; 20 // distractor_length of them, if they fit
     paddle_contrast 0.75, snake_contrast 2      contours have 1.5, their product, distractors 2
     use_single_paddles false                    no dash stands alone
 
@@ -129,7 +129,7 @@ def draw_picture(rng: random.Random, connected: bool, length: int = 14) -> NDArr
 def grow_two(rng: random.Random, length: int) -> tuple[Contour, Contour] | None:
     """Grow two contours dash by dash in turn; None after too many dead ends.
 
-    A dead end takes back the last few dashes, where the published code begins anew.
+    A dead end takes back the last few dashes, where the published code starts over.
     """
     low, high = int(2 * SEED_DISTANCE), SIZE - 1 - int(2 * SEED_DISTANCE)
     tip = float(rng.randint(low, high)), float(rng.randint(low, high))

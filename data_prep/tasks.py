@@ -9,11 +9,14 @@ Samples stream from a generator to the writers of all splits, whatever their num
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import re
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +49,7 @@ from megarecur.data_prep.labelled import (
 from megarecur.data_prep.progress import ProgressReport, report_phase
 from megarecur.data_prep.readers import Notes, Reading, find_sources
 from megarecur.data_prep.shards import finish_split, hold, open_writer, partial_of, refuse_damage
+from megarecur.data_prep.workers import end_with_parent
 from megarecur.errors import ConfigError, DataError
 from megarecur.files import open_replacement, publish, sync
 
@@ -55,6 +59,8 @@ FLAGS = {"tests": "test", "text_keys": "text-key", "classes": "class", "columns"
 NAMES = ("listops", "logic", "flip_flop", "pathfinder", "labelled")
 YOUNGER = ("classes", "columns", "quoting", "errors", "contour_length")
 """Fields of a request that the first corpora lack."""
+MANY_PICTURES = 2000
+"""Number of pictures from which all cores draw them."""
 HEADER = 128
 """Bytes before the values of an .npy file; numpy's header leaves room for any length."""
 
@@ -653,14 +659,14 @@ def build_pathfinder(request: TaskRequest) -> Task:
     wanted = {split: values for split, values in wanted.items() if values[1]}
 
     def samples() -> Iterator[Sample]:
+        jobs = []
         for split, (size, count) in wanted.items():
             name = f"pathfinder {request.seed} {split} {size}"
             labels = [number % 2 for number in range(count)]
             random.Random(name).shuffle(labels)
-            for number, label in enumerate(labels):
-                rng = random.Random(f"{name} {number}")
-                picture = pathfinder.draw_picture(rng, bool(label), size)
-                yield Sample(split, (grey.spell(picture),), label)
+            jobs += [Drawing(split, label, size, f"{name} {n}") for n, label in enumerate(labels)]
+        for job, text in zip(jobs, draw_pictures(jobs), strict=True):
+            yield Sample(job.split, (text,), job.label)
 
     return Task(
         name="pathfinder",
@@ -671,6 +677,37 @@ def build_pathfinder(request: TaskRequest) -> Task:
         total=sum(count for _, count in wanted.values()),
         samples=samples,
     )
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Everything that determines a picture of Pathfinder."""
+
+    split: str
+    label: int
+    length: int
+    seed: str
+
+    def draw(self) -> str:
+        """Return the picture as a text of grey values."""
+        rng = random.Random(self.seed)
+        return grey.spell(pathfinder.draw_picture(rng, bool(self.label), self.length))
+
+
+def draw_pictures(drawings: Sequence[Drawing]) -> Iterator[str]:
+    """Yield pictures in their order, drawn by processes on all cores if there are many."""
+    if len(drawings) < MANY_PICTURES:
+        yield from map(Drawing.draw, drawings)
+        return
+    pool = ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=end_with_parent,
+    )
+    try:
+        yield from pool.map(Drawing.draw, drawings, chunksize=64)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------------- labelled

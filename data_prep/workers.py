@@ -82,7 +82,7 @@ class Workers:
         self._pool = ProcessPoolExecutor(
             self.number,
             mp_context=multiprocessing.get_context(method),
-            initializer=_end_with_parent,
+            initializer=end_with_parent,
         )
         self._pool.submit(os.getpid)
 
@@ -110,7 +110,7 @@ class Workers:
             ) from None
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this worker when its parent has ended; it would wait for tasks forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megarecur.data.samples import TaskCorpus
-from megarecur.data_prep import pathfinder
+from megarecur.data_prep import pathfinder, tasks
 from megarecur.data_prep.grey import WORDS, to_grey
 from megarecur.data_prep.pixels import prepare_pixels
 from megarecur.data_prep.tasks import TaskRequest, prepare_task
@@ -92,11 +92,14 @@ def test_pictures_are_drawn_by_the_published_numbers() -> None:
         assert (pictures == min(round(255 * contrast * share), 255)).any()
 
 
-def test_a_corpus_is_a_function_of_the_seed(tmp_path: Path) -> None:
+def test_a_corpus_is_a_function_of_the_seed(tmp_path: Path, monkeypatch) -> None:
+    """Whether one process draws it or several."""
     request = TaskRequest(
         "pathfinder", train=20, val=6, test_count=4, tests=("9",), contour_length=6, seed=3
     )
     made = prepare_task(request, tmp_path / "a")
+    monkeypatch.setattr(tasks, "MANY_PICTURES", 1)
+    monkeypatch.setattr(tasks.os, "sched_getaffinity", lambda process: {0, 1})
     prepare_task(request, tmp_path / "b")
     assert sorted(made) == ["test", "test_9", "train", "val"]
     labels, seen = {}, set()
