@@ -121,9 +121,9 @@ def draw_picture(rng: random.Random, connected: bool, length: int = 14) -> NDArr
     second = first if connected else 1 - first
     for place in (contours[first].tip, contours[second].end):
         blend(picture, CIRCLE, place, 1.0)
-    inner = picture[EDGE:-EDGE, EDGE:-EDGE]
-    pixels: NDArray[np.uint8] = np.minimum(np.rint(inner * 255.0), 255.0).astype(np.uint8)
-    return pixels
+    values = np.minimum(np.rint(picture[EDGE:-EDGE, EDGE:-EDGE] * 255.0), 255.0)
+    grey: NDArray[np.uint8] = values.astype(np.uint8)
+    return grey
 
 
 def grow_two(rng: random.Random, length: int) -> tuple[Contour, Contour] | None:
