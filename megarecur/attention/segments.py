@@ -156,15 +156,27 @@ def find_layout(task: Task, device: torch.device) -> Layout:
     edges_q, edges_k = used_edges(task.cu_q), task.cu_k.numpy()
     edges_k = edges_k[: len(edges_q)]
     same = task.cu_q is task.cu_k or np.array_equal(edges_q, edges_k)
-    keys = b"" if same else edges_k.tobytes()
+    keys, drops = b"" if same else edges_k.tobytes(), task.key is not None
+    alone = drops and not are_whole(task, edges_q, edges_k)
     return build_layout(
-        edges_q.tobytes(), keys, task.num_keys, task.causal, task.key is not None, device
+        edges_q.tobytes(), keys, task.num_keys, task.causal and not drops, alone, device
+    )
+
+
+def are_whole(task: Task, edges_q: NDArray[np.int32], edges_k: NDArray[np.int32]) -> bool:
+    """Return True if every sample is one document, of as many keys as the others: then document
+    u of dropout's coordinates is sample u."""
+    assert task.samples_B1 is not None
+    samples = np.arange(len(task.samples_B1) + 1)
+    return all(
+        len(edges) == len(samples) and np.array_equal(edges, samples * edges[1])
+        for edges in (edges_q, edges_k)
     )
 
 
 @lru_cache(maxsize=32)
 def build_layout(
-    queries: bytes, keys: bytes, total_keys: int, causal: bool, alone: bool, device: torch.device
+    queries: bytes, keys: bytes, total_keys: int, pads: bool, alone: bool, device: torch.device
 ) -> Layout:
     """Group documents. All steps of the map use the layout of a micro batch, hence the cache.
 
@@ -172,7 +184,7 @@ def build_layout(
         queries: edges of the queries' documents, int32.
         keys: edges of the keys' documents; empty: those of the queries.
         total_keys: rows of keys.
-        causal: whether padding after the keys is never seen.
+        pads: whether short documents are padded, so that padding after the keys is never seen.
         alone: whether every document is a group of its own.
         device: device of the tables.
     """
@@ -180,7 +192,7 @@ def build_layout(
     edges_k = np.frombuffer(keys, np.int32).astype(np.int64) if keys else edges_q
     lengths_q, lengths_k = np.diff(edges_q), np.diff(edges_k)
     padded_q, padded_k = lengths_q, lengths_k
-    if causal and not alone:
+    if pads:
         padded_q = padded_k = padded_length(lengths_q)
     present = np.flatnonzero((lengths_q > 0) & (lengths_k > 0))
     if alone:
@@ -489,7 +501,8 @@ def score_block(
 
 
 def drop_block(weights: Tensor, task: Task, heads: Heads, block: Block) -> Tensor:
-    """Apply dropout to the weights of a block, which belong to one document."""
+    """Apply dropout to the weights of a block, which belong to one document, or to whole
+    samples."""
     if task.key is None:
         return weights
     assert task.samples_B1 is not None and task.positions_1S is not None
@@ -498,15 +511,21 @@ def drop_block(weights: Tensor, task: Task, heads: Heads, block: Block) -> Tenso
     key_start = heads.group.key_start % (task.num_keys // batch)
     queries, keys = block
     positions = task.positions_1S[0, start + queries.start : start + queries.stop]
-    number = torch.arange(weights.shape[0] * weights.shape[1], device=weights.device)
-    number = number.unflatten(0, weights.shape[:2])
+    count = heads.documents.stop - heads.documents.start
+    first = sample + heads.documents.start
+    samples_U1 = task.samples_B1[first : first + count]
     if heads.shared > 1:  # Query head n is the n mod G-th that reads key head n // G.
-        number = number.flatten().unflatten(0, (-1, heads.shared)).t()
+        number = torch.arange(weights.shape[0] * weights.shape[1] // count, device=weights.device)
+        number = number.unflatten(0, (-1, heads.shared)).t()
+        samples_U1 = samples_U1.repeat_interleave(number.shape[1], 0).t()
+        number = number.repeat(1, count)
+    else:
+        number = torch.arange(weights.shape[1], device=weights.device)[None]
     kept = keep_mask(
         task.rate,
         task.key,
         (
-            task.samples_B1[sample].reshape(1, 1, 1),
+            samples_U1[..., None],
             (number + task.first_head)[..., None],
             positions[None, None],
         ),

@@ -42,7 +42,6 @@ from megarecur.convert.source import (
     SAFETENSORS_DTYPES,
     SourceModel,
     placeholder_config,
-    read_json,
 )
 from megarecur.convert.tokenizer import (
     complete_hf_tokenizer,
@@ -114,10 +113,12 @@ def write_run(
     values, dtype, hf_dir = source.values, source.dtype, source.folder
     with written_aside(run_dir) as aside:
         task, of_pictures = source.config.task, source.config.reads_images
+        images = source.config.data.images
         tokenizer = None if of_pictures else copy_tokenizer(hf_dir, aside)
         config = placeholder_config(
             source.config.model.model_dump(),
             None if task is None else task.model_dump(),
+            None if images is None else images.model_dump(mode="json"),
             source.num_layers,
             str(run_dir),
             str(run_dir / (tokenizer or TOKENIZERS[0])),
@@ -156,35 +157,13 @@ def write_run(
         finish(aside)
     if tokenizer is not None:
         warn_of_rows(run_dir / tokenizer, config.model.vocab_size or 0)
-    if of_pictures:
-        tell_normalisation(hf_dir)
-    elif tokenizer is None:
+    if tokenizer is None and not of_pictures:
         log.warning(
             "%s has no tokenizer.json or tokenizer.model; put one at %s before giving the run text",
             hf_dir,
             config.data.tokenizer,
         )
     return run_dir / saved.relative_to(aside)
-
-
-def tell_normalisation(hf_dir: Path) -> None:
-    """Log the statistics by which a model's pictures are normalised, if its folder has them."""
-    path = hf_dir / "preprocessor_config.json"
-    if not path.is_file():
-        log.warning(
-            "%s has no preprocessor_config.json; find out by which mean and deviation its pictures "
-            "are normalised, and set data.images to them",
-            hf_dir,
-        )
-        return
-    values = read_json(path)
-    log.info(
-        "%s: pictures are normalised by image_mean=%s and image_std=%s; set data.images.mean and "
-        "data.images.std to them",
-        path,
-        values.get("image_mean"),
-        values.get("image_std"),
-    )
 
 
 def warn_of_rows(path: Path, rows: int) -> None:

@@ -94,8 +94,9 @@ class SourceModel:
         self.values = read_json(path)
         self.architecture = find_architecture(self.values, path)
         model, task, self.num_layers = read_model(self.architecture, self.values, path)
+        images = None if task is None else read_normalisation(self.folder)
         self.config = placeholder_config(
-            model, task, self.num_layers, "run", "tokenizer.json", path
+            model, task, images, self.num_layers, "run", "tokenizer.json", path
         )
         self.files = find_weights(self.folder, allow_pickles)
         for file in sorted(set(self.files.values())):
@@ -244,14 +245,18 @@ def read_model(
 def placeholder_config(
     model: dict[str, Any],
     task: dict[str, Any] | None,
+    images: dict[str, Any] | None,
     num_layers: int,
     run_dir: str,
     tokenizer: str,
     origin: Path,
 ) -> Config:
-    """Return a valid dense config around a model section and, of pictures, a task section."""
+    """Return a valid dense config around a model section and, of pictures, the sections `task` and
+    `data.images`."""
     data: dict[str, Any] = {"train": [{"path": "data/train"}]}
-    if task is None:
+    if task is not None:
+        data["images"] = images
+    else:
         data |= {"tokenizer": tokenizer, "seq_length": model["max_positions"]}
     values = {
         "run_dir": run_dir,
@@ -263,6 +268,24 @@ def placeholder_config(
         "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
     return validate(values, str(origin))
+
+
+def read_normalisation(folder: Path) -> dict[str, Any] | None:
+    """Return our section `data.images` with the mean and deviation by which a model's pictures are
+    normalised, from preprocessor_config.json; None, with a warning, if it does not state them."""
+    path = folder / "preprocessor_config.json"
+    values = read_json(path) if path.is_file() else {}
+    if values.get("do_normalize") is False:
+        channels = len(values.get("image_mean") or (0.0,) * 3)
+        return {"mean": [0.0] * channels, "std": [1.0] * channels}
+    if values.get("image_mean") is None or values.get("image_std") is None:
+        log.warning(
+            "%s does not state image_mean and image_std, by which pictures are normalised; set "
+            "data.images.mean and data.images.std before giving the run pictures",
+            path,
+        )
+        return None
+    return {"mean": values["image_mean"], "std": values["image_std"]}
 
 
 # --------------------------------------------------------------------------------------- weights

@@ -417,3 +417,30 @@ def test_varlen_knows_where_the_keys_that_it_reads_end() -> None:
     rows, span = batch.source.tokens_BS.shape
     real = int((batch.source.documents_BS[-1] >= 0).sum())
     assert real < span and varlen.end_of_keys(task) == (rows - 1) * span + real
+
+
+@pytest.mark.parametrize(("key_heads", "shared"), [(2, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout_of_whole_samples_is_one_group(
+    key_heads: int, shared: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of one document each, such as pictures, are attended to together under dropout too,
+    with the masks of the oracle; other documents one by one."""
+    groups: list[int] = []
+    find = segments.find_layout
+
+    def count(task: Task, device: torch.device) -> segments.Layout:
+        groups.append(len((found := find(task, device)).groups))
+        return found
+
+    monkeypatch.setattr(segments, "find_layout", count)
+    whole = torch.zeros(3, 17, dtype=torch.long)
+    parted = whole.clone()
+    parted[1, 9:] = 1
+    for documents, expected in ((whole, 1), (parted, 4)):
+        layout = Layout(documents, key_heads * shared, key_heads, 8, causal, 0, False, None, 0.3)
+        found = differentiate(layout, visible(layout), torch.float64)
+        mask = layout.oracle_mask(torch.float64, None)
+        assert_equal(found, differentiate(layout, Visibility(mask=mask), torch.float64), 1e-12)
+        assert set(groups) == {expected}
+        groups.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +104,22 @@ def test_a_model_folds_into_shared_blocks(tmp_path: Path, transformers: Any) -> 
     torch.testing.assert_close(our_logits(model, pixels), wanted, rtol=0.0, atol=1e-3)
 
 
-def test_normalisation_is_named(
+def test_normalisation_is_that_of_the_preprocessor(
     tmp_path: Path, transformers: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_vit(transformers, tmp_path / "hf")
-    with caplog.at_level(logging.INFO, "megarecur"):
-        convert_hf(tmp_path / "hf", tmp_path / "run")
-        statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
-        (tmp_path / "hf/preprocessor_config.json").write_text(json.dumps(statistics))
-        convert_hf(tmp_path / "hf", tmp_path / "again")
-    assert "has no preprocessor_config.json" in caplog.text
-    assert "image_mean=[0.5, 0.4, 0.3] and image_std=[0.1, 0.2, 0.3]" in caplog.text
+    convert_hf(tmp_path / "hf", tmp_path / "run")
+    assert caplog.text.count("preprocessor_config.json does not state image_mean") == 1
+    statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
+    path = tmp_path / "hf/preprocessor_config.json"
+    for named, values, mean in (
+        ("given", statistics, (0.5, 0.4, 0.3)),
+        ("none", statistics | {"do_normalize": False}, (0.0, 0.0, 0.0)),
+    ):
+        path.write_text(json.dumps(values))
+        convert_hf(tmp_path / "hf", tmp_path / named)
+        images = load_config(tmp_path / named / "config.yaml").data.images
+        assert images is not None and images.mean == mean
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path, transformers: Any) -> None:
