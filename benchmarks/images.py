@@ -1,6 +1,6 @@
 """Speed of reading pictures against torchvision's ImageFolder with DataLoader.
 
-    python benchmarks/images.py [--workers 2] [--rounds 5] [CIFAR]
+    python benchmarks/images.py [--workers 2] [--rounds 5] [--batches 60] [CIFAR]
 
 CIFAR is the folder of CIFAR-10's parquet files (default: MEGARECUR_DATA/images/cifar10). Both sides
 decode, augment, normalise and batch in the same number of worker processes, and the main process
@@ -65,7 +65,8 @@ def write_cifar(source: Path, folder: Path, count: int) -> None:
 def write_photographs(cifar: Path, folder: Path, count: int) -> None:
     """Write JPEG files of 500 x 375 pixels: enlarged pictures with the noise of a camera."""
     rng = np.random.default_rng(1)
-    for number, file in zip(range(count), sorted(cifar.rglob("*.png")), strict=False):
+    files = sorted(cifar.rglob("*.png"), key=lambda file: int(file.stem))
+    for number, file in zip(range(count), files, strict=False):
         image = Image.open(file).resize((500, 375), Image.Resampling.BICUBIC)
         noisy = np.asarray(image) + rng.normal(0, 12, (375, 500, 3))
         (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("cifar", nargs="?", type=Path, default=data / "images/cifar10")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=60, help="measured; a quarter of photos")
     parser.add_argument("--count", type=int, default=10_000, help="pictures of CIFAR-10 to read")
     arguments = parser.parse_args()
     make_torchvision_importable()
@@ -186,7 +188,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, workers, rounds = Path(name), arguments.workers, arguments.rounds
         write_cifar(arguments.cifar, folder / "cifar", arguments.count)
-        write_photographs(folder / "cifar", folder / "photographs", 1000)
+        write_photographs(folder / "cifar", folder / "photographs", arguments.batches * 10)
         for source in ("cifar", "photographs"):
             request = ImageRequest((str(folder / source),))
             prepare_images(request, folder / f"{source}-corpus", workers=workers)
@@ -194,14 +196,14 @@ def main() -> None:
         cifar = folder / "cifar-corpus/train"
         compare(
             "CIFAR-10",
-            60,
+            arguments.batches,
             rounds,
             lambda: open_ours(cifar, 32, workers, crop="padded"),
             lambda: open_theirs(folder / "cifar", workers, cropped),
         )
         compare(
             "with TrivialAugmentWide",
-            60,
+            arguments.batches,
             rounds,
             lambda: open_ours(cifar, 32, workers, crop="padded", trivial_augment=True),
             lambda: open_theirs(
@@ -211,7 +213,7 @@ def main() -> None:
         resized = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
         compare(
             "photographs",
-            12,
+            arguments.batches // 4,
             rounds,
             lambda: open_ours(folder / "photographs-corpus/train", 224, workers, crop="resized"),
             lambda: open_theirs(folder / "photographs", workers, resized),
