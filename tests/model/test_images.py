@@ -232,6 +232,12 @@ def test_interpolation_keeps_directions() -> None:
         assert (rows[1:, 0] > rows[:-1, 0]).all() and abs(rows.mean() - 3.5) < 1e-5
 
 
+def test_evaluation_cuts_out_the_same_share() -> None:
+    data = {"train": [{"path": "none"}], "images": {"crop": "padded", "eval_resize": 10}}
+    resized = resize_config(picture_config(data=data), 12)
+    assert resized.data.images is not None and resized.data.images.eval_resize == 15
+
+
 def test_a_size_that_cannot_be_read_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--image-size 9.*\n.*patch_size=2 does not divide"):
         resize_config(picture_config(), 9)
