@@ -100,8 +100,8 @@ def find_grey(tokenizer: Tokenizer) -> int | None:
 def find_statistics(config: Config, corpus: Corpus) -> tuple[Sequence[float], Sequence[float]]:
     """Return the mean and the standard deviation of each channel by which pictures are normalised:
     those of the config, or those of the corpus; 0 and 1 of other samples."""
-    images, held = getattr(config.data, "images", None), corpus.manifest.task or {}
-    if images is not None and images.mean is not None:
+    images, held = config.data.images, corpus.manifest.task or {}
+    if images is not None and images.mean is not None and images.std is not None:
         return images.mean, images.std
     return held.get("mean") or (0.0,), held.get("std") or (1.0,)
 
