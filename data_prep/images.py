@@ -32,7 +32,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megarecur.data.corpus import MANIFEST_VERSION, NO_TOKENIZER, Manifest, hash_file, read_manifest
+from megarecur.config.run import NO_TOKENIZER
+from megarecur.data.corpus import MANIFEST_VERSION, Manifest, hash_file, read_manifest
 from megarecur.data.fit import IMAGE
 from megarecur.data.pictures import COLUMNS
 from megarecur.data.tokenizer import BYTES

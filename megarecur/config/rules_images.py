@@ -27,7 +27,7 @@ def find_other_channels(c: Config) -> Mapping[str, object]:
     """Return the numbers of channels of the statistics and of the pictures, if they differ."""
     if c.task is None or c.data.images is None or c.data.images.mean is None:
         return {}
-    given, channels = len(c.data.images.mean), c.task.channels or 3
+    given, channels = len(c.data.images.mean), c.task.num_channels
     return {"given": given, "channels": channels} if given != channels else {}
 
 

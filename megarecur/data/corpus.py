@@ -27,6 +27,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from megarecur.config.run import NO_TOKENIZER
 from megarecur.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 MANIFEST_VERSION = 1
 CHUNK_TOKENS = 16384
 COLUMN = "tokens"
-NO_TOKENIZER = "none"
-"""The tokenizer that the manifest of a corpus of images names."""
 MEND = "copy it again from its source, or prepare it again with `megarecur prep shards`"
 
 

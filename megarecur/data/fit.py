@@ -162,7 +162,7 @@ def find_image_misfits(path: Path, manifest: Manifest, config: Config, trained: 
             f"{', ...' if len(classes) > 12 else ''}), {more} than task.num_classes="
             f"{task.num_classes}; use pictures of the classes of training, whose number it is"
         )
-    channels = task.channels or 3
+    channels = task.num_channels
     if held["channels"] != channels:
         problems.append(
             f"{path}: has pictures of {held['channels']} channel(s), but task.channels={channels}; "
