@@ -39,7 +39,10 @@ def test_check_explains_a_run_without_importing_torch(config: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_that_come_along_are_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = megarecur(capsys, "check", path, "model.vocab_size=2048")
+    of_text = "tokenizer:" in path.read_text()  # Its file is made by a command.
+    code, out, err = megarecur(
+        capsys, "check", path, *(["model.vocab_size=2048"] if of_text else [])
+    )
     assert code == 0 and "layer map" in out, err
 
 
