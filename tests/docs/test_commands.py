@@ -17,8 +17,10 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from support.forks import Forks
 from support.markdown import PAGES, ROOT, Block, explain_metric, read_blocks
 from support.once import make_once
@@ -60,6 +62,8 @@ def make_inputs(folder: Path) -> None:
         if path.parent.name == "configs":
             for section, values in SMALL.items():
                 config[section] |= values
+            if "task" in config:  # Of pictures the length follows from their size.
+                del config["data"]["seq_length"]
             if "encoder" in config:
                 config["data"] |= {"seq_length": 64, "truncate": True}
                 config["train"] |= {"micro_batch_size": 1, "batch_tokens": 256}
@@ -90,6 +94,11 @@ def make_inputs(folder: Path) -> None:
 
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[:4])
     (folder / "texts/a.jsonl.zst").write_bytes(zstandard.compress(rows.encode()))
+    for label in ("cat", "dog"):
+        (folder / "photos" / label).mkdir(parents=True)
+        for i in range(12):
+            pixels = np.random.default_rng(i).integers(0, 256, (44 + i, 60, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"photos/{label}/{label}{i}.jpg")
     for label in ("good", "bad"):
         (folder / "reviews" / label).mkdir(parents=True)
         for i in range(12):
