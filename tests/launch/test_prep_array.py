@@ -462,14 +462,20 @@ def test_slurm_prepares_what_one_machine_does(
 ) -> None:
     """A task fails and ends what waits for it; alone, and by the same command, it is mended."""
     out, mended, profile = tmp_path / "my out", tmp_path / "mended", tmp_path / "here.yaml"
-    line = f"test -e {mended} || test ${{SLURM_ARRAY_TASK_ID:-0}} != 1"
-    profile.write_text(json.dumps({"time": "00:10:00", "setup": [line]}))
+    held = tmp_path / "held"
+    lines = [
+        f"while test -e {held}; do sleep 0.2; done",
+        f"test -e {mended} || test ${{SLURM_ARRAY_TASK_ID:-0}} != 1",
+    ]
+    profile.write_text(json.dumps({"time": "00:10:00", "setup": lines}))
+    held.touch()
     words = (*command(inputs, out, "--workers", 1)[3:], "--launch", "slurm")
     words = (*words, "--tasks", 3, "--cluster", profile)
     code, text = cli(*words)
     assert code == 0 and "read: job" in text, text
     code, text = cli(*command(inputs, out)[3:])
     assert code == 2 and "are preparing this corpus" in text
+    held.unlink()  # Until here tasks wait: on a slow machine they could have ended.
     wait_for_queue()
     read = finished(partial_of(out))
     assert plan_remaining_work(request_of(inputs), out, 3)["read"] == [1] and not out.exists()
