@@ -29,10 +29,9 @@ from megarecur.config.run import Config
 from megarecur.data.corpus import Corpus
 from megarecur.data.decoding import Decoders, Request
 from megarecur.data.fit import IMAGE, check_fit, find_size_misfits
-from megarecur.data.loader import MicroBatch, PaddedLoader
-from megarecur.data.order import SampleOrder, WholeOrder
+from megarecur.data.loader import MicroBatch
 from megarecur.data.pictures import PictureShards, Recipe, check_columns
-from megarecur.data.samples import TaskBatch, TaskCorpus
+from megarecur.data.samples import TaskBatch, TaskCorpus, TaskLoader
 from megarecur.errors import DataError, MegarecurError
 from megarecur.parallel.loss import IGNORED
 
@@ -164,8 +163,8 @@ def make_decoders(
     )
 
 
-class ImageLoader(PaddedLoader):
-    """The training data of one data-parallel rank; other arguments are those of `Loader`.
+class ImageLoader(TaskLoader):
+    """The training data of one data-parallel rank; other arguments are those of `TaskLoader`.
 
     Args:
         seq_length: positions of a picture: patches, and a class token if there is one.
@@ -189,21 +188,21 @@ class ImageLoader(PaddedLoader):
         shuffle: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.image_corpora = [corpus for corpus, _ in sources]
+        corpora = [corpus for corpus, _ in sources]
         problems = [
             problem
-            for corpus in self.image_corpora
+            for corpus in corpora
             for problem in find_size_misfits(
                 corpus.path, corpus.manifest.task or {}, task, images or NO_AUGMENTATION
             )
         ]
         if problems:
             raise DataError("\n".join(problems))
-        self.decoders = make_decoders(self.image_corpora, task, images, training=True, seed=seed)
+        self.decoders = make_decoders(corpora, task, images, training=True, seed=seed)
         self._ahead: dict[int, Request] = {}
         self._ahead_lock = Lock()
         super().__init__(
-            sources, seq_length=seq_length, global_batch_size=global_batch_size,
+            sources, task, seq_length=seq_length, global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size, seed=seed,
             shuffle=shuffle, device=device,
         )  # fmt: skip
@@ -213,13 +212,6 @@ class ImageLoader(PaddedLoader):
         super().close()
         self._ahead.clear()
         self.decoders.close()
-
-    def _order(
-        self, source: int, corpus: Corpus, shuffle: bool, shuffle_shards: int
-    ) -> SampleOrder:
-        """Return an order whose windows are the pictures of the corpus."""
-        n = self.image_corpora[source].num_samples
-        return WholeOrder((0, n), n + 1, 1, shuffle, self.seed, source)
 
     def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return source, number and epoch of samples by their ids, which ascend by one."""
@@ -259,7 +251,7 @@ class ImageLoader(PaddedLoader):
     def _make(
         self, pixels: NDArray[np.float32], rows_R3: NDArray[np.int64], ids: NDArray[np.int64]
     ) -> TaskBatch:
-        corpora = self.image_corpora
+        corpora = self.task_corpora
         labels = [int(corpora[source].labels[number]) for source, number, _ in rows_R3.tolist()]
         return make_batch(pixels, labels, ids, rows_R3[:, 0], self.seq_length)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megarecur.config.data import Source
 from megarecur.config.run import Config
@@ -122,58 +123,47 @@ def build_loader(config: Config, corpora: Sequence[Corpus], mesh: Mesh) -> Loade
     pairs = zip(corpora, config.data.train, strict=True)
     sources = [(corpus, source.weight) for corpus, source in pairs]
     train = config.train
+    place: dict[str, Any] = {
+        "seq_length": config.data.seq_length,
+        "dp_rank": mesh.dp_rank,
+        "dp_size": mesh.dp,
+        "seed": config.seed,
+        "shuffle": config.data.shuffle,
+        "device": mesh.device,
+    }
+    sizes: dict[str, Any] = {
+        "global_batch_size": train.global_batch_size,
+        "micro_batch_size": train.micro_batch_size,
+    }
     if config.encoder is not None:
         return PairLoader(
             [(corpus, weight) for corpus, weight in sources if isinstance(corpus, PairCorpus)],
             train,
             multiple=length_multiple(config),
-            seq_length=config.data.seq_length,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            device=mesh.device,
+            **place,
         )
     if config.task is not None and config.task.kind == IMAGE:
         return ImageLoader(
             [(corpus, weight) for corpus, weight in sources if isinstance(corpus, ImageCorpus)],
             config.task,
             config.data.images,
-            seq_length=config.data.seq_length,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            device=mesh.device,
+            **sizes,
+            **place,
         )
     if config.task is not None:
         return TaskLoader(
             [(corpus, weight) for corpus, weight in sources if isinstance(corpus, TaskCorpus)],
             config.task,
             multiple=length_multiple(config),
-            seq_length=config.data.seq_length,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            device=mesh.device,
+            **sizes,
+            **place,
         )
     return Loader(
         sources,
-        seq_length=config.data.seq_length,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
         shuffle_shards=config.data.shuffle_shards,
         mask_documents=config.data.mask_documents,
-        device=mesh.device,
+        **sizes,
+        **place,
     )
 
 

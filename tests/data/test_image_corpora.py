@@ -243,7 +243,7 @@ def test_a_picture_is_augmented_anew_in_each_epoch(corpus: Path) -> None:
 def test_a_micro_batch_has_normalised_pixels_and_the_labels_of_the_corpus(corpus: Path) -> None:
     with open_loader(corpus, {"flip": 0.0}, global_batch_size=12, micro_batch_size=6) as loader:
         first, second = loader.batch(0)
-        (own,) = loader.image_corpora
+        (own,) = loader.task_corpora
     pixels = torch.cat([first.pixels_BCHW, second.pixels_BCHW])
     assert pixels.shape == (12, 3, 8, 8) and pixels.dtype == torch.float32
     torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)

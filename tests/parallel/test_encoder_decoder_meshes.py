@@ -9,19 +9,16 @@ from typing import Any
 
 import pytest
 from support.harness import Trace, compare
-from support.meshes import aot_eager, gather_whole, later, mesh_of
+from support.meshes import count_graphs, later, trace_engine
 from support.pairs import DENSE, collate, make_pairs, pair_config
 
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
-from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
-from megarecur.optim.build import build_engine
 from megarecur.plan.predict import walk_over
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.walk import Stage
 from megarecur.recurrence.schemes import build_map
-from megarecur.train.step import build_model, forward_backward, sum_losses
 from megarecur.train.verify import TOLERANCES
 
 CYCLE = {"kind": "cycle", "num_blocks": 2, "depth": 4}
@@ -62,32 +59,12 @@ def read(config: Config, step: int, dp_rank: int, dp: int) -> list[MicroBatch]:
     return found
 
 
-def trace_compiled(config: Config) -> tuple[Trace, int]:
-    """The trace with compiled blocks, and the number of their graphs."""
-    graphs: list[CompiledModel] = []
-    found = trace(config, lambda model: graphs.append(CompiledModel(model, aot_eager)))
-    return found, graphs[0].graphs
-
-
 def trace(config: Config, prepare: Callable[[Transformer], None] | None = None) -> Trace:
-    """(loss, raw gradients of whole tensors, norm, skipped) of each optimizer step."""
-    mesh, schedules = mesh_of(config), Schedules(config)
-    model = build_model(config, mesh, schedules)
-    if prepare is not None:
-        prepare(model)
-    engine = build_engine(model, config, mesh)
-    owned = mesh.gather_over_pp(list(model.parameters_by_name))
-    names = [name for own in owned for name in own]
-    assert {name for name in names if names.count(name) > 1} <= {"embedding.weight"}
-    found: Trace = []
-    for step in range(STEPS):
-        batches = read(config, step, mesh.dp_rank, mesh.dp)
-        result = forward_backward(model, engine, config, batches, step, mesh, schedules=schedules)
-        loss = sum_losses(result, mesh)
-        gradients = gather_whole(model, mesh, engine.gradients())
-        found.append((loss, gradients, *engine.step(config.optimizer.lr)))
-    schedules.close()
-    return found
+    return trace_engine(config, read, STEPS, prepare, shared=frozenset({"embedding.weight"}))
+
+
+def trace_compiled(config: Config) -> tuple[Trace, int]:
+    return count_graphs(trace, config)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Parity of a mesh with one process: configs, traces of optimizer steps, and whole runs."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megarecur.checkpoint.load import load_model
 from megarecur.config.run import Config
+from megarecur.data.loader import MicroBatch
 from megarecur.data.open import open_data
 from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
@@ -212,3 +213,45 @@ def measure_activations(config: Config) -> tuple[int, int]:
         forward_backward(model, engine, config, batches, 0, mesh, schedules=schedules)
     costs = cost_stages(config, scheduled.walk, schedules.layout, schedules.cluster)
     return peak[0], simulate(scheduled.order, scheduled.walk, costs).peak_bytes[mesh.pp_rank]
+
+
+def trace_engine(
+    config: Config,
+    read: Callable[[Config, int, int, int], Sequence[MicroBatch]],
+    steps: int,
+    prepare: Callable[[Transformer], None] | None = None,
+    shared: frozenset[str] = frozenset(),
+) -> Trace:
+    """(loss, raw gradients of whole tensors, norm, skipped) of each optimizer step.
+
+    Args:
+        read: micro batches of a config, a step, a data-parallel rank and their number.
+        prepare: changes the model before its engine is made.
+        shared: parameters that two pipeline ranks may have.
+    """
+    mesh, schedules = mesh_of(config), Schedules(config)
+    model = build_model(config, mesh, schedules)
+    if prepare is not None:
+        prepare(model)
+    engine = build_engine(model, config, mesh)
+    owned = mesh.gather_over_pp(list(model.parameters_by_name))
+    names = [name for own in owned for name in own]
+    assert {name for name in names if names.count(name) > 1} <= shared
+    found: Trace = []
+    for step in range(steps):
+        batches = read(config, step, mesh.dp_rank, mesh.dp)
+        result = forward_backward(model, engine, config, batches, step, mesh, schedules=schedules)
+        loss = sum_losses(result, mesh)
+        gradients = gather_whole(model, mesh, engine.gradients())
+        found.append((loss, gradients, *engine.step(config.optimizer.lr)))
+    schedules.close()
+    return found
+
+
+def count_graphs(
+    trace: Callable[[Config, Callable[[Transformer], None]], Trace], config: Config
+) -> tuple[Trace, int]:
+    """The trace with compiled blocks, and the number of their graphs."""
+    graphs: list[CompiledModel] = []
+    found = trace(config, lambda model: graphs.append(CompiledModel(model, aot_eager)))
+    return found, graphs[0].graphs
