@@ -18,7 +18,7 @@ import torch
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_flops
 from megarecur.recurrence.schemes import layer_map

@@ -33,7 +33,7 @@ from megarecur.checkpoint.saving import Saver
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.parallel.shards import whole
 from megarecur.recurrence.schemes import layer_map

@@ -23,7 +23,7 @@ from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import count_flops
 from megarecur.recurrence.depth import Depth, draw_depth

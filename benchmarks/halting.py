@@ -23,7 +23,7 @@ from training import DEVICE, FFN, HEADS, HIDDEN, VOCABULARY
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.recurrence.schemes import layer_map
 

@@ -39,7 +39,7 @@ from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.block import Block
 from megarecur.model.context import build_context
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.linear import DeferredProducts
 from megarecur.parallel.mesh import Mesh, build_mesh
 from megarecur.parallel.pipeline import Pipeline

@@ -26,7 +26,7 @@ from megarecur.data.loader import MicroBatch
 from megarecur.launch.bench import bench_hardware
 from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.mesh import Mesh, pick_device
 from megarecur.plan.cluster import Cluster, load_cluster
 from megarecur.plan.cost import count_seen

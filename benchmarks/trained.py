@@ -9,7 +9,7 @@ from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.recurrence.depth import Depth
 from megarecur.recurrence.schemes import layer_map

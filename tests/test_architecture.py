@@ -45,7 +45,7 @@ NO_TORCH = ("megarecur.errors", "megarecur.config", "megarecur.recurrence", "meg
 OWNERS = {
     "streaming": ("megarecur.data", "megarecur.data_prep"),
     "submitit": ("megarecur.launch",),
-    "deepspeed": ("megarecur.optim.zero",),
+    "deepspeed": ("megarecur.optim.deepspeed",),
     "tensorboard": ("megarecur.train.metrics",),
     "sacrebleu": ("megarecur.inference.bleu",),
     "torch.utils.tensorboard": ("megarecur.train.metrics",),

@@ -39,6 +39,26 @@ def world_rules(world: int) -> tuple[Rule, ...]:
             remedy="start a multiple of {replica}",
         ),
         batch_rule(count_replicas),
+        shard_rule(count_replicas),
+    )
+
+
+def shard_rule(count_replicas: Callable[[Config], int]) -> Rule:
+    """Return the rule that the shard group divides the replicas; 0 replicas break no rule."""
+
+    def find_group(c: Config) -> Mapping[str, object]:
+        replicas, group = count_replicas(c), c.parallel.shard_group
+        if not replicas or group is None or replicas % group == 0:
+            return {}
+        fitting = [size for size in range(1, replicas + 1) if replicas % size == 0]
+        return {"replicas": replicas, "fitting": ", ".join(map(str, fitting))}
+
+    return Rule(
+        keys=("parallel.shard_group",),
+        when=find_group,
+        reason="parallel.shard_group={parallel.shard_group} does not divide the {replicas} "
+        "replicas",
+        remedy="set it to one of {fitting}, or omit it",
     )
 
 

@@ -137,39 +137,38 @@ PARALLEL_RULES = (
     ),
     Rule(
         keys=("parallel.zero_stage", "parallel.pipeline"),
-        when=lambda c: c.parallel.zero_stage == 3 and c.parallel.pipeline > 1,
-        reason="parallel.zero_stage=3 with parallel.pipeline={parallel.pipeline} would gather "
-        "every stage's weights for every micro batch",
-        remedy="set zero_stage to 1, or pipeline to 1",
+        when=lambda c: (
+            c.parallel.zero_stage == 3
+            and c.parallel.pipeline > 1
+            and not c.parallel.shards_natively
+        ),
+        reason="parallel.zero_stage=3 with parallel.pipeline={parallel.pipeline} and "
+        "parallel.zero_engine=deepspeed would gather every stage's weights for every micro batch",
+        remedy="set zero_engine to native, zero_stage to 1, or pipeline to 1",
     ),
     Rule(
         keys=("parallel.zero_stage", "train.precision"),
-        when=lambda c: c.parallel.zero_stage > 0 and c.train.precision == "fp64",
-        reason="parallel.zero_stage={parallel.zero_stage} runs in fp32 or bf16, not in "
-        "train.precision=fp64",
-        remedy="set zero_stage to 0, or precision to fp32",
+        when=lambda c: (
+            c.parallel.zero_stage > 0
+            and c.train.precision == "fp64"
+            and not c.parallel.shards_natively
+        ),
+        reason="parallel.zero_stage={parallel.zero_stage} of parallel.zero_engine=deepspeed runs "
+        "in fp32 or bf16, not in train.precision=fp64",
+        remedy="set zero_engine to native, zero_stage to 0, or precision to fp32",
     ),
 )
 OPTIMIZER_RULES = (
     Rule(
-        keys=("optimizer.muon", "parallel.tensor"),
-        when=lambda c: c.optimizer.muon is not None and c.parallel.tensor > 1,
-        reason="optimizer.muon needs whole matrices, parallel.tensor={parallel.tensor} splits them",
-        remedy="set parallel.tensor to 1, or leave muon out",
-    ),
-    Rule(
-        keys=("optimizer.muon", "parallel.zero_stage"),
-        when=lambda c: c.optimizer.muon is not None and c.parallel.zero_stage > 0,
-        reason="optimizer.muon needs whole matrices, parallel.zero_stage={parallel.zero_stage} "
-        "splits them",
-        remedy="set parallel.zero_stage to 0, or leave muon out",
-    ),
-    Rule(
-        keys=("optimizer.muon", "parallel.pipeline"),
-        when=lambda c: c.optimizer.muon is not None and c.parallel.pipeline > 1,
-        reason="optimizer.muon with parallel.pipeline={parallel.pipeline} is not available in this "
-        "version",
-        remedy="set pipeline to 1, or leave muon out",
+        keys=("optimizer.muon", "parallel.zero_stage", "parallel.zero_engine"),
+        when=lambda c: (
+            c.optimizer.muon is not None
+            and c.parallel.zero_stage > 0
+            and not c.parallel.shards_natively
+        ),
+        reason="optimizer.muon needs whole matrices, which parallel.zero_stage="
+        "{parallel.zero_stage} of parallel.zero_engine=deepspeed cannot put together",
+        remedy="set parallel.zero_engine to native, parallel.zero_stage to 0, or omit muon",
     ),
     Rule(
         keys=("optimizer.schedule.warmup_steps", "optimizer.schedule.decay_steps", "train.steps"),

@@ -36,6 +36,7 @@ class Embedding(nn.Module):
     ) -> None:
         super().__init__()
         self.table, self.positions, self.scale = weight.parameter, positions, scale
+        self.weight = weight
         self.tp, self.first = tp, first
         self.start: nn.Parameter | None = ends[0] if ends else None
         self.end: nn.Parameter | None = ends[1] if ends else None
@@ -43,8 +44,10 @@ class Embedding(nn.Module):
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Embed ids: [B, S] to [B, S, D], or this rank's positions of it, in the parameters'
-        dtype."""
+        dtype. Rows of the table are rounded to the compute dtype, in which sharded tables
+        travel."""
         x = self.look_up(tokens_BS if self.start is None else tokens_BS.clamp(min=0))
+        x = x.to(self.weight.compute_dtype).to(self.table.dtype)
         if self.scale != 1.0:
             x = x * self.scale
         if self.start is not None and self.end is not None:
@@ -58,11 +61,40 @@ class Embedding(nn.Module):
         """Return rows of the table; if it is sharded by ids, each row comes from the rank that has
         it."""
         if self.tp.size == 1:
-            return F.embedding(tokens_BS, self.table)
+            return look_up(tokens_BS, self.weight)
         rows_BS = tokens_BS - self.first
         own_BS = (rows_BS >= 0) & (rows_BS < len(self.table))
-        x = F.embedding(torch.where(own_BS, rows_BS, 0), self.table)
+        x = look_up(torch.where(own_BS, rows_BS, 0), self.weight)
         return self.tp.leave(torch.where(own_BS[..., None], x, 0.0))
+
+
+def look_up(rows_BS: Tensor, table: Weight) -> Tensor:
+    """Return rows of a table [V, D], as [B, S, D] in its parameter's dtype."""
+    if table.hollow:
+        found: Tensor = _Rows.apply(table.parameter, rows_BS, table)  # type: ignore[no-untyped-call]
+        return found
+    return F.embedding(rows_BS, table.parameter)
+
+
+class _Rows(torch.autograd.Function):
+    """Return rows of a hollow table's copy; backward adds to the gradient of the table."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, rows_BS: Tensor, table: Weight) -> Tensor:
+        ctx.save_for_backward(rows_BS)
+        ctx.table = table
+        return F.embedding(rows_BS, table.value()).to(parameter.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        (rows_BS,) = ctx.saved_tensors
+        gradient = ctx.table.parameter.grad
+        if gradient is not None:
+            made = torch.ops.aten.embedding_dense_backward(
+                grads[0].to(gradient.dtype), rows_BS, len(gradient), -1, False
+            )
+            gradient.add_(made)
+        return None, None, None
 
 
 class Head(nn.Module):

@@ -27,6 +27,7 @@ from megarecur.parallel.linear import MakeParameter
 from megarecur.parallel.loss import LossTerm
 from megarecur.parallel.random import truncated_normal
 from megarecur.parallel.regions import ALONE, TensorParallel
+from megarecur.parallel.residence import Residence
 from megarecur.recurrence.inventory import count_own_loops, feed_forward_owner
 from megarecur.recurrence.layer_map import ENCODER, Step
 from megarecur.recurrence.stacks import Stack
@@ -71,6 +72,8 @@ class Runner(nn.Module):
     ) -> None:
         super().__init__()
         self.stack, self.config = stack, stack.config
+        self.residence = Residence()
+        """Makes the weights of blocks present while they are used."""
         loops = count_own_loops(stack)
         self.blocks = nn.ModuleDict()
         for b in blocks:
@@ -135,16 +138,18 @@ class Runner(nn.Module):
         instead of keeping what is in it. Arguments: see `Block.forward`.
         """
         block = self.blocks[str(step.block)]
+        self.residence.enter(step.block)
+        y: Tensor
         with named(f"block {step.block} loop {step.loop_index}"):
             if self.config.train.recomputes(step.loop_index) and torch.is_grad_enabled():
                 # Random values are functions of keys, so no generator state needs saving.
-                y: Tensor = checkpoint(
+                y = checkpoint(
                     block, x, ctx, step, injected, source, encoded,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
-                return y
-            out: Tensor = block(x, ctx, step, injected, source, encoded)
-            return out
+            else:
+                y = block(x, ctx, step, injected, source, encoded)
+        return self.residence.leave(step.block, y)
 
     def remember(
         self, steps: Sequence[Step], x: Tensor, ctx: Context, reads: dict[str, Tensor]
@@ -153,6 +158,7 @@ class Runner(nn.Module):
         for step in steps:
             block = self.blocks[str(step.block)]
             assert isinstance(block, Block)
+            self.residence.enter(step.block)
             block.remember(x, ctx, step, None if step.injected is None else reads[step.injected])
 
     def initial_state(self, x: Tensor, ctx: Context) -> Tensor:

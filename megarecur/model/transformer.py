@@ -35,11 +35,13 @@ from megarecur.model.temporal import Carried, build_chunks
 from megarecur.objective.readout import Readout
 from megarecur.objective.task import build_objective
 from megarecur.parallel.head_loss import Target
-from megarecur.parallel.linear import DeferredProducts, Weight
+from megarecur.parallel.linear import DeferredProducts, Weight, make_hollow
 from megarecur.parallel.loss import LossTerm
 from megarecur.parallel.random import draw_keys, dropout, initial_values
 from megarecur.parallel.regions import ALONE, TensorParallel
+from megarecur.parallel.residence import Residence
 from megarecur.parallel.shards import TensorShard
+from megarecur.plan.cost import has_copy
 from megarecur.plan.placement import Placement
 from megarecur.recurrence.inventory import (
     ENCODER_NORM,
@@ -61,6 +63,8 @@ class Transformer(nn.Module):
         placement: the blocks of each pipeline rank; None: this rank has the whole model.
         pp_rank: this pipeline rank.
         tp: the ranks that share matrices, and this rank's place among them.
+        hollow: give matrices no values, because an engine will draw its shards of them
+            (`optim.sharded`).
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Transformer(nn.Module):
         placement: Placement | None = None,
         pp_rank: int = 0,
         tp: TensorParallel = ALONE,
+        hollow: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.tp = config, tp
@@ -82,8 +87,10 @@ class Transformer(nn.Module):
 
         def make(name: str) -> nn.Parameter:
             spec = self.inventory[name]
-            place = spec.place(tp.rank, tp.size)
-            own = initial_values(spec, config.seed, self.master_dtype, place, device)
+            if hollow and has_copy(spec):
+                own = make_hollow(spec.part(tp.rank, tp.size)[1], self.master_dtype, device)
+            else:
+                own = self.draw(name, device)
             parameter = nn.Parameter(own)
             self.parameters_by_name[name] = parameter
             return parameter
@@ -160,6 +167,8 @@ class Transformer(nn.Module):
             own = self.inventory["task.output.weight"].place(tp.rank, tp.size)[1]
             has_hidden = "task.hidden.weight" in self.inventory
             self.task_head = TaskHead(config.task, make, self.dtype, tp, own, has_hidden)
+        self.residence = Residence()
+        """Makes weights present while they are used; see `attach`."""
         self.deferred = DeferredProducts()
         for weight in self.weights():
             weight.deferred = self.deferred
@@ -176,6 +185,21 @@ class Transformer(nn.Module):
         self.always_separates = False
         """If True, micro batches of single documents are treated in training as those of several,
         so that one graph serves all."""
+
+    def draw(
+        self, name: str, device: torch.device | str, rows: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Return the initial value of this rank's part of a parameter.
+
+        Args:
+            rows: first row of the part to draw, and the end; None: all.
+        """
+        spec = self.inventory[name]
+        place = spec.place(self.tp.rank, self.tp.size)
+        if rows is not None:
+            first, *rest = place
+            place = (slice(first.start + rows[0], first.start + rows[1]), *rest)
+        return initial_values(spec, self.config.seed, self.master_dtype, place, device)
 
     def first_id(self, rank: int, table: str = "embedding.weight") -> int:
         """Return the first id of a tensor-parallel rank's shard of a vocabulary; for rank = size,
@@ -214,6 +238,12 @@ class Transformer(nn.Module):
     def weights(self) -> list[Weight]:
         """Return every unique matrix with a compute copy."""
         return [module for module in self.modules() if isinstance(module, Weight)]
+
+    def attach(self, residence: Residence) -> None:
+        """Let an engine's residence make weights present while they are used."""
+        self.residence = residence
+        for runner in self.runners():
+            (runner.runner if isinstance(runner, ChunkedRunner) else runner).residence = residence
 
     def refresh(self) -> None:
         """Renew all compute copies. Call it after every optimizer step and load."""
@@ -364,10 +394,12 @@ class Transformer(nn.Module):
         """Embed pictures: [B, C, H, W] to [B, S, D], or this rank's positions of it, in the compute
         dtype."""
         assert self.patches is not None
+        self.residence.enter_ends()
         return self._drop(self.patches(pixels_BCHW), ctx, "embedding")
 
     def _embed(self, look_up: Embedding, tokens_BS: Tensor, ctx: Context, site: str) -> Tensor:
         model = self.config.model
+        self.residence.enter_ends()
         x: Tensor = look_up(tokens_BS, ctx.positions.index_BS)
         if model.positions == "sinusoidal":
             index_BS = ctx.positions.tp.own(ctx.positions.index_BS)
@@ -390,6 +422,8 @@ class Transformer(nn.Module):
             auxiliary losses by name.
         """
         terms: dict[str, LossTerm] = {}
+        self.residence.begin([step.block for step in steps])
+        self.residence.enter_ends()
         below = [step for step in steps if step.stack == "encoder"]
         above = steps[len(below) :]
         with saving(self.config.train.recompute == "selective", self.host_copies):
@@ -402,6 +436,7 @@ class Transformer(nn.Module):
                 x = self.begin_decoder(x, reads)
             if above or not below:
                 x = self.runner(above, x, ctx, reads, self.final_norm, terms)
+        self.residence.end()
         return (self.pool_memory(x) if self.config.reads_memory else x), terms
 
     @torch.no_grad()
@@ -420,7 +455,9 @@ class Transformer(nn.Module):
         ctx = self._source_context(source, sample_ids_B=samples_B)
         x = self.embed_source(source.tokens_BS, ctx)
         below = [step for step in steps if step.stack == "encoder"]
+        self.residence.begin([step.block for step in below])
         encoded: Tensor = self.encoder(below, x, ctx, {}, None, {})
+        self.residence.end()
         return encoded if self.encoder_norm is None else self.encoder_norm(encoded)
 
     @torch.no_grad()
@@ -448,10 +485,12 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits of tokens: [B, S, D] to [B, S, V], or this rank's shard of V."""
+        self.residence.enter_ends()
         return self.readout.logits(x)
 
     def all_logits(self, x: Tensor) -> Tensor:
         """Return logits of all of V on every rank, [B, S, D] to [B, S, V]; outside of the graph."""
+        self.residence.enter_ends()
         return self.readout.all_logits(x)
 
     def loss(
@@ -468,4 +507,5 @@ class Transformer(nn.Module):
             exits: hidden states after earlier loops, by name, in order.
             target: the logits of a teacher, sharded like this model's logits.
         """
+        self.residence.enter_ends()
         return self.objective.terms(x, batch, exits, target)

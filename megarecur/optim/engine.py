@@ -1,25 +1,27 @@
 """The engine: from a loss to updated weights, over the data-parallel replicas.
 
-The trainer, checkpoints and verification use only these five calls. The plain engine is the
-reference: AdamW and one reduction over dp.
+The trainer, checkpoints and verification use only these calls. The plain engine is the reference:
+AdamW on whole parameters, and a sum over dp. The sharded engine and DeepSpeed must equal it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megarecur.config.optimizer import OptimizerConfig
-from megarecur.config.run import Config
 from megarecur.model.transformer import Transformer
 from megarecur.optim.groups import build_groups, build_muon_groups
-from megarecur.parallel.mesh import Mesh
+from megarecur.optim.muon import Part, SharedMuon
+from megarecur.parallel.mesh import Peers
 from megarecur.parallel.regions import TensorParallel
-from megarecur.parallel.shards import TensorShard, whole
-from megarecur.recurrence.inventory import ParameterSpec, check_patterns, is_frozen, uses_muon
+from megarecur.parallel.shards import TensorShard
+from megarecur.recurrence.inventory import ParameterSpec, uses_muon
+from megarecur.recurrence.layer_map import Step
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 NORM_ROW = 4096
@@ -33,6 +35,14 @@ Gradients = Sequence[Tensor | None] | None
 
 class Engine(Protocol):
     """The interface of an engine that the trainer uses."""
+
+    def expect(self, stages: Iterable[Sequence[Step]], num_microbatches: int) -> None:
+        """Announce the backward passes of an optimizer step, so that gradients can leave early.
+
+        Args:
+            stages: the steps of the map in each stage of this rank that has a backward pass.
+            num_microbatches: the number of micro batches that pass through each.
+        """
 
     def backward(self, outputs: Outputs, gradients: Gradients = None) -> None:
         """Add the gradient of a micro batch's share of the objective.
@@ -56,6 +66,9 @@ class Engine(Protocol):
 
     def load(self, shards: dict[str, TensorShard]) -> None:
         """Load entries of `shards()` that were filled from a checkpoint."""
+
+    def gradient_bytes(self) -> int:
+        """Return the bytes of gradients that this process keeps between passes."""
 
 
 def global_norm(flat: Tensor) -> Tensor:
@@ -115,165 +128,89 @@ def sum_partial(trained: Mapping[str, nn.Parameter], model: Transformer) -> None
 
 
 def build_optimizers(
-    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], ndims: Mapping[str, int]
 ) -> list[torch.optim.Optimizer]:
-    """Build AdamW, and Muon if the config uses it, each for its own parameters."""
+    """Build AdamW for its parameters; those of Muon are built by `build_muon`.
+
+    Args:
+        parameters: parameters, or one-dimensional pieces of them, by name.
+        ndims: number of dims of each whole parameter.
+    """
     optimizers: list[torch.optim.Optimizer] = []
-    if groups := build_groups(config, parameters):
+    if groups := build_groups(config, parameters, ndims):
         optimizers.append(
             torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
         )
-    if config.muon is not None and (groups := build_muon_groups(config, parameters)):
-        muon = torch.optim.Muon(
-            groups,
-            config.muon.lr,
-            momentum=config.muon.momentum,
-            nesterov=config.muon.nesterov,
-            ns_steps=config.muon.ns_steps,
-            adjust_lr_fn=config.muon.adjust_lr,
-        )
-        optimizers.append(muon)
     return optimizers
 
 
-def moments_of(config: OptimizerConfig, name: str, parameter: nn.Parameter) -> tuple[str, ...]:
+def build_muon(
+    config: OptimizerConfig,
+    parameters: Mapping[str, nn.Parameter],
+    specs: Sequence[ParameterSpec],
+    parts: Mapping[str, Sequence[Part]] | None,
+    peers: Peers,
+    tp: int,
+) -> list[torch.optim.Optimizer]:
+    """Build Muon, if the config uses it: torch's for whole matrices, ours for parts of them.
+
+    Args:
+        parameters: this rank's matrices, or parts of them, by name.
+        specs: the trained parameters of this pipeline rank, in the same order on every rank.
+        parts: the part of each on each of the peers; None: what tensor parallelism cuts.
+        peers: the ranks that hold parts of the same matrices.
+        tp: number of tensor-parallel ranks.
+    """
+    muon, own = config.muon, [s for s in specs if uses_muon(config, s.name, len(s.shape))]
+    if muon is None or not own:
+        return []
+    ndims = {spec.name: len(spec.shape) for spec in specs}
+    groups = build_muon_groups(config, parameters, ndims)
+    if peers.size > 1 or parts is not None:
+        cut = {
+            spec.name: [Part(0, math.prod(spec.part(rank, tp)[1])) for rank in range(tp)]
+            for spec in own
+        }
+        dtype = next(iter(parameters.values())).dtype
+        return [SharedMuon(groups, muon, own, parts or cut, parameters, peers, tp, dtype)]
+    return [
+        torch.optim.Muon(
+            groups,
+            muon.lr,
+            momentum=muon.momentum,
+            nesterov=muon.nesterov,
+            ns_steps=muon.ns_steps,
+            adjust_lr_fn=muon.adjust_lr,
+        )
+    ]
+
+
+def moments_of(config: OptimizerConfig, name: str, ndim: int) -> tuple[str, ...]:
     """Return the names of the moments that the parameter's optimizer keeps."""
-    return ("momentum",) if uses_muon(config, name, parameter.ndim) else ADAMW_MOMENTS
+    return ("momentum",) if uses_muon(config, name, ndim) else ADAMW_MOMENTS
 
 
-class PlainEngine:
-    """AdamW, and Muon, on whole parameters; gradients live in one flat buffer and are reduced at
-    once."""
+def set_state(
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: Mapping[str, nn.Parameter],
+    moments: Mapping[str, Tensor],
+    num_steps: Tensor,
+) -> None:
+    """Let the optimizers use our moments; each parameter has its own count of updates."""
+    names = {parameter: name for name, parameter in parameters.items()}
+    for optimizer in optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            name = names[parameter]
+            if isinstance(optimizer, torch.optim.Muon | SharedMuon):
+                state = {"momentum_buffer": moments[f"momentum.{name}"]}
+            else:
+                state = {m: moments[f"{m}.{name}"] for m in ADAMW_MOMENTS}
+                state["step"] = num_steps.clone()
+            optimizer.state[parameter] = state
 
-    def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
-        optimizer = config.optimizer
-        check_patterns(optimizer, model.inventory)
-        self.model, self.mesh, self.clip_norm = model, mesh, optimizer.clip_norm
-        self.trained = {}
-        for name, parameter in model.parameters_by_name.items():
-            parameter.requires_grad_(not is_frozen(optimizer, name))
-            if parameter.requires_grad:
-                self.trained[name] = parameter
-        self.holders = {n: model.inventory[n].holders(mesh.tp) for n in self.trained}
-        """Number of tensor-parallel ranks that hold each element."""
-        self.copies = {n: held * (1 + (n == model.tied)) for n, held in self.holders.items()}
-        """Number of ranks of a replica that hold each element."""
-        self.flat = self.allocate_gradients()
-        for weight in model.weights():
-            weight.sum_in_place = weight.parameter.requires_grad
-        self.optimizers = build_optimizers(optimizer, model.parameters_by_name)
-        self.moments = {
-            f"{moment}.{name}": torch.zeros_like(parameter)
-            for name, parameter in self.trained.items()
-            for moment in moments_of(optimizer, name, parameter)
-        }
-        self.num_steps = torch.zeros((), dtype=torch.float32, device=self.flat.device)
-        self.give_state()
-        self.updates = torch.zeros(1, dtype=torch.float32)
-        self.reduced = False
 
-    def give_state(self) -> None:
-        """Let the optimizers use our moments; each parameter has its own count of updates."""
-        names = {parameter: name for name, parameter in self.trained.items()}
-        for optimizer in self.optimizers:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                name = names[parameter]
-                if isinstance(optimizer, torch.optim.Muon):
-                    state = {"momentum_buffer": self.moments[f"momentum.{name}"]}
-                else:
-                    state = {m: self.moments[f"{m}.{name}"] for m in ADAMW_MOMENTS}
-                    state["step"] = self.num_steps.clone()
-                optimizer.state[parameter] = state
-
-    def allocate_gradients(self) -> Tensor:
-        """Return one zeroed buffer with every `.grad` a view of it, so that unused parameters have
-        gradient 0.
-
-        Parameters with equal numbers of copies are adjacent.
-        """
-        parameters = [
-            self.trained[name] for name in sorted(self.trained, key=self.copies.__getitem__)
-        ]
-        size = sum(p.numel() for p in parameters)
-        flat = torch.zeros(size, dtype=self.model.master_dtype, device=self.mesh.device)
-        pieces = flat.split([p.numel() for p in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
-        return flat
-
-    def backward(self, outputs: Outputs, gradients: Gradients = None) -> None:
-        """Add the gradient of a micro batch's share of the objective."""
-        assert not self.reduced, "gradients() ends a step's backward passes"
-        torch.autograd.backward(outputs, gradients)
-
-    def reduce(self) -> None:
-        """Sum gradients over all ranks that hold the same parameters, once per step."""
-        if not self.reduced:
-            self.reduce_over_tp()
-            self.mesh.sum_over_dp(self.flat)
-            self.join_tied()  # last, so that both ends are equal bit for bit
-            self.reduced = True
-
-    def reduce_over_tp(self) -> None:
-        """Sum the gradients of which each tensor-parallel rank has a part."""
-        sum_partial(self.trained, self.model)
-
-    def join_tied(self) -> None:
-        """Sum the two gradients of a tied table whose ends, embedding and head, are on two pipeline
-        ranks: the only weights that two of them hold."""
-        if self.model.tied in self.trained:
-            gradient = self.trained[self.model.tied].grad
-            assert gradient is not None
-            gradient += self.mesh.exchange(gradient, self.model.tied_peer)
-
-    def norm(self) -> float:
-        """Return the norm of all gradients, each element counted once."""
-        counts = dict.fromkeys(sorted(self.copies.values()), 0)
-        for name, copies in self.copies.items():
-            counts[copies] += self.trained[name].numel()
-        squares = self.flat.new_zeros(())
-        for part, copies in zip(self.flat.split(list(counts.values())), counts, strict=True):
-            squares += global_norm(part).square() / copies
-        return float(self.mesh.sum_over_replica(squares).sqrt())
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Return copies of raw gradients by global name, summed over replicas."""
-        self.reduce()
-        return {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
-
-    def step(self, lr: float) -> tuple[float, bool]:
-        """Reduce, clip and update. Returns (global norm before clipping, skipped because not
-        finite)."""
-        self.reduce()
-        norm = self.norm()
-        skipped = not norm < float("inf")
-        if not skipped:
-            if self.clip_norm is not None and norm > self.clip_norm:
-                self.flat.mul_(self.clip_norm / norm)
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["lr_multiplier"]
-                optimizer.step()
-            self.updates += 1
-            self.model.refresh()
-        self.flat.zero_()
-        self.reduced = False
-        return norm, skipped
-
-    def shards(self) -> dict[str, TensorShard]:
-        """Return checkpoint entries; they alias the live tensors."""
-        entries = {
-            name: self.model.shard(name, parameter.detach())
-            for name, parameter in self.model.parameters_by_name.items()
-        }
-        for entry, moment in self.moments.items():
-            _, _, name = entry.partition(".")
-            entries[entry] = self.model.shard(name, moment)
-        entries[UPDATES] = whole(self.updates)
-        return entries
-
-    def load(self, shards: dict[str, TensorShard]) -> None:
-        """Load entries of `shards()` that were filled from a checkpoint."""
-        self.num_steps.fill_(self.updates.item())
-        self.give_state()
-        self.model.refresh()
+def set_rates(optimizers: Sequence[torch.optim.Optimizer], lr: float) -> None:
+    """Set the learning rate of every group, a multiple of `lr`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_multiplier"]

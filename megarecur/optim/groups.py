@@ -13,31 +13,40 @@ from megarecur.recurrence.inventory import is_frozen, uses_muon
 
 
 def build_groups(
-    optimizer: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
+    optimizer: OptimizerConfig,
+    parameters: Mapping[str, nn.Parameter],
+    ndims: Mapping[str, int],
 ) -> list[dict[str, Any]]:
     """Return the parameters that AdamW trains as torch groups, each with weight_decay and
     `lr_multiplier`.
 
     Matrices decay, vectors do not. Frozen parameters are in no group.
+
+    Args:
+        parameters: parameters, or one-dimensional pieces of them, by name.
+        ndims: number of dims of each whole parameter.
     """
-    names = [name for name, p in parameters.items() if not uses_muon(optimizer, name, p.ndim)]
-    return _group(optimizer, parameters, names, optimizer.weight_decay, 1.0)
+    names = [name for name in parameters if not uses_muon(optimizer, name, ndims[name])]
+    return _group(optimizer, parameters, ndims, names, optimizer.weight_decay, 1.0)
 
 
 def build_muon_groups(
-    optimizer: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
+    optimizer: OptimizerConfig,
+    parameters: Mapping[str, nn.Parameter],
+    ndims: Mapping[str, int],
 ) -> list[dict[str, Any]]:
     """Return the groups of parameters that Muon trains; their rate is a multiple of AdamW's."""
     if optimizer.muon is None:
         return []
-    names = [name for name, p in parameters.items() if uses_muon(optimizer, name, p.ndim)]
+    names = [name for name in parameters if uses_muon(optimizer, name, ndims[name])]
     rate = optimizer.muon.lr / optimizer.lr
-    return _group(optimizer, parameters, names, optimizer.muon.weight_decay, rate)
+    return _group(optimizer, parameters, ndims, names, optimizer.muon.weight_decay, rate)
 
 
 def _group(
     optimizer: OptimizerConfig,
     parameters: Mapping[str, nn.Parameter],
+    ndims: Mapping[str, int],
     names: Iterable[str],
     weight_decay: float,
     rate: float,
@@ -47,7 +56,7 @@ def _group(
         if is_frozen(optimizer, name):
             continue
         parameter = parameters[name]
-        kept = parameter.ndim < 2 or any(fnmatchcase(name, p) for p in optimizer.no_decay)
+        kept = ndims[name] < 2 or any(fnmatchcase(name, p) for p in optimizer.no_decay)
         multiplier = 1.0
         for pattern, factor in optimizer.lr_multipliers.items():
             multiplier = factor if fnmatchcase(name, pattern) else multiplier

@@ -36,6 +36,16 @@ def has_bf16_products(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def make_hollow(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Return a tensor with a shape, but without memory: every element is the same NaN."""
+    return torch.full((), float("nan"), dtype=dtype, device=device).expand(tuple(shape))
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Return True if the tensor was made by `make_hollow`."""
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
 class DeferredProducts:
     """Products of weight gradients postponed by a backward pass. They depend on no message and no
     message depends on them, so a pipeline runs them in its waiting time."""
@@ -81,6 +91,9 @@ class Weight(nn.Module):
         if compute_dtype == torch.bfloat16 and not has_bf16_products(parameter.device):
             self.product_dtype = torch.float32
         self.copy: Tensor | None = None
+        self.hollow = is_hollow(parameter)
+        """Whether the parameter has no values. Then an engine that shards it lends the copy, in the
+        dtype of products, while the weight is used (`optim.sharded`)."""
         self.sum_in_place = False
         """If True, backward adds to `parameter.grad` itself and saves a temporary per use. For
         engines that keep their gradient buffers; others need autograd's hooks."""
@@ -95,6 +108,8 @@ class Weight(nn.Module):
 
     def refresh(self) -> None:
         """Renew the compute copy, or discard it: after every step, load and initialisation."""
+        if self.hollow:
+            return
         if self.transient:
             self.copy = None
         else:
@@ -129,6 +144,7 @@ class Weight(nn.Module):
 
     def value(self) -> Tensor:
         """Return the weight in the dtype of products, outside the graph."""
+        assert self.copy is not None or not self.hollow, "used while it is not gathered"
         if self.transient and self.copy is None:
             self.make_copy()
         return self.parameter if self.copy is None else self.copy

@@ -26,11 +26,51 @@ from megarecur.parallel.regions import TensorParallel
 
 log = logging.getLogger(__name__)
 
+# torch 2.13 renames both, and warns of the old names.
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 TIMEOUT = timedelta(minutes=10)
 PATIENCE = 20.0
 """Seconds of waiting for other processes before a warning names the missing ones."""
 SAVE_TIMEOUT = timedelta(minutes=30)
 """Timeout of saving; ranks may write checkpoints at very different speeds."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Ranks that hold parts of the same tensors, and this rank's place among them."""
+
+    group: Any
+    """Their process group; None if this is the only one."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def ranks(self) -> range:
+        """The places of all."""
+        return range(self.size)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every peer's value, in their order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def exchange(self, sent: Tensor, counts: list[int], received: list[int]) -> Tensor:
+        """Send the next `counts[i]` elements of a vector to each peer i.
+
+        Returns:
+            What the peers sent, `received[i]` elements each, one after the other.
+        """
+        if self.size == 1:
+            return sent
+        found = sent.new_empty(sum(received))
+        dist.all_to_all_single(found, sent, received, counts, group=self.group)
+        return found
 
 
 @dataclass(frozen=True)
@@ -51,6 +91,16 @@ class Mesh:
     only one."""
     replica_group: Any = None
     """All processes of a replica, pipeline and tensor parallel; None if this is the only one."""
+    shards: int = 1
+    """Number of replicas that shard their state among themselves, neighbours."""
+    shard_group: Any = None
+    """Processes of these replicas that hold the same part of the model; None if this is the only
+    one."""
+    across_group: Any = None
+    """Processes of all such groups that hold the same shard; None if this is the only one."""
+    state_group: Any = None
+    """Processes that hold shards of the same blocks: those of the shard group, with their
+    tensor-parallel ranks; None if this is the only one."""
     save_group: Any = None
     """All processes, over gloo, for checkpoints that a separate thread may save. None in a world of
     one process."""
@@ -74,6 +124,11 @@ class Mesh:
         return self.rank // (self.pp * self.tp)
 
     @property
+    def shard_rank(self) -> int:
+        """Index of this process's shard."""
+        return self.dp_rank % self.shards
+
+    @property
     def pp_rank(self) -> int:
         """Pipeline rank of this process, which decides its stages."""
         return self.rank // self.tp % self.pp
@@ -87,6 +142,14 @@ class Mesh:
         """Tensor-parallel rank of this process, which decides its share of each matrix."""
         return self.rank % self.tp
 
+    def peers(self, sharded: bool) -> Peers:
+        """Return the ranks that hold parts of the same matrices: the tensor-parallel ones, and, if
+        `sharded`, those of the shard group too."""
+        if not sharded:
+            return Peers(self.tp_group, self.tp_rank, self.tp, self.device)
+        rank, size = self.shard_rank * self.tp + self.tp_rank, self.shards * self.tp
+        return Peers(self.state_group, rank, size, self.device)
+
     def tensor_parallel(self, sequence: bool = False) -> TensorParallel:
         """Return what a model needs to know of the ranks that share its matrices."""
         return TensorParallel(self.tp_group, self.tp_rank, self.tp, sequence and self.tp > 1)
@@ -95,6 +158,33 @@ class Mesh:
         """Sum in place over the replicas."""
         if self.dp > 1:
             dist.all_reduce(tensor, group=self.dp_group)
+        return tensor
+
+    def start_sum_over_dp(self, tensor: Tensor) -> Any:
+        """Begin to sum in place over the replicas; returns what to wait for, None if nothing."""
+        if self.dp == 1:
+            return None
+        return dist.all_reduce(tensor, group=self.dp_group, async_op=True)
+
+    def start_gather(self, whole: Tensor, own: Tensor) -> Any:
+        """Begin to put together the shards of a vector; returns what to wait for."""
+        return _gather(whole, own, group=self.shard_group, async_op=True)
+
+    def start_reduce_scatter(self, own: Tensor, whole: Tensor) -> Any:
+        """Begin to sum a vector over the replicas that shard state; each gets its shard of it.
+        Returns what to wait for."""
+        return _reduce_scatter(own, whole, group=self.shard_group, async_op=True)
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the replicas that shard state among themselves."""
+        if self.shards > 1:
+            dist.all_reduce(tensor, group=self.shard_group)
+        return tensor
+
+    def sum_over_groups(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the groups of replicas that shard state."""
+        if self.dp > self.shards:
+            dist.all_reduce(tensor, group=self.across_group)
         return tensor
 
     def sum_over_tp(self, tensor: Tensor) -> Tensor:
@@ -490,7 +580,19 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
         if tp == 1
         else pick_group(ranks.flatten(1).tolist(), rank)
     )
-    return Mesh(len(ranks), pp, tp, rank, device, dp_group, tp_group, pp_group, replica_group)
+    shards = config.parallel.shard_group or len(ranks)
+    groups = ranks.view(-1, shards, pp, tp)
+    shard_group, across_group = dp_group, None
+    if shards < len(ranks):
+        shard_group = pick_group(groups.movedim(1, -1).flatten(0, -2).tolist(), rank)
+        across_group = pick_group(groups.movedim(0, -1).flatten(0, -2).tolist(), rank)
+    state_group = tp_group if shards == 1 else shard_group
+    if shards > 1 and tp > 1 and config.parallel.shards_natively:
+        state_group = pick_group(groups.transpose(1, 2).flatten(2).flatten(0, 1).tolist(), rank)
+    return Mesh(
+        len(ranks), pp, tp, rank, device, dp_group, tp_group, pp_group, replica_group,
+        shards, shard_group, across_group, state_group,
+    )  # fmt: skip
 
 
 def pick_group(members: list[list[int]], rank: int) -> Any:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import NamedTuple
 
 from megarecur.config.model import ModelConfig
@@ -358,8 +359,7 @@ class MemoryEstimate:
     mask: int
     """Masks of all pairs of positions of a micro batch, with train.attention=dense."""
     gathered: int = 0
-    """Whole parameters during a pass under ZeRO 3: a stack of shared blocks is gathered once for
-    all uses."""
+    """Of sharded weights: whole copies and gradients that a pass has at most at a time."""
 
     @property
     def state(self) -> int:
@@ -376,8 +376,8 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     """Estimate the memory of the largest process of one of `dp` replicas.
 
     Tensor parallelism divides matrices, heads and vocabulary, ZeRO whatever its stage shards of the
-    rest. Stages 2 and 3 also hold, until the last use of a block, the gradients of a pass that are
-    not reduced yet; offloaded moments are on the CPU.
+    rest (`count_sharded`). Under DeepSpeed's stages 2 and 3 the gradients of a pass that are not
+    reduced yet are left out; offloaded moments are on the CPU.
     """
     stage, offload = config.parallel.zero_stage, config.parallel.offload_optimizer
     tp = config.parallel.tensor
@@ -401,15 +401,102 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     kinds += sum(beside is not None for beside in (config.exits, config.distill))
     logits = count_logits(config, tokens)
     logit_bytes = kinds * element * logits + wide * min(logits, LOGIT_SLICE)
+    state = {
+        "parameters": -(-size // parts[3]) * wide,
+        "gradients": -(-trained // parts[2]) * wide,
+        "moments": 0 if offload else -(-(2 * trained - muon) // parts[1]) * wide,
+        "copies": matrices * element if element < wide else 0,
+        "gathered": size * wide if parts[3] > 1 else 0,
+    }
+    if config.parallel.shards_natively:
+        state = count_sharded(config, specs, steps, dp)
     return MemoryEstimate(
-        parameters=-(-size // parts[3]) * wide,
-        gradients=-(-trained // parts[2]) * wide,
-        moments=0 if offload else -(-(2 * trained - muon) // parts[1]) * wide,
-        copies=matrices * element if element < wide else 0,
         activations=tokens * estimate_activations(config, steps),
         logits=logit_bytes,
         mask=tokens * count_mask_elements(config) * element,
-        gathered=size * wide if parts[3] > 1 else 0,
+        **state,
+    )
+
+
+PENDING = 2
+"""Gradients of blocks that are being reduced while a backward pass goes on."""
+
+
+def count_sharded(
+    config: Config, specs: Sequence[ParameterSpec], steps: LayerMap, dp: int
+) -> dict[str, int]:
+    """Return the bytes of state under native sharding, by the fields of `MemoryEstimate`.
+
+    Matrices are sharded, what products do not read is whole. With a pipeline, copies and gradients
+    of a rank's blocks are whole for an optimizer step; else as long as a pass uses them.
+
+    Args:
+        specs: the parameters of the process.
+        steps: its steps of the map.
+        dp: number of replicas.
+    """
+    parallel, tp = config.parallel, config.parallel.tensor
+    shards = parallel.shard_group or dp
+    element, wide = element_bytes(config), parameter_bytes(config)
+    size: dict[int | None, int] = {}
+    gradient: dict[int | None, int] = {}
+    small = small_trained = by_muon = 0
+    for spec in specs:
+        elements = math.prod(spec.part(tp - 1, tp)[1])
+        is_trained = not is_frozen(config.optimizer, spec.name)
+        if not has_copy(spec):
+            small += elements
+            small_trained += elements * is_trained
+            continue
+        size[spec.block] = size.get(spec.block, 0) + elements
+        gradient[spec.block] = gradient.get(spec.block, 0) + elements * is_trained
+        by_muon += elements * (is_trained and uses_muon(config.optimizer, spec.name, 2))
+    shard = -(-sum(size.values()) // shards)
+    own = -(-sum(gradient.values()) // shards)
+    whole_step = parallel.pipeline > 1
+    forward = [step.block for step in steps]
+    backward = [step.block for step in reversed(steps) if step.grad]
+    kept = sum(size.values()) * element
+    copies = 0
+    gathered = kept
+    if parallel.zero_stage < 3:
+        copies, gathered = kept, 0
+    elif not whole_step:
+        most = max((_most_live(uses, size, 1, 0) for uses in (forward, backward)), default=0)
+        if parallel.gathered_blocks is not None:
+            largest = sorted((n for b, n in size.items() if b is not None), reverse=True)
+            most = min(most, sum(largest[: parallel.gathered_blocks]))
+        gathered = (most + size.get(None, 0)) * element
+    live = sum(gradient.values())
+    if parallel.zero_stage >= 2 and not whole_step:
+        live = _most_live(backward, gradient, 0, PENDING) + gradient.get(None, 0)
+    return {
+        "parameters": (shard + small) * wide,
+        "gradients": (own + small_trained) * wide,
+        "moments": (2 * (own + small_trained) - -(-by_muon // shards)) * wide,
+        "copies": copies,
+        "gathered": gathered + (live * wide if shards > 1 else 0),
+    }
+
+
+def _most_live(uses: Sequence[int], size: Mapping[int | None, int], ahead: int, behind: int) -> int:
+    """Return the most elements of blocks that a pass has at a time.
+
+    Args:
+        uses: blocks in the order of their uses.
+        size: elements of each block.
+        ahead: blocks that are there before their use.
+        behind: blocks that are still there after their last use.
+    """
+    order = [block for block, _ in groupby(uses)]
+    first = {block: order.index(block) for block in order}
+    last = {block: i for i, block in enumerate(order)}
+    return max(
+        (
+            sum(size.get(b, 0) for b in first if first[b] - ahead <= i <= last[b] + behind)
+            for i in range(len(order))
+        ),
+        default=0,
     )
 
 

@@ -40,6 +40,7 @@ from megarecur.plan.cost import (
     count_rank,
     count_remade_bytes,
     count_score_flops,
+    count_sharded,
     count_span,
     count_step_flops,
     count_stream_bytes,
@@ -297,6 +298,8 @@ def with_layout(config: Config, layout: Layout) -> Config:
         "zero_stage": layout.zero_stage,
         "sequence_parallel": sequence,
         "offload_optimizer": offload,
+        "shard_group": own.shard_group if layout.zero_stage else None,
+        "gathered_blocks": own.gathered_blocks if layout.zero_stage == 3 else None,
         "placement": placement,
     }
     return validate(values, str(layout))
@@ -781,6 +784,11 @@ def _count_state(
     workspace += tokens * count_remade_bytes(config, tuple(t for s in stages for t in s.steps))
     if any(s.last for s in stages):
         workspace += estimate_memory(config, ()).logits - _kept_logits(config)
+    steps = tuple(step for s in stages for step in s.steps)
+    if config.parallel.shards_natively:
+        state = count_sharded(config, specs, steps, layout.data)
+        workspace += state.pop("gathered")
+        return {**state, "workspace": workspace}
     if parts[3] > 1:
         workspace += held(specs, tensor) * wide
     offload = config.parallel.offload_optimizer
@@ -832,9 +840,9 @@ def _reduce(
     """Return (bytes sent by a process, seconds) of reducing gradients over the replicas, once a
     step.
 
-    Under ZeRO 1, gradients are scattered and new parameters gathered: the same number of bytes.
-    Without a pipeline, ZeRO 2 reduces after every micro batch, and ZeRO 3 also gathers parameters
-    for every forward and every backward pass.
+    Under ZeRO 1, gradients are scattered and new parameters gathered. Without a pipeline, ZeRO 2
+    reduces after every micro batch, and ZeRO 3 also gathers parameters for every forward and every
+    backward pass. Native sharding gathers in the compute dtype.
     """
     wide, data = parameter_bytes(config), layout.data
     moving = [spec for spec in specs if not is_frozen(config.optimizer, spec.name)]
@@ -845,9 +853,14 @@ def _reduce(
     reduced, gathered = 1, 1  # how often each is sent per step
     if layout.zero_stage >= 2 and layout.pipeline == 1:
         reduced = microbatches
-    if layout.zero_stage == 3:
+    if layout.zero_stage == 3 and layout.pipeline == 1:
         gathered = 2 * microbatches
     other = parameters if layout.zero_stage == 3 else gradients
+    if config.parallel.shards_natively:
+        matrices = held((spec for spec in specs if has_copy(spec)), layout.tensor)
+        other = matrices * element_bytes(config)
+    if config.parallel.reduce_dtype == "bf16":
+        gradients //= wide // 2
     seconds = link.reduce_time(gradients, data) * reduced + link.reduce_time(other, data) * gathered
     ways = gradients * reduced + other * gathered
     return round(ways * (data - 1) / data), seconds / 2

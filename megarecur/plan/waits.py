@@ -22,7 +22,7 @@ def find_waits(config: Config) -> list[str]:
         waits.append("temporal: every micro batch reads which documents its chunks continue")
     if config.distill is not None and config.distill.stored is not None:
         waits.append("distill.stored: every micro batch reads its sample ids to find its logits")
-    if config.parallel.zero_stage:
+    if config.parallel.zero_stage and not config.parallel.shards_natively:
         stage = config.parallel.zero_stage
         waits.append(f"parallel.zero_stage={stage}: DeepSpeed reads what it needs, not counted")
     return waits

@@ -18,6 +18,7 @@ from megarecur.config.run import Config
 from megarecur.data.loader import Loader
 from megarecur.model.adapters import ResidualScale
 from megarecur.model.transformer import Transformer
+from megarecur.parallel.linear import is_hollow
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.recurrence.inventory import scale_names
 from megarecur.recurrence.schemes import longest_map
@@ -67,7 +68,7 @@ def profile_scales(model: Transformer, config: Config, loader: Loader, mesh: Mes
     """Set the initial residual scales of a model that has some; collective.
 
     Every replica runs the same samples, whatever the mesh and the micro batch size. A pipeline rank
-    builds the whole model for this pass.
+    builds the whole model for this pass, and so does one whose matrices have no values yet.
 
     Raises:
         MegarecurError: on every rank, the reason why a rank could not read its samples.
@@ -77,7 +78,9 @@ def profile_scales(model: Transformer, config: Config, loader: Loader, mesh: Mes
     count = min(config.train.global_batch_size, -(-TOKENS // config.data.seq_length))
     with same_error(mesh):
         batch = loader.first_samples(count).to(mesh.device)
-    whole = model if mesh.pp == 1 else Transformer(config, mesh.device, tp=model.tp)
+    whole = model
+    if mesh.pp > 1 or any(weight.hollow for weight in model.weights()):
+        whole = Transformer(config, mesh.device, tp=model.tp)
     ctx = whole.context(batch, step=0, training=False)
     hooks = []
     for runner in whole.runners():  # Each stack begins with a scale of 1.
@@ -92,4 +95,5 @@ def profile_scales(model: Transformer, config: Config, loader: Loader, mesh: Mes
     for hook in hooks:
         hook.remove()
     for name, parameter in model.parameters_by_name.items() if whole is not model else ():
-        parameter.data.copy_(whole.parameters_by_name[name].data)  # Only scales have changed.
+        if not is_hollow(parameter):
+            parameter.data.copy_(whole.parameters_by_name[name].data)  # Only scales have changed.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping
 
 import torch
 
 from megarecur.model.transformer import Transformer
-from megarecur.parallel.shards import TensorShard
+from megarecur.optim.engine import Engine
 
 # Peak FLOP/s of dense bf16 products, from the vendor's data sheets (SXM variants).
 BF16_PEAK = {
@@ -59,14 +58,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measure_state(model: Transformer, shards: Mapping[str, TensorShard]) -> dict[str, int]:
+def measure_state(model: Transformer, engine: Engine) -> dict[str, int]:
     """Return the bytes that this process keeps between optimizer steps, by kind."""
     held = {"parameters": 0, "moments": 0}
-    for name, shard in shards.items():
+    for name, shard in engine.shards().items():
         kind = "parameters" if name in model.parameters_by_name else "moments"
         held[kind] += sum(tensor.nbytes for *_, tensor in shard.chunks)
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     copies = [weight.copy for weight in model.weights() if weight.copy is not None]
-    held["gradients"] = sum(gradient.nbytes for gradient in gradients)
+    held["gradients"] = engine.gradient_bytes()
     held["copies"] = sum(copy.nbytes for copy in copies)
     return held

@@ -133,6 +133,7 @@ def build_model(config: Config, mesh: Mesh, schedules: Schedules) -> Transformer
         placement=schedules.placement,
         pp_rank=mesh.pp_rank,
         tp=mesh.tensor_parallel(config.parallel.sequence_parallel),
+        hollow=config.parallel.shards_natively,
     )
 
 
@@ -166,7 +167,9 @@ def forward_backward(
         places=denominators["places"],
         keys=tuple(denominators[name] for name in SEEN),
     )
-    mine = [each for stage in scheduled.walk if stage.rank == mesh.pp_rank for each in stage.steps]
+    stages = [stage for stage in scheduled.walk if stage.rank == mesh.pp_rank]
+    mine = [each for stage in stages for each in stage.steps]
+    engine.expect([stage.steps for stage in stages if stage.backward], len(batches))
     drawn = model.draw_keys(mine, step, mesh.device)
     program = Training(model, batches, step, denominators, result, telemetry, teacher, drawn)
 

@@ -221,7 +221,7 @@ def log_and_check(run: Run, result: StepResult) -> list[str]:
     if not is_due(state.step, config.train.log_every, config):
         return []
     values = report.close_interval(state, result) | run.saver.timings()
-    held = measure_state(run.model, run.engine.shards())
+    held = measure_state(run.model, run.engine)
     values |= report.report_memory(held, build_map(config, result.depth))
     values |= report.count_graphs(run.compiled)
     values |= {f"speed/attention/{run.model.attention.backend}": 1.0}

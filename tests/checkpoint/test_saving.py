@@ -43,7 +43,7 @@ from megarecur.data.loader import Loader
 from megarecur.data.open import open_data
 from megarecur.errors import CheckpointError, ConfigError
 from megarecur.launch.cli import main
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.mesh import Mesh, saving_apart
 from megarecur.parallel.shards import whole
 from megarecur.train import trainer

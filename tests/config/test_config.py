@@ -144,8 +144,9 @@ def test_what_tensor_parallelism_cannot_cut_is_named_at_once(base: Path) -> None
 
 def test_what_a_pipeline_does_not_run_is_named(base: Path) -> None:
     two = "parallel.pipeline=2"
-    assert "optimizer.muon with parallel.pipeline=2" in refusal(base, two, "optimizer.muon={}")
-    assert "zero_stage=3 with parallel.pipeline=2" in refusal(base, two, "parallel.zero_stage=3")
+    deepspeed = "parallel.zero_engine=deepspeed"
+    message = refusal(base, two, "parallel.zero_stage=3", deepspeed)
+    assert "zero_stage=3 with parallel.pipeline=2" in message
     loop = "{kind: loop, prelude: 1, core: 1, coda: 2, num_loops: 2, final_norm_after_core: true}"
     message = refusal(base, "parallel.pipeline=4", f"recurrence={loop}")
     assert "the last 2 stay together for final_norm_after_core" in message
@@ -267,6 +268,11 @@ FREE = {
     "parallel.order",
     "parallel.split_backward",
     "parallel.zero_stage",
+    "parallel.zero_engine",
+    "parallel.shard_group",
+    "parallel.gathered_blocks",
+    "parallel.bucket_mb",
+    "parallel.reduce_dtype",
     "parallel.offload_optimizer",
     "parallel.sequence_parallel",
     "train.steps",

@@ -29,11 +29,13 @@ ORDER = ("parallel.order", "parallel.pipeline", "parallel.placement", "recurrenc
 FIVE = {
     "parallel.pipeline=9": "parallel.pipeline=9 exceeds the number of blocks",
     "train.micro_batch_size=3": "train.micro_batch_size=3 must divide train.global_batch_size=8",
-    "optimizer.muon={}": "optimizer.muon with parallel.pipeline=9",
+    "parallel.zero_stage=3": "parallel.zero_stage=3 with parallel.pipeline=9",
     "model.shared_feed_forward=true": "model.shared_feed_forward=true with parallel.pipeline=9",
     "data.val=[]": "checkpoint.keep_best=1 needs data.val",
 }
 """Overrides that break the quickstart together, and what is said of each."""
+BESIDE = ("checkpoint.keep_best=1", "parallel.zero_engine=deepspeed")
+"""Overrides that some of them need."""
 
 
 def refusal(*overrides: str) -> list[str]:
@@ -88,7 +90,7 @@ class AnyValue:
 
 
 def test_all_conflicts_are_reported_together() -> None:
-    overrides = [*FIVE, "checkpoint.keep_best=1"]
+    overrides = [*FIVE, *BESIDE]
     messages = refusal(*overrides)
     assert len(messages) == 5
     for text in FIVE.values():
@@ -96,7 +98,7 @@ def test_all_conflicts_are_reported_together() -> None:
 
 
 def test_other_mistakes_hide_no_conflict() -> None:
-    overrides = [*FIVE, "checkpoint.keep_best=1"]
+    overrides = [*FIVE, *BESIDE]
     known = refusal(*overrides)
     unknown = refusal(*overrides, "model.vocab_sise=3")
     assert set(known) < set(unknown) and len(unknown) == 6
@@ -108,15 +110,16 @@ def test_other_mistakes_hide_no_conflict() -> None:
 
 def test_rules_about_unreadable_values_are_left_out() -> None:
     """A wrong value is told once; rules that read it say nothing, the others are evaluated."""
-    muon = ["optimizer.muon={}", "parallel.pipeline=2"]
-    assert len(refusal(*muon)) == 1
-    assert refusal("optimizer.muon={}", "parallel.pipeline=two") == [
+    shared = "model.shared_feed_forward=true"
+    assert len(refusal(shared, "parallel.pipeline=2")) == 1
+    assert refusal(shared, "parallel.pipeline=two") == [
         "parallel.pipeline='two' is not a whole number; set it to one"
     ]
-    messages = refusal(*muon, "recurrence={kind: cycel}", "model.hidden_size=x")
+    piped = (shared, "parallel.pipeline=2")
+    messages = refusal(*piped, "recurrence={kind: cycel}", "data.seq_length=x")
     assert len(messages) == 3
-    assert any(message.startswith("optimizer.muon with parallel") for message in messages)
-    messages = refusal("train=null", "data.seq_length=0", "optimizer.muon={}", "parallel.tensor=2")
+    assert any(message.startswith(f"model.{shared[6:]} with") for message in messages)
+    messages = refusal("train=null", "data.seq_length=0", *piped)
     assert len(messages) == 3, messages
 
 
@@ -144,11 +147,11 @@ def test_rules_about_the_walk_fire_and_are_cured(keys: tuple[str, ...]) -> None:
     assert str(caught.value).splitlines()[1:] == [f"  {message}"]
     load(*broken, *cure)
     with pytest.raises(ConfigError) as caught:
-        load(*broken, "optimizer.muon={}", "model.dropout=x", world=3)
+        load(*broken, "parallel.zero_stage=3", BESIDE[1], "model.dropout=x", world=3)
     messages = [line.strip() for line in str(caught.value).splitlines()[1:]]
     assert [message.split("=")[0].split(":")[0] for message in messages] == [
         "model.dropout",
-        "optimizer.muon with parallel.pipeline",
+        "parallel.zero_stage",
         keys[0],
         "3 processes do not divide into replicas of parallel.tensor",
     ]
@@ -166,7 +169,7 @@ def test_rules_about_the_walk_wait_for_a_tokenizer() -> None:
     assert config.parallel.order == "zbv"
 
 
-@pytest.mark.parametrize("i", range(2))
+@pytest.mark.parametrize("i", range(3))
 def test_rules_about_the_world_fire_and_are_cured(i: int) -> None:
     rule = world_rules(2)[i]
     broken, cure = WORLD_EXAMPLES[rule.keys]

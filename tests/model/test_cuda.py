@@ -10,7 +10,7 @@ from megarecur.data.open import open_data
 from megarecur.model.compile import CompiledModel
 from megarecur.model.saved import CudaCopies
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh
 from megarecur.train.metrics import read_rows

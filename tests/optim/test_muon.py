@@ -1,4 +1,4 @@
-"""Muon for the matrices of blocks, AdamW for the rest, on the plain engine."""
+"""Muon for the matrices of blocks, AdamW for the rest."""
 
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.configs import SCHEMES, make_config
 from support.harness import compare
-from support.meshes import trace
+from support.meshes import build_on_mesh, config_of, later, reference, trace, trace_steps
 from torch import Tensor
 
 from megarecur.checkpoint import checkpoint
@@ -16,7 +16,8 @@ from megarecur.config.run import Config
 from megarecur.data.open import with_vocab_size
 from megarecur.errors import ConfigError
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.muon import SharedMuon
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import estimate_memory
 from megarecur.recurrence.schemes import layer_map
@@ -104,6 +105,54 @@ def test_processes_equal_one(world, corpus) -> None:
     compare(world(2).run(trace, config, 1)[0], trace(config, 1), 2e-6, 2e-5)
 
 
+CUT = [
+    # scheme, processes, parallel
+    ("cycle", 2, {"tensor": 2}),
+    ("cycle", 4, {"tensor": 4, "sequence_parallel": True}),
+    ("loop", 2, {"pipeline": 2}),
+    ("reuse_map", 2, {"zero_stage": 1}),
+    ("loop", 4, {"zero_stage": 3, "shard_group": 2}),
+    ("cycle", 4, {"zero_stage": 2, "tensor": 2, "sequence_parallel": True}),
+    later("cycle", 4, {"tensor": 2, "pipeline": 2}),
+    later("cycle", 4, {"zero_stage": 3, "pipeline": 2}),
+    later("sequence", 8, {"zero_stage": 3, "pipeline": 2, "tensor": 2}),
+]
+
+
+@pytest.mark.parametrize(("scheme", "processes", "parallel"), CUT)
+def test_cut_matrices_are_updated_whole(world, corpus, scheme, processes, parallel) -> None:
+    """Four tensor-parallel ranks hold each of the two key heads twice. A pattern leaves one kind of
+    matrix to AdamW, another is frozen."""
+    optimizer = {
+        "muon": {"lr": 1e-3, "exclude": ["*.down.*"]}, "frozen": ["blocks.0.attention.value.*"],
+        "lr_multipliers": {"blocks.1.*": 0.5},
+    }  # fmt: skip
+    train_config = {"precision": "fp64", "micro_batch_size": 1, "global_batch_size": 4}
+    config = config_of(
+        corpus, scheme, 1, optimizer=optimizer, train=train_config, parallel=parallel
+    )
+    compare(world(processes).run(trace, config, 6)[0], reference(config, 6), 1e-11, 1e-11)
+
+
+def orthogonalised_names(config: Config) -> list[str]:
+    """The matrices that this rank orthogonalizes in a step."""
+    built = build_on_mesh(config)
+    trace_steps(built, 1)
+    (muon,) = [o for o in built[2].optimizers if isinstance(o, SharedMuon)]
+    return muon.owned[muon.peers.rank]
+
+
+def test_each_matrix_has_one_owner(world, corpus) -> None:
+    train_config = {"micro_batch_size": 1, "global_batch_size": 4}
+    parallel = {"zero_stage": 1, "tensor": 2}
+    config = config_of(
+        corpus, "cycle", 1, optimizer={"muon": {}}, train=train_config, parallel=parallel
+    )
+    ranks = world(4).run(orthogonalised_names, config)
+    names = [name for rank in ranks for name in rank]
+    assert len(names) == len(set(names)) == 14 and all(len(rank) >= 3 for rank in ranks)
+
+
 def test_a_run_learns_and_resumes_exactly(corpus, tmp_path) -> None:
     def run(name: str, steps: int) -> list[float]:
         config = muon_config(
@@ -139,7 +188,7 @@ def test_memory_counts_one_moment_for_each_matrix() -> None:
         moment.numel() for moment in engine.moments.values()
     )
     assert estimate_memory(muon, steps).moments < estimate_memory(plain, steps).moments
-    estimate, held = estimate_memory(muon, steps), measure_state(model, engine.shards())
+    estimate, held = estimate_memory(muon, steps), measure_state(model, engine)
     assert held["parameters"] == estimate.parameters and held["gradients"] == estimate.gradients
     assert held["moments"] == estimate.moments + 4  # the count of updates
     assert len(model.parameters_by_name) < len(engine.moments)
@@ -148,7 +197,10 @@ def test_memory_counts_one_moment_for_each_matrix() -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"parallel": {"zero_stage": 1}}, "optimizer.muon needs whole matrices, parallel.zero_st"),
+        (
+            {"parallel": {"zero_stage": 1, "zero_engine": "deepspeed"}},
+            "optimizer.muon needs whole matrices, which parallel.zero_stage=1 of",
+        ),
         ({"muon": {"lr": 0}}, "optimizer.muon.lr=0 is too small; set it above 0"),
         ({"muon": {"adjust_lr": "rms"}}, "optimizer.muon.adjust_lr='rms' is unknown; choose 'orig"),
         ({"muon": {"momentm": 0.9}}, "optimizer.muon.momentm: unknown key; did you mean 'momen"),

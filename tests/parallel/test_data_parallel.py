@@ -11,7 +11,7 @@ from support.harness import Trace, WorldError, compare
 from megarecur.config.run import Config
 from megarecur.data.open import open_data
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.mesh import Mesh, build_mesh
 from megarecur.train.step import forward_backward
 

@@ -29,7 +29,7 @@ from megarecur.checkpoint import checkpoint
 from megarecur.checkpoint.index import read_index
 from megarecur.config.recurrence import RecurrenceConfig
 from megarecur.config.run import Config
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel import regions
 from megarecur.parallel.shards import TensorShard
 from megarecur.plan.cost import estimate_memory
@@ -62,7 +62,9 @@ def test_ranks_equal_one_process(world, corpus, scheme, tensor, processes, extra
 
 @pytest.mark.parametrize(
     ("stage", "tensor", "processes", "extra"),
-    [(1, 2, 4, SEQUENCE), (3, 2, 4, SEQUENCE), (2, 2, 4, {"parallel": {"offload_optimizer": True}}),
+    [(1, 2, 4, SEQUENCE), (3, 2, 4, SEQUENCE),
+     (2, 2, 4, {"parallel": {"offload_optimizer": True, "zero_engine": "deepspeed"}}),
+     (3, 2, 4, {"parallel": {"zero_engine": "deepspeed", "sequence_parallel": True}}),
      (1, 4, 4, {}), later(2, 2, 2, SEQUENCE), later(3, 4, 4, {})],
 )  # fmt: skip
 def test_zero_on_the_mesh_equals_one_process(
@@ -122,7 +124,7 @@ def draw(number: int) -> tuple[str, int, int, dict[str, Any]]:
     train = {
         **rng.choice([{"micro_batch_size": 1}, {"micro_batch_size": 4, "global_batch_size": 8}]),
         "recompute": rng.random() < 0.3,
-        "precision": "fp64" if not parallel["zero_stage"] and rng.random() < 0.5 else "fp32",
+        "precision": "fp64" if rng.random() < 0.5 else "fp32",
     }
     sections = {"parallel": parallel, "model": model, "train": train}
     return list(SCHEMES)[number % len(SCHEMES)], tensor, processes, sections
@@ -261,7 +263,7 @@ def test_ranks_of_a_replica_read_the_same_samples(world, corpus) -> None:
 def measure(config: Config) -> tuple[dict[str, int], Any]:
     config, model, engine, _, _ = build_on_mesh(config)
     estimate = estimate_memory(config, layer_map(config.recurrence))
-    return measure_state(model, engine.shards()), estimate
+    return measure_state(model, engine), estimate
 
 
 @pytest.mark.parametrize("tensor", [2, 4])

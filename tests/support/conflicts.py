@@ -358,11 +358,11 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         ("parallel.pipeline=1",),
     ),
     ("parallel.zero_stage", "parallel.pipeline"): (
-        ("parallel={zero_stage: 3, pipeline: 2}",),
+        ("parallel={zero_stage: 3, zero_engine: deepspeed, pipeline: 2}",),
         ("parallel.zero_stage=1",),
     ),
     ("parallel.zero_stage", "train.precision"): (
-        ("parallel.zero_stage=1", "train.precision=fp64"),
+        ("parallel={zero_stage: 1, zero_engine: deepspeed}", "train.precision=fp64"),
         ("parallel.zero_stage=0",),
     ),
     ("parallel.placement", "recurrence", "encoder"): (
@@ -373,17 +373,9 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         (CORE, "parallel={pipeline: 3, placement: [0, 1, 1, 2]}"),
         ("parallel.placement=[0, 1, 2, 2]",),
     ),
-    ("optimizer.muon", "parallel.tensor"): (
-        ("optimizer.muon={}", "parallel.tensor=2"),
-        ("parallel.tensor=1",),
-    ),
-    ("optimizer.muon", "parallel.zero_stage"): (
-        ("optimizer.muon={}", "parallel.zero_stage=1"),
+    ("optimizer.muon", "parallel.zero_stage", "parallel.zero_engine"): (
+        ("optimizer.muon={}", "parallel={zero_stage: 1, zero_engine: deepspeed}"),
         ("parallel.zero_stage=0",),
-    ),
-    ("optimizer.muon", "parallel.pipeline"): (
-        ("optimizer.muon={}", "parallel.pipeline=2"),
-        ("parallel.pipeline=1",),
     ),
     ("optimizer.schedule.warmup_steps", "optimizer.schedule.decay_steps", "train.steps"): (
         ("train.steps=4",),
@@ -451,6 +443,10 @@ WORLD_EXAMPLES: dict[tuple[str, ...], Example] = {
     ("train.global_batch_size", "train.micro_batch_size"): (
         ("train.micro_batch_size=8",),
         ("train.micro_batch_size=4",),
+    ),
+    ("parallel.shard_group",): (
+        ("parallel={zero_stage: 1, shard_group: 3}",),
+        ("parallel.shard_group=2",),
     ),
 }
 """Examples for two processes, by the keys of the rules about the number of processes."""

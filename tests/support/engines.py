@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from support.configs import make_config
-from support.harness import Trace
-from support.meshes import aot_eager, build_on_mesh, mesh_of
+from support.harness import Trace, World, compare
+from support.meshes import UNSHARDED, aot_eager, build_on_mesh, mesh_of
 from torch import Tensor
 
 from megarecur.checkpoint import checkpoint
@@ -21,6 +24,8 @@ from megarecur.data.open import open_data
 from megarecur.model.compile import CompiledModel
 from megarecur.model.transformer import Transformer
 from megarecur.optim.engine import Engine
+from megarecur.optim.sharded import Flat, ShardedEngine
+from megarecur.parallel.shards import tiling_fault, whole
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import build_map, layer_map
 from megarecur.train.step import count_denominators, objective
@@ -73,7 +78,7 @@ def trace_maps(
 ) -> Trace:
     """Return the trace of `num_steps` steps, with a map for each and one planted fault."""
     if fault == "input not anchored":
-        with mock.patch("megarecur.optim.zero.anchor_runner"):
+        with mock.patch("megarecur.optim.deepspeed.anchor_runner"):
             config, model, engine = build_engine_of(config)
     else:
         config, model, engine = build_engine_of(config)
@@ -84,19 +89,22 @@ def trace_maps(
     return run_steps(config, model, engine, range(num_steps), maps, fault)
 
 
-def engine_config(corpus: Path, scheme: str, stage: int, micro: int, **sections: dict) -> Config:
+def engine_config(
+    corpus: Path, scheme: str, stage: int, micro: int, engine: str = "deepspeed", **sections: dict
+) -> Config:
     """A parity config whose clipping is active at every step."""
     sections = {name: dict(update) for name, update in sections.items()}
     sections["data"] = {"seq_length": 16}
     sections["train"] = {"micro_batch_size": micro, **sections.get("train", {})}
     sections["optimizer"] = {"clip_norm": 0.5, **sections.get("optimizer", {})}
-    sections["parallel"] = {"zero_stage": stage, **sections.get("parallel", {})}
+    own = {"zero_stage": stage, "zero_engine": engine}
+    sections["parallel"] = {**own, **sections.get("parallel", {})}
     return make_config(corpus, scheme, **sections)
 
 
 def plain(config: Config) -> Config:
     """Return the config with the plain engine."""
-    parallel = config.parallel.model_copy(update={"zero_stage": 0, "offload_optimizer": False})
+    parallel = config.parallel.model_copy(update=UNSHARDED)
     return config.model_copy(update={"parallel": parallel})
 
 
@@ -125,6 +133,28 @@ def maps_of(config: Config, depths: Sequence[int], backward: int = 9) -> list[La
     return found
 
 
+@contextlib.contextmanager
+def recorded(engine: ShardedEngine) -> Iterator[list[str]]:
+    """Record what a sharded engine gathers and reduces inside the context, in order."""
+    found: list[str] = []
+    units = {id(flat): unit for unit, flats in engine.units.items() for flat in flats}
+
+    def gather(flat: Flat, run=Flat.gather) -> None:
+        waits = flat.work
+        run(flat)
+        if waits is None and flat.work is not None:
+            found.append(f"gather {units[id(flat)]}")
+
+    def reduce(flat: Flat, dtype: torch.dtype, run=Flat.reduce) -> Any:
+        begun = run(flat, dtype)
+        if begun is not None:
+            found.append(f"reduce {units[id(flat)]}")
+        return begun
+
+    with mock.patch.object(Flat, "gather", gather), mock.patch.object(Flat, "reduce", reduce):
+        yield found
+
+
 Chunks = dict[str, list[tuple[tuple[int, ...], tuple[int, ...], Tensor]]]
 
 
@@ -136,6 +166,76 @@ def load_step(engine: Engine, root: Path, step: int, group: Any) -> Chunks:
         engine.load(shards)
     shards = engine.shards()
     return {name: [(o, s, t.clone()) for o, s, t in shards[name].chunks] for name in shards}
+
+
+def skip_one(config: Config) -> tuple[Trace, float, bool]:
+    config, model, engine = build_engine_of(config)
+    found = run_steps(config, model, engine, range(3), (), "not finite")
+    held = [t for shard in engine.shards().values() for *_, t in shard.chunks]
+    return found, float(engine.updates), all(bool(t.isfinite().all()) for t in held)
+
+
+def go_on(config: Config, root: Path, first: int, last: int) -> tuple[Chunks, Trace]:
+    """Load step `first` unless it is 0, take steps up to `last`, save. Gives what was loaded."""
+    group = dist.group.WORLD if dist.is_initialized() else None
+    config, model, engine = build_engine_of(config)
+    loaded = load_step(engine, root, first, group)
+    found = run_steps(config, model, engine, range(first, last))
+    checkpoint.save(root, last, engine.shards(), {}, group=group).result()
+    return loaded, found
+
+
+def assemble(ranks: Sequence[Chunks]) -> dict[str, Tensor]:
+    """Whole tensors from what ranks hold, which tiles them."""
+    found = {}
+    for name in ranks[0]:
+        chunks = {(o, s): t for rank in ranks for o, s, t in rank[name]}
+        shape = tuple(
+            max(o[dim] + s[dim] for o, s in chunks) for dim in range(len(next(iter(chunks))[0]))
+        )
+        assert tiling_fault(shape, list(chunks)) == ""
+        found[name] = torch.full(shape, float("nan"))
+        for (offset, sizes), tensor in chunks.items():
+            part = tuple(slice(o, o + s) for o, s in zip(offset, sizes, strict=True))
+            found[name][part] = tensor
+    return found
+
+
+def read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors, whole."""
+    tensors = {name: torch.full_like(tensor, float("nan")) for name, tensor in like.items()}
+    checkpoint.load(path, {name: whole(tensor) for name, tensor in tensors.items()})
+    return tensors
+
+
+def check_resumed(
+    world: Callable[[int], World], configs: Sequence[tuple[int, Config]], folder: Path
+) -> None:
+    """Take two steps by each (number of processes, config) in turn, from checkpoint to checkpoint.
+
+    What is loaded is what was saved, and the steps are those of one plain process.
+    """
+    before = False
+    for i, (dp, config) in enumerate(configs):
+        first, last = 2 * i, 2 * i + 2
+        if config.parallel.zero_stage == 0 and dp == 1:
+            ranks = [go_on(config, folder, first, last)]
+        else:
+            ranks = world(dp).run(go_on, config, folder, first, last)
+        if before:
+            loaded = assemble([chunks for chunks, _ in ranks])
+            saved = read(folder / f"step-{first:08d}", loaded)
+            assert saved.keys() == loaded.keys()
+            assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+            assert saved["optimizer.updates"].item() == first
+            # The next steps are those of one plain process that goes on from there.
+            (folder / f"twin-{i}").mkdir()
+            os.symlink(folder / f"step-{first:08d}", folder / f"twin-{i}/step-{first:08d}")
+            _, twin = go_on(plain(config), folder / f"twin-{i}", first, last)
+            bf16 = config.train.precision == "bf16"
+            compare(ranks[0][1], twin, 2e-6, 2e-2 if bf16 else 2e-5)
+            assert abs(ranks[0][1][0][0] - twin[0][0]) <= 1e-6 * twin[0][0]
+        before = True
 
 
 def trace_compiled(

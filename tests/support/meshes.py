@@ -31,8 +31,14 @@ from megarecur.train.metrics import read_rows
 from megarecur.train.report import StepResult
 from megarecur.train.step import build_model, forward_backward, sum_losses
 
-MESHES: dict[tuple[int, int], Mesh] = {}
-"""Meshes of this process by (tensor, pipeline): a world's groups are made once."""
+MESHES: dict[tuple[int | None, ...], Mesh] = {}
+"""Meshes of this process by (tensor, pipeline, shard group): a world's groups are made once."""
+
+UNSHARDED = {
+    "zero_stage": 0, "zero_engine": "native", "offload_optimizer": False, "shard_group": None,
+    "gathered_blocks": None, "reduce_dtype": "fp32",
+}  # fmt: skip
+"""Fields of `parallel` for the plain engine."""
 
 SCHEDULES: dict[str, Schedules] = {}
 
@@ -41,7 +47,7 @@ def mesh_of(config: Config) -> Mesh:
     """Return this process's mesh, with one set of process groups per shape."""
     if not dist.is_initialized():
         return Mesh()
-    key = config.parallel.tensor, config.parallel.pipeline
+    key = config.parallel.tensor, config.parallel.pipeline, config.parallel.shard_group
     if key not in MESHES:
         MESHES[key] = build_mesh(config, torch.device("cpu"))
     return MESHES[key]
@@ -139,8 +145,8 @@ def config_of(corpus: Path, scheme: str, tensor: int, **sections: Any) -> Config
 
 def reference(config: Config, num_steps: int) -> Trace:
     """Return the trace of one process, remembered by config."""
-    alone = {"tensor": 1, "sequence_parallel": False, "zero_stage": 0, "offload_optimizer": False,
-             "pipeline": 1, "placement": None, "order": "auto"}  # fmt: skip
+    alone = {**UNSHARDED, "tensor": 1, "sequence_parallel": False, "pipeline": 1,
+             "placement": None, "order": "auto"}  # fmt: skip
     parallel = config.parallel.model_copy(update=alone)
     return trace_alone(
         config.model_copy(update={"parallel": parallel}).model_dump_json(), num_steps

@@ -22,7 +22,7 @@ from megarecur.data.loader import Loader
 from megarecur.data.open import open_data
 from megarecur.errors import CheckpointError, ConfigError, DataError
 from megarecur.model.transformer import Transformer
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.loss import IGNORED
 from megarecur.parallel.mesh import Mesh
 from megarecur.train.metrics import read_rows

@@ -14,7 +14,7 @@ from megarecur.config.parallel import ParallelConfig
 from megarecur.config.run import Config
 from megarecur.data.open import with_vocab_size
 from megarecur.launch.verify import print_rows
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.recurrence.inventory import ParameterSpec, build_inventory
 from megarecur.train.verify import certified, compare, record
 

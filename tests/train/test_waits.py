@@ -27,7 +27,7 @@ from megarecur.data.open import open_data
 from megarecur.launch.check import describe_waits
 from megarecur.model.transformer import Transformer
 from megarecur.optim import engine as engines
-from megarecur.optim.engine import PlainEngine
+from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.waits import find_waits
 from megarecur.train.step import forward_backward

@@ -6,32 +6,26 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
-import torch.distributed as dist
 from support.configs import ENTRY, make_config
 from support.engines import (
-    Chunks,
     build_engine_of,
+    check_resumed,
     engine_config,
-    load_step,
     maps_of,
     plain,
     reference_maps,
     run_steps,
+    skip_one,
     trace_maps,
 )
-from support.harness import Trace, WorldError, compare
+from support.harness import WorldError, compare
 from support.meshes import later, mesh_of
-from torch import Tensor
 
-from megarecur.checkpoint import checkpoint
 from megarecur.config.load import to_yaml
 from megarecur.config.run import Config
 from megarecur.data.open import open_data
@@ -39,7 +33,6 @@ from megarecur.errors import ConfigError
 from megarecur.model.transformer import Transformer
 from megarecur.optim.build import build_engine
 from megarecur.parallel.mesh import Mesh
-from megarecur.parallel.shards import tiling_fault, whole
 from megarecur.plan.cost import estimate_memory
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train.metrics import read_rows
@@ -194,13 +187,6 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(
     compare(found[0][0][2:], reference_maps(config, 3, (), "not finite")[2:], LATER)
 
 
-def skip_one(config: Config) -> tuple[Trace, float, bool]:
-    config, model, engine = build_engine_of(config)
-    found = run_steps(config, model, engine, range(3), (), "not finite")
-    held = [t for shard in engine.shards().values() for *_, t in shard.chunks]
-    return found, float(engine.updates), all(bool(t.isfinite().all()) for t in held)
-
-
 # ------------------------------------------------------------------------------ gathers, stage 3
 
 
@@ -250,39 +236,6 @@ def fails_to_gather(config: Config) -> str:
 # ----------------------------------------------------------------------------------- checkpoints
 
 
-def go_on(config: Config, root: Path, first: int, last: int) -> tuple[Chunks, Trace]:
-    """Load step `first` unless it is 0, take steps up to `last`, save. Gives what was loaded."""
-    group = dist.group.WORLD if dist.is_initialized() else None
-    config, model, engine = build_engine_of(config)
-    loaded = load_step(engine, root, first, group)
-    found = run_steps(config, model, engine, range(first, last))
-    checkpoint.save(root, last, engine.shards(), {}, group=group).result()
-    return loaded, found
-
-
-def assemble(ranks: Sequence[Chunks]) -> dict[str, Tensor]:
-    """Whole tensors from what ranks hold, which tiles them."""
-    found = {}
-    for name in ranks[0]:
-        chunks = {(o, s): t for rank in ranks for o, s, t in rank[name]}
-        shape = tuple(
-            max(o[dim] + s[dim] for o, s in chunks) for dim in range(len(next(iter(chunks))[0]))
-        )
-        assert tiling_fault(shape, list(chunks)) == ""
-        found[name] = torch.full(shape, float("nan"))
-        for (offset, sizes), tensor in chunks.items():
-            part = tuple(slice(o, o + s) for o, s in zip(offset, sizes, strict=True))
-            found[name][part] = tensor
-    return found
-
-
-def read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors, whole."""
-    tensors = {name: torch.full_like(tensor, float("nan")) for name, tensor in like.items()}
-    checkpoint.load(path, {name: whole(tensor) for name, tensor in tensors.items()})
-    return tensors
-
-
 CHAINS = [
     [(0, 1), (3, 4), (1, 2), (0, 1)],
     [(2, 2), (3, 2), (0, 2), (1, 4), (2, 4), (3, 1), (2, 1), (1, 1)],
@@ -293,30 +246,12 @@ CHAINS = [
 @pytest.mark.parametrize("precision", ["fp32", later("bf16")])
 def test_any_stage_and_world_resumes_from_any(world, corpus, tmp_path, chain, precision) -> None:
     optimizer = {"frozen": ["blocks.0.attention.value.*"], "lr_multipliers": {"blocks.*": 0.5}}
-    before: Chunks | None = None
-    for i, (stage, dp) in enumerate(chain):
-        config = engine_config(
-            corpus, "loop", stage, 1, optimizer=optimizer, train={"precision": precision}
-        )
-        first, last = 2 * i, 2 * i + 2
-        if stage == 0 and dp == 1:
-            ranks = [go_on(config, tmp_path, first, last)]
-        else:
-            ranks = world(dp).run(go_on, config, tmp_path, first, last)
-        if before is not None:
-            loaded = assemble([chunks for chunks, _ in ranks])
-            saved = read(tmp_path / f"step-{first:08d}", loaded)
-            assert saved.keys() == loaded.keys()
-            assert all(torch.equal(saved[name], loaded[name]) for name in saved)
-            assert saved["optimizer.updates"].item() == first
-            # The next steps are those of one plain process that goes on from there.
-            (tmp_path / f"twin-{i}").mkdir()
-            os.symlink(tmp_path / f"step-{first:08d}", tmp_path / f"twin-{i}/step-{first:08d}")
-            _, twin = go_on(plain(config), tmp_path / f"twin-{i}", first, last)
-            bf16 = precision == "bf16"
-            compare(ranks[0][1], twin, FIRST, 2e-2 if bf16 else LATER)
-            assert abs(ranks[0][1][0][0] - twin[0][0]) <= 1e-6 * twin[0][0]
-        before = ranks[0][0]
+    train_config = {"precision": precision}
+    configs = [
+        (dp, engine_config(corpus, "loop", stage, 1, optimizer=optimizer, train=train_config))
+        for stage, dp in chain
+    ]
+    check_resumed(world, configs, tmp_path)
 
 
 def train_here(config: Config) -> int:
@@ -395,7 +330,7 @@ def test_one_process_needs_no_launcher_and_keeps_quiet(corpus, tmp_path, stage) 
 def test_another_deepspeed_is_refused(found) -> None:
     config = make_config(parallel={"zero_stage": 2}, model={"vocab_size": 257})
     refused = pytest.raises(ConfigError, match=r"zero_stage=2 needs deepspeed 0\.19\.8.*\[zero\]")
-    with mock.patch("megarecur.optim.zero.version", side_effect=[found]), refused:
+    with mock.patch("megarecur.optim.deepspeed.version", side_effect=[found]), refused:
         build_engine(Transformer(config), config, Mesh())
 
 

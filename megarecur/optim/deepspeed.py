@@ -1,4 +1,4 @@
-"""ZeRO 1, 2 and 3 (Rajbhandari et al. 2020) by DeepSpeed, with the results of the plain engine.
+"""ZeRO 1, 2 and 3 (Rajbhandari et al. 2020) by DeepSpeed, for `parallel.zero_engine: deepspeed`.
 
 DeepSpeed runs in fp32 throughout: our `Weight` owns the copies in the compute dtype. No other file
 imports deepspeed, and this one does so only when an engine is built.
@@ -10,7 +10,7 @@ import atexit
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -39,6 +39,7 @@ from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.parallel.shards import TensorShard, boxes, whole
 from megarecur.recurrence.inventory import check_patterns, is_frozen
+from megarecur.recurrence.layer_map import Step
 
 DEEPSPEED = "0.19.8"
 """The only supported version; this file relies on its internals."""
@@ -59,7 +60,7 @@ class Piece:
     moments: dict[str, Tensor]
 
 
-class ZeroEngine:
+class DeepSpeedEngine:
     """The engine that shards optimizer state (stage 1), gradients (2) and parameters (3) over
     replicas."""
 
@@ -94,7 +95,8 @@ class ZeroEngine:
                     f"parallel.zero_stage={self.stage}: every parameter of pipeline rank "
                     f"{mesh.pp_rank} is frozen; set zero_stage to 0, or place a trained block there"
                 )
-        (client,) = build_optimizers(config.optimizer, model.parameters_by_name)
+        ndims = {name: len(shape) for name, shape in self.shapes.items()}
+        (client,) = build_optimizers(config.optimizer, model.parameters_by_name, ndims)
         deepspeed = import_deepspeed(mesh)
         if self.stage == 3:
             kinds = list({type(runner) for runner in model.runners()})
@@ -199,6 +201,14 @@ class ZeroEngine:
     def start_of_pass(self, *_: Any) -> None:
         """In stage 3, let DeepSpeed learn the order of gathers from each pass for the next."""
         self.optimizer.parameter_offload.get_param_coordinator().reset_step()
+
+    def expect(self, stages: Iterable[Sequence[Step]], num_microbatches: int) -> None:
+        """Announce backward passes, which DeepSpeed counts itself."""
+
+    def gradient_bytes(self) -> int:
+        """Return the bytes of gradients in `.grad`; DeepSpeed hides its own buffers."""
+        grads = [parameter.grad for parameter in self.trained.values()]
+        return sum(grad.nbytes for grad in grads if grad is not None)
 
     def backward(self, outputs: Outputs, gradients: Gradients = None) -> None:
         """Add the gradient of a micro batch's share of the objective."""
