@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megarecur.config.mesh import check_world
 from megarecur.config.run import Config
+from megarecur.files import raise_file_limit
 from megarecur.launch.configs import load_run_config
 from megarecur.launch.folder import read_beat
 from megarecur.launch.inputs import check_inputs, print_unchecked
@@ -170,6 +171,7 @@ def launch_local(
         MeshError: the world does not fit the config.
     """
     check_world(config, nproc * nodes)
+    raise_file_limit()  # the store of all processes is in this one
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +29,22 @@ def aside_of(path: Path, shared: bool = False) -> Path:
     """
     own = f".{node()}.{os.getpid()}" if shared else ""
     return path.with_name(f"{path.name}{own}.tmp")
+
+
+def raise_file_limit(wanted: int = 65_536) -> int:
+    """Raise this process's limit of open files to `wanted`, or as far as it may; return it.
+
+    Children inherit the limit. A higher limit is kept.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft < wanted:
+        with suppress(OSError, ValueError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def sync(path: Path) -> None:

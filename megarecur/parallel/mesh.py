@@ -13,16 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from megarecur.config.mesh import check_world
 from megarecur.config.run import Config
 from megarecur.errors import MegarecurError, MeshError
+from megarecur.files import raise_file_limit
 from megarecur.parallel.regions import TensorParallel
+from megarecur.parallel.tree import reduce_max
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,10 @@ log = logging.getLogger(__name__)
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
+T = TypeVar("T")
+
+OWN_DESCRIPTORS = 256
+"""Open files of a process that do not grow with the world: corpora, logs, peers of its groups."""
 TIMEOUT = timedelta(minutes=10)
 PATIENCE = 20.0
 """Seconds of waiting for other processes before a warning names the missing ones."""
@@ -209,9 +216,7 @@ class Mesh:
         """Return the largest of one integer per process, without the device."""
         if self.world == 1:
             return value
-        tensor = torch.tensor(value)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
-        return int(tensor)
+        return int(reduce_max(torch.tensor([value]), self.host_group))
 
     def count_over_world(self, numbers: Sequence[float]) -> list[float]:
         """Return the sums of numbers over all processes, without the device."""
@@ -221,13 +226,35 @@ class Mesh:
         sums: list[float] = tensor.tolist()
         return sums
 
-    def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's value on every rank."""
+    def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        """Return the value of one rank on every rank."""
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=source, group=self.host_group)
         return box[0]
+
+    def first_over_world(self, value: T | None) -> T | None:
+        """Return the value of the first rank that has one on every rank; None if no rank has.
+
+        Costs one reduction of one number; a value is sent only if there is one.
+        """
+        if self.world == 1:
+            return value
+        before_end = self.max_over_world(0 if value is None else self.world - self.rank)
+        if not before_end:
+            return None
+        found: T = self.broadcast_object(value, self.world - before_end)
+        return found
+
+    def agrees_over_world(self, text: str) -> bool:
+        """Return True if all ranks pass the same text; one reduction of two numbers."""
+        if self.world == 1:
+            return True
+        number = xxh3_64_intdigest(text) >> 2  # fits a signed integer, negated too
+        extremes = torch.tensor([number, -number])
+        largest, smallest = reduce_max(extremes, self.host_group).tolist()
+        return bool(largest == -smallest)
 
     def exchange(self, tensor: Tensor, pp_rank: int) -> Tensor:
         """Exchange tensors with another pipeline rank; returns its tensor."""
@@ -261,7 +288,7 @@ class Mesh:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.host_group)
         return values
 
 
@@ -292,10 +319,10 @@ def annotate_rank_errors(mesh: Mesh, what: str) -> Iterator[None]:
 
 
 def raise_first(error: Exception | None, mesh: Mesh) -> None:
-    """Raise the first rank's error on every rank, if there is one; collective."""
-    errors = [e for e in mesh.gather_objects(error) if e is not None]
-    if errors:
-        raise errors[0]
+    """Raise the error of the first rank that has one on every rank; collective."""
+    first = mesh.first_over_world(error)
+    if first is not None:
+        raise first
 
 
 def join_slurm_step() -> None:
@@ -418,12 +445,12 @@ def meet(world: int, patience: float = PATIENCE) -> tuple[Any, int]:
         ) from None
     store.set_timeout(TIMEOUT)
     store.set(f"here/{rank}", "")
-    keys = [f"here/{other}" for other in range(world)]
+    arrived = store.add("arrived", 1)
     started = warned = time.monotonic()
-    while rank == 0 and not store.check(keys):
-        now = time.monotonic()
+    while rank == 0 and arrived < world:
+        arrived, now = store.add("arrived", 0), time.monotonic()
         if now - warned > patience or now - started > TIMEOUT.total_seconds():
-            absent = [other for other in range(world) if not store.check([keys[other]])]
+            absent = [other for other in range(world) if not store.check([f"here/{other}"])]
             named = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))}"
             if now - started > TIMEOUT.total_seconds():
                 raise MeshError(f"{named} did not connect to {place} within {TIMEOUT} {hint}")
@@ -486,7 +513,8 @@ def agree_on_devices(store: Any, rank: int, world: int, kind: str, problem: str)
     """
     store.set(f"device/{rank}", json.dumps([node_name(), kind, problem]))
     if rank == 0:
-        said = [json.loads(store.get(f"device/{other}")) for other in range(world)]
+        answers = store.multi_get([f"device/{other}" for other in range(world)])
+        said = [json.loads(answer) for answer in answers]
         store.set("device/verdict", judge_devices(said))
     verdict = store.get("device/verdict").decode()
     if not verdict:
@@ -519,10 +547,36 @@ def judge_devices(said: Sequence[tuple[str, str, str]]) -> str:
 
 
 def take_device(device: torch.device) -> torch.device:
-    """Make a device this process's current device."""
+    """Make a device this process's current device.
+
+    Raises:
+        MeshError: the device does not work.
+    """
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+            torch.zeros((), device=device).item()
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[0]
+            raise MeshError(f"{device} does not work ({first}); exclude the node") from None
     return device
+
+
+def reserve_descriptors(world: int, rank: int) -> None:
+    """Raise this process's limit of open files as far as it may, and check that it suffices.
+
+    Raises:
+        MeshError: the limit is too low for a world of this size.
+    """
+    # Rank 0 hosts the store and hears every process's health; others talk to few.
+    needed = OWN_DESCRIPTORS + (2 * world if rank == 0 else 0)
+    limit = raise_file_limit(needed)
+    if limit < needed:
+        raise MeshError(
+            f"RLIMIT_NOFILE={limit} is too low: rank {rank} of {world} needs {needed} open files; "
+            f"raise the hard limit, for example by `ulimit -n {needed}` as root, "
+            "/etc/security/limits.conf or LimitNOFILE of the service that starts the job"
+        )
 
 
 @contextmanager
@@ -535,6 +589,8 @@ def open_mesh(config: Config) -> Iterator[Mesh]:
         MeshError: the world does not fit the config, or processes lack the device they need.
     """
     join_slurm_step()
+    # Without it, gloo connects every pair of a group's processes, whether they talk or not.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     world = world_size()
     if world > 1 and not dist.is_initialized():
         check_variables(world)
@@ -547,17 +603,26 @@ def open_mesh(config: Config) -> Iterator[Mesh]:
         with saving_apart(build_mesh(config, device)) as mesh:
             yield mesh
         return
+    raise_file_limit()  # rank 0 is about to accept every process's connection
     store, rank = meet(world)
     found, problem = None, ""
     try:
-        found = pick_device(config.train.device)
+        reserve_descriptors(world, rank)
+        found = take_device(pick_device(config.train.device))
     except MeshError as error:
         problem = str(error)
     agree_on_devices(store, rank, world, found.type if found else "", problem)
     assert found is not None, "agree_on_devices raises on every rank if one has no device"
-    device = take_device(found)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    device = found
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=TIMEOUT,
+        device_id=device if on_gpu else None,  # Groups are then split from one communicator.
+    )
     try:
         with saving_apart(build_mesh(config, device)) as mesh:
             yield mesh
@@ -598,12 +663,20 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
 def pick_group(members: list[list[int]], rank: int) -> Any:
     """Return this process's group among groups that partition the world; None if it is alone.
     Collective."""
-    if len(members[0]) == 1:
+    if all(len(each) == 1 for each in members):
         return None
     if len(members) == 1:
         return dist.group.WORLD
-    groups = [dist.new_group(each) for each in members]
-    return next(group for group, each in zip(groups, members, strict=True) if rank in each)
+    if dist.group.WORLD is not None and dist.group.WORLD.bound_device_id is not None:
+        groups = [dist.split_group(split_ranks=members)]  # one split of the communicator for all
+    else:
+        groups = [dist.new_group(each) for each in members]
+    return next((group for group in groups if is_shared(group)), None)
+
+
+def is_shared(group: Any) -> bool:
+    """Return True if this process is in the group, with others."""
+    return group is not dist.GroupMember.NON_GROUP_MEMBER and dist.get_world_size(group) > 1
 
 
 @contextmanager

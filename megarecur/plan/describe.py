@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megarecur.config.recurrence import (
     BlockRecurrence,
@@ -133,3 +133,15 @@ def format_seconds(seconds: float) -> str:
                 f"{seconds / power:.3g} {unit}" if seconds < 1000 * power else f"{seconds:,.0f} s"
             )
     return f"{seconds * 1e9:.3g} ns"
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Format ranks, for example `rank 3` or `ranks 0-3, 6`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
+    return ("ranks " if len(ranks) > 1 else "rank ") + ", ".join(texts)

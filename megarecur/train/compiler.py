@@ -27,7 +27,7 @@ def choose_compiler(config: Config, mesh: Mesh) -> tuple[bool, str]:
             raise ConfigError(
                 f"train.compile=true: {obstacle}; or run eagerly: train.compile=false"
             )
-    obstacles = [found for found in mesh.gather_objects(obstacle) if found is not None]
-    if obstacles:
-        return False, f"train.compile=auto: running eagerly, as {obstacles[0]}"
+    obstacle = mesh.first_over_world(obstacle)
+    if obstacle is not None:
+        return False, f"train.compile=auto: running eagerly, as {obstacle}"
     return bool(wish), ""

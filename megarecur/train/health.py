@@ -38,7 +38,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median_high, median_low
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,10 +49,13 @@ from megarecur.config.train import HealthConfig
 from megarecur.data.foreign import missing_files
 from megarecur.errors import DataError, MegarecurError, MeshError
 from megarecur.files import replace_file
-from megarecur.parallel.mesh import Mesh, node_name
-from megarecur.plan.describe import format_bytes
+from megarecur.parallel.mesh import Mesh, node_name, pick_group
+from megarecur.plan.describe import format_bytes, name_ranks
+from megarecur.progress import WAITING, Note, note_nothing
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 GEMM_SIZE = {"cpu": 320, "cuda": 4096}
 PRODUCTS = {"cpu": 1, "cuda": 8}
@@ -125,6 +128,7 @@ def check_health(
     mesh: Mesh,
     host: str | None = None,
     patience: float = PATIENCE,
+    note: Note = note_nothing,
 ) -> str:
     """Measure every process and compare; collective. Returns a one-line summary, "" if off.
 
@@ -134,6 +138,7 @@ def check_health(
         config: `health` says whether and how strictly to check, `data` which files must exist.
         host: name of this node; None: Slurm's node name, else the hostname.
         patience: timeout in seconds of a process's own measurements.
+        note: called with the progress.
 
     Raises:
         DataError: on every rank, if the only faults are missing corpus files.
@@ -144,7 +149,7 @@ def check_health(
     if settings.enabled is False or (settings.enabled == "auto" and mesh.world == 1):
         return ""
     host = host or node_name()
-    hosts, devices = zip(*gather((host, mesh.device.type), mesh), strict=True)
+    hosts, devices = zip(*gather_everywhere((host, mesh.device.type), mesh), strict=True)
     nodes = group_by_host(hosts)
     if settings.enabled == "auto" and len(nodes) == 1 and "cuda" not in devices:
         return ""
@@ -153,42 +158,84 @@ def check_health(
         look_at_node(config, run_dir, figures)
     if mesh.world > 1:
         measure_device(config, mesh.device, figures)
+        note(WAITING)
         wait_for_all(hosts, mesh, patience)
     every = gather(figures, mesh)
-    findings = find_faults(every)
-    if not findings and mesh.world > 1:
+    findings = find_faults(every) if mesh.rank == 0 else []
+    if not tell_all(findings, mesh) and mesh.world > 1:
         # Only if all processes are sound: a broken one could block the others.
+        note("measuring communication in the health check")
         measure_communication(list(nodes.values()), mesh, figures)
         every = gather(figures, mesh)
-        findings = find_faults(every) + find_slow(every, settings)
-    seconds = time.perf_counter() - started
-    stopping = [f for f in findings if f.kind != "slow" or settings.on_slow == "stop"]
-    failure = None
+        findings = find_faults(every) + find_slow(every, settings) if mesh.rank == 0 else []
+    outcome: tuple[Exception | None, str] = (None, "")
     if mesh.rank == 0:
-        try:
-            text = report_health(every, findings, stopping, seconds)
-            replace_file(run_dir / "health.json", text)
-        except OSError as error:
-            failure = error
-    failure = gather(failure, mesh)[0]
-    if stopping:
-        raise one_error(stopping, hosts)
+        seconds = time.perf_counter() - started
+        outcome = conclude(every, findings, config, run_dir, seconds)
+    failure, line = tell_all(outcome, mesh)
     if failure is not None:
         raise failure
-    if mesh.rank == 0:
-        for finding in findings:
-            log.warning("%s; training continues with it (health.on_slow=warn)",
-                        finding.describe(hosts))  # fmt: skip
-    return sum_up(every, len(nodes), seconds)
+    return line
 
 
-def gather(value: Any, mesh: Mesh) -> list[Any]:
-    """Return the values of all ranks; over gloo, since a broken GPU cannot communicate."""
+def conclude(
+    every: Sequence[Figures],
+    findings: Sequence[Finding],
+    config: Config,
+    run_dir: Path,
+    seconds: float,
+) -> tuple[Exception | None, str]:
+    """Write RUN/health.json and log findings that do not stop the run.
+
+    Returns:
+        The error that ends the run on every rank, None if there is none; and the summary.
+    """
+    settings, hosts = config.health, [figures.host for figures in every]
+    stopping = [f for f in findings if f.kind != "slow" or settings.on_slow == "stop"]
+    failure: Exception | None = None
+    try:
+        text = report_health(every, findings, stopping, seconds)
+        replace_file(run_dir / "health.json", text)
+    except OSError as error:
+        failure = error
+    if stopping:
+        return one_error(stopping, hosts), ""
+    if failure is not None:
+        return failure, ""
+    for finding in findings:
+        log.warning("%s; training continues with it (health.on_slow=warn)",
+                    finding.describe(hosts))  # fmt: skip
+    return None, sum_up(every, len(set(hosts)), seconds)
+
+
+# Over gloo, since a broken GPU cannot communicate.
+
+
+def gather_everywhere(value: Any, mesh: Mesh) -> list[Any]:
+    """Return the values of all ranks on every rank."""
     if mesh.world == 1:
         return [value]
     values: list[Any] = [None] * mesh.world
     dist.all_gather_object(values, value, group=mesh.save_group)
     return values
+
+
+def gather(value: Any, mesh: Mesh) -> list[Any]:
+    """Return the values of all ranks on rank 0; empty elsewhere."""
+    if mesh.world == 1:
+        return [value]
+    values: list[Any] = [None] * mesh.world if mesh.rank == 0 else []
+    dist.gather_object(value, values if mesh.rank == 0 else None, group=mesh.save_group)
+    return values
+
+
+def tell_all(value: T, mesh: Mesh) -> T:
+    """Return rank 0's value on every rank."""
+    if mesh.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=mesh.save_group)
+    return box[0]
 
 
 def group_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
@@ -351,12 +398,12 @@ def measure_communication(nodes: list[list[int]], mesh: Mesh, figures: Figures) 
             count = MESSAGE_BYTES[mesh.device.type] // 4
             tensor = torch.empty(count, device=mesh.device)
             if len(nodes) > 1:
-                groups = [dist.new_group(ranks) if len(ranks) > 1 else None for ranks in nodes]
-                if groups[own] is not None:
+                group = pick_group(nodes, mesh.rank)
+                if group is not None:
                     figures.allreduce_seconds = time_all_reduce(
-                        tensor, groups[own], len(nodes[own]), "within the node", figures
+                        tensor, group, len(nodes[own]), "within the node", figures
                     )
-                    dist.destroy_process_group(groups[own])
+                    dist.destroy_process_group(group)
                 figures.link_seconds = time_links(tensor, nodes, own, mesh)
             figures.world_seconds = time_all_reduce(
                 tensor, None, mesh.world, "across all processes", figures
@@ -597,15 +644,3 @@ def sum_up(every: Sequence[Figures], num_nodes: int, seconds: float) -> str:
     if free:
         parts.append(f"free disk {format_bytes(min(free))}")
     return "health: " + ", ".join(parts)
-
-
-def name_ranks(ranks: Sequence[int]) -> str:
-    """Format ranks, for example `rank 3` or `ranks 0-3, 6`."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    texts = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
-    return ("ranks " if len(ranks) > 1 else "rank ") + ", ".join(texts)

@@ -64,7 +64,9 @@ class StopFlag:
         """
         number = mesh.max_over_world(self.number)
         if number == FAILED:
-            raise next(error for error in mesh.gather_objects(self.error) if error is not None)
+            error = mesh.first_over_world(self.error)
+            assert error is not None, "the rank that failed holds its error"
+            raise error
         return number
 
 
