@@ -4,40 +4,53 @@
     path, damaged = find_checkpoint(root)         the newest checkpoint whose checksums all match
     load(path, shards); state = read_state(path)
 
-torch.distributed.checkpoint plans: which rank writes a replica, which rank reads which part of
-which chunk. It also raises an error of one rank on all ranks. The file format is ours (see
-storage.py). All ranks must see the same file system.
+planning.py says which rank writes a replica, and which rank reads which part of which chunk;
+failures.py raises an error of one rank on all ranks; storage.py has the file format. All ranks must
+see the same file system.
 """
 
-import errno
 import logging
 import re
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megarecur.checkpoint.index import DTYPES, DamagedCheckpoint, Index, read_index, unseal
-from megarecur.checkpoint.planning import ShardLoadPlanner, ShardSavePlanner, Values
-from megarecur.checkpoint.storage import FolderReader, FolderWriter, find_damage
+from megarecur.checkpoint.failures import VanishedCheckpoint, one_error
+from megarecur.checkpoint.index import (
+    DTYPES,
+    DamagedCheckpoint,
+    Index,
+    forget_index,
+    read_fingerprint,
+    read_index,
+    unseal,
+)
+from megarecur.checkpoint.planning import SavePlanner, Values
+from megarecur.checkpoint.storage import FolderWriter, find_damage, read_chunks
 from megarecur.errors import CheckpointError, MegarecurError
 from megarecur.parallel.shards import TensorShard, boxes
-from megarecur.progress import Note, note_nothing
+from megarecur.parallel.tree import (
+    gather_bytes,
+    global_rank,
+    group_rank,
+    group_size,
+    reduce_max,
+)
+from megarecur.progress import WAITING, Note, note_nothing
 
 __all__ = [
     "SaveHandle",
+    "SavePlanner",
     "TensorShard",
     "boxes",
-    "chunks_to_write",
     "find_checkpoint",
     "from_first_rank",
     "list_checkpoints",
@@ -56,13 +69,6 @@ STEP_FOLDER = re.compile(r"step-[0-9]{8}")
 TEMPORARY = re.compile(r"(step-[0-9]{8}(\.damaged)?|latest|best)\.tmp")
 POINTERS = ("latest", "best")
 """Files that name a checkpoint, for people and scripts. The folders are authoritative."""
-
-# Filters are global to the process. They are set once, since a save may run beside other work.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-class VanishedCheckpoint(CheckpointError):
-    """Raised if a checkpoint's folder was deleted while it was written."""
 
 
 class SaveHandle:
@@ -135,6 +141,7 @@ def write(
     *,
     group: dist.ProcessGroup | None = None,
     values: Values | None = None,
+    planner: SavePlanner | None = None,
     note: Note = note_nothing,
 ) -> Path:
     """Write `root/step-XXXXXXXX` and point `root/latest` to it; collective over `group` (gloo).
@@ -142,7 +149,8 @@ def write(
     `state` must be JSON (keys become strings, tuples lists); only that of the group's first rank is
     written. Tensors without elements are skipped, here and in `load`. Existing checkpoints stay
     untouched, even if this fails. For tensors on `meta`, `values` is called one at a time in the
-    order of `shards`, so that the written tensors need not fit into memory together.
+    order of `shards`, so that the written tensors need not fit into memory together. A `planner` of
+    the same group keeps the plan from save to save.
 
     Raises:
         CheckpointError: the same on every rank, if the disk is full, a shard is wrong or an intact
@@ -152,19 +160,26 @@ def write(
     final = Path(root) / f"step-{step:08d}"
     if not STEP_FOLDER.fullmatch(final.name):
         raise CheckpointError(f"cannot save {final}: steps run from 0 to 99999999")
+    planner = planner or SavePlanner(group)
+    doing, rank = f"cannot save {final}", group_rank(group)
     for last in (False, True):
         writer = FolderWriter(final, state, note)
         try:
-            with _one_error(f"cannot save {final}"):
-                dcp.save(
-                    {},
-                    storage_writer=writer,
-                    planner=ShardSavePlanner(shards, values),
-                    process_group=group,
-                )
+            items = planner.plan(shards, doing)
+            with one_error(doing, group):
+                if rank == 0:
+                    writer.open_folder()
+            record = b""
+            with one_error(doing, group):
+                record = writer.write_chunks(rank, items, values)
+                note(WAITING)
+            records = gather_bytes(record, group)
+            with one_error(doing, group):
+                if rank == 0:
+                    writer.finish(planner.written(), records)
         except CheckpointError as error:
             # Raised on all ranks alike, hence no rank is still writing.
-            if _rank(group) == 0:
+            if rank == 0:
                 shutil.rmtree(writer.temporary, ignore_errors=True)
                 with suppress(OSError):
                     (final.parent / "latest.tmp").unlink()
@@ -194,31 +209,35 @@ def load(
     """
     path = Path(path)
     shards = {name: shard for name, shard in shards.items() if 0 not in shard.global_shape}
-    index, error = None, ""
-    try:
+    with one_error("", group):
         index = read_index(path)
-    except CheckpointError as failure:
-        error = str(failure)
-    wrong = _mismatches(index, shards) if index else {}
-    seen = _gather((error, set(shards), wrong), group)
-    errors = {error for error, _, _ in seen if error}
-    if errors or index is None:
-        raise CheckpointError("; ".join(sorted(errors)))
-    asked = set().union(*(names for _, names, _ in seen))
-    wrong = {name: text for _, _, faults in seen for name, text in faults.items()}
-    lines = [f"  {name}: not in the checkpoint" for name in sorted(asked - set(index.tensors))]
-    if not partial:
-        extra = sorted(set(index.tensors) - asked)
-        lines += [f"  {name}: in the checkpoint, not in this run" for name in extra]
-    lines += [f"  {name}: {text}" for name, text in sorted(wrong.items())]
-    if lines:
+        number = int(read_fingerprint(path)[:15], 16)
+    # One number of faults, whether the ranks read the same index, and which entries some rank asks.
+    wrong, missing = _mismatches(index, shards), set(shards) - set(index.tensors)
+    flags = torch.tensor([len(wrong) + len(missing), number, -number])
+    count, largest, smallest = reduce_max(flags, group).tolist()
+    with one_error("", group):
+        if largest != -smallest:
+            raise CheckpointError(f"{path} was replaced while it was read; start again")
+    asked = torch.tensor([name in shards for name in index.tensors], dtype=torch.uint8)
+    asked_by_any = reduce_max(asked, group).tolist()
+    extra = [name for name, any_rank in zip(index.tensors, asked_by_any, strict=True)
+             if not any_rank]  # fmt: skip
+    if count or (extra and not partial):
+        seen = _gather((missing, wrong), group)
+        missing = set().union(*(names for names, _ in seen))
+        wrong = {name: text for _, faults in seen for name, text in faults.items()}
+        lines = [f"  {name}: not in the checkpoint" for name in sorted(missing)]
+        if not partial:
+            lines += [f"  {name}: in the checkpoint, not in this run" for name in sorted(extra)]
+        lines += [f"  {name}: {text}" for name, text in sorted(wrong.items())]
         raise CheckpointError(
             f"{path} does not fit this run in {len(lines)} tensor(s); "
             "use the config it was written with, or start a new run:\n" + "\n".join(lines)
         )
-    with _one_error(f"cannot load {path}"):
-        reader = FolderReader(path, index, verify, note)
-        dcp.load({}, storage_reader=reader, planner=ShardLoadPlanner(shards), process_group=group)
+    with one_error(f"cannot load {path}", group):
+        read_chunks(path, index, shards, verify, note)
+    forget_index()
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -258,21 +277,17 @@ def find_checkpoint(
     paths, messages = from_first_rank(
         lambda: (list_checkpoints(root), _check_pointers(root)), group
     )
-    rank, size = _rank(group), _size(group)
+    rank, size = group_rank(group), group_size(group)
     if at_most is not None:
         paths = [path for path in paths if step_of(path.name) <= at_most]
     for path in reversed(paths):
-        damage, refusal = [], ""
-        try:
+        damage: list[str] = []
+        with one_error("", group):
             damage = _damage(path, rank, size, note)
-        except CheckpointError as error:
-            refusal = str(error)
-        parts = _gather((damage, refusal), group)
-        if any(refusal for _, refusal in parts):
-            raise CheckpointError(next(refusal for _, refusal in parts if refusal))
-        found = list(dict.fromkeys(line for damage, _ in parts for line in damage))
-        if not found:
+        if not reduce_max(torch.tensor([len(damage)]), group)[0]:
             return path, messages
+        parts = _gather(damage, group)
+        found = list(dict.fromkeys(line for damage in parts for line in damage))
         messages.append(f"{path} is damaged and was skipped: " + "; ".join(found))
     return None, messages
 
@@ -335,90 +350,28 @@ def _mismatches(index: Index, shards: dict[str, TensorShard]) -> dict[str, str]:
 # -------------------------------------------------------------------------- collective operations
 
 
-def _rank(group: dist.ProcessGroup | None) -> int:
-    return dist.get_rank(group) if dist.is_initialized() else 0
-
-
-def _size(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if dist.is_initialized() else 1
-
-
 def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    """Return the values of all ranks, ordered by rank, on every rank."""
-    if _size(group) == 1:
+    """Return the values of all ranks, ordered by rank, on every rank; for errors only."""
+    if group_size(group) == 1:
         return [value]
-    values: list[Any] = [None] * _size(group)
+    values: list[Any] = [None] * group_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def chunks_to_write(
-    shards: dict[str, TensorShard], group: dist.ProcessGroup | None
-) -> set[tuple[str, tuple[int, ...]]]:
-    """Return (name, offset) of the chunks that this rank must write; collective.
-
-    Each replicated chunk is written once, by the holder with the fewest bytes assigned so far.
-    """
-    held = [
-        (name, tuple(offset), tensor.nbytes)
-        for name, shard in shards.items()
-        for offset, _, tensor in shard.chunks
-        if tensor.numel() and shard.written
-    ]
-    holders: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
-    ranks = _gather(held, group)
-    for rank, chunks in enumerate(ranks):
-        for name, offset, size in chunks:
-            holders.setdefault((name, offset), []).append(rank)
-            sizes[name, offset] = size
-    written, mine = [0] * len(ranks), set()
-    for chunk, candidates in holders.items():
-        writer = min(candidates, key=lambda rank: written[rank])
-        written[writer] += sizes[chunk]
-        if writer == _rank(group):
-            mine.add(chunk)
-    return mine
-
-
 def from_first_rank(compute: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Return the result of `compute` on the group's first rank; raise its errors on every rank."""
-    result: T | Exception | None = None
-    if _rank(group) == 0:
+    box: list[Any] = [None]
+    if group_rank(group) == 0:
         try:
-            result = compute()
+            box = [compute()]
         except (MegarecurError, OSError) as error:
-            result = error
-    first: Any = _gather(result, group)[0]
-    if isinstance(first, OSError):
-        raise CheckpointError(f"{first.filename} cannot be read: {first.strerror}")
-    if isinstance(first, MegarecurError):
-        raise first
-    return cast(T, first)
-
-
-@contextmanager
-def _one_error(doing: str) -> Iterator[None]:
-    """Merge the errors of all ranks into one CheckpointError, the same on every rank."""
-    try:
-        yield
-    except CheckpointException as failure:
-        reasons = {_explain(rank, error) for rank, (error, _) in failure.failures.items()}
-        for error, _ in failure.failures.values():
-            if not isinstance(error, MegarecurError | OSError):
-                logger.error("%s: %s", doing, failure)  # our bug: keep the tracebacks
-                break
-        vanished = any(isinstance(e, FileNotFoundError) for e, _ in failure.failures.values())
-        kind = VanishedCheckpoint if vanished else CheckpointError
-        raise kind(f"{doing}: " + "; ".join(sorted(reasons))) from None
-
-
-def _explain(rank: int, error: BaseException) -> str:
-    if isinstance(error, MegarecurError):
-        return str(error)
-    if isinstance(error, OSError):
-        where = error.filename or f"rank {rank}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"no space left on the disk of {where}: free some, or lower checkpoint.keep_last"
-        return f"{where}: {error.strerror}"
-    return f"rank {rank}: {type(error).__name__}: {error}"
+            box = [error]
+    if group_size(group) > 1:
+        dist.broadcast_object_list(box, global_rank(0, group), group)
+    if isinstance(box[0], OSError):
+        raise CheckpointError(f"{box[0].filename} cannot be read: {box[0].strerror}")
+    if isinstance(box[0], MegarecurError):
+        raise box[0]
+    found: T = box[0]
+    return found

@@ -4,6 +4,7 @@ The index is data: nothing in it is executed, and no path in it can point outsid
 folder.
 """
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ DTYPES: dict[DtypeName, torch.dtype] = {
 }
 DTYPE_NAMES: dict[torch.dtype, DtypeName] = {dtype: name for name, dtype in DTYPES.items()}
 MAX_INDEX_BYTES = 1 << 30
+_LAST_READ: "dict[str, Index]" = {}
+"""The last index by its digest: a start finds a checkpoint, checks its state, and loads it."""
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -111,6 +114,32 @@ def read_index(path: Path) -> Index:
         body = file.read(MAX_INDEX_BYTES)
     if xxhash.xxh3_128_hexdigest(body) != digest:
         raise DamagedCheckpoint(f"{path / 'index.json'}: checksum mismatch with index.xxh3")
+    if digest not in _LAST_READ:
+        with _without_collections():
+            index = _parse_body(path, body)
+        _LAST_READ.clear()
+        _LAST_READ[digest] = index
+    return _LAST_READ[digest]
+
+
+def forget_index() -> None:
+    """Free the last index, which may be large."""
+    _LAST_READ.clear()
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Pause the garbage collector, which would look at a large index again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _parse_body(path: Path, body: bytes) -> Index:
     try:
         raw = json.loads(body)
     except (ValueError, RecursionError) as error:

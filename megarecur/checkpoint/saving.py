@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from megarecur.checkpoint import checkpoint
-from megarecur.checkpoint.checkpoint import SaveHandle, chunks_to_write
+from megarecur.checkpoint.checkpoint import SaveHandle, SavePlanner
 from megarecur.checkpoint.mirror import Mirror, check_mirror
 from megarecur.checkpoint.retention import read_scores, remove_old
 from megarecur.config.run import Config
@@ -48,13 +49,14 @@ class Staging:
     GPU tensors they are pinned; the copies are queued on the GPU's stream and not waited for.
     """
 
-    def __init__(self, shards: dict[str, TensorShard], mesh: Mesh) -> None:
+    def __init__(self, shards: dict[str, TensorShard], mesh: Mesh, planner: SavePlanner) -> None:
         """Allocate the buffers; collective.
 
         Raises:
             CheckpointError: on every rank, if one has too little memory.
         """
-        mine = chunks_to_write(shards, mesh.save_group)
+        items = planner.plan(shards, "cannot prepare background saves")
+        mine = {(chunk.name, chunk.offset) for chunk, _ in items}
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._on_gpu = mesh.device.type == "cuda"
         self._copied: torch.cuda.Event | None = None
@@ -63,14 +65,16 @@ class Staging:
                 self._buffers[key] = make_buffer(tensor)
 
     def copy(self, shards: dict[str, TensorShard]) -> dict[str, TensorShard]:
-        """Copy the chunks that this rank writes; returns them as shards."""
-        copies = {name: TensorShard(shard.global_shape, []) for name, shard in shards.items()}
+        """Copy the chunks that this rank writes. Returns the shards, the other chunks on `meta`."""
+        copies = {name: replace(shard, chunks=[]) for name, shard in shards.items()}
         for name, shard in shards.items():
             for offset, sizes, tensor in shard.chunks:
                 buffer = self._buffers.get((name, tuple(offset)))
                 if buffer is not None and tensor.numel():
                     buffer.copy_(tensor.detach(), non_blocking=True)
-                    copies[name].chunks.append((offset, sizes, buffer))
+                else:  # The layout stays the planned one.
+                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                copies[name].chunks.append((offset, sizes, buffer))
         if self._on_gpu:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -100,8 +104,8 @@ def find_non_finite(shards: dict[str, TensorShard], mesh: Mesh) -> str:
         for (name, _), tensor in chunks_of(shards)
         if tensor.is_floating_point()
     ]
-    own = next((name for name, finite in sound if not finite), "")
-    return next(filter(None, mesh.gather_objects(own)), "")
+    own = next((name for name, finite in sound if not finite), None)
+    return mesh.first_over_world(own) or ""
 
 
 def make_buffer(tensor: Tensor) -> Tensor:
@@ -129,6 +133,7 @@ class Saver:
         self.run_dir, self.root = run_dir, run_dir / "checkpoints"
         self.rule, self.mesh = config.checkpoint, mesh
         self.handle: SaveHandle | None = None
+        self.planner = SavePlanner(mesh.save_group)
         self.staging: Staging | None = None
         self.mirror: Mirror | None = None
         self.newest: Path | None = None
@@ -142,7 +147,7 @@ class Saver:
     def prepare(self, shards: dict[str, TensorShard]) -> None:
         """Allocate the buffers of background saves before training, not at the first save."""
         if self.rule.asynchronous and self.rule.every and self.staging is None:
-            self.staging = Staging(shards, self.mesh)
+            self.staging = Staging(shards, self.mesh, self.planner)
 
     def save(
         self, step: int, shards: dict[str, TensorShard], state: dict[str, Any], last: bool = False
@@ -159,7 +164,7 @@ class Saver:
         self.wait()
         if self.rule.asynchronous and not last:
             if self.staging is None:
-                self.staging = Staging(shards, self.mesh)
+                self.staging = Staging(shards, self.mesh, self.planner)
             shards = self.staging.copy(shards)
         elif self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)
@@ -172,9 +177,16 @@ class Saver:
         if self.staging is not None:
             self.staging.settle()
         path = checkpoint.write(
-            self.root, step, shards, state, group=self.mesh.save_group, note=self.note
+            self.root,
+            step,
+            shards,
+            state,
+            group=self.mesh.save_group,
+            planner=self.planner,
+            note=self.note,
         )
         self.newest = path
+        self.note(f"{path.name} is complete")
         if self.mesh.rank == 0:
             self._remove_old()
         return path

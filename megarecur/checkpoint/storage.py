@@ -1,4 +1,4 @@
-"""Checkpoint files, and the storage classes that torch.distributed.checkpoint calls.
+"""Checkpoint files: writing, verifying and reading them.
 
 step-00000100/             published atomically, by renaming step-00000100.tmp
   rank-00000.safetensors   chunks of tensors, keyed "name" or "name[0:96,0:64]"
@@ -11,10 +11,10 @@ import logging
 import os
 import shutil
 import struct
+from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -24,39 +24,21 @@ from typing import Any, TypeVar
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-)
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.futures import Future
 
 from megarecur import files
 from megarecur.checkpoint.index import (
-    DTYPE_NAMES,
     DTYPES,
     VERSION,
     ChunkRecord,
     DamagedCheckpoint,
-    FileRecord,
     Index,
-    TensorRecord,
-    index_fault,
     read_index,
     readable,
     seal,
 )
+from megarecur.checkpoint.planning import Chunk, Part, Values, WrittenEntry, plan_reads
 from megarecur.errors import CheckpointError
-from megarecur.parallel.shards import span
+from megarecur.parallel.shards import TensorShard, span
 from megarecur.progress import Note, note_nothing
 
 logger = logging.getLogger(__name__)
@@ -84,14 +66,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _chunk_key(name: str, shape: list[int], offset: list[int], sizes: list[int]) -> str:
-    return name if sizes == shape else name + span(offset, sizes)
-
-
-def _finished(value: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(value)
-    return future
+def _chunk_key(name: str, shape: Sequence[int], offset: Sequence[int], sizes: Sequence[int]) -> str:
+    return name if list(sizes) == list(shape) else name + span(list(offset), list(sizes))
 
 
 class ChunkReader:
@@ -245,29 +221,23 @@ def share_out(
         return list(pool.map(work, shares))
 
 
-# ------------------------------------------------------- storage of torch.distributed.checkpoint
+# -------------------------------------------------------------------------------------- writing
 
 
-class FolderWriter(StorageWriter):
-    """Storage writer that fills a temporary folder and renames it once every rank has written."""
+class FolderWriter:
+    """Writer that fills a temporary folder and renames it once every rank has written."""
 
     def __init__(self, final: Path, state: dict[str, Any], note: Note = note_nothing) -> None:
         self.final, self.note = final, note
         self.temporary = files.aside_of(final)
         self._state = state
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: the writer serves one checkpoint."""
+    def open_folder(self) -> None:
+        """Create the temporary folder; one rank calls it before any writes.
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: `prepare_global_plan` makes the folder."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return the plan unchanged."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Create the folder and name each rank's file; runs on the coordinator before any write."""
+        Raises:
+            CheckpointError: the state is not JSON, or an intact checkpoint of that step exists.
+        """
         try:
             json.dumps(self._state)
         except (TypeError, ValueError) as error:
@@ -279,89 +249,65 @@ class FolderWriter(StorageWriter):
         if self.temporary.exists():
             shutil.rmtree(self.temporary)
         self.temporary.mkdir(parents=True)
-        return [
-            replace(plan, storage_data=f"rank-{rank:05d}.safetensors")
-            for rank, plan in enumerate(plans)
-        ]
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's chunks; each result carries the records of its chunk and file."""
-        if not plan.items:
-            return _finished([])
-        path = self.temporary / plan.storage_data
+    def write_chunks(
+        self, rank: int, items: Sequence[tuple[Chunk, Tensor]], values: Values | None = None
+    ) -> bytes:
+        """Write a rank's chunks to its file; returns its record for `finish`, b"" without chunks.
+
+        Args:
+            values: see `checkpoint.write`.
+        """
+        if not items:
+            return b""
+        path = self.temporary / _file_of(rank)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for item in plan.items:
-            data = item.tensor_data
-            assert data is not None
-            offset, sizes = list(data.chunk.offsets), list(data.chunk.sizes)
-            key = _chunk_key(item.index.fqn, list(data.size), offset, sizes)
+        for chunk, _ in items:
+            key = _chunk_key(chunk.name, chunk.shape, chunk.offset, chunk.sizes)
             if key in header:
                 raise CheckpointError(
                     f"{path}: two tensors would share the key {key!r}: rename one"
                 )
-            start, end = end, end + prod(sizes) * data.properties.dtype.itemsize
+            start, end = end, end + chunk.nbytes
             header[key] = {
-                "dtype": DTYPE_NAMES[data.properties.dtype],
-                "shape": sizes,
+                "dtype": chunk.dtype,
+                "shape": chunk.sizes,
                 "data_offsets": [start, end],
             }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that mapped tensors are aligned
         head = struct.pack("<Q", len(text)) + text
-        record = FileRecord(
-            bytes=len(head) + end,
-            header_bytes=len(head),
-            header_xxh3=xxhash.xxh3_64_hexdigest(head),
-        )
-        results = []
+        record = array("Q", [len(head), xxhash.xxh3_64_intdigest(head)])
         # A second thread hashes meanwhile.
         with ThreadPoolExecutor(1) as pool, open(path, "xb", buffering=0) as file:
             files.write_all(file, head, path)
-            for item in plan.items:
-                data = item.tensor_data
-                assert data is not None
-                tensor = planner.resolve_data(item)
-                assert isinstance(tensor, Tensor)
-                payload = _bytes_of(tensor)
-                start = file.tell()
-                digest = pool.submit(xxhash.xxh3_64_hexdigest, payload)
+            for chunk, tensor in items:
+                payload = _bytes_of(_values_of(chunk, tensor, values))
+                digest = pool.submit(xxhash.xxh3_64_intdigest, payload)
                 files.write_all(file, payload, path)
-                self.note(f"{path.name}, {file.tell()} of {record.bytes} bytes")
-                chunk = ChunkRecord(
-                    offset=list(data.chunk.offsets),
-                    shape=list(data.chunk.sizes),
-                    file=path.name,
-                    bytes=(start, start + len(payload)),
-                    xxh3=digest.result(),
-                )
-                results.append(WriteResult(item.index, len(payload), (chunk, record)))
+                self.note(f"{path.name}, {file.tell()} of {len(head) + end} bytes")
+                record.append(digest.result())
             os.fsync(file.fileno())
-        return _finished(results)
+        return record.tobytes()
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index and publish; runs on the coordinator after every rank has written."""
-        chunks: dict[str, list[ChunkRecord]] = defaultdict(list)
-        records: dict[str, FileRecord] = {}
-        for result in (result for of_rank in results for result in of_rank):
-            chunk, records[chunk.file] = result.storage_data
-            chunks[result.index.fqn].append(chunk)
-        tensors = {}
-        for name, tensor in metadata.state_dict_metadata.items():
-            assert isinstance(tensor, TensorStorageMetadata)
-            tensors[name] = TensorRecord(
-                dtype=DTYPE_NAMES[tensor.properties.dtype],
-                shape=list(tensor.size),
-                chunks=sorted(chunks[name], key=lambda chunk: chunk.offset),
-            )
-        index = Index(
-            format="megarecur", version=VERSION, state=self._state, files=records, tensors=tensors
-        )
-        fault = index_fault(index)
-        assert not fault, fault
-        body = json.dumps(index.model_dump(), sort_keys=True).encode()
-        files.create_file(self.temporary / "index.json", body)
-        files.create_file(self.temporary / "index.xxh3", seal(xxhash.xxh3_128_hexdigest(body)))
+    def finish(
+        self, written: Iterable[tuple[int, Sequence[WrittenEntry]]], records: Sequence[bytes]
+    ) -> None:
+        """Write the index and publish; one rank calls it after every rank has written.
+
+        Args:
+            written: the ranks that have written, with their entries (`SavePlanner.written`).
+            records: of `write_chunks`, by rank.
+        """
+        hasher = xxhash.xxh3_128()
+        path = self.temporary / "index.json"
+        with open(path, "xb", buffering=0) as file:
+            for data in _joined(_index_pieces(self._state, written, records)):
+                hasher.update(data)
+                files.write_all(file, data, path)
+            os.fsync(file.fileno())
+        files.create_file(self.temporary / "index.xxh3", seal(hasher.hexdigest()))
         root = self.final.parent
         latest = files.aside_of(root / "latest")
         # Written before anything is published, so that a full disk fails here.
@@ -373,103 +319,118 @@ class FolderWriter(StorageWriter):
         files.publish(self.temporary, self.final)
         files.publish(latest, root / "latest")
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Accept any path."""
-        return True
+
+def _file_of(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
-class FolderReader(StorageReader):
-    """Storage reader of a checkpoint whose index was already read and checked."""
-
-    def __init__(self, path: Path, index: Index, verify: bool, note: Note = note_nothing) -> None:
-        self._path, self._index, self._verify, self._note = path, index, verify, note
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: the reader serves one checkpoint."""
-
-    # With **kwargs the loader would call this again after a failure, on that rank alone.
-    def read_metadata(self) -> Metadata:
-        """Return the index as torch's Metadata."""
-        return Metadata(
-            {
-                name: TensorStorageMetadata(
-                    TensorProperties(dtype=DTYPES[tensor.dtype]),
-                    torch.Size(tensor.shape),
-                    [
-                        ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape))
-                        for chunk in tensor.chunks
-                    ],
-                )
-                for name, tensor in self._index.tensors.items()
-            }
+def _values_of(chunk: Chunk, tensor: Tensor, values: Values | None) -> Tensor:
+    if not tensor.is_meta:
+        return tensor
+    assert values is not None, chunk.name
+    made = values(chunk.name)
+    if made.shape != tensor.shape or made.dtype != tensor.dtype:
+        raise CheckpointError(
+            f"{chunk.name}: planned as {tensor.dtype} {list(tensor.shape)}, "
+            f"made as {made.dtype} {list(made.shape)}"
         )
-
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        """Do nothing: the index is already loaded."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return the plan unchanged."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return the plans unchanged."""
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read each needed chunk once and whole, as its checksum needs; copy the wanted parts."""
-        wanted = defaultdict(list)
-        for item in plan.items:
-            offset = item.storage_index.offset
-            assert offset is not None
-            wanted[item.storage_index.fqn, tuple(offset)].append(item)
-        jobs = [
-            (name, chunk, wanted[name, tuple(chunk.offset)])
-            for name, tensor in self._index.tensors.items()
-            for chunk in tensor.chunks
-            if (name, tuple(chunk.offset)) in wanted
-        ]
-        jobs.sort(key=lambda job: (job[1].file, job[1].bytes))
-
-        def read(share: Sequence[tuple[str, ChunkRecord, list[ReadItem]]]) -> None:
-            with ChunkReader(self._path, self._index, self._verify) as reader:
-                for name, chunk, items in share:
-                    self._note(f"loading {self._path}/{chunk.file}")
-                    _read_into(reader, name, chunk, items, planner)
-
-        share_out(read, jobs)
-        return _finished(None)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Accept any path."""
-        return True
+    return made
 
 
-def _read_into(
-    reader: ChunkReader, name: str, chunk: ChunkRecord, items: list[ReadItem], planner: LoadPlanner
+def _joined(pieces: Iterable[str]) -> Iterator[bytes]:
+    """Join pieces of text into blocks."""
+    held = bytearray()
+    for piece in pieces:
+        held += piece.encode()
+        if len(held) >= BLOCK_BYTES:
+            yield bytes(held)
+            held.clear()
+    yield bytes(held)
+
+
+def _index_pieces(
+    state: dict[str, Any],
+    written: Iterable[tuple[int, Sequence[WrittenEntry]]],
+    records: Sequence[bytes],
+) -> Iterator[str]:
+    """Yield the JSON of an `Index` with sorted keys, in pieces that are short to make."""
+    lines: dict[str, str] = {}
+    # Strings and numbers only: the garbage collector would stop all threads for many containers.
+    tensors: dict[str, tuple[str, dict[tuple[int, ...], str]]] = {}
+    for rank, entries in written:
+        name = _file_of(rank)
+        end, header, *digests = array("Q", records[rank])
+        lines[name] = f'"header_bytes": {end}, "header_xxh3": "{header:016x}"'
+        of_file = iter(digests)
+        for entry, dtype, shape, boxes in entries:
+            if entry not in tensors:
+                tensors[entry] = f'"dtype": "{dtype}", "shape": {shape}', {}
+            of_tensor, itemsize = tensors[entry][1], DTYPES[dtype].itemsize
+            for offset, sizes in boxes:
+                start, end = end, end + prod(sizes) * itemsize
+                of_tensor[tuple(offset)] = (
+                    f'{{"bytes": [{start}, {end}], "file": "{name}", "offset": {offset}, '
+                    f'"shape": {sizes}, "xxh3": "{next(of_file):016x}"}}'
+                )
+        lines[name] = f'{json.dumps(name)}: {{"bytes": {end}, {lines[name]}}}'
+    yield '{"files": {' + ", ".join(lines.values()) + '}, "format": "megarecur", '
+    yield f'"state": {json.dumps(state, sort_keys=True)}, "tensors": {{'
+    for k, name in enumerate(sorted(tensors)):
+        kind, of_tensor = tensors[name]
+        listed = ", ".join(of_tensor[offset] for offset in sorted(of_tensor))
+        yield f'{", " if k else ""}{json.dumps(name)}: {{"chunks": [{listed}], {kind}}}'
+    yield f'}}, "version": {VERSION}}}'
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+def read_chunks(
+    path: Path,
+    index: Index,
+    shards: dict[str, TensorShard],
+    verify: bool = True,
+    note: Note = note_nothing,
 ) -> None:
-    """Read one chunk and fill each item with its part; a single whole item is read in place."""
-    targets = [planner.resolve_tensor(item).detach() for item in items]
-    first = targets[0]
+    """Fill the tensors of `shards` in place; each needed chunk is read once and whole, as its
+    checksum needs.
+
+    Raises:
+        DamagedCheckpoint: a chunk differs from what was written.
+    """
+    jobs = [
+        (name, chunk, parts)
+        for name, shard in shards.items()
+        for chunk, parts in plan_reads(index.tensors[name].chunks, shard)
+    ]
+    jobs.sort(key=lambda job: (job[1].file, job[1].bytes))
+
+    def read(share: Sequence[tuple[str, ChunkRecord, list[Part]]]) -> None:
+        with ChunkReader(path, index, verify) as reader:
+            for name, chunk, parts in share:
+                note(f"loading {path}/{chunk.file}")
+                _read_into(reader, name, chunk, parts)
+
+    share_out(read, jobs)
+
+
+def _read_into(reader: ChunkReader, name: str, chunk: ChunkRecord, parts: list[Part]) -> None:
+    """Read one chunk and fill each part; a single whole part is read in place."""
+    first = parts[0].target
     if (
-        len(items) == 1
+        len(parts) == 1
         and list(first.shape) == chunk.shape
         and first.device.type == "cpu"
         and first.is_contiguous()
     ):
         reader.read(name, chunk, first)
-    else:
-        source = reader.read(name, chunk)
-        for item, target in zip(items, targets, strict=True):
-            part = source
-            for dim, start in enumerate(item.storage_offsets):
-                part = part.narrow(dim, start, item.lengths[dim])
-            target.copy_(part)
-    for item, target in zip(items, targets, strict=True):
-        planner.commit_tensor(item, target)
+        return
+    source = reader.read(name, chunk)
+    for part in parts:
+        saved = source
+        for dim, (start, length) in enumerate(zip(part.start, part.target.shape, strict=True)):
+            saved = saved.narrow(dim, start, length)
+        part.target.copy_(saved)
 
 
 def _is_damaged(path: Path) -> bool:

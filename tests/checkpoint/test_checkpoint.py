@@ -474,7 +474,7 @@ def save_on_full_disk(root, full_rank, room):
     "full_rank, room, file",
     [
         (2, 0, "rank-00002.safetensors"),
-        (1, 800, "rank-00001.safetensors"),
+        (1, 500, "rank-00001.safetensors"),
         (0, 2500, "index.json"),
         (0, 8000, "latest.tmp"),
     ],

@@ -111,6 +111,7 @@ def save_and_change(root: Path, layout: str) -> int:
         checkpoint.load(root / "checkpoints" / f"step-{step:08d}", target)
         assert_step(target, step)
     assert saver.staging is not None
+    assert saver.planner.num_plans == 1, "the plan stands from the copies to the last save"
     return sum(buffer.nbytes for buffer in saver.staging._buffers.values())
 
 
