@@ -53,6 +53,7 @@ from megarecur.launch.queue import (
 )
 from megarecur.launch.slurm import SlurmError, describe_jobs
 from megarecur.launch.terminal import make_console
+from megarecur.launch.waiting import describe_waiting, read_reports
 from megarecur.plan.describe import count_noun, format_count
 from megarecur.train.metrics import duration, read_rows
 
@@ -215,6 +216,7 @@ def read_status(run: Path, queue: Queue, job: QueuedJob | None = None) -> Status
         run, attempts, beat, checkpoint, job, not queue.unknown, holder, began, pace, steps
     )
     state, why = judge(known)
+    notes = [queue.unknown, describe_waiting(read_reports(run, beat, max(began, default=0.0)))]
     left = None
     if pace is not None and steps is not None and step is not None and step < steps:
         left = pace * (steps - step)
@@ -233,7 +235,7 @@ def read_status(run: Path, queue: Queue, job: QueuedJob | None = None) -> Status
         left=left,
         attempts=attempts,
         checkpoint=checkpoint,
-        notes=[queue.unknown] if queue.unknown else [],
+        notes=list(filter(None, notes)),
     )
 
 

@@ -23,7 +23,7 @@ from megarecur.objective.next_token import STEPS, NextToken, Ran, TextScore, mak
 from megarecur.objective.task import Score, Task, build_objective
 from megarecur.parallel.mesh import Mesh, raise_first
 from megarecur.plan.schedule import Scheduled, Schedules
-from megarecur.progress import Note, note_nothing
+from megarecur.progress import WAITING, Note, note_nothing
 from megarecur.train.bleu import score_bleu
 from megarecur.train.heartbeat import Heartbeat
 from megarecur.train.signals import StopFlag
@@ -110,6 +110,7 @@ def evaluate_corpus(
     batches = noted(batches, total, note)
 
     def add_up(sums: Tensor) -> Tensor:
+        note(WAITING)
         flat = torch.cat([sums.flatten(), sums.new_tensor([float(len(failures))])])
         flat = mesh.sum_over_world(flat) / mesh.tp
         if flat[-1]:

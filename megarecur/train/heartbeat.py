@@ -28,7 +28,13 @@ class Heartbeat:
     def __init__(self, run_dir: Path, speaks: bool) -> None:
         self.path, self.speaks = run_dir / "heartbeat.json", speaks
         self.every = EVERY_STEP in os.environ
-        self.phase, self.step = "start", 0
+        self.phase, self.step, self.detail = "start", 0, ""
+        self.count = 0
+        """Signs of progress within the phase."""
+        self.since = time.monotonic()
+        """Beginning of the phase."""
+        self._elsewhere: dict[str, str] = {}
+        """Last progress in phases of the background, by phase."""
         self._next = 0.0
         self._lock = Lock()
 
@@ -40,7 +46,10 @@ class Heartbeat:
         """
         with self._lock:
             changed = (phase, detail) != (self.phase, "")
+            if phase != self.phase or step != self.step:
+                self.since, self.count = time.monotonic(), 0
             self.phase, self.step = phase, step
+            self.detail = detail or self._elsewhere.pop(phase, "")
             self._write(detail, changed or self.every)
 
     def advance(self, phase: str, detail: str) -> None:
@@ -50,7 +59,10 @@ class Heartbeat:
         """
         with self._lock:
             if phase == self.phase:
+                self.detail, self.count = detail, self.count + 1
                 self._write(detail, False)
+            else:
+                self._elsewhere[phase] = detail
 
     def note(self, phase: str, what: str = "") -> Note:
         """Return a function that reports a phase's progress, with details prefixed by `what`."""

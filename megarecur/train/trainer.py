@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Container, Sequence
@@ -52,6 +53,7 @@ from megarecur.train.state import (
     steps_left_out,
 )
 from megarecur.train.step import build_model, forward_backward
+from megarecur.train.waiting import reporting_long_phases
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +108,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         run_dir = folder.path
         beat = Heartbeat(run_dir, mesh.rank == 0)
         beat.enter("start", 0, "health check")
-        health = check_health(config, run_dir, mesh)
+        resources.enter_context(reporting_long_phases(beat, run_dir, mesh))
+        health = check_health(config, run_dir, mesh, note=beat.note("start"))
         beat.advance("start", "opening corpora")
         data = resources.enter_context(closing(open_data(config, mesh)))
         config = with_teacher(data.config, data.tokenizer, data.loader.corpora, mesh)
@@ -135,6 +138,9 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         compiled = CompiledModel(model) if compiling else None
         profiler = Profiler(config.train.profile, run_dir, mesh)
         resources.callback(profiler.close)
+        # What a start has made stays: full collections, which stop all threads, pass over it.
+        resources.callback(gc.unfreeze)
+        gc.freeze()
         # An earlier job may have ended between saving a step and scoring it.
         validated = state.step if state.step and report.is_validated(state.step) else 0
         return loop(
@@ -328,7 +334,7 @@ def open_schedules(config: Config, mesh: Mesh) -> Schedules:
     with same_error(mesh):
         schedules = Schedules(config)
         chosen = schedules.training(*step_to_take(config, mesh, 0))
-    if len(set(mesh.gather_objects(order_hash(chosen.order)))) > 1:
+    if not mesh.agrees_over_world(order_hash(chosen.order)):
         raise MeshError(
             "the ranks chose different orders of the pipeline; run the same version of megarecur "
             "with the same config on all of them"
