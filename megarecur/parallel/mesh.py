@@ -24,6 +24,7 @@ from megarecur.config.mesh import check_world
 from megarecur.config.run import Config
 from megarecur.errors import MegarecurError, MeshError
 from megarecur.files import raise_file_limit
+from megarecur.parallel.channels import Channels
 from megarecur.parallel.regions import TensorParallel
 from megarecur.parallel.tree import reduce_max
 
@@ -114,6 +115,8 @@ class Mesh:
     host_group: Any = None
     """All processes, over gloo, for numbers that the host reads; None: the default group is of that
     kind, or this is the only process."""
+    channels: Channels | None = None
+    """Communicators of the messages between pipeline ranks; None if there is only one."""
 
     @property
     def world(self) -> int:
@@ -654,10 +657,14 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
     state_group = tp_group if shards == 1 else shard_group
     if shards > 1 and tp > 1 and config.parallel.shards_natively:
         state_group = pick_group(groups.transpose(1, 2).flatten(2).flatten(0, 1).tolist(), rank)
-    return Mesh(
+    mesh = Mesh(
         len(ranks), pp, tp, rank, device, dp_group, tp_group, pp_group, replica_group,
         shards, shard_group, across_group, state_group,
     )  # fmt: skip
+    if pp == 1:
+        return mesh
+    peers = [mesh.pipeline_peer(pp_rank) for pp_rank in range(pp)]
+    return replace(mesh, channels=Channels(peers, TIMEOUT))
 
 
 def pick_group(members: list[list[int]], rank: int) -> Any:

@@ -3,12 +3,15 @@
 Buffers exist only while they are used. Adjacent stages of one rank pass values on directly. A value
 that later steps read stays on a rank once it has arrived. So does the sum of its gradient, which
 leaves with the stage that received the value.
+
+Messages of one direction, from one rank to another, are delivered in turn; those of different
+directions are independent (`parallel.channels`). `plan.order.replay` plays by the same rules.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from megarecur.parallel.linear import DeferredProducts
 from megarecur.parallel.mesh import Mesh
-from megarecur.plan.order import Kind, Op
+from megarecur.plan.order import MOST_SENDS, Kind, Op
 from megarecur.plan.walk import Stage, Walk
 from megarecur.recurrence.layer_map import StackName
 
@@ -32,10 +35,10 @@ Backward = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
 objective."""
 
 
-MOST_SENDS = 4
-"""Maximum pending sends of a rank. gloo keeps each message until it is waited for."""
 AHEAD = 8
-"""Post receives this many operations early; a gloo sender starts only then."""
+"""Post receives this many operations early on a CPU; a gloo sender starts only then. On a GPU the
+order itself has them before the operation that runs when the message is sent. Posted earlier, they
+could keep the allocator waiting, and with it the operation that lets the message be sent."""
 
 Way = Literal["F", "B"]
 """Direction of a message: activations forward, gradients backward."""
@@ -148,10 +151,18 @@ class Pipeline:
         Raises:
             PipelineError: the message names rank, stage, operation and micro batch.
         """
+        for _ in self.run_in_turn(ops):
+            pass
+
+    def run_in_turn(self, ops: Sequence[Op]) -> Iterator[Op]:
+        """Run this rank's operations, and yield each one that has ended; see `run`."""
+        if self.mesh.channels is not None:
+            self.mesh.channels.open(self.walk, self.mesh.pp_rank, self.mesh.device)
         for i, op in enumerate(ops):
             if self.mesh.device.type == "cpu":
                 self.begin_receives(ops[i : i + AHEAD])
             self.run_one(op)
+            yield op
         for op, works, _ in self.sends:
             self.wait(works, op)
         assert not (self.inbox or self.outbox or self.kept or self.left), (
@@ -282,10 +293,11 @@ class Pipeline:
         """Start sending a stage's message to its neighbour."""
         to = stage.index + (1 if way == "F" else -1)
         tensors = [tensor.contiguous() for tensor in self.outbox.pop((way, to, j))]
-        peer = self.mesh.pipeline_peer(self.walk[to].rank)
-        works = [dist.isend(tensor, peer, group=self.mesh.pp_group) for tensor in tensors]
+        receiver = self.walk[to].rank
+        peer, group = self.mesh.pipeline_peer(receiver), self.group(self.mesh.pp_rank, receiver)
+        works = [dist.isend(tensor, peer, group=group) for tensor in tensors]
         self.bytes_sent += sum(tensor.nbytes for tensor in tensors)
-        # The order is valid under rendezvous, so every send may be waited for.
+        # The order was validated with this limit.
         if len(self.sends) == MOST_SENDS:
             begun, waited, _ = self.sends.pop(0)
             self.wait(waited, begun)
@@ -298,12 +310,17 @@ class Pipeline:
         source = stage.index - 1 if way == "F" else stage.index + 1
         sender = self.walk[source]
         stacks = stage.arriving if way == "F" else sender.returning
-        peer = self.mesh.pipeline_peer(sender.rank)
+        peer, group = self.mesh.pipeline_peer(sender.rank), self.group(sender.rank, stage.rank)
         tensors = [self.allocate(torch.empty, j, stack) for stack in stacks]
         self.receives[way, stage.index, j] = [
-            dist.irecv(tensor, peer, group=self.mesh.pp_group) for tensor in tensors
+            dist.irecv(tensor, peer, group=group) for tensor in tensors
         ]
         self.inbox[way, stage.index, j] = tensors
+
+    def group(self, sender: int, receiver: int) -> Any:
+        """Return the process group of messages from one pipeline rank to another."""
+        assert self.mesh.channels is not None
+        return self.mesh.channels.group(sender, receiver)
 
     def allocate(self, make: Callable[..., Tensor], j: int, stack: StackName) -> Tensor:
         """Return a new tensor for a message."""

@@ -6,7 +6,8 @@ Operations name a stage of the walk and a micro batch:
     SEND_F, RECV_F activations: from stage s, to stage s (from s - 1) SEND_B, RECV_B gradients of
     activations: from stage s (to s - 1), to stage s (from s + 1)
 
-Per pair of ranks and direction, sends and receives come in the same order.
+A direction is a pair of ranks, sender and receiver. Its messages are received in the order in which
+they are sent, one after another, and wait for no message of another direction (`replay`).
 
 A forward pass needs that of the previous stage. A backward pass needs its own forward pass, the
 backward pass of the next stage if a gradient comes from there, and those of all later stages on its
@@ -17,9 +18,9 @@ orders.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal, NamedTuple, Protocol
 
@@ -106,6 +107,13 @@ def find_partner(op: Op) -> Op | None:
     return Op(kind, op.stage + away, op.microbatch)
 
 
+class Direction(NamedTuple):
+    """The ranks of messages that are delivered in turn."""
+
+    sender: int
+    receiver: int
+
+
 def find_messages(op: Op, walk: Walk) -> tuple[Op, Op] | None:
     """Return the send and receive that follow an operation; None if nothing leaves its rank."""
     stage, (kind, index, microbatch) = walk[op.stage], op
@@ -169,9 +177,10 @@ def add_messages(
     replaced).
 
     Operations are replayed in simulated time (without costs, each takes one unit, B two). When one
-    ends, its send is appended to the operations that its rank has started, and the receive to those
-    that the other rank has started. So messages have one global order on all ranks, and no cycle of
-    waits arises even if every send waits for its receive.
+    ends, its send is appended to the operations that its rank has started. The receive is added to
+    the other rank's, before the operation in progress there, so that the transfer overlaps with it.
+    So messages have one global order on all ranks, and no cycle of waits arises even if every send
+    waits for its receive.
 
     Raises:
         ValueError: operations wait for each other in a cycle, or for a missing one.
@@ -202,6 +211,8 @@ def play(
     ranks = count_ranks(walk)
     lists: list[list[Op]] = [[] for _ in range(ranks)]
     idle, awake = [True] * ranks, set(range(ranks))
+    until = [0.0] * ranks  # by rank: when its last operation ends
+    free: dict[Direction, float] = {}  # by direction: when its last message arrives
     arrived: Counter[Op] = Counter()
     # (time, number, operation, whether it ends or one of its inputs arrives)
     events: list[tuple[float, int, Op, bool]] = []
@@ -209,10 +220,13 @@ def play(
     clock, together = 0.0, 1e-9 * max(_duration(Op("B", s.index, 0), costs) for s in walk)
 
     def arrive(op: Op, source: int) -> None:
-        """Send an input of `op` from stage `source`; it arrives after the hop between them."""
-        away = walk[op.stage].rank != walk[source].rank
-        delay = costs[min(op.stage, source)].hop if costs and away else 0.0
-        heapq.heappush(events, (clock + delay, next(number), op, False))
+        """Send an input of `op` from stage `source`; it arrives after the hop between them, which
+        starts when the direction's earlier messages have arrived."""
+        when, direction = clock, Direction(walk[source].rank, walk[op.stage].rank)
+        if costs and direction.sender != direction.receiver:
+            when = max(clock, free.get(direction, 0.0)) + costs[min(op.stage, source)].hop
+            free[direction] = when
+        heapq.heappush(events, (when, next(number), op, False))
 
     def finish(op: Op) -> None:
         kind, index, microbatch = op
@@ -223,7 +237,9 @@ def play(
         messages = find_messages(op, walk)
         if messages:
             lists[rank].append(messages[0])
-            lists[walk[messages[1].stage].rank].append(messages[1])
+            other = walk[messages[1].stage].rank
+            in_progress = not idle[other] and until[other] > clock + together
+            lists[other].insert(len(lists[other]) - in_progress, messages[1])
         if kind == "F":
             if index + 1 < len(walk):
                 arrive(Op("F", index + 1, microbatch), index)
@@ -254,8 +270,8 @@ def play(
             if taken is not None:
                 idle[rank] = False
                 lists[rank].append(taken)
-                end = clock + _duration(taken, costs)
-                heapq.heappush(events, (end, next(number), taken, True))
+                until[rank] = clock + _duration(taken, costs)
+                heapq.heappush(events, (until[rank], next(number), taken, True))
         awake.clear()
     return tuple(map(tuple, lists))
 
@@ -266,20 +282,130 @@ def _duration(op: Op, costs: Sequence[StageCost] | None) -> float:
     return costs[op.stage].duration(op.kind)
 
 
+# --------------------------------------------------------------------------------------- replay
+
+MOST_SENDS = 4
+"""Maximum unfinished sends of a rank: one more waits for the oldest. The sender keeps each message
+until it has arrived."""
+
+
+class Timed(NamedTuple):
+    """An operation with its start and end."""
+
+    op: Op
+    start: float
+    end: float
+
+
+@dataclass(slots=True)
+class _Queue:
+    """The messages of one direction, which its communicator delivers in turn."""
+
+    sent: list[tuple[Op, float]] = field(default_factory=list)
+    """The receive and the time of each send."""
+    posted: list[float] = field(default_factory=list)
+    """The time of each receive."""
+    delivered: int = 0
+    free: float = 0.0
+    """When the last delivered message has arrived."""
+
+
+def replay(
+    order: PipelineOrder, walk: Walk, costs: Sequence[StageCost]
+) -> tuple[list[list[Timed]], dict[int, Op]]:
+    """Run an order by the rules of `parallel.pipeline`; return the operations of each rank with
+    their times, and the send or receive that each rank waits for which never finishes.
+
+    - A rank runs its list in order. Sends and receives start and take no time of it; F, B and I
+      wait for their message.
+    - A message starts when it was sent, its receive was reached, and the previous message of its
+      direction has arrived. It arrives one hop later. Other directions do not delay it.
+    - A rank with more than MOST_SENDS unfinished sends waits for the oldest.
+    """
+    queues: defaultdict[Direction, _Queue] = defaultdict(_Queue)
+    arrived: dict[Op, float] = {}  # by receive: when its message arrives
+    received: set[Op] = set()  # receives that their ranks have reached
+    unfinished = [deque[Op]() for _ in order]  # by rank: the receives of its sends
+    waiting: dict[int, Op] = {}  # by rank: the receive that has not finished
+    clocks, lists = [0.0] * len(order), [list[Timed]() for _ in order]
+    pending = list(range(len(order)))
+
+    def deliver(queue: _Queue) -> None:
+        while queue.delivered < min(len(queue.sent), len(queue.posted)):
+            receive, sent = queue.sent[queue.delivered]
+            start = max(sent, queue.posted[queue.delivered], queue.free)
+            hop = costs[receive.stage - (receive.kind == "RECV_F")].hop
+            arrived[receive] = queue.free = start + hop
+            queue.delivered += 1
+            for rank in [rank for rank, op in waiting.items() if op == receive]:
+                del waiting[rank]
+                pending.append(rank)
+
+    while pending:
+        rank = pending.pop()
+        ops, done, sends = order[rank], lists[rank], unfinished[rank]
+        while len(done) < len(ops):
+            op = ops[len(done)]
+            needed = None
+            if len(sends) > MOST_SENDS:
+                needed = sends[0]
+            elif op.kind in ("F", "B", "I"):
+                needed = Op("RECV_F" if op.kind == "F" else "RECV_B", op.stage, op.microbatch)
+                needed = needed if needed in received else None
+            if needed is not None and needed not in arrived:
+                waiting[rank] = needed
+                break
+            if len(sends) > MOST_SENDS:
+                clocks[rank] = max(clocks[rank], arrived[sends.popleft()])
+                continue
+            start = end = clocks[rank]
+            partner = find_partner(op)
+            if partner is None:
+                start = max(start, arrived[needed]) if needed is not None else start
+                clocks[rank] = end = start + costs[op.stage].duration(op.kind)
+                done.append(Timed(op, start, end))
+                continue
+            done.append(Timed(op, start, end))
+            other = walk[partner.stage].rank
+            if op.kind in ("SEND_F", "SEND_B"):
+                queue = queues[Direction(rank, other)]
+                queue.sent.append((partner, start))
+                sends.append(partner)
+            else:
+                queue = queues[Direction(other, rank)]
+                queue.posted.append(start)
+                received.add(op)
+            deliver(queue)
+    for done in lists:
+        for i, (op, start, _) in enumerate(done):
+            if op.kind in ("RECV_F", "RECV_B"):
+                done[i] = Timed(op, start, max(start, arrived.get(op, start)))
+    stuck = {}
+    for rank, op in waiting.items():
+        mine = walk[op.stage].rank == rank
+        stuck[rank] = op if mine else find_partner(op) or op
+    return lists, stuck
+
+
+def describe_stuck(stuck: dict[int, Op]) -> str:
+    """Return the ranks that wait forever, with the send or receive that they wait for."""
+    return ", ".join(f"rank {rank} at {op}" for rank, op in sorted(stuck.items()))
+
+
 # ----------------------------------------------------------------------------------- validation
 
 
 def validate_order(order: PipelineOrder, walk: Walk, num_microbatches: int) -> list[str]:
     """Return the problems of an order; empty if it can run.
 
-    Every operation must run once, on its rank, after the operations it needs; sends and receives of
-    each pair of ranks must match; and the order must finish if each send ends only when its receive
-    is reached.
+    Every operation must run once, on its rank, after the operations it needs; each direction must
+    receive its messages in the order in which they are sent; and the order must finish by the rules
+    of `replay`.
     """
     problems = _check_complete(order, walk, num_microbatches)
     if not problems:
         problems = _check_needs(order, walk) + _check_pairs(order, walk)
-    return problems or _check_rendezvous(order, walk)
+    return problems or _check_finish(order, walk)
 
 
 def _check_complete(order: PipelineOrder, walk: Walk, num_microbatches: int) -> list[str]:
@@ -339,10 +465,9 @@ def _list_needs(op: Op, walk: Walk, needs: Sequence[Sequence[int]]) -> list[Op]:
 
 
 def _check_pairs(order: PipelineOrder, walk: Walk) -> list[str]:
-    """Check that messages of each pair of ranks are received in the order in which they are
-    sent."""
-    sent: dict[tuple[int, int], list[Op]] = defaultdict(list)
-    received: dict[tuple[int, int], list[Op]] = defaultdict(list)
+    """Check that messages of each direction are received in the order in which they are sent."""
+    sent: dict[Direction, list[Op]] = defaultdict(list)
+    received: dict[Direction, list[Op]] = defaultdict(list)
     for rank, ops in enumerate(order):
         for op in ops:
             partner = find_partner(op)
@@ -350,9 +475,9 @@ def _check_pairs(order: PipelineOrder, walk: Walk) -> list[str]:
                 continue
             other = walk[partner.stage].rank
             if op.kind in ("SEND_F", "SEND_B"):
-                sent[rank, other].append(partner)
+                sent[Direction(rank, other)].append(partner)
             else:
-                received[other, rank].append(op)
+                received[Direction(other, rank)].append(op)
     problems = []
     for pair, messages in sorted(sent.items()):
         for number, (a, b) in enumerate(zip(messages, received[pair], strict=True)):
@@ -362,26 +487,7 @@ def _check_pairs(order: PipelineOrder, walk: Walk) -> list[str]:
     return problems
 
 
-def _check_rendezvous(order: PipelineOrder, walk: Walk) -> list[str]:
-    """Check that a replay finishes in which sends and receives wait for each other."""
-    position = [0] * len(order)
-    pending = list(range(len(order)))
-    while pending:
-        rank = pending.pop()
-        while position[rank] < len(order[rank]):
-            partner = find_partner(order[rank][position[rank]])
-            if partner is None:
-                position[rank] += 1
-                continue
-            other = walk[partner.stage].rank
-            if order[other][position[other] : position[other] + 1] != (partner,):
-                break  # The other rank returns here when it has reached this message.
-            position[rank] += 1
-            position[other] += 1
-            pending.append(other)
-    stuck = [
-        f"rank {rank} at {ops[position[rank]]}"
-        for rank, ops in enumerate(order)
-        if position[rank] < len(ops)
-    ]
-    return [f"all ranks wait for each other: {', '.join(stuck)}"] if stuck else []
+def _check_finish(order: PipelineOrder, walk: Walk) -> list[str]:
+    """Check that no rank waits forever."""
+    _, stuck = replay(order, walk, (StageCost(1.0, 1.0, 1.0),) * len(walk))
+    return [f"all ranks wait for each other: {describe_stuck(stuck)}"] if stuck else []

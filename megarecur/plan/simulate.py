@@ -22,20 +22,14 @@ from megarecur.plan.order import (
     Op,
     PipelineOrder,
     StageCost,
+    Timed,
     add_messages,
     count_ranks,
-    find_partner,
+    describe_stuck,
+    replay,
     validate_order,
 )
 from megarecur.plan.walk import Walk
-
-
-class Timed(NamedTuple):
-    """An operation with its start and end."""
-
-    op: Op
-    start: float
-    end: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,45 +56,18 @@ class Timeline:
 
 
 def simulate(order: PipelineOrder, walk: Walk, costs: Sequence[StageCost]) -> Timeline:
-    """Simulate a valid order.
-
-    Ranks run their lists in order. A send costs its sender nothing. An operation that needs a
-    receive waits until the message arrives, one hop after it was sent.
+    """Simulate a valid order, by the rules of `replay`.
 
     Raises:
         ValueError: the order deadlocks.
     """
-    arrived: dict[Op, float] = {}  # by receive: when its message arrives
-    waiting: dict[Op, int] = {}  # by receive: the rank waiting for it
-    clocks, lists = [0.0] * len(order), [list[Timed]() for _ in order]
-    pending = list(range(len(order)))
-    while pending:
-        rank = pending.pop()
-        for op in order[rank][len(lists[rank]) :]:
-            start = end = clocks[rank]
-            partner = find_partner(op)
-            if partner is not None and op.kind in ("SEND_F", "SEND_B"):
-                arrived[partner] = start + costs[min(op.stage, partner.stage)].hop
-                if partner in waiting:
-                    pending.append(waiting.pop(partner))
-            elif partner is not None:
-                if op not in arrived:
-                    waiting[op] = rank
-                    break
-                end = max(start, arrived[op])
-            else:
-                if op.kind != "W":
-                    needed = op._replace(kind="RECV_F" if op.kind == "F" else "RECV_B")
-                    start = max(start, arrived.get(needed, 0.0))
-                clocks[rank] = end = start + costs[op.stage].duration(op.kind)
-            lists[rank].append(Timed(op, start, end))
-    if waiting:
-        stuck = ", ".join(f"rank {rank} at {op}" for op, rank in sorted(waiting.items()))
-        raise ValueError(f"the order deadlocks: {stuck}; correct the order")
+    lists, stuck = replay(order, walk, costs)
+    if stuck:
+        raise ValueError(f"the order deadlocks: {describe_stuck(stuck)}; correct the order")
     peaks = [_find_peaks(ops, walk, costs) for ops in order]
     return Timeline(
         ranks=tuple(map(tuple, lists)),
-        makespan=max(clocks),
+        makespan=max(timed.end for ops in lists for timed in ops),
         busy=tuple(sum(costs[op.stage].duration(op.kind) for op in ops) for ops in order),
         peak_bytes=tuple(size for size, _ in peaks),
         peak_live=tuple(pairs for _, pairs in peaks),

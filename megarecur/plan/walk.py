@@ -98,6 +98,11 @@ def build_walk(
     return tuple(_flow_back(_leave_exits(_carry(stages)), fresh))
 
 
+def forward_only(walk: Walk) -> Walk:
+    """Return a walk without backward passes, as in evaluation."""
+    return tuple(replace(stage, backward=False, returns_x=False, returns=()) for stage in walk)
+
+
 def cuts_for_v(steps: LayerMap, placement: Placement) -> tuple[int, ...]:
     """Return where to cut a walk that goes down the ranks and up again, for the order `zbv`.
 

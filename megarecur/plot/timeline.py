@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megarecur.plan.describe import ORDER_NAMES, list_blocks
+from megarecur.plan.order import Timed
 from megarecur.plan.predict import LayoutPlan, complete
-from megarecur.plan.simulate import Timed, Timeline
+from megarecur.plan.simulate import Timeline
 from megarecur.plan.walk import Walk
 from megarecur.plot.layer_map import INK, SOFT
 

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from support.configs import ENTRY
+from support.configs import ENTRY, make_config
 from support.harness import assert_gradients_close, compare
 from support.meshes import (
     SEQUENCE,
@@ -27,10 +27,12 @@ from support.meshes import (
     gather_whole,
     later,
     measure_activations,
+    mesh_of,
     reference,
     step_of,
     trace,
 )
+from support.walks import loops
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -47,14 +49,16 @@ from megarecur.errors import ConfigError
 from megarecur.inference.generate import generate
 from megarecur.model.context import build_context
 from megarecur.model.transformer import Transformer
+from megarecur.parallel import channels as channels_module
+from megarecur.parallel import pipeline as pipeline_module
 from megarecur.parallel.loss import LossTerm
 from megarecur.parallel.mesh import Mesh
 from megarecur.parallel.pipeline import Pipeline, PipelineError
 from megarecur.parallel.shards import whole
-from megarecur.plan.order import StageCost, order_hash
+from megarecur.plan.order import Op, StageCost, order_hash, validate_order
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.simulate import simulate
-from megarecur.plan.walk import Stage
+from megarecur.plan.walk import Stage, forward_only
 from megarecur.recurrence.inventory import build_inventory
 from megarecur.train.metrics import read_rows
 from megarecur.train.state import is_reordered
@@ -293,6 +297,113 @@ def test_blocks_have_one_owner_and_orders_are_kept(
         assert rank["norm"] == ranks[0]["norm"]
         hops = sum(op.kind.startswith("SEND") for op in rank["order"])
         assert rank["sent"] == hops * 4 * math.prod(rank["shape"])
+
+
+# ------------------------------------------------------------------------------------- directions
+
+
+def record_messages(config: Config) -> tuple[list[tuple[int, int, str]], set[str]]:
+    """(sender, receiver, group) of each message of a step, and the groups of collectives."""
+    config, model, engine, mesh, loader = build_on_mesh(config)
+    assert mesh.channels is not None
+    names = {id(mesh.channels.up): "up", id(mesh.channels.down): "down"}
+    forward_backward(model, engine, config, loader.batch(0), 0, mesh)  # Opens the communicators.
+    found, send, receive = [], dist.isend, dist.irecv
+
+    def isend(tensor: Tensor, to: int, group: Any) -> Any:
+        found.append((mesh.rank, to, names[id(group)]))
+        return send(tensor, to, group=group)
+
+    def irecv(tensor: Tensor, source: int, group: Any) -> Any:
+        found.append((source, mesh.rank, names[id(group)]))
+        return receive(tensor, source, group=group)
+
+    with mock.patch.object(dist, "isend", isend), mock.patch.object(dist, "irecv", irecv):
+        forward_backward(model, engine, config, loader.batch(1), 1, mesh)
+    return found, {name for name in names.values() if id(mesh.pp_group) in names}
+
+
+def test_no_communicator_has_messages_of_two_directions(world, corpus) -> None:
+    """nccl opens one per group and pair of ranks."""
+    sections = {"train": {"micro_batch_size": 1, "global_batch_size": 4}}
+    config = piped(corpus, "dense", 3, recurrence=MAPS["custom"], **sections)
+    directions: dict[tuple[str, frozenset[int]], set[tuple[int, int]]] = {}
+    for found, collective in world(3).run(record_messages, config):
+        assert not collective
+        for sender, receiver, group in found:
+            pair = group, frozenset((sender, receiver))
+            directions.setdefault(pair, set()).add((sender, receiver))
+    assert len(directions) == 6 and all(len(each) == 1 for each in directions.values())
+
+
+class Halves:
+    """Stages that halve their input and add the number of the micro batch."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[int, float] = {}
+
+    def forget(self, microbatch: int) -> None:
+        """Keeps nothing."""
+
+    def shape(self, microbatch: int, stack: str) -> tuple[int, ...]:
+        return (2, 256, 1024)  # gloo holds a message of this size until its receive is posted.
+
+    def forward(
+        self, stage: Stage, microbatch: int, x: Tensor | None, reads: dict[str, Tensor]
+    ) -> tuple[Tensor, None]:
+        x = torch.zeros(self.shape(microbatch, "decoder")) if x is None else x
+        x = x / 2 + microbatch
+        if stage.last:
+            self.outputs[microbatch] = x.mean().item()
+        return x, None
+
+
+def run_orders(made: list[tuple[Any, Any]]) -> list[dict[int, float]]:
+    """Outputs of orders on this rank, with receives posted where the order has them."""
+    config = make_config(Path("none"), "dense", parallel={"pipeline": 2})
+    mesh, found = mesh_of(config), []
+    with mock.patch.object(pipeline_module, "AHEAD", 1):
+        for walk, order in made:
+            program = Halves()
+            Pipeline(mesh, walk, program, torch.float32).run(order[mesh.pp_rank])
+            found.append(program.outputs)
+    return found
+
+
+def test_ranks_run_what_the_validator_accepts(world) -> None:
+    """Both ranks send before they receive; as many sends as may be unfinished; a receive far ahead
+    of its message, before sends to the same rank."""
+    walk = forward_only(loops(2, 2))
+
+    def run(stage: int, numbers: Any) -> list[Op]:
+        kinds = ("RECV_F", "F", "SEND_F")[stage == 0 : 3 - (stage == 3)]
+        return [Op(kind, stage, j) for j in numbers for kind in kinds]
+
+    both = ([*run(0, [0, 1]), *run(2, [0, 1])], [*run(1, [0]), *run(1, [1]), *run(3, [0, 1])])
+    most = ([*run(0, range(9)), *run(2, range(9))], [*run(1, range(9)), *run(3, range(9))])
+    early = [Op("RECV_F", 2, 0), *(op for op in most[0] if op != Op("RECV_F", 2, 0))]
+    made = [(walk, both), (walk, most), (walk, (early, most[1]))]
+    for _, order in made:
+        num = sum(op.kind == "F" for op in order[0]) // 2
+        assert validate_order(tuple(map(tuple, order)), walk, num) == []
+    _, found = world(2).run(run_orders, made)
+    for outputs, num in zip(found, (2, 9, 9), strict=True):
+        assert outputs == {j: j * (1 + 1 / 2 + 1 / 4 + 1 / 8) for j in range(num)}
+
+
+def create_groups(bound: Any) -> tuple[Any, Any]:
+    """The device that the world is bound to, while groups are created and afterwards."""
+    world = SimpleNamespace(bound_device_id=bound)
+    group = mock.patch.object(channels_module.dist, "group", SimpleNamespace(WORLD=world))
+    with group, channels_module.unbound():
+        during = world.bound_device_id
+    return during, world.bound_device_id
+
+
+def test_groups_of_messages_are_not_split_off_a_bound_world() -> None:
+    device = torch.device("cuda", 0)
+    assert create_groups(device) == (None, device)
+    assert create_groups(None) == (None, None)
 
 
 # --------------------------------------------------------------------------------------- failures

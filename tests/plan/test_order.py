@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -27,11 +27,12 @@ from megarecur.plan.order import (
     PipelineOrder,
     StageCost,
     add_messages,
+    find_partner,
     order_hash,
     validate_order,
 )
 from megarecur.plan.simulate import CLOSED_FORMS, Timeline, choose_order, lower_bound, simulate
-from megarecur.plan.walk import Stage, Walk
+from megarecur.plan.walk import Stage, Walk, forward_only
 
 MICROBATCHES = st.integers(1, 9)
 
@@ -59,6 +60,24 @@ def parse(text: str) -> list[Op]:
     return [Op(head.rstrip("0123456789"), int(head.lstrip("FBIW")), int(m)) for head, m in words]  # type: ignore[arg-type]
 
 
+def finishes_if_sends_block(order: PipelineOrder, walk: Walk) -> bool:
+    """Whether an order ends even if every send and receive waits for the other. So generated orders
+    run on a GPU whose allocator waits for all streams at any time."""
+    position, pending = [0] * len(order), list(range(len(order)))
+    while pending:
+        rank = pending.pop()
+        while position[rank] < len(order[rank]):
+            partner = find_partner(order[rank][position[rank]])
+            if partner is not None:
+                other = walk[partner.stage].rank
+                if order[other][position[other] : position[other] + 1] != (partner,):
+                    break  # The other rank returns here when it has reached this message.
+                position[other] += 1
+                pending.append(other)
+            position[rank] += 1
+    return all(at == len(ops) for at, ops in zip(position, order, strict=True))
+
+
 # --------------------------------------------------------------------------------------- validity
 
 
@@ -72,6 +91,7 @@ def test_every_order_is_valid_and_no_faster_than_the_bound(
         for clock in (costs, None):
             order = add_messages(computes, walk, clock)
             assert validate_order(order, walk, num_microbatches) == [], name
+            assert finishes_if_sends_block(order, walk), name
         timeline = simulate(order, walk, costs)
         split = any(op.kind == "I" for ops in computes for op in ops)
         bound = lower_bound(walk, costs, num_microbatches, split)
@@ -251,8 +271,8 @@ def test_found_a_send_before_its_operation() -> None:
     assert validate_order(order, walk, 2) == ["rank 0: SEND_F0.0 comes before F0.0"]
 
 
-def test_found_two_ranks_that_both_send_first() -> None:
-    """Right in number, needs and pairs, and yet nobody would ever receive."""
+def test_two_ranks_may_both_send_first() -> None:
+    """Their messages are of two directions, so neither waits for the other."""
     walk = loops(2, 2)
     order = add_messages(
         [
@@ -261,14 +281,108 @@ def test_found_two_ranks_that_both_send_first() -> None:
         ],
         walk,
     )
-    assert validate_order(order, walk, 2) == []
+    assert validate_order(order, walk, 2) == [] and finishes_if_sends_block(order, walk)
     first, second = list(order[0]), list(order[1])
     first.remove(Op("RECV_F", 2, 0))
     first.insert(first.index(Op("SEND_F", 0, 1)) + 1, Op("RECV_F", 2, 0))
     second.remove(Op("RECV_F", 1, 1))
     second.insert(second.index(Op("SEND_F", 1, 0)) + 1, Op("RECV_F", 1, 1))
-    problems = validate_order((tuple(first), tuple(second)), walk, 2)
-    assert problems == ["all ranks wait for each other: rank 0 at SEND_F0.1, rank 1 at SEND_F1.0"]
+    both = (tuple(first), tuple(second))
+    assert not finishes_if_sends_block(both, walk)
+    assert validate_order(both, walk, 2) == []
+    costs = equal_costs(walk, 0.1)
+    assert simulate(both, walk, costs).makespan == simulate(order, walk, costs).makespan
+
+
+def test_found_sends_that_wait_behind_others_of_their_direction() -> None:
+    """A rank keeps four unfinished sends. The fifth waits for the first, and here no rank receives
+    until all its sends of a stage have finished."""
+    walk = forward_only(loops(2, 2))
+    for num_microbatches, refused in ((9, False), (10, True)):
+        numbers = range(num_microbatches)
+
+        def run(stage: int, numbers: range = numbers) -> list[Op]:
+            messages = ("RECV_F", "F", "SEND_F")[stage == 0 : 3 - (stage == 3)]
+            return [Op(kind, stage, j) for j in numbers for kind in messages]  # type: ignore[arg-type]
+
+        order = (tuple(run(0) + run(2)), tuple(run(1) + run(3)))
+        problems = validate_order(order, walk, num_microbatches)
+        stuck = "all ranks wait for each other: rank 0 at SEND_F0.5, rank 1 at SEND_F1.0"
+        assert problems == ([stuck] if refused else [])
+
+
+def test_found_receives_of_one_direction_that_are_swapped() -> None:
+    """An activation and a gradient travel from rank 0 to rank 1. Receives from two ranks may be
+    swapped: they are of two directions."""
+    walk = loops(2, 2)
+    made = interleaved(walk, 4) or []
+    order = add_messages(made, walk)
+    of_one = [
+        i for i, op in enumerate(order[1]) if op.kind in ("RECV_F", "RECV_B")
+    ]  # All come from rank 0.
+    pairs = [
+        (a, b)
+        for a, b in pairwise(of_one)
+        if {order[1][a].kind, order[1][b].kind} == {"RECV_F", "RECV_B"}
+    ]
+    assert pairs
+    for a, b in pairs:
+        problems = validate_order(swap(order, 1, a, b), walk, 4)
+        assert any(problem.startswith("ranks 0 to 1: message ") for problem in problems)
+    walk = loops(3, 1)
+    order = add_messages(one_f_one_b(walk, 6) or [], walk, equal_costs(walk, 0.5))
+    ops = order[1]
+    a, b = next(
+        (i, i + 1)
+        for i in range(len(ops))
+        if {op.kind for op in ops[i : i + 2]} == {"RECV_F", "RECV_B"}
+    )
+    costs = equal_costs(walk, 0.5)
+    swapped = swap(order, 1, a, b)
+    assert validate_order(swapped, walk, 6) == []
+    assert simulate(swapped, walk, costs).makespan == simulate(order, walk, costs).makespan
+
+
+def arrivals(order: PipelineOrder, walk: Walk, hop: float) -> dict[str, float]:
+    """When each message arrives, if every operation takes one unit."""
+    ranks = simulate(order, walk, (StageCost(1.0, 1.0, 1.0, hop),) * len(walk)).ranks
+    return {str(op): end for ops in ranks for op, _, end in ops if op.kind.startswith("RECV")}
+
+
+@pytest.mark.parametrize(
+    ("hop", "expected"),
+    # F0.1 is sent at 2. At a hop of 3, the message before it arrives at 4, and F1.0 travels back
+    # from 5 to 8, while F0.1 is under way.
+    [(3.0, (4.0, 7.0, 8.0, 11.0)), (0.5, (1.5, 2.5, 3.0, 4.0))],
+)
+def test_a_message_waits_for_those_of_its_direction_alone(
+    hop: float, expected: tuple[float, ...]
+) -> None:
+    walk = forward_only(visit(0, 1, 0))
+    costs = (StageCost(1.0, 1.0, 1.0, hop),) * len(walk)
+    order = add_messages([parse("F0.0 F0.1 F2.0 F2.1"), parse("F1.0 F1.1")], walk, costs)
+    names = ("RECV_F1.0", "RECV_F1.1", "RECV_F2.0", "RECV_F2.1")
+    assert arrivals(order, walk, hop) == dict(zip(names, expected, strict=True))
+
+
+def test_a_message_waits_until_its_receive_is_reached() -> None:
+    walk = forward_only(visit(0, 1))
+    order = add_messages([parse("F0.0 F0.1"), parse("F1.0 F1.1")], walk)
+    late = replaced(
+        order, 1, [Op("RECV_F", 1, 0), *parse("F1.0"), Op("RECV_F", 1, 1), *parse("F1.1")]
+    )
+    early = replaced(order, 1, [Op("RECV_F", 1, 0), Op("RECV_F", 1, 1), *parse("F1.0 F1.1")])
+    assert arrivals(late, walk, 1.5)["RECV_F1.1"] == 5.0
+    assert arrivals(early, walk, 1.5)["RECV_F1.1"] == 4.0
+
+
+def test_receives_are_reached_before_the_operation_in_progress() -> None:
+    """The transfer overlaps with it, as the generator's clock says."""
+    walk = forward_only(visit(0, 1))
+    costs = (StageCost(1.0, 1.0, 1.0, 0.5), StageCost(3.0, 1.0, 1.0))
+    order = add_messages([parse("F0.0 F0.1"), parse("F1.0 F1.1")], walk, costs)
+    assert " ".join(map(str, order[1])) == "RECV_F1.0 RECV_F1.1 F1.0 F1.1"
+    assert simulate(order, walk, costs).makespan == 7.5
 
 
 def test_operations_that_cannot_run_get_no_messages() -> None:

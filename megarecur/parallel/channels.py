@@ -1,0 +1,77 @@
+"""Communicators of the messages between pipeline ranks, one for each direction.
+
+A communicator delivers its messages in turn: on one for both directions, a send waits behind a
+receive whose message another rank has yet to compute. nccl opens a communicator of two ranks per
+group at their first message. So one group carries the messages to higher pipeline ranks and one
+those to lower ranks, and no communicator has messages of two directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megarecur.plan.order import Direction
+from megarecur.plan.walk import Walk
+
+
+class Channels:
+    """The communicators of one process's pipeline ranks.
+
+    Args:
+        ranks: global ranks of the pipeline ranks, in their order. All of them create this object.
+        timeout: of the groups.
+    """
+
+    def __init__(self, ranks: Sequence[int], timeout: timedelta) -> None:
+        self.ranks, self.opened = tuple(ranks), set[Direction]()
+        with unbound():
+            self.up, self.down = (
+                dist.new_group(self.ranks, timeout=timeout, use_local_synchronization=True)
+                for _ in range(2)
+            )
+
+    def group(self, sender: int, receiver: int) -> Any:
+        """Return the process group of messages between two pipeline ranks."""
+        return self.up if sender < receiver else self.down
+
+    def open(self, walk: Walk, pp_rank: int, device: torch.device) -> None:
+        """Open the communicators of a walk's messages; all its pipeline ranks must call this.
+
+        The first message of a communicator waits until the other rank sends or receives it. Within
+        an order that could be a circle of ranks, so all open theirs beforehand, in one sequence.
+        """
+        hops = {(a.rank, b.rank) for a, b in pairwise(walk) if a.rank != b.rank}
+        both = {Direction(*pair) for a, b in hops for pair in ((a, b), (b, a))}
+        for direction in sorted(both - self.opened):
+            message = torch.zeros(1, device=device)
+            if pp_rank == direction.sender:
+                dist.send(message, self.ranks[direction.receiver], group=self.group(*direction))
+            elif pp_rank == direction.receiver:
+                dist.recv(message, self.ranks[direction.sender], group=self.group(*direction))
+        self.opened |= both
+
+
+@contextmanager
+def unbound() -> Iterator[None]:
+    """Create groups that open communicators when they are used.
+
+    A world that is bound to its devices splits the communicator of a new group off its own. That
+    takes all ranks of the world, and messages of both directions would share the communicator.
+    """
+    world = dist.group.WORLD
+    bound = getattr(world, "bound_device_id", None)
+    if world is None or bound is None:
+        yield
+        return
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
