@@ -1,6 +1,7 @@
 """Pipelines of shared blocks: one owner against tied replicas, accuracy of the simulator, overhead.
 
-    python benchmarks/pipeline.py [owner] [crossover] [clock] [overhead] [--rounds 5]
+    python benchmarks/pipeline.py [owner] [crossover] [clock] [overhead] [evaluate] [score]
+        [--rounds 5]
 
 owner: a cycle of 2 blocks run twice (hidden 384, feed-forward 1,536, sequence 256, 8 micro batches
 of 2, vocabulary 1,024, untied, fp32) on 2 processes of one thread each. Three sides, ours and
@@ -17,6 +18,13 @@ MiB. The time of an optimizer step is compared with two simulations: one with 5 
 measured before, one with the operations' own times, measured in a separate step without waits.
 
 overhead: the same orders with empty stages against a hand-written loop of the same messages.
+
+evaluate: forward passes of 32 micro batches on 4 processes, several in flight as in evaluation,
+against one order per micro batch, as evaluation ran before. Stages sleep 5 ms per step of the map,
+so that ranks do not compete for cores. The simulator's ratio is that of the same two orders.
+
+score: evaluation of a real model (hidden 384, one block per rank, the walks of `evaluate`), whose
+four processes share the cores of this machine, in tokens per second.
 """
 
 from __future__ import annotations
@@ -27,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +48,8 @@ from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.model.block import Block
 from megarecur.model.context import build_context
+from megarecur.model.transformer import Transformer
+from megarecur.objective.next_token import NextToken
 from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.linear import DeferredProducts
 from megarecur.parallel.mesh import Mesh, build_mesh
@@ -48,13 +59,14 @@ from megarecur.plan.placement import Placement
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.simulate import Timeline, choose_order, lower_bound, simulate
 from megarecur.plan.walk import Stage, Walk, build_walk
-from megarecur.recurrence.layer_map import Step, from_order
+from megarecur.recurrence.layer_map import StackName, Step, from_order
+from megarecur.train import evaluate
 from megarecur.train.report import StepResult
 from megarecur.train.step import Training, build_model
 
 LENGTH, MICRO, NUM_MICRO, VOCABULARY = 256, 2, 8, 1024
 WORK, MESSAGE = 0.005, (1, 256, 1024)
-PARTS = ("owner", "crossover", "clock", "overhead")
+PARTS = ("owner", "crossover", "clock", "overhead", "evaluate", "score")
 CROSSING = (2, 4, 6, 8, 10, 12, 16)
 """Numbers of micro batches."""
 
@@ -354,7 +366,7 @@ class Sleeping:
     def forget(self, microbatch: int) -> None:
         """Do nothing: no state is kept."""
 
-    def shape(self, microbatch: int) -> tuple[int, ...]:
+    def shape(self, microbatch: int, stack: StackName) -> tuple[int, ...]:
         """Return the shape of a message."""
         return MESSAGE
 
@@ -523,6 +535,102 @@ def run_overhead(rank: int, folder: str, rounds: int) -> None:
                   f"ratio {ratio:.2f}")  # fmt: skip
 
 
+# --------------------------------------------------------------------------------------- evaluate
+
+EVALUATED: dict[str, dict[str, Any]] = {
+    "dense": {"kind": "dense", "num_layers": 4},
+    "cycle, 2 loops": {"kind": "cycle", "num_blocks": 4, "depth": 8},
+    "cycle, 3 loops": {"kind": "cycle", "num_blocks": 4, "depth": 12},
+    "cycle_reverse": {"kind": "cycle_reverse", "num_blocks": 4, "depth": 8},
+}
+SCORED = 32
+"""Number of micro batches."""
+
+
+def run_forwards(mesh: Mesh, schedules: Schedules, in_flight: int) -> float:
+    """Return the wall time of the forward passes of all micro batches, in seconds."""
+    scheduled = schedules.forward(num_microbatches=in_flight)
+    dist.barrier()
+    began = time.perf_counter()
+    for _ in range(SCORED // in_flight):
+        pipeline = Pipeline(mesh, scheduled.walk, Sleeping(WORK), torch.float32)
+        pipeline.run(scheduled.order[mesh.pp_rank])
+    dist.barrier()
+    return time.perf_counter() - began
+
+
+def score(
+    config: Config, model: Transformer, mesh: Mesh, schedules: Schedules, in_flight: int
+) -> float:
+    """Return the wall time of scoring all micro batches, in seconds."""
+    batches = [make_batch(i) for i in range(SCORED)]
+    sums = torch.zeros(2, LENGTH.bit_length() + 1, dtype=torch.float64)
+    schedule = partial(schedules.forward, None, True)
+    dist.barrier()
+    began = time.perf_counter()
+    # One at a time: evaluation starts anew for each micro batch.
+    for some in [batches] if in_flight > 1 else [[batch] for batch in batches]:
+        with torch.no_grad():
+            for batch, x, _ in evaluate.run_batches(model, mesh, schedule, some, [], None):
+                if x is not None:
+                    NextToken(config, model.readout).count(batch, x, [], sums)
+    dist.barrier()
+    return time.perf_counter() - began
+
+
+def run_evaluate(rank: int, folder: str, rounds: int) -> None:
+    """Run one of the four processes of `evaluate`, whose stages sleep."""
+    start(rank, 4, folder, "evaluate")
+    many = 4 * evaluate.IN_FLIGHT
+    for name, recurrence in EVALUATED.items():
+        config = make_config(recurrence, (0, 1, 2, 3))
+        mesh, schedules = build_mesh(config, torch.device("cpu")), Schedules(config)
+        one, several = schedules.forward(), schedules.forward(num_microbatches=many)
+        costs = [StageCost(len(stage.steps) * WORK, 0.0, 0.0, 0.001) for stage in one.walk]
+        in_turn = tuple(
+            tuple(op._replace(microbatch=j) for j in range(many) for op in ops) for ops in one.order
+        )
+        simulated = [simulate(order, one.walk, costs) for order in (in_turn, several.order)]
+        times: list[list[float]] = [[], []]
+        for _ in range(rounds + 1):
+            for side, in_flight in zip(times, (1, many), strict=True):
+                side.append(run_forwards(mesh, schedules, in_flight))
+        if rank:
+            continue
+        work = SCORED * WORK * sum(len(stage.steps) for stage in one.walk) / 4
+        before, after = (statistics.median(side[1:]) for side in times)
+        print(
+            f"evaluate {name:16} {before * 1e3:.0f} ms one at a time, {after * 1e3:.0f} ms with "
+            f"{many} in flight, {before / after:.2f} times as fast; ranks idle "
+            f"{1 - work / before:.0%} and {1 - work / after:.0%}; by the simulator "
+            f"{simulated[0].makespan / simulated[1].makespan:.2f} times, "
+            f"{simulated[0].bubble:.0%} and {simulated[1].bubble:.0%}",
+            flush=True,
+        )
+
+
+def run_score(rank: int, folder: str, rounds: int) -> None:
+    """Run one of the four processes of `score`, which compute."""
+    start(rank, 4, folder, "score")
+    many = 4 * evaluate.IN_FLIGHT
+    for name, recurrence in EVALUATED.items():
+        config = make_config(recurrence, (0, 1, 2, 3))
+        mesh, schedules = build_mesh(config, torch.device("cpu")), Schedules(config)
+        model = build_model(config, mesh, schedules)
+        times: list[list[float]] = [[], []]
+        for _ in range(rounds + 1):
+            for side, in_flight in zip(times, (1, many), strict=True):
+                side.append(score(config, model, mesh, schedules, in_flight))
+        if rank == 0:
+            before, after = (statistics.median(side[1:]) for side in times)
+            tokens = SCORED * MICRO * LENGTH
+            print(
+                f"score {name:16} {tokens / before:.0f} tokens/s one at a time, "
+                f"{tokens / after:.0f} with {many} in flight, {before / after:.2f} times as fast",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Start the processes of the parts named on the command line, or of all parts."""
     rounds = int(sys.argv[sys.argv.index("--rounds") + 1]) if "--rounds" in sys.argv else 5
@@ -534,6 +642,8 @@ def main() -> None:
                 "crossover": (run_crossover, 2),
                 "clock": (run_clock, 4),
                 "overhead": (run_overhead, 4),
+                "evaluate": (run_evaluate, 4),
+                "score": (run_score, 4),
             }[part]
             mp.spawn(run, (folder, rounds), nprocs=world)
 

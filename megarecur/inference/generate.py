@@ -15,7 +15,6 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from megarecur.batch import Sentences
 from megarecur.config.run import Config
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.errors import ConfigError, refuse_undecodable
@@ -156,30 +155,18 @@ def next_logits(
 
 
 class Forward:
-    """The stages' computation without training (`parallel.pipeline.Program`)."""
+    """The stages' computation of one batch without training (`parallel.pipeline.Program`)."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        tokens_BS: Tensor,
-        ctx: Context,
-        source: Sentences | None,
-        pixels_BCHW: Tensor | None = None,
-    ) -> None:
-        self.model, self.tokens_BS, self.ctx, self.source = model, tokens_BS, ctx, source
-        self.pixels_BCHW = pixels_BCHW
+    def __init__(self, model: Transformer, tokens_BS: Tensor, ctx: Context) -> None:
+        self.model, self.tokens_BS, self.ctx = model, tokens_BS, ctx
         self.x: Tensor | None = None
         """The output of the last stage, if this rank has it."""
-        self.exits: dict[str, Tensor] = {}
-        """Hidden states of early exits by name, in order, if this rank has them."""
 
     def forget(self, microbatch: int) -> None:
         """Keeps no state per micro batch."""
 
     def shape(self, microbatch: int, stack: StackName) -> tuple[int, ...]:
-        """Return the shape of the hidden state of a stack."""
-        if stack == "encoder" and self.source is not None:
-            return self.model.hidden_shape(self.source.tokens_BS)
+        """Return the shape of the hidden state."""
         return self.model.hidden_shape(self.tokens_BS)
 
     def forward(
@@ -187,11 +174,11 @@ class Forward:
     ) -> tuple[Tensor, None]:
         """Return (outgoing hidden state, None)."""
         if stage.first:
-            x = self.model.enter(self.tokens_BS, self.ctx, reads, self.source, self.pixels_BCHW)
+            x = self.model.enter(self.tokens_BS, self.ctx, reads)
         assert x is not None
         x, _ = self.model.run(stage.steps, x, self.ctx, reads)
         if stage.last:
-            self.x, self.exits = x, {name: reads[name] for name in stage.exits}
+            self.x = x
         return x, None
 
 
@@ -200,24 +187,9 @@ def run_forward(
 ) -> Tensor | None:
     """Return the hidden state [B, S, D] that leaves the map, on the pipeline rank of its last
     step."""
-    return run_with_exits(model, mesh, scheduled, tokens_BS, ctx)[0]
-
-
-def run_with_exits(
-    model: Transformer,
-    mesh: Mesh,
-    scheduled: Scheduled,
-    tokens_BS: Tensor,
-    ctx: Context,
-    source: Sentences | None = None,
-    pixels_BCHW: Tensor | None = None,
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Return (result of `run_forward`, hidden states of the map's early exits by name); both on the
-    pipeline rank of the head. An encoder reads the sentences `source`, a model of pictures
-    `pixels_BCHW`."""
-    program = Forward(model, tokens_BS, ctx, source, pixels_BCHW)
+    program = Forward(model, tokens_BS, ctx)
     Pipeline(mesh, scheduled.walk, program, model.dtype).run(scheduled.order[mesh.pp_rank])
-    return program.x, program.exits
+    return program.x
 
 
 def choose(

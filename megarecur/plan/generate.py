@@ -223,7 +223,7 @@ class GreedyAgenda:
         # First stages may keep little; this bounds what later ones would have to receive early.
         self.most = math.inf if in_flight is None else math.ceil(2 * in_flight)
         self.begun = self.ended = 0
-        self.final = min(stage.index for stage in walk if stage.backward)
+        self.final = min((stage.index for stage in walk if stage.backward), default=None)
 
     def offer(self, rank: int, op: Op) -> None:
         """Queue the operation."""

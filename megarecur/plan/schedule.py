@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from megarecur.config.recurrence import Looped
 from megarecur.config.run import Config
 from megarecur.plan.cluster import load_cluster
-from megarecur.plan.order import Kind, Op, PipelineOrder
+from megarecur.plan.generate import greedy
+from megarecur.plan.order import Kind, Op, PipelineOrder, StageCost
 from megarecur.plan.placement import Placement, place
 from megarecur.plan.predict import Layout, cost_stages, list_walks, walk_over
 from megarecur.plan.simulate import check_family, choose_order
-from megarecur.plan.walk import Walk
+from megarecur.plan.walk import Walk, forward_only
 from megarecur.recurrence.depth import Depth, default_depth
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import build_map
@@ -103,9 +104,16 @@ class Schedules:
             )
         return line
 
-    def forward(self, depth: Depth | int | None = None, exits: bool = False) -> Scheduled:
-        """Return the schedule of one forward-only micro batch, rank after rank; `exits` adds the
-        config's exits, one after every loop except the last."""
+    def forward(
+        self, depth: Depth | int | None = None, exits: bool = False, num_microbatches: int = 1
+    ) -> Scheduled:
+        """Return a schedule of forward passes alone.
+
+        Args:
+            exits: include the config's exits, one after every loop except the last.
+            num_microbatches: micro batches in flight; with as many as ranks, all ranks have work
+                but at the start and the end.
+        """
         config, recurrence = self.config, self.config.recurrence
         if exits and config.exits is not None and isinstance(recurrence, Looped) and depth is None:
             # Treat all loops as if they carried gradient.
@@ -113,11 +121,10 @@ class Schedules:
         if not exits:
             config = config.model_copy(update={"exits": None})
         steps = build_map(config, depth)
-        walk = walk_over(self.config, steps, self.placement)
-        ranks: list[list[Op]] = [[] for _ in range(self.placement.ranks)]
-        for before, stage in zip((None, *walk), walk, strict=False):
-            if before is not None and before.rank != stage.rank:
-                ranks[before.rank].append(Op("SEND_F", before.index, 0))
-                ranks[stage.rank].append(Op("RECV_F", stage.index, 0))
-            ranks[stage.rank].append(Op("F", stage.index, 0))
-        return Scheduled(steps, walk, tuple(map(tuple, ranks)), "forward")
+        walk = forward_only(walk_over(self.config, steps, self.placement))
+        # A step of the map is the unit of time; what the ranks do when depends on little else.
+        costs = [StageCost(max(len(stage.steps), 1), 0.0, 0.0) for stage in walk]
+        order = greedy(walk, num_microbatches, costs, split=False)
+        assert order is not None, "forward passes keep nothing, so they fit"
+        idle = ((),) * (self.placement.ranks - len(order))  # Ranks behind the last one visited.
+        return Scheduled(steps, walk, (*order, *idle), "forward")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,19 @@ from megarecur.data.loader import MicroBatch
 from megarecur.data.open import Data, read_in_order
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import ConfigError, MegarecurError
-from megarecur.inference.generate import encode_prompt, generate, run_with_exits, stream_text
+from megarecur.inference.generate import encode_prompt, generate, stream_text
+from megarecur.model.context import Context
 from megarecur.model.temporal import Carried
 from megarecur.model.transformer import Transformer
 from megarecur.objective.extremes import Extremes
 from megarecur.objective.next_token import STEPS, NextToken, Ran, TextScore, make_score
 from megarecur.objective.task import Score, Task, build_objective
 from megarecur.parallel.mesh import Mesh, raise_first
+from megarecur.parallel.pipeline import Pipeline
 from megarecur.plan.schedule import Scheduled, Schedules
+from megarecur.plan.walk import Stage
 from megarecur.progress import WAITING, Note, note_nothing
+from megarecur.recurrence.layer_map import StackName
 from megarecur.train.bleu import score_bleu
 from megarecur.train.heartbeat import Heartbeat
 from megarecur.train.signals import StopFlag
@@ -103,11 +109,11 @@ def evaluate_corpus(
         EvaluationStopped: all ranks agreed to stop.
         MegarecurError: on every rank, the reason why a rank could not read the corpus.
     """
-    scheduled = (schedules or Schedules(config)).forward(num_loops, exits=True)
+    plans = schedules or Schedules(config)
+    schedule = partial(plans.forward, num_loops, True)
     failures: list[MegarecurError] = []  # After a failure this rank continues: others wait for it.
     batches, samples = read_in_order(config, corpus, mesh, max_samples, failures)
     total = -(-samples // (mesh.dp * config.train.micro_batch_size))
-    batches = noted(batches, total, note)
 
     def add_up(sums: Tensor) -> Tensor:
         note(WAITING)
@@ -117,8 +123,8 @@ def evaluate_corpus(
             raise_first(failures[0] if failures else None, mesh)
         return flat[:-1].view_as(sums)
 
-    ran = run_batches(model, mesh, scheduled, batches, failures, stop)
-    names = [step.exit_name for step in scheduled.steps if step.exit]
+    ran = noted(run_batches(model, mesh, schedule, batches, failures, stop), total, note)
+    names = [step.exit_name for step in schedule(1).steps if step.exit]
     objective = build_objective(config, model.readout)
     if isinstance(objective, Task):
         return objective.score(ran, corpus, add_up, names, extremes)
@@ -188,42 +194,111 @@ def one_row(ids: Tensor, position: int) -> MicroBatch:
     )  # fmt: skip
 
 
-def noted(batches: Iterable[MicroBatch], total: int, note: Note) -> Iterator[MicroBatch]:
-    """Yield micro batches, and call `note` after each one."""
-    for done, batch in enumerate(batches, 1):
-        yield batch
+def noted(ran: Iterable[Ran], total: int, note: Note) -> Iterator[Ran]:
+    """Yield the outputs of micro batches, and call `note` after each one is scored."""
+    for done, each in enumerate(ran, 1):
+        yield each
         note(f"batch {done} of {total}")
+
+
+IN_FLIGHT = 4
+"""Micro batches in one order of an evaluation, per pipeline rank. All ranks have work but while the
+first one travels to the last rank, a share of at most 1 / (1 + IN_FLIGHT)."""
+CHECKED = 8
+"""Micro batches between two checks for signals, per pipeline rank."""
+
+
+class Evaluation:
+    """The stages' computation of micro batches that are scored (`parallel.pipeline.Program`).
+
+    Args:
+        batches: the micro batches of one order; each is moved to the device when it is first used.
+    """
+
+    def __init__(
+        self, model: Transformer, batches: Sequence[MicroBatch], device: torch.device
+    ) -> None:
+        self.model, self.batches, self.device = model, list(batches), device
+        self.contexts: dict[int, Context] = {}
+        self.outputs: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        """Output of the map and hidden states of its exits by micro batch, on their rank."""
+        self.finished: dict[int, Ran] = {}
+        self.taken = 0
+
+    def shape(self, microbatch: int, stack: StackName) -> tuple[int, ...]:
+        """Return the shape of the hidden state of a stack on this rank."""
+        batch = self.batches[microbatch]
+        read = batch.source if stack == "encoder" and batch.source is not None else batch
+        return self.model.hidden_shape(read.tokens_BS)
+
+    def forward(
+        self, stage: Stage, microbatch: int, x: Tensor | None, reads: dict[str, Tensor]
+    ) -> tuple[Tensor, None]:
+        """Return (outgoing hidden state, None)."""
+        if microbatch not in self.contexts:
+            batch = self.batches[microbatch] = self.batches[microbatch].to(self.device)
+            self.contexts[microbatch] = self.model.context(batch, step=0, training=False)
+        batch, ctx = self.batches[microbatch], self.contexts[microbatch]
+        if stage.first:
+            x = self.model.enter(batch.tokens_BS, ctx, reads, batch.source, batch.pixels_BCHW)
+        assert x is not None
+        x, _ = self.model.run(stage.steps, x, ctx, reads)
+        if stage.last:
+            self.outputs[microbatch] = x, {name: reads[name] for name in stage.exits}
+        return x, None
+
+    def forget(self, microbatch: int) -> None:
+        """Finish a micro batch after its last forward pass on this rank."""
+        x, others = self.outputs.pop(microbatch, (None, dict[str, Tensor]()))
+        taken = self.contexts.pop(microbatch).recorder.taken
+        if taken:
+            steps_B, tokens_B = torch.stack(taken).sum(0).double().unbind(1)
+            others[STEPS] = steps_B / tokens_B.clamp(min=1.0)
+        self.finished[microbatch] = self.batches[microbatch], x, others
+
+    def take(self) -> Iterator[Ran]:
+        """Yield finished micro batches, in order: sums over them depend on no pipeline."""
+        while self.taken in self.finished:
+            yield self.finished.pop(self.taken)
+            self.taken += 1
 
 
 def run_batches(
     model: Transformer,
     mesh: Mesh,
-    scheduled: Scheduled,
+    schedule: Callable[[int], Scheduled],
     batches: Iterable[MicroBatch],
     failures: Sequence[MegarecurError],
     stop: StopFlag | None,
 ) -> Iterator[Ran]:
     """Yield each batch with the outputs of its tokens, and by name those at exits and, with
-    halting, the mean steps of each row.
+    halting, the mean steps of each row; in order, as soon as they are computed.
+
+    Pipeline ranks run several micro batches at a time, so that all of them have work.
+
+    Args:
+        schedule: returns the order of a number of micro batches.
 
     Raises:
         EvaluationStopped: all ranks agreed to stop; they check every few batches.
     """
-    for i, batch in enumerate(batches):
-        if stop is not None and i % 8 == 7:
+    size = 1 if mesh.pp == 1 else IN_FLIGHT * mesh.pp
+    begun, due, batches = 0, CHECKED * mesh.pp - 1, iter(batches)
+    while some := list(islice(batches, size)):
+        if stop is not None and begun >= due:
+            due += CHECKED * mesh.pp
             if failures:
                 stop.fail(failures[0])
             if stop.agreed(mesh):
                 raise EvaluationStopped
-        batch = batch.to(mesh.device)
-        ctx = model.context(batch, step=0, training=False)
-        x, others = run_with_exits(
-            model, mesh, scheduled, batch.tokens_BS, ctx, batch.source, batch.pixels_BCHW
-        )
-        if ctx.recorder.taken:
-            steps_B, tokens_B = torch.stack(ctx.recorder.taken).sum(0).double().unbind(1)
-            others[STEPS] = steps_B / tokens_B.clamp(min=1.0)
-        yield batch, x, others
+        begun += len(some)
+        scheduled = schedule(len(some))
+        program = Evaluation(model, some, mesh.device)
+        pipeline = Pipeline(mesh, scheduled.walk, program, model.dtype)
+        for _ in pipeline.run_in_turn(scheduled.order[mesh.pp_rank]):
+            yield from program.take()
+        for batch in some[program.taken :]:  # The walk of this depth may not visit this rank.
+            yield batch.to(mesh.device), None, {}
 
 
 def continue_prompts(
