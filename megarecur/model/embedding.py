@@ -109,7 +109,6 @@ class Head(nn.Module):
     def forward(self, x: Tensor, loss: ChunkedLoss | None = None) -> Any:
         """Return logits: [B, S, D] to [B, S, V], or to this rank's shard of the vocabulary; or
         what `loss` makes of x, [B S, D], and the table."""
-        x = self.tp.enter(x)
         if loss is None:
-            return product(x, self.weight, self.bias)
-        return loss(x.flatten(0, 1), self.weight, self.bias)
+            return product(x, self.weight, self.bias, self.tp)
+        return loss(self.tp.enter(x).flatten(0, 1), self.weight, self.bias)

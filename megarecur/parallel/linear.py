@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megarecur.parallel.regions import ALONE, TensorParallel
+from megarecur.parallel.regions import ALONE, Finish, TensorParallel
 
 MakeParameter = Callable[[str], nn.Parameter]
 """Function from a global name to its parameter; the inventory decides shape and initial value."""
@@ -165,6 +165,15 @@ class Weight(nn.Module):
         """Whether products that are added in place wait in the queue."""
         return self.deferred is not None and self.deferred.open is not None
 
+    @property
+    def waits(self) -> bool:
+        """Whether `gradient` postpones a product."""
+        return self.sum_in_place and self.parameter.grad is not None and self.postpones
+
+    def add_late(self, dy: Tensor, inputs: Late) -> None:
+        """Add dy^T x to the gradient, of inputs that are gathered now."""
+        self.add(dy, inputs.take())
+
     def add(self, dy: Tensor, x: Tensor) -> None:
         """Add dy^T x to the gradient."""
         grad = self.parameter.grad
@@ -182,14 +191,34 @@ class Weight(nn.Module):
             grad.add_(dy.t() @ x)
 
 
+class Late:
+    """Inputs of several products, made for the first of them and freed after the last."""
+
+    def __init__(self, make: Callable[[], Tensor], uses: int) -> None:
+        self.make, self.uses = make, uses
+        self.value: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """Return the inputs."""
+        value = self.make() if self.value is None else self.value
+        self.uses -= 1
+        self.value = value if self.uses else None
+        return value
+
+
 class _Products(torch.autograd.Function):
-    """Return y_i = x W_i^T + b_i + u_i V_i^T; sums each dW_i over uses in W_i's dtype, and dx over
-    i in place. Biases, and u_i with V_i, may be None."""
+    """Return y_i = x W_i^T + b_i + u_i V_i^T for x that enters a tensor-parallel region; sums each
+    dW_i over uses in W_i's dtype, and dx over i in place. Biases, and u_i with V_i, may be None.
+
+    The ranks sum dx while they compute each dW_i. Under sequence parallelism backward gathers x
+    again, while it computes dx; if products are postponed, W gathers x.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        tp: TensorParallel,
         weights: Sequence[Weight],
         factors: Sequence[Weight | None],
         *tensors: Tensor | None,
@@ -199,8 +228,9 @@ class _Products(torch.autograd.Function):
         # The parameters are saved, not the copies: a copy may be freed and made again.
         ctx.save_for_backward(x, *us, *parameters)
         ctx.weights, ctx.factors = weights, factors
+        ctx.tp, ctx.sequence = tp, tp.size > 1 and tp.sequence
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        wide = x.to(weights[0].product_dtype)
+        wide = (tp.gather_positions(x) if ctx.sequence else x).to(weights[0].product_dtype)
         ys = []
         for weight, bias, u, factor in zip(weights, biases, us, factors, strict=True):
             y = F.linear(wide, weight.value(), None if bias is None else bias.to(wide.dtype))
@@ -211,30 +241,46 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        weights, n = ctx.weights, len(ctx.weights)
-        needs_x, _, _, *needs = ctx.needs_input_grad
+        weights, n, tp = ctx.weights, len(ctx.weights), ctx.tp
+        needs_x, _, _, _, *needs = ctx.needs_input_grad
         x, *us = ctx.saved_tensors[: 1 + n]
         dtype = weights[0].product_dtype
-        wide = x.to(dtype).flatten(0, -2)
+        summed = [weight for weight, need in zip(weights, needs[2 * n :], strict=False) if need]
+        late: Late | None = None
+        gather: Finish | None = None
+        if ctx.sequence and summed and all(weight.waits for weight in summed):
+            late = Late(lambda: tp.gather_positions(x).to(dtype).flatten(0, -2), len(summed))
+        elif ctx.sequence and summed:
+            gather = tp.start_gather(x)
+        dys = [grad.flatten(0, -2).to(dtype) for grad in grads]
         dx: Tensor | None = None
+        finish: Finish | None = None
+        if needs_x:
+            for dy, weight in zip(dys, weights, strict=True):
+                dx = dy @ weight.value() if dx is None else dx.addmm_(dy, weight.value())
+            assert dx is not None
+            dx = dx.view(*grads[0].shape[:-1], x.shape[-1]).to(x.dtype)
+            finish = tp.start_sum(dx, ctx.sequence)
+        wide = x if gather is None else gather()
+        wide = wide.to(dtype).flatten(0, -2)
         dbs: list[Tensor | None] = [None] * n
         dus: list[Tensor | None] = [None] * n
         dws: list[Tensor | None] = [None] * n
         dvs: list[Tensor | None] = [None] * n
         for i, (weight, u, factor) in enumerate(zip(weights, us, ctx.factors, strict=True)):
-            dy = grads[i].flatten(0, -2).to(dtype)
-            if needs_x:
-                dx = dy @ weight.value() if dx is None else dx.addmm_(dy, weight.value())
+            dy = dys[i]
             if needs[i]:
                 dbs[i] = dy.sum(0, dtype=ctx.bias_dtypes[i])
             if needs[n + i]:
                 dus[i] = (dy @ factor.value()).view_as(u).to(u.dtype)
-            if needs[2 * n + i]:
+            if needs[2 * n + i] and late is not None:
+                weight.deferred.open.append(partial(weight.add_late, dy, late))
+            elif needs[2 * n + i]:
                 dws[i] = weight.gradient(dy, wide)
             if needs[3 * n + i]:
                 dvs[i] = factor.gradient(dy, u.to(dtype).flatten(0, -2))
-        dx = dx if dx is None else dx.view_as(x).to(x.dtype)
-        return dx, None, None, *dbs, *dus, *dws, *dvs
+        dx = None if finish is None else finish()
+        return dx, None, None, None, *dbs, *dus, *dws, *dvs
 
 
 class _Joined(torch.autograd.Function):
@@ -282,6 +328,64 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].to(ctx.dtype), None
+
+
+class _Entered(torch.autograd.Function):
+    """Return products y_i = x W_i^T + b_i of x that enters a tensor-parallel region; the graphs'
+    form of `_Products`, with the same collectives in the same places.
+
+    Args:
+        number: the region's, in `REGIONS`.
+        sequence: whether x has only this rank's positions.
+        dtype: of the products.
+        summed: the i whose gradient `sum_gradients` adds; W_i gets none.
+        biased: the i with a bias.
+        tensors: W_i, then biases, then handles of the weights in `summed`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        number: int,
+        sequence: bool,
+        dtype: torch.dtype,
+        n: int,
+        summed: tuple[int, ...],
+        biased: tuple[int, ...],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        values, biases = tensors[:n], dict(zip(biased, tensors[n:], strict=False))
+        ctx.save_for_backward(x, *values, *tensors[n + len(biased) :])
+        ctx.number, ctx.sequence, ctx.dtype, ctx.n = number, sequence, dtype, n
+        ctx.summed, ctx.biased = summed, biased
+        wide = torch.ops.megarecur.gather_positions(x, number) if sequence else x
+        wide = wide.to(dtype)
+        return tuple(F.linear(wide, value, biases.get(i)) for i, value in enumerate(values))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        n, number, sequence = ctx.n, ctx.number, ctx.sequence
+        x, *rest = ctx.saved_tensors
+        values, handles = rest[:n], rest[n:]
+        gather = torch.ops.megarecur.start_gather(x, number) if sequence else x
+        dx = grads[0] @ values[0]
+        for i in range(1, n):
+            dx = dx + grads[i] @ values[i]
+        started = torch.ops.megarecur.start_sum(dx.to(x.dtype), number, sequence)
+        wide = torch.ops.megarecur.finish_gather(gather, x, number) if sequence else x
+        wide = wide.to(ctx.dtype)
+        zeros: list[Tensor | None] = [None] * len(handles)
+        if ctx.summed:
+            dys = [grads[i] for i in ctx.summed]
+            zeros[0] = torch.ops.megarecur.sum_gradients(handles, dys, wide)
+        dws = [
+            None if i in ctx.summed else grads[i].flatten(0, -2).t() @ wide.flatten(0, -2)
+            for i in range(n)
+        ]
+        dbs = [grads[i].flatten(0, -2).sum(0) for i in ctx.biased]
+        dx = torch.ops.megarecur.finish_sum(started, number, sequence)
+        return dx, *[None] * 6, *dws, *dbs, *zeros
 
 
 class _Summed(torch.autograd.Function):
@@ -337,8 +441,9 @@ def multiply(
     weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     added: Sequence[Added] = (),
+    tp: TensorParallel = ALONE,
 ) -> tuple[Tensor, ...]:
-    """Return x W_i^T + b_i for each weight, plus u_i V_i^T if given.
+    """Return x W_i^T + b_i for each weight, plus u_i V_i^T if given; x enters the region `tp`.
 
     Under a compiler, only the formula is used: the compiler fuses the temporaries that `_Products`
     avoids.
@@ -348,13 +453,16 @@ def multiply(
     if not torch.compiler.is_compiling():
         parameters = [None if w is None else w.parameter for w in (*weights, *factors)]
         products: tuple[Tensor, ...] = _Products.apply(  # type: ignore[no-untyped-call]
-            x, weights, factors, *biases, *us, *parameters
+            x, tp, weights, factors, *biases, *us, *parameters
         )
         return products
     dtype = weights[0].product_dtype
-    wide = x.to(dtype)
     biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    ys = multiply_in_graph(wide, weights, biases)
+    ys = (
+        multiply_in_graph(x.to(dtype), weights, biases)
+        if tp.size == 1
+        else enter_in_graph(x, weights, biases, tp)
+    )
     for i, (u, factor) in enumerate(zip(us, factors, strict=True)):
         if u is not None and factor is not None:
             ys[i] = ys[i] + multiply_in_graph(u.to(dtype), (factor,))[0]
@@ -384,6 +492,20 @@ def multiply_in_graph(
     return sum_in_graph(x, weights, [F.linear(x, graph_value(w), bias) for w, bias in pairs])
 
 
+def enter_in_graph(
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], tp: TensorParallel
+) -> list[Tensor]:
+    """Return x W_i^T + b_i for each weight, inside a compiler's graph; x enters the region."""
+    summed = tuple(i for i, weight in enumerate(weights) if weight.summed_by_graphs)
+    handles = [weights[i].handle for i in summed]
+    biased = tuple(i for i, bias in enumerate(biases) if bias is not None)
+    ys = _Entered.apply(  # type: ignore[no-untyped-call]
+        x, tp.number, tp.sequence, weights[0].product_dtype, len(weights), summed, biased,
+        *(graph_value(weight) for weight in weights), *(biases[i] for i in biased), *handles,
+    )  # fmt: skip
+    return list(ys)
+
+
 def sum_in_graph(x: Tensor, weights: Sequence[Weight], ys: Sequence[Tensor]) -> list[Tensor]:
     """Return products with x; backward sums the gradients of those weights that have a handle."""
     found = list(ys)
@@ -408,9 +530,12 @@ def graph_value(weight: Weight) -> Tensor:
     return found
 
 
-def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """Return x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out]."""
-    return multiply(x, (weight,), (bias,))[0]
+def product(
+    x: Tensor, weight: Weight, bias: Tensor | None = None, tp: TensorParallel = ALONE
+) -> Tensor:
+    """Return x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out]; x enters
+    the region `tp`."""
+    return multiply(x, (weight,), (bias,), tp=tp)[0]
 
 
 class LowRank(nn.Module):
@@ -510,7 +635,7 @@ def apply_all(
         added, _ = add_deltas(deltas, tap, inside)
     each = zip(layers, deltas or [None] * len(layers), strict=True)
     biases = [layer.bias_with(delta) for layer, delta in each]
-    return multiply(inside.enter(x), [layer.weight for layer in layers], biases, added)
+    return multiply(x, [layer.weight for layer in layers], biases, added, inside)
 
 
 def add_deltas(

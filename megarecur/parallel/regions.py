@@ -14,8 +14,9 @@ Shapes: B samples, S positions, P of them on this rank, D channels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -26,6 +27,9 @@ from torch import Tensor
 # torch 2.13 renames them.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+Finish = Callable[[], Tensor]
+"""Function that waits for a collective and returns its result."""
 
 REGIONS: WeakValueDictionary[int, TensorParallel] = WeakValueDictionary()
 """Every `TensorParallel` by number, for operators of compiled graphs."""
@@ -130,22 +134,51 @@ class TensorParallel:
         if torch.compiler.is_compiling():
             gathered: Tensor = torch.ops.megarecur.gather_positions(x, self.number)
             return gathered
+        return self.start_gather(x)()
+
+    def start_gather(self, x: Tensor) -> Finish:
+        """Start to gather [B, P, D] of each rank to [B, S, D], outside of graphs."""
+        x = x.contiguous()
         parts = x.new_empty(self.size, *x.shape)
-        all_gather(parts.view(-1, *x.shape[1:]), x.contiguous(), group=self.group)
-        # With one position per rank, `flatten` alone would return a view.
-        return parts.transpose(0, 1).flatten(1, 2).contiguous()
+        work = all_gather(parts.view(-1, *x.shape[1:]), x, group=self.group, async_op=True)
+        return partial(_join, work, parts, x)
 
     def scatter_sum(self, y: Tensor) -> Tensor:
         """Sum [B, S, D] of all ranks and return this rank's [B, P, D]. May overwrite y."""
         if torch.compiler.is_compiling():
             scattered: Tensor = torch.ops.megarecur.scatter_sum(y, self.number)
             return scattered
-        if y.device.type == "cpu":  # gloo sums on every rank
-            return self.own(self.sum(y.contiguous())).contiguous()
-        parts = y.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
-        out = torch.empty_like(parts[0])
-        reduce_scatter(out, parts.flatten(0, 1), group=self.group)
-        return out
+        return self.start_sum(y, sequence=True)()
+
+    def start_sum(self, y: Tensor, sequence: bool) -> Finish:
+        """Start to sum [B, S, D] of all ranks, outside of graphs. The result is the sum or, with
+        `sequence`, this rank's positions of it: [B, P, D]. May overwrite y."""
+        if self.size == 1:
+            return lambda: y
+        if sequence and y.device.type != "cpu":
+            parts = y.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
+            out = torch.empty_like(parts[0])
+            work = reduce_scatter(out, parts.flatten(0, 1), group=self.group, async_op=True)
+            return partial(_wait, work, out, parts)
+        y = y.contiguous()
+        work = dist.all_reduce(y, group=self.group, async_op=True)
+        length = y.shape[1] // self.size if sequence else 0
+        # gloo sums on every rank.
+        own = y.narrow(1, self.rank * length, length) if sequence else y
+        return partial(_wait, work, own, y)
+
+
+def _wait(work: Any, result: Tensor, kept: Tensor) -> Tensor:
+    """Wait for a collective. `kept` lives until then."""
+    work.wait()
+    return result.contiguous()
+
+
+def _join(work: Any, parts: Tensor, kept: Tensor) -> Tensor:
+    """Wait for a gather, and join the ranks' positions. `kept` lives until then."""
+    work.wait()
+    # With one position per rank, `flatten` alone would return a view.
+    return parts.transpose(0, 1).flatten(1, 2).contiguous()
 
 
 ALONE = TensorParallel()
@@ -222,3 +255,62 @@ def _scatter_sum(y: Tensor, number: int) -> Tensor:
 @_scatter_sum.register_fake
 def _(y: Tensor, number: int) -> Tensor:
     return y.new_empty(y.shape[0], y.shape[1] // REGIONS[number].size, *y.shape[2:])
+
+
+# A collective that a graph starts and waits for later is two operators. The first returns a buffer
+# that nothing else uses; the second takes it and names the collective by its address.
+
+_started: dict[int, Finish] = {}
+"""Functions that finish the collectives that graphs started, by the address of their buffer."""
+
+
+def _finish(buffer: Tensor) -> Tensor:
+    result = _started.pop(buffer.data_ptr())()
+    shares = result.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+    return result.clone() if shares else result  # An operator returns no part of its input.
+
+
+@torch.library.custom_op("megarecur::start_gather", mutates_args=())
+def _start_gather(x: Tensor, number: int) -> Tensor:
+    finish = REGIONS[number].start_gather(x)
+    buffer = x.new_empty(1)
+    _started[buffer.data_ptr()] = finish
+    return buffer
+
+
+@_start_gather.register_fake
+def _(x: Tensor, number: int) -> Tensor:
+    return x.new_empty(1)
+
+
+@torch.library.custom_op("megarecur::finish_gather", mutates_args=())
+def _finish_gather(buffer: Tensor, x: Tensor, number: int) -> Tensor:
+    return _finish(buffer)
+
+
+@_finish_gather.register_fake
+def _(buffer: Tensor, x: Tensor, number: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] * REGIONS[number].size, *x.shape[2:])
+
+
+@torch.library.custom_op("megarecur::start_sum", mutates_args=())
+def _start_sum(y: Tensor, number: int, sequence: bool) -> Tensor:
+    buffer = y.clone(memory_format=torch.contiguous_format)
+    _started[buffer.data_ptr()] = REGIONS[number].start_sum(buffer, sequence)
+    return buffer
+
+
+@_start_sum.register_fake
+def _(y: Tensor, number: int, sequence: bool) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("megarecur::finish_sum", mutates_args=())
+def _finish_sum(buffer: Tensor, number: int, sequence: bool) -> Tensor:
+    return _finish(buffer)
+
+
+@_finish_sum.register_fake
+def _(buffer: Tensor, number: int, sequence: bool) -> Tensor:
+    length = buffer.shape[1] // (REGIONS[number].size if sequence else 1)
+    return buffer.new_empty(buffer.shape[0], length, *buffer.shape[2:])

@@ -747,15 +747,12 @@ def count_step_bytes(stack: Stack, selective: bool | None = None) -> int:
 
 def count_cheap_elements(config: Config) -> int:
     """Return elements per token of a step that `train.recompute: selective` does not keep: outputs
-    of norms, activations and, after norms of heads, rotations.
-
-    Under sequence parallelism, products read gathered outputs of norms, which are kept.
-    """
+    of norms, activations and, after norms of heads, rotations."""
     model, parallel, tp = config.model, config.parallel, config.parallel.tensor
-    whole = not parallel.sequence_parallel
-    norms = 0.0 if model.norm_position == "output" else 2.0 * whole
+    share = 1 / tp if parallel.sequence_parallel else 1.0
+    norms = 0.0 if model.norm_position == "output" else 2.0 * share
     if model.norm_position == "sandwich":  # inputs of the inner norms are outputs of others
-        norms += 2.0 if whole else 2.0 / tp
+        norms += 2.0 * share
     if config.temporal is not None:
         norms += 1.0
     cheap = round(norms * model.hidden_size) + model.ffn_hidden_size // tp
@@ -805,12 +802,13 @@ def count_kept_elements(model: ModelConfig, span: int, parallel: ParallelConfig)
     tp = parallel.tensor
     queries = model.num_heads // tp * model.head_dim
     keys = max(model.num_kv_heads // tp, 1) * model.head_dim
-    inputs = 2  # inputs of two norms; their outputs are gathered under sequence parallelism
+    inputs = 2  # inputs of two norms
     if model.norm_position in ("sandwich", "peri"):
         inputs += 2  # inputs of the output norms; their outputs are only added
     if model.parallel_residual:
         inputs -= 1  # both share one input
-    norms = 2 + inputs / (tp if parallel.sequence_parallel else 1)
+    # Under sequence parallelism backward gathers the outputs of the two norms again.
+    norms = (2 + inputs) / (tp if parallel.sequence_parallel else 1)
     attention = 2 * queries + 2 * keys  # q, k, v and the output projection's input
     if model.qk_norm:
         attention += queries + keys  # inputs of the head norms

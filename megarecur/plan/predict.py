@@ -645,7 +645,8 @@ def count_collectives(config: Config, stage: Stage) -> tuple[int, int]:
     Counts two for every step and direction, a third if it attends to a temporal memory or to an
     encoder, and the forward ones again under recompute; one for the sum of each cut embedding, and
     one for the gradient that the cut head returns, also for each exit. Under sequence parallelism
-    each is a gather and a scatter of the same number of bytes.
+    each is a gather and a scatter of the same number of bytes, and backward gathers inputs again:
+    half of one for each in a step.
     """
     reads_more = config.temporal is not None
     each = [2 + (reads_more or ENCODER in step.reads) for step in stage.steps]
@@ -653,6 +654,7 @@ def count_collectives(config: Config, stage: Stage) -> tuple[int, int]:
     for step, count in zip(stage.steps, each, strict=True):
         if step.grad and stage.backward:
             backward += count * (2 if config.train.recomputes(step.loop_index) else 1)
+            backward += count // 2 if config.parallel.sequence_parallel else 0
     embeddings = 0 if config.reads_images else len(embedding_names(config))
     return sum(each) + stage.first * embeddings, backward
 

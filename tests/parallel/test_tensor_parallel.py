@@ -215,14 +215,16 @@ def count_traffic(config: Config, gather_logits: bool = False) -> dict[str, int]
 def most_traffic(config: Config, sequence: bool) -> dict[str, int]:
     """Narayanan et al. 2021, section 3.2: two all-reduces of [B, S, D] per layer and direction; one
     for the embedding, one for what the head gives back; of the loss three values per token. With
-    sequence parallelism each all-reduce is a gather and a scatter (Korthikanti et al. 2022)."""
+    sequence parallelism each all-reduce is a gather and a scatter, and backward gathers the inputs
+    of products cut by output again, instead of keeping them (Korthikanti et al. 2022, 4.2.2)."""
     train, depth = config.train, len(layer_map(config.recurrence))
     stream = train.micro_batch_size * config.data.seq_length * config.model.hidden_size
     reduces = 4 * depth + 2
+    again = 2 * depth + 1 if sequence else 0
     tokens = train.micro_batch_size * config.data.seq_length
     return {
-        "calls": reduces * (1 + sequence) + 2,
-        "elements": reduces * stream * (1 + sequence) + 3 * tokens,
+        "calls": reduces * (1 + sequence) + again + 2,
+        "elements": (reduces * (1 + sequence) + again) * stream + 3 * tokens,
     }
 
 
