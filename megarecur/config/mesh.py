@@ -24,18 +24,19 @@ def world_rules(world: int) -> tuple[Rule, ...]:
     """Return the rules between a config and the number of its processes."""
 
     def find_remainder(c: Config) -> Mapping[str, object]:
-        replica = c.parallel.tensor * c.parallel.pipeline
+        replica = c.parallel.replica
         return {"world": world, "replica": replica} if world % replica else {}
 
     def count_replicas(c: Config) -> int:
-        return 0 if find_remainder(c) else world // (c.parallel.tensor * c.parallel.pipeline)
+        return 0 if find_remainder(c) else world // c.parallel.replica
 
     return (
         Rule(
-            keys=("parallel.tensor", "parallel.pipeline"),
+            keys=("parallel.tensor", "parallel.pipeline", "parallel.context"),
             when=find_remainder,
             reason="{world} processes do not divide into replicas of parallel.tensor="
-            "{parallel.tensor} x parallel.pipeline={parallel.pipeline} = {replica}",
+            "{parallel.tensor} x parallel.pipeline={parallel.pipeline} x parallel.context="
+            "{parallel.context} = {replica}",
             remedy="start a multiple of {replica}",
         ),
         batch_rule(count_replicas),

@@ -11,7 +11,7 @@ from megarecur.config.base import Ranks, Section, free, show
 
 
 class ParallelConfig(Section):
-    """The mesh; data-parallel size = world size / (tensor x pipeline)."""
+    """The mesh; data-parallel size = world size / (tensor x pipeline x context)."""
 
     tensor: Ranks = free(1)
     """Ranks that share each matrix (Shoeybi et al. 2019): heads, feed-forward and vocabulary are
@@ -19,6 +19,10 @@ class ParallelConfig(Section):
     pipeline: Ranks = free(1)
     """Ranks that the blocks are divided among. Each block, its gradient and its moments stay on one
     of them, however often it runs; activations are sent."""
+    context: Ranks = free(1)
+    """Ranks that share each sequence: every rank holds consecutive positions, and attention
+    exchanges heads for positions (DeepSpeed-Ulysses, Jacobs et al. 2023). Divides the memory of
+    activations, for long sequences."""
     placement: tuple[Annotated[int, Field(ge=0, lt=1 << 20)], ...] | None = free(None)
     """Pipeline rank of each block. Default: neighbouring blocks together, with the largest compute
     of a rank minimised."""
@@ -61,6 +65,11 @@ class ParallelConfig(Section):
     def shards_natively(self) -> bool:
         """Whether the native engine shards the state of replicas."""
         return self.zero_stage > 0 and self.zero_engine == "native"
+
+    @property
+    def replica(self) -> int:
+        """Number of processes that read the same samples."""
+        return self.tensor * self.pipeline * self.context
 
     def find_problems(self) -> Iterator[str]:
         """Yield settings that contradict each other, and invalid ranks of the placement."""

@@ -75,6 +75,83 @@ def divided_by_tensor(key: str, size: Callable[[Config], int | None]) -> Rule:
     )
 
 
+def find_heads(c: Config) -> Mapping[str, object]:
+    """Return the heads of a tensor-parallel rank, if the context ranks cannot share them."""
+    heads, rest = divmod(c.model.num_heads, c.parallel.tensor)
+    return {"heads": heads} if rest == 0 and heads % c.parallel.context else {}
+
+
+def find_key_heads(c: Config) -> Mapping[str, object]:
+    """Return the key heads of a tensor-parallel rank, if neither they nor the context ranks divide
+    the other number."""
+    heads, ranks = max(c.model.num_kv_heads // c.parallel.tensor, 1), c.parallel.context
+    return {"heads": heads} if heads % ranks and ranks % heads else {}
+
+
+def refused_with_context(
+    key: str, is_set: Callable[[Config], bool], reason: str, remedy: str
+) -> Rule:
+    """Return the rule that sequences are not shared by ranks where a section is set."""
+    return Rule(
+        keys=("parallel.context", key),
+        when=lambda c: c.parallel.context > 1 and is_set(c),
+        reason=f"parallel.context={{parallel.context}} with {reason}",
+        remedy=f"set context to 1, or {remedy}",
+    )
+
+
+CONTEXT_RULES = (
+    Rule(
+        keys=("parallel.context", "data.seq_length"),
+        when=lambda c: c.data.seq_length % c.parallel.context != 0 and c.task is None,
+        reason="parallel.context={parallel.context} does not divide data.seq_length="
+        "{data.seq_length}",
+        remedy="set data.seq_length to a multiple of {parallel.context}, or lower context",
+    ),
+    Rule(
+        keys=("parallel.context", "parallel.tensor", "model.num_heads"),
+        when=find_heads,
+        reason="parallel.context={parallel.context} does not divide the {heads} head(s) of a "
+        "tensor-parallel rank (model.num_heads={model.num_heads}, parallel.tensor="
+        "{parallel.tensor})",
+        remedy="lower context or tensor, or set model.num_heads to a multiple of their product",
+    ),
+    Rule(
+        keys=("parallel.context", "parallel.tensor", "model.num_kv_heads"),
+        when=find_key_heads,
+        reason="parallel.context={parallel.context} does not divide the {heads} key head(s) of a "
+        "tensor-parallel rank (model.num_kv_heads={model.num_kv_heads}, parallel.tensor="
+        "{parallel.tensor}), nor the reverse",
+        remedy="choose a context that divides them, or a multiple of them",
+    ),
+    refused_with_context(
+        "recurrence.halting.mode",
+        lambda c: c.halting is not None,
+        "recurrence.halting.mode={recurrence.halting.mode}: ranks would halt at different steps, "
+        "and attention needs all of them",
+        "leave halting out",
+    ),
+    refused_with_context(
+        "temporal",
+        lambda c: c.temporal is not None,
+        "temporal memory: chunks are read one after the other, so ranks would wait for each other",
+        "leave temporal out",
+    ),
+    refused_with_context(
+        "encoder",
+        lambda c: c.encoder is not None,
+        "an encoder: pairs of sentences are short, and padded to lengths that differ",
+        "leave encoder out",
+    ),
+    refused_with_context(
+        "task",
+        lambda c: c.task is not None,
+        "a task: its samples are short, padded to lengths that differ, and mostly classified as a "
+        "whole",
+        "leave task out",
+    ),
+)
+"""Rules of context parallelism."""
 PLACEMENT_RULES = (
     Rule(
         keys=("parallel.pipeline", "recurrence", "encoder"),
@@ -100,6 +177,7 @@ PLACEMENT_RULES = (
 """Rules that a config keeps whose blocks can be placed."""
 PARALLEL_RULES = (
     *PLACEMENT_RULES,
+    *CONTEXT_RULES,
     divided_by_tensor("model.num_heads", lambda c: c.model.num_heads),
     Rule(
         keys=("parallel.tensor", "model.num_kv_heads"),
@@ -120,12 +198,15 @@ PARALLEL_RULES = (
     Rule(
         keys=("parallel.sequence_parallel", "parallel.tensor", "data.seq_length", "task.augment"),
         when=lambda c: (
-            {"length": c.num_positions}
-            if c.parallel.sequence_parallel and c.num_positions % c.parallel.tensor
+            {"length": c.num_positions // c.parallel.context}
+            if c.parallel.sequence_parallel
+            and c.num_positions % c.parallel.context == 0
+            and c.num_positions // c.parallel.context % c.parallel.tensor
             else False
         ),
         reason="parallel.sequence_parallel=true: parallel.tensor={parallel.tensor} does not divide "
-        "data.seq_length={data.seq_length} ({length} positions, START and END included)",
+        "data.seq_length={data.seq_length} ({length} positions of a context rank, START and END "
+        "included)",
         remedy="choose a length that it divides, or set sequence_parallel to false",
     ),
     Rule(

@@ -192,6 +192,11 @@ class Config(Section):
         return self.train.micro_batch_size * self.tokens_per_sample
 
     @property
+    def tokens_per_rank(self) -> int:
+        """Positions of a micro batch on one context rank."""
+        return self.tokens_per_microbatch // self.parallel.context
+
+    @property
     def num_blocks(self) -> int:
         """Number of blocks, those of an encoder included."""
         below = 0 if self.encoder is None else self.encoder.num_blocks

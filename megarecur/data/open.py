@@ -125,8 +125,8 @@ def build_loader(config: Config, corpora: Sequence[Corpus], mesh: Mesh) -> Loade
     train = config.train
     place: dict[str, Any] = {
         "seq_length": config.data.seq_length,
-        "dp_rank": mesh.dp_rank,
-        "dp_size": mesh.dp,
+        "dp_rank": mesh.reader,
+        "dp_size": mesh.readers,
         "seed": config.seed,
         "shuffle": config.data.shuffle,
         "device": mesh.device,
@@ -191,8 +191,8 @@ def read_in_order(
             cut,
             seq_length=seq_length,
             multiple=length_multiple(config),
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp,
+            dp_rank=mesh.reader,
+            dp_size=mesh.readers,
             failures=failures,
         )
         return of_pairs, len(cut) * size
@@ -203,8 +203,8 @@ def read_in_order(
             config.data.images,
             seq_length=seq_length,
             micro_batch_size=size,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp,
+            dp_rank=mesh.reader,
+            dp_size=mesh.readers,
             max_samples=max_samples,
             failures=failures,
         )
@@ -216,8 +216,8 @@ def read_in_order(
             seq_length=seq_length,
             micro_batch_size=size,
             multiple=length_multiple(config),
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp,
+            dp_rank=mesh.reader,
+            dp_size=mesh.readers,
             max_samples=max_samples,
             failures=failures,
         )
@@ -226,8 +226,8 @@ def read_in_order(
         corpus,
         seq_length=seq_length,
         micro_batch_size=size,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp,
+        dp_rank=mesh.reader,
+        dp_size=mesh.readers,
         mask_documents=config.data.mask_documents,
         max_samples=max_samples,
         failures=failures,

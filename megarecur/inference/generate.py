@@ -167,7 +167,7 @@ class Forward:
 
     def shape(self, microbatch: int, stack: StackName) -> tuple[int, ...]:
         """Return the shape of the hidden state."""
-        return self.model.hidden_shape(self.tokens_BS)
+        return self.model.hidden_shape(self.tokens_BS, self.ctx.positions.cp)
 
     def forward(
         self, stage: Stage, microbatch: int, x: Tensor | None, reads: dict[str, Tensor]

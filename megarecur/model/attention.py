@@ -15,6 +15,7 @@ from megarecur.model.adapters import Adapter, deltas_of, norms_of
 from megarecur.model.context import AttentionView, CrossView, Positions, SiteKeys
 from megarecur.model.norm import build_head_norm
 from megarecur.model.positions import rotate
+from megarecur.parallel.context import WHOLE, ContextParallel
 from megarecur.parallel.linear import Linear, MakeParameter, apply_all
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.recurrence.inventory import HEAD_NORMS, biased_projections
@@ -52,6 +53,7 @@ class MultiHead(nn.Module):
         seen: Visibility,
         where: Tensor | None,
         rows: tuple[Tensor, Tensor] | None,
+        cp: ContextParallel = WHOLE,
     ) -> Tensor:
         """Return the mixed values [B, S, N H], before the output projection.
 
@@ -60,14 +62,18 @@ class MultiHead(nn.Module):
             seen: which keys each query sees.
             where: random key for dropout of attention weights; None: no dropout.
             rows: (sample, position) of queries, the coordinates of dropout; None: no dropout.
+            cp: the ranks that share each sequence; S, K and the result are this rank's positions,
+                `seen` and `rows` are of all positions.
         """
+        q, k, v = cp.gather_positions(*qkv)
         # Products use `product_dtype`: a CPU without bf16 instructions multiplies in fp32.
-        q, k, v = (t.to(self.query.weight.product_dtype) for t in qkv)
+        q, k, v = (t.to(self.query.weight.product_dtype) for t in (q, k, v))
         drop = None
         if where is not None:
             assert rows is not None
-            drop = Drop(self.dropout, where, *rows, self.first_head)
-        return attend((q, k, v), self.scores, seen, drop).flatten(2)
+            first = self.first_head + cp.rank * q.shape[2]
+            drop = Drop(self.dropout, where, *rows, first)
+        return cp.gather_heads(attend((q, k, v), self.scores, seen, drop)).flatten(2)
 
 
 class CrossAttention(MultiHead):
@@ -159,7 +165,7 @@ class Attention(MultiHead):
         qkv = self.project(x_BSD, view, step, adapter, stream_BSD, source_BSD)
         where = keys.get("attention")
         rows = None if where is None else positions.all_rows()
-        mixed = self.attend(qkv, view.seen, where, rows)
+        mixed = self.attend(qkv, view.seen, where, rows, positions.cp)
         out: Tensor = self.output(mixed.to(x_BSD.dtype), *deltas_of(adapter, "output"))
         return out
 

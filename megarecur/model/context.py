@@ -42,6 +42,7 @@ from megarecur.model.positions import (
     sinusoidal,
 )
 from megarecur.model.telemetry import Telemetry
+from megarecur.parallel.context import WHOLE, ContextParallel
 from megarecur.parallel.random import key, key_words
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.parallel.transfer import send
@@ -83,7 +84,8 @@ class AttentionView:
     seen: Visibility
     """Which keys each query sees."""
     rotation: tuple[Tensor, Tensor] | None
-    """cos and sin [B or 1, S, 1, dims/2] of the dims that rotate; None: nothing rotates."""
+    """cos and sin [B or 1, P, 1, dims/2] of the dims that rotate, at this context rank's P
+    positions; None: nothing rotates."""
     key_rotation: tuple[Tensor, Tensor] | None = None
     """The rotation of keys, if it differs from the rotation of queries."""
     cache: KeysAndValues | None = None
@@ -112,11 +114,18 @@ class Positions:
     """[], the position in the sample at which this chunk begins; None: 0. It is a tensor because a
     compiled graph would treat a number as a constant."""
     sinusoids_BSD: Tensor | None = None
-    """Sinusoids of positions [B or 1, S, D], added before every step with those of its level."""
+    """Sinusoids of this context rank's positions [B or 1, P, D], added before every step with those
+    of its level."""
     sinusoid_layout: SinusoidLayout = "split"
     """Layout of these sinusoids."""
     tp: TensorParallel = ALONE
     """The ranks that share matrices and, under sequence parallelism, positions."""
+    cp: ContextParallel = WHOLE
+    """The ranks that share each sequence."""
+
+    def own(self, values: Tensor) -> Tensor:
+        """Return this rank's positions of values [B, S, ...] known for all positions."""
+        return self.tp.own(self.cp.own(values))
 
     @property
     def real_BS(self) -> Tensor | None:
@@ -127,7 +136,7 @@ class Positions:
         """Return (sample, position), the coordinates of random values in the residual stream. They
         broadcast to its [B, S], where S may be this rank's positions only."""
         samples, positions = self.all_rows()
-        return samples, self.tp.own(positions)
+        return samples, self.own(positions)
 
     def all_rows(self) -> tuple[Tensor, Tensor]:
         """Return (sample, position) of all positions, as attention uses them."""
@@ -138,8 +147,8 @@ class Positions:
         return self.sample_ids_B[:, None], positions[None]
 
     def encoding(self, step: Step) -> Tensor:
-        """Return the sinusoids of positions plus those of a step's level, [B or 1, S, D], or this
-        rank's positions of it."""
+        """Return the sinusoids of this rank's positions plus those of a step's level, [B or 1, P,
+        D]."""
         assert self.sinusoids_BSD is not None
         level = torch.full((1, 1), step.loop_index, device=self.sinusoids_BSD.device)
         table = self.sinusoids_BSD
@@ -241,8 +250,8 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Context:
-    """The context of a forward pass over one micro batch. It is equal on all ranks that process the
-    micro batch."""
+    """The context of a forward pass over one micro batch. Except for tables of a context rank's
+    positions, it is equal on all ranks that process the micro batch."""
 
     attention: AttentionView
     positions: Positions
@@ -347,6 +356,7 @@ def build_context(
     telemetry: Telemetry | None = None,
     states: list[Tensor] | None = None,
     tp: TensorParallel = ALONE,
+    cp: ContextParallel = WHOLE,
 ) -> Context:
     """Return the context of a micro batch. Its tables are built once for all steps of the map.
 
@@ -370,6 +380,7 @@ def build_context(
         telemetry: filled by the runner, if given.
         states: list to which the runner appends the output of every step, if given.
         tp: the ranks that share matrices.
+        cp: the ranks that share each sequence. All arguments are of whole sequences.
     """
     batch, length = positions_BS.shape
     device = positions_BS.device
@@ -378,8 +389,9 @@ def build_context(
     past = cache.length if cache is not None else 0
     slopes_N = None
     if model.positions == "alibi":
-        heads = model.num_heads // tp.size
-        slopes_N = send(alibi_slopes(model.num_heads)[tp.rank * heads :][:heads], device)
+        heads = model.num_heads // (tp.size * cp.size)
+        first = (tp.rank * cp.size + cp.rank) * heads
+        slopes_N = send(alibi_slopes(model.num_heads)[first:][:heads], device)
     if cache is not None or backend == "dense":
         see = MaskBuilder(model, past, length, dtype, documents_BS, slopes_N, device).see
     else:
@@ -404,14 +416,19 @@ def build_context(
     wide = torch.promote_types(dtype, torch.float32)
     sinusoids = None
     if model.level_encoding == "sinusoidal":
-        sinusoids = sinusoidal(rows, model.hidden_size, wide, model.sinusoid_layout)
+        sinusoids = sinusoidal(cp.own(rows), model.hidden_size, wide, model.sinusoid_layout)
+
+    def rotate_own(local: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the rotation of this context rank's positions."""
+        cos, sin = rotation(rows, model, wide, local)  # A base may depend on whole documents.
+        return cp.own(cos).contiguous(), cp.own(sin).contiguous()
 
     rotates = model.positions in ("rope", "xpos")
-    rotated = rotation(rows, model, wide) if rotates else None
+    rotated = rotate_own() if rotates else None
     of_keys = None
     if model.positions == "xpos" and rotated is not None:
         cos, sin = rotated
-        scale = decay(rows, model.rotary_dims, model.xpos_scale_base, wide)
+        scale = decay(cp.own(rows), model.rotary_dims, model.xpos_scale_base, wide)
         rotated, of_keys = (cos * scale, sin * scale), (cos / scale, sin / scale)
     view = AttentionView(see(None), rotated, of_keys, cache)
     sliding = None
@@ -420,11 +437,11 @@ def build_context(
     if cuts or local is not None:
         sliding = replace(view, seen=see(window) if cuts else view.seen)
     if sliding is not None and local is not None:
-        sliding = replace(sliding, rotation=rotation(rows, model, wide, local=True))
+        sliding = replace(sliding, rotation=rotate_own(local=True))
     return Context(
         view,
         Positions(
-            sample_ids_B, positions_BS, documents_BS, None, sinusoids, model.sinusoid_layout, tp
+            sample_ids_B, positions_BS, documents_BS, None, sinusoids, model.sinusoid_layout, tp, cp
         ),
         DropoutKeys(seed, step, training, drawn or {}),
         Recorder(telemetry, states),

@@ -173,7 +173,7 @@ class Runner(nn.Module):
         samples, places = positions.rows()
         # index_BS continues after cached tokens; in a chunk it restarts, and rows() continues.
         if positions.first is None:
-            places = positions.tp.own(positions.index_BS)
+            places = positions.own(positions.index_BS)
         noise = truncated_normal(where, (samples, places), x.shape[-1])
         return (noise * recurrence.initial_state_std).to(x.dtype)
 

@@ -34,6 +34,7 @@ from megarecur.model.telemetry import Telemetry
 from megarecur.model.temporal import Carried, build_chunks
 from megarecur.objective.readout import Readout
 from megarecur.objective.task import build_objective
+from megarecur.parallel.context import WHOLE, ContextParallel
 from megarecur.parallel.head_loss import Target
 from megarecur.parallel.linear import DeferredProducts, Weight, make_hollow
 from megarecur.parallel.loss import LossTerm
@@ -63,6 +64,8 @@ class Transformer(nn.Module):
         placement: the blocks of each pipeline rank; None: this rank has the whole model.
         pp_rank: this pipeline rank.
         tp: the ranks that share matrices, and this rank's place among them.
+        cp: the ranks that share each sequence. Batches hold whole sequences on all of them, hidden
+            states the positions of this rank.
         hollow: give matrices no values, because an engine will draw its shards of them
             (`optim.sharded`).
     """
@@ -75,10 +78,11 @@ class Transformer(nn.Module):
         placement: Placement | None = None,
         pp_rank: int = 0,
         tp: TensorParallel = ALONE,
+        cp: ContextParallel = WHOLE,
         hollow: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.tp = config, tp
+        self.config, self.tp, self.cp = config, tp, cp
         self.inventory: Inventory = build_inventory(config)
         self.dtype = COMPUTE_DTYPE[config.train.precision]
         self.parameters_by_name: dict[str, nn.Parameter] = {}
@@ -174,7 +178,9 @@ class Transformer(nn.Module):
             weight.deferred = self.deferred
         has_table = "embedding.weight" in self.inventory
         bounds = [self.first_id(rank) if has_table else 0 for rank in range(tp.size + 1)]
-        self.readout = Readout(config, tp, bounds, self.final_norm, self.project, self.task_head)
+        self.readout = Readout(
+            config, tp, cp, bounds, self.final_norm, self.project, self.task_head
+        )
         self.objective = build_objective(config, self.readout)
         """The objective, which computes loss terms and scores."""
         offloads = config.train.offload_activations and torch.device(device).type == "cuda"
@@ -230,9 +236,16 @@ class Transformer(nn.Module):
         """The module that a pass over the model calls first, if this rank has it."""
         return self.look_up_source or self.look_up or self.patches
 
-    def hidden_shape(self, tokens_BS: Tensor) -> tuple[int, int, int]:
-        """Return the shape of the hidden state: [B, S, D], or this rank's positions of it."""
+    def hidden_shape(
+        self, tokens_BS: Tensor, cp: ContextParallel | None = None
+    ) -> tuple[int, int, int]:
+        """Return the shape of the hidden state: [B, S, D], or this rank's positions of it.
+
+        Args:
+            cp: the ranks that share each sequence; None: those of the model.
+        """
         batch, length = tokens_BS.shape
+        length = (cp or self.cp).span(length)[1]
         return batch, self.tp.span(length)[1], self.config.model.hidden_size
 
     def weights(self) -> list[Weight]:
@@ -278,7 +291,7 @@ class Transformer(nn.Module):
         given = self._surroundings(batch, always) | options
         if self.config.temporal is not None:
             return build_chunks(self.config, batch.positions_BS, self.dtype, **given)
-        ctx = build_context(self.config.model, batch.positions_BS, self.dtype, **given)
+        ctx = build_context(self.config.model, batch.positions_BS, self.dtype, cp=self.cp, **given)
         if batch.source is None:
             return ctx
         # Each stack counts its own tokens, so the recorders differ.
@@ -400,9 +413,10 @@ class Transformer(nn.Module):
     def _embed(self, look_up: Embedding, tokens_BS: Tensor, ctx: Context, site: str) -> Tensor:
         model = self.config.model
         self.residence.enter_ends()
-        x: Tensor = look_up(tokens_BS, ctx.positions.index_BS)
+        own, index_BS = ctx.positions.cp.own, ctx.positions.index_BS
+        x: Tensor = look_up(own(tokens_BS), own(index_BS))
         if model.positions == "sinusoidal":
-            index_BS = ctx.positions.tp.own(ctx.positions.index_BS)
+            index_BS = ctx.positions.own(index_BS)
             x = x + sinusoidal(index_BS, model.hidden_size, x.dtype, model.sinusoid_layout)
         return self._drop(x.to(self.dtype), ctx, site)
 

@@ -92,7 +92,8 @@ class NextToken:
             target: the logits of a teacher, sharded like this model's logits.
         """
         config, readout = self.config, self.readout
-        weights, labels_N = weigh_exits(config.exits, len(exits or ())), batch.labels_BS.flatten()
+        weights = weigh_exits(config.exits, len(exits or ()))
+        labels_N = readout.cp.own(batch.labels_BS).flatten()
         distill = config.distill if target is not None else None
         final: Target | None = None
         smoothing = config.objective.label_smoothing
@@ -166,9 +167,10 @@ class NextToken:
         """
         losses_N = self.terms(x, batch)["loss"].per_token
         assert losses_N is not None
-        bucket_N = bit_lengths(batch.positions_BS.flatten())
+        own = self.readout.cp.own
+        bucket_N = bit_lengths(own(batch.positions_BS).flatten())
         sums[0].index_add_(0, bucket_N, losses_N.to(torch.float64))
-        counted_N = (batch.labels_BS != IGNORED).flatten()
+        counted_N = (own(batch.labels_BS) != IGNORED).flatten()
         sums[1].index_add_(0, bucket_N, counted_N.to(torch.float64))
         for row, state in enumerate(exits, 2):
             sums[row, 0] += self.terms(state, batch)["loss"].total

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megarecur.batch import Batch
 from megarecur.config.run import Config
+from megarecur.parallel.context import ContextParallel
 from megarecur.parallel.head_loss import ChunkedLoss, Target, compute_logits
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.loss import EAGER, LossKernels, Shares
@@ -26,6 +27,7 @@ class Readout:
     Args:
         config: the run.
         tp: the ranks that share the vocabulary.
+        cp: the ranks that share each sequence; hidden states are of this rank's positions.
         bounds: first id of each rank's vocabulary shard and, last, the end of the vocabulary.
         norm: the final norm, if the model has one.
         project: computes logits of tokens; None for a model that classifies.
@@ -36,12 +38,13 @@ class Readout:
         self,
         config: Config,
         tp: TensorParallel,
+        cp: ContextParallel,
         bounds: Sequence[int],
         norm: nn.Module | None,
         project: nn.Module | None,
         task_head: nn.Module | None,
     ) -> None:
-        self.config, self.tp, self.bounds = config, tp, bounds
+        self.config, self.tp, self.cp, self.bounds = config, tp, cp, bounds
         self.norm, self.project, self.task_head = norm, project, task_head
         self.compiled: LossKernels | None = None
         """Compiled kernels of the loss, used in training (`model.compile`)."""

@@ -71,7 +71,7 @@ class DeepSpeedEngine:
         self.model, self.mesh, self.stage = model, mesh, config.parallel.zero_stage
         self.offload = config.parallel.offload_optimizer
         train = config.train
-        self.num_microbatches = train.global_batch_size // (mesh.dp * train.micro_batch_size)
+        self.num_microbatches = train.global_batch_size // (mesh.readers * train.micro_batch_size)
         self.accumulated = 1 if mesh.pp > 1 else self.num_microbatches
         """Backward passes that DeepSpeed counts. Their number differs over pipeline ranks, so there
         DeepSpeed does not count them and reduces once."""

@@ -1,4 +1,8 @@
-"""The mesh of processes: (dp, pp, tp) with tp fastest. Passed as an argument, never global."""
+"""The mesh of processes: (dp, pp, tp) with tp fastest. Passed as an argument, never global.
+
+Processes of dp hold the same part of the model. With context parallelism, each `cp` consecutive
+ones of them share their sequences: dp_rank = reader * cp + cp_rank.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ from megarecur.config.run import Config
 from megarecur.errors import MegarecurError, MeshError
 from megarecur.files import raise_file_limit
 from megarecur.parallel.channels import Channels
+from megarecur.parallel.context import ContextParallel
 from megarecur.parallel.regions import TensorParallel
 from megarecur.parallel.tree import reduce_max
 
@@ -117,6 +122,10 @@ class Mesh:
     kind, or this is the only process."""
     channels: Channels | None = None
     """Communicators of the messages between pipeline ranks; None if there is only one."""
+    cp: int = 1
+    """Processes that share each sequence, of those of dp."""
+    cp_group: Any = None
+    """These processes, in the order of their positions; None if this is the only one."""
 
     @property
     def world(self) -> int:
@@ -126,17 +135,33 @@ class Mesh:
     @property
     def shape(self) -> dict[str, int]:
         """Sizes of the axes by name."""
-        return {"dp": self.dp, "pp": self.pp, "tp": self.tp}
+        return {"dp": self.dp, "pp": self.pp, "tp": self.tp, "cp": self.cp}
 
     @property
     def dp_rank(self) -> int:
-        """Index of this process's replica."""
+        """Index of this process among those that hold the same part of the model."""
         return self.rank // (self.pp * self.tp)
 
     @property
     def shard_rank(self) -> int:
         """Index of this process's shard."""
         return self.dp_rank % self.shards
+
+    @property
+    def readers(self) -> int:
+        """Number of parts into which samples are divided; the processes of a context read the
+        same."""
+        return self.dp // self.cp
+
+    @property
+    def reader(self) -> int:
+        """Index of the part of the samples that this process reads."""
+        return self.dp_rank // self.cp
+
+    @property
+    def cp_rank(self) -> int:
+        """Context-parallel rank of this process, which decides its positions."""
+        return self.dp_rank % self.cp
 
     @property
     def pp_rank(self) -> int:
@@ -164,8 +189,12 @@ class Mesh:
         """Return what a model needs to know of the ranks that share its matrices."""
         return TensorParallel(self.tp_group, self.tp_rank, self.tp, sequence and self.tp > 1)
 
+    def context_parallel(self) -> ContextParallel:
+        """Return what a model needs to know of the ranks that share its sequences."""
+        return ContextParallel(self.cp_group, self.cp_rank, self.cp)
+
     def sum_over_dp(self, tensor: Tensor) -> Tensor:
-        """Sum in place over the replicas."""
+        """Sum in place over the processes that hold the same part of the model."""
         if self.dp > 1:
             dist.all_reduce(tensor, group=self.dp_group)
         return tensor
@@ -635,7 +664,7 @@ def open_mesh(config: Config) -> Iterator[Mesh]:
 
 def build_mesh(config: Config, device: torch.device) -> Mesh:
     """Build the mesh over the existing process group; collective."""
-    tp, pp = config.parallel.tensor, config.parallel.pipeline
+    tp, pp, cp = config.parallel.tensor, config.parallel.pipeline, config.parallel.context
     world, rank = dist.get_world_size(), dist.get_rank()
     ranks = torch.arange(world).view(-1, pp, tp)
     dp_group = pick_group(ranks.movedim(0, -1).flatten(0, -2).tolist(), rank)
@@ -657,9 +686,10 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
     state_group = tp_group if shards == 1 else shard_group
     if shards > 1 and tp > 1 and config.parallel.shards_natively:
         state_group = pick_group(groups.transpose(1, 2).flatten(2).flatten(0, 1).tolist(), rank)
+    cp_group = pick_group(ranks.view(-1, cp, pp * tp).movedim(1, -1).flatten(0, 1).tolist(), rank)
     mesh = Mesh(
         len(ranks), pp, tp, rank, device, dp_group, tp_group, pp_group, replica_group,
-        shards, shard_group, across_group, state_group,
+        shards, shard_group, across_group, state_group, cp=cp, cp_group=cp_group,
     )  # fmt: skip
     if pp == 1:
         return mesh

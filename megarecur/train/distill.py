@@ -134,6 +134,7 @@ def teacher_config(config: Config, index: Index) -> Config:
     parallel = config.parallel
     values["parallel"] = {
         "tensor": parallel.tensor,
+        "context": parallel.context,
         "sequence_parallel": parallel.sequence_parallel,
     }
     values["data"] = {**values["data"], "seq_length": config.data.seq_length}
@@ -159,14 +160,15 @@ def load_teacher(config: Config, mesh: Mesh, has_head: bool) -> Teacher | None:
     if config.distill is None:
         return None
     if config.distill.stored is not None:
-        return StoredTeacher(config.distill.stored, mesh.tensor_parallel()) if has_head else None
+        shares = mesh.tensor_parallel(), mesh.context_parallel()
+        return StoredTeacher(config.distill.stored, *shares) if has_head else None
     assert config.distill.teacher is not None
     path = find_source(config.distill.teacher, mesh, FIELD)
     shards, model = {}, None
     if has_head:
         theirs = teacher_config(config, read_index(path))
         tp = mesh.tensor_parallel(config.parallel.sequence_parallel)
-        model = Transformer(theirs, mesh.device, tp=tp)
+        model = Transformer(theirs, mesh.device, tp=tp, cp=mesh.context_parallel())
         parameters = model.parameters_by_name
         shards = {n: model.shard(n, parameters[n].detach()) for n in build_inventory(theirs)}
     checkpoint.load(path, shards, group=mesh.save_group, partial=True)

@@ -113,12 +113,12 @@ def evaluate_corpus(
     schedule = partial(plans.forward, num_loops, True)
     failures: list[MegarecurError] = []  # After a failure this rank continues: others wait for it.
     batches, samples = read_in_order(config, corpus, mesh, max_samples, failures)
-    total = -(-samples // (mesh.dp * config.train.micro_batch_size))
+    total = -(-samples // (mesh.readers * config.train.micro_batch_size))
 
     def add_up(sums: Tensor) -> Tensor:
         note(WAITING)
         flat = torch.cat([sums.flatten(), sums.new_tensor([float(len(failures))])])
-        flat = mesh.sum_over_world(flat) / mesh.tp
+        flat = mesh.sum_over_world(flat) / mesh.tp  # Context ranks count their own positions.
         if flat[-1]:
             raise_first(failures[0] if failures else None, mesh)
         return flat[:-1].view_as(sums)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megarecur.config.recurrence import Looped
 from megarecur.config.run import Config
-from megarecur.data.loader import MicroBatch
 from megarecur.errors import ConfigError, MegarecurError, explain_os_error
 from megarecur.model.compile import CompiledModel
 from megarecur.model.telemetry import name_measures
@@ -76,16 +75,17 @@ class StepResult:
     """Seconds spent waiting for the loader."""
     seconds: float = 0.0
 
-    def add_sources(self, batch: MicroBatch, losses_N: Tensor | None) -> None:
-        """Add the losses of a micro batch to those of its samples' corpora."""
+    def add_sources(self, sources_B: Tensor, labels_BS: Tensor, losses_N: Tensor | None) -> None:
+        """Add the losses of a micro batch, at this rank's labels, to those of its samples'
+        corpora."""
         count = self.num_sources
         if count < 2 or losses_N is None:
             return
-        counted_BS = batch.labels_BS != IGNORED
+        counted_BS = labels_BS != IGNORED
         sums = torch.zeros(2, count, dtype=torch.float64, device=losses_N.device)
         losses_B = losses_N.view_as(counted_BS).sum(1, dtype=torch.float64)
-        sums[0].index_add_(0, batch.sources_B, losses_B)
-        sums[1].index_add_(0, batch.sources_B, counted_BS.sum(1, dtype=torch.float64))
+        sums[0].index_add_(0, sources_B, losses_B)
+        sums[1].index_add_(0, sources_B, counted_BS.sum(1, dtype=torch.float64))
         self.sources = sums if self.sources is None else self.sources + sums
 
     def add_counts(self, counts: list[Tensor], stack: StackName = "decoder") -> None:

@@ -80,12 +80,12 @@ def profile_scales(model: Transformer, config: Config, loader: Loader, mesh: Mes
         batch = loader.first_samples(count).to(mesh.device)
     whole = model
     if mesh.pp > 1 or any(weight.hollow for weight in model.weights()):
-        whole = Transformer(config, mesh.device, tp=model.tp)
+        whole = Transformer(config, mesh.device, tp=model.tp, cp=model.cp)
     ctx = whole.context(batch, step=0, training=False)
     hooks = []
     for runner in whole.runners():  # Each stack begins with a scale of 1.
         positions = (ctx if runner is whole.runner else ctx.source or ctx).positions
-        real_BS = None if positions.real_BS is None else positions.tp.own(positions.real_BS)
+        real_BS = None if positions.real_BS is None else positions.own(positions.real_BS)
         setter = ScaleSetter(mesh, real_BS)
         scales = [module for module in runner.modules() if isinstance(module, ResidualScale)]
         hooks += [scale.register_forward_pre_hook(setter) for scale in scales]

@@ -98,7 +98,8 @@ class Training:
             share = term.total.detach() / self.denominators[term.denominator]
             self.result.losses[name] = self.result.losses.get(name, 0.0) + share
         if stage.last:
-            self.result.add_sources(batch, terms["loss"].per_token)
+            labels_BS = self.model.cp.own(batch.labels_BS)
+            self.result.add_sources(batch.sources_B, labels_BS, terms["loss"].per_token)
         return x, objective(terms, self.denominators) if terms else None
 
     def loss(
@@ -133,6 +134,7 @@ def build_model(config: Config, mesh: Mesh, schedules: Schedules) -> Transformer
         placement=schedules.placement,
         pp_rank=mesh.pp_rank,
         tp=mesh.tensor_parallel(config.parallel.sequence_parallel),
+        cp=mesh.context_parallel(),
         hollow=config.parallel.shards_natively,
     )
 
@@ -217,8 +219,8 @@ def count_denominators(
     tokens, documents, places, failures, *seen = mesh.count_over_world(own)
     if failures:
         raise_first(unread, mesh)
-    # Every rank of a replica reads and counts the same samples.
-    share = mesh.dp / mesh.world
+    # All ranks that work on the same samples count them.
+    share = mesh.readers / mesh.world
     return {
         "tokens": max(tokens * share, 1.0),
         "documents": max(documents * share, 1.0),

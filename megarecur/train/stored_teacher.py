@@ -26,6 +26,7 @@ from megarecur.data.corpus import Corpus, find_fault, hash_file
 from megarecur.data.loader import Loader, MicroBatch
 from megarecur.errors import ConfigError, DataError
 from megarecur.files import replace_file
+from megarecur.parallel.context import WHOLE, ContextParallel
 from megarecur.parallel.head_loss import Target
 from megarecur.parallel.regions import TensorParallel
 from megarecur.parallel.transfer import send
@@ -59,10 +60,12 @@ class StoredTeacher:
 
     Args:
         folder: the output folder of `write_down`.
+        tp: the ranks that share the vocabulary.
+        cp: the ranks that share each sequence.
     """
 
-    def __init__(self, folder: str | Path, tp: TensorParallel) -> None:
-        self.folder, self.tp = Path(folder), tp
+    def __init__(self, folder: str | Path, tp: TensorParallel, cp: ContextParallel = WHOLE) -> None:
+        self.folder, self.tp, self.cp = Path(folder), tp, cp
         record = read_record(folder)
         self.vocab_size = int(record["samples"]["model.vocab_size"])
         self.per_file = int(record["samples_per_file"])
@@ -88,10 +91,12 @@ class StoredTeacher:
         return logits_NV[:, :-1].contiguous()
 
     def read(self, sample: int) -> tuple[Tensor, Tensor]:
-        """Read the ids and log-probabilities [S, k] of a sample."""
+        """Read the ids and log-probabilities [P, k] of this context rank's positions of a
+        sample."""
         number, row = divmod(sample, self.per_file)
         with safe_open(self.folder / file_name(number), "pt") as file:
-            ids, log_probs = (file.get_slice(name)[row] for name in ("ids", "log_probs"))
+            whole = (file.get_slice(name)[row] for name in ("ids", "log_probs"))
+            ids, log_probs = (self.cp.own(values, dim=0) for values in whole)
         return ids.to(torch.int64), log_probs
 
 

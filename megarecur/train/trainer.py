@@ -346,7 +346,7 @@ def step_to_take(config: Config, mesh: Mesh, step: int) -> tuple[Depth | None, i
     """Return depth and number of micro batches per replica of an optimizer step."""
     train = config.train
     depth = draw_depth(config, step)
-    return depth, train.global_batch_size // (mesh.dp * train.micro_batch_size)
+    return depth, train.global_batch_size // (mesh.readers * train.micro_batch_size)
 
 
 def read_batches(

@@ -263,6 +263,7 @@ FREE = {
     "data.verify",
     "parallel.tensor",
     "parallel.pipeline",
+    "parallel.context",
     "parallel.placement",
     "parallel.cluster",
     "parallel.order",

@@ -349,6 +349,34 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         ("parallel={tensor: 4, sequence_parallel: true}", "data.seq_length=126"),
         ("data.seq_length=128",),
     ),
+    ("parallel.context", "data.seq_length"): (
+        ("parallel.context=4", "data.seq_length=126"),
+        ("parallel.context=2",),
+    ),
+    ("parallel.context", "parallel.tensor", "model.num_heads"): (
+        ("parallel={context: 4, tensor: 2}",),
+        ("parallel={context: 2, tensor: 2}",),
+    ),
+    ("parallel.context", "parallel.tensor", "model.num_kv_heads"): (
+        ("parallel.context=2", "model={hidden_size: 192, num_heads: 6, num_kv_heads: 3}"),
+        ("parallel.context=3", "data.seq_length=126"),
+    ),
+    ("parallel.context", "recurrence.halting.mode"): (
+        (HALTING, "parallel.context=2"),
+        ("parallel.context=1",),
+    ),
+    ("parallel.context", "temporal"): (
+        (TEMPORAL, "parallel.context=2"),
+        ("parallel.context=1",),
+    ),
+    ("parallel.context", "encoder"): (
+        (ENCODER, "parallel.context=2"),
+        ("parallel.context=1",),
+    ),
+    ("parallel.context", "task"): (
+        (TASK, "parallel.context=2"),
+        ("parallel.context=1",),
+    ),
     ("parallel.pipeline", "recurrence", "encoder"): (
         ("parallel.pipeline=9",),
         ("parallel.pipeline=4",),
@@ -439,7 +467,10 @@ EXAMPLES |= {
     if tuple(map(of_encoder, keys)) in {rule.keys for rule in PAIR_RULES} - EXAMPLES.keys()
 }
 WORLD_EXAMPLES: dict[tuple[str, ...], Example] = {
-    ("parallel.tensor", "parallel.pipeline"): (("parallel.tensor=4",), ("parallel.tensor=2",)),
+    ("parallel.tensor", "parallel.pipeline", "parallel.context"): (
+        ("parallel.tensor=4",),
+        ("parallel.tensor=2",),
+    ),
     ("train.global_batch_size", "train.micro_batch_size"): (
         ("train.micro_batch_size=8",),
         ("train.micro_batch_size=4",),

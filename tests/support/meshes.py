@@ -32,7 +32,7 @@ from megarecur.train.report import StepResult
 from megarecur.train.step import build_model, forward_backward, sum_losses
 
 MESHES: dict[tuple[int | None, ...], Mesh] = {}
-"""Meshes of this process by (tensor, pipeline, shard group): a world's groups are made once."""
+"""Meshes of this process by shape: a world's groups are made once."""
 
 UNSHARDED = {
     "zero_stage": 0, "zero_engine": "native", "offload_optimizer": False, "shard_group": None,
@@ -47,7 +47,8 @@ def mesh_of(config: Config) -> Mesh:
     """Return this process's mesh, with one set of process groups per shape."""
     if not dist.is_initialized():
         return Mesh()
-    key = config.parallel.tensor, config.parallel.pipeline, config.parallel.shard_group
+    own = config.parallel
+    key = own.tensor, own.pipeline, own.context, own.shard_group, own.shards_natively
     if key not in MESHES:
         MESHES[key] = build_mesh(config, torch.device("cpu"))
     return MESHES[key]
@@ -145,7 +146,7 @@ def config_of(corpus: Path, scheme: str, tensor: int, **sections: Any) -> Config
 
 def reference(config: Config, num_steps: int) -> Trace:
     """Return the trace of one process, remembered by config."""
-    alone = {**UNSHARDED, "tensor": 1, "sequence_parallel": False, "pipeline": 1,
+    alone = {**UNSHARDED, "tensor": 1, "sequence_parallel": False, "pipeline": 1, "context": 1,
              "placement": None, "order": "auto"}  # fmt: skip
     parallel = config.parallel.model_copy(update=alone)
     return trace_alone(
@@ -231,7 +232,7 @@ def trace_engine(
     """(loss, raw gradients of whole tensors, norm, skipped) of each optimizer step.
 
     Args:
-        read: micro batches of a config, a step, a data-parallel rank and their number.
+        read: micro batches of a config, a step, a reader of samples and the number of readers.
         prepare: changes the model before its engine is made.
         shared: parameters that two pipeline ranks may have.
     """
@@ -245,7 +246,7 @@ def trace_engine(
     assert {name for name in names if names.count(name) > 1} <= shared
     found: Trace = []
     for step in range(steps):
-        batches = read(config, step, mesh.dp_rank, mesh.dp)
+        batches = read(config, step, mesh.reader, mesh.readers)
         result = forward_backward(model, engine, config, batches, step, mesh, schedules=schedules)
         loss = sum_losses(result, mesh)
         gradients = gather_whole(model, mesh, engine.gradients())
