@@ -181,6 +181,8 @@ def _memory(config: Config, steps: LayerMap) -> RenderableType:
     deepest = ", deepest step of the run" if draws_depth(config) else ""
     tensor = config.parallel.tensor
     shared = f" of the {tensor} that share each matrix" if tensor > 1 else ""
+    if config.parallel.context > 1:
+        shared += f", of the {config.parallel.context} that share each sequence"
     if config.parallel.pipeline > 1:
         shared += (
             f", all {config.parallel.pipeline} pipeline ranks together (per rank: megarecur plan)"

@@ -351,7 +351,7 @@ def verify(
     config: ConfigPath,
     overrides: Overrides = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="Processes (default: tensor x pipeline).")
+        int | None, typer.Option(min=1, help="Processes (default: tensor x pipeline x context).")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 3,
     small: Annotated[
@@ -362,10 +362,9 @@ def verify(
     from megarecur.launch.configs import load_run_config, with_vocab_size
 
     resolved = with_vocab_size(load_run_config(config, overrides))
-    replica = resolved.parallel.tensor * resolved.parallel.pipeline
     from megarecur.launch.verify import verify_config
 
-    raise typer.Exit(verify_config(resolved, nproc or replica, steps, small))
+    raise typer.Exit(verify_config(resolved, nproc or resolved.parallel.replica, steps, small))
 
 
 @app.command(hidden=True)

@@ -44,8 +44,8 @@ def describe_search(found: Search, world: int, own: Layout | None = None) -> Ren
         f" of {count_noun(world, 'rank')}, by predicted time of a step "
         f"({found.simulated} simulated)\n",
     )
-    names = ("tensor", "pipeline", "data", "ZeRO", "order", "bubbles", "memory", "step", "tokens/s",
-             "MFU")  # fmt: skip
+    names = ("tensor", "pipeline", "data", "ZeRO", "context", "order", "bubbles", "memory", "step",
+             "tokens/s", "MFU")  # fmt: skip
     table = Table(box=None, padding=(0, 1, 0, 2), header_style="dim")
     for name in names:
         table.add_column(name, justify="left" if name == "order" else "right", no_wrap=True)
@@ -188,6 +188,7 @@ def _traffic(plan: LayoutPlan) -> RenderableType:
     kinds = {
         "pipeline": "activations and their gradients, between stages",
         "tensor": "collectives inside steps of the map, embedding and head",
+        "context": "heads and positions that attention exchanges",
         "data": "gradients over the replicas" + ", parameters" * (plan.layout.zero_stage > 0),
         "tied": "gradient of the tied embedding, between its two ends",
     }

@@ -37,9 +37,10 @@ def plan_config(
     cluster = load_cluster(hardware or default_hardware(config), "--hardware ")
     seen = see_corpora(config)
     if tensor and pipeline:
-        (size,) = list_layouts(world, tensor, pipeline)
+        (size,) = list_layouts(world, tensor, pipeline, config.parallel.context)
         stage = config.parallel.zero_stage if zero_stage is None else zero_stage
-        found = complete(make_draft(config, Layout(*size, stage), cluster, seen=seen))
+        layout = Layout(*size, stage, config.parallel.context)
+        found = complete(make_draft(config, layout, cluster, seen=seen))
         show(lambda width: describe_plan(found, width))
         return found
     return search_layouts(config, cluster, world, tensor, pipeline, zero_stage, seen)
@@ -67,9 +68,8 @@ def search_layouts(
             report=report,
         )
     own = config.parallel
-    replica = own.tensor * own.pipeline
-    layout = Layout(own.tensor, own.pipeline, world // replica, own.zero_stage)
-    own_layout = layout if world % replica == 0 else None
+    layout = Layout(own.tensor, own.pipeline, world // own.replica, own.zero_stage, own.context)
+    own_layout = layout if world % own.replica == 0 else None
     show(lambda _: describe_search(result, world, own_layout))
     if result.best:
         show(lambda width: describe_plan(result.best[0], width))

@@ -24,8 +24,7 @@ def verify_config(config: Config, nproc: int, steps: int, small: bool) -> int:
         MeshError: the world does not fit the config.
     """
     check_world(config, nproc)
-    parallel = config.parallel
-    config = certified(config, small, nproc // (parallel.tensor * parallel.pipeline))
+    config = certified(config, small, nproc // config.parallel.replica)
     with tempfile.TemporaryDirectory(prefix="megarecur-verify-") as name:
         folder = Path(name)
         eager = config.train.model_copy(update={"compile": False})

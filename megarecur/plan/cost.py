@@ -375,9 +375,10 @@ class MemoryEstimate:
 def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstimate:
     """Estimate the memory of the largest process of one of `dp` replicas.
 
-    Tensor parallelism divides matrices, heads and vocabulary, ZeRO whatever its stage shards of the
-    rest (`count_sharded`). Under DeepSpeed's stages 2 and 3 the gradients of a pass that are not
-    reduced yet are left out; offloaded moments are on the CPU.
+    Tensor parallelism divides matrices, heads and vocabulary, context parallelism positions, ZeRO
+    whatever its stage shards of the rest (`count_sharded`); `dp` counts the context ranks of a
+    replica, too. Under DeepSpeed's stages 2 and 3 the gradients of a pass that are not reduced yet
+    are left out; offloaded moments are on the CPU.
     """
     stage, offload = config.parallel.zero_stage, config.parallel.offload_optimizer
     tp = config.parallel.tensor
@@ -394,7 +395,7 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     trained = held(moving)
     muon = held(s for s in moving if uses_muon(config.optimizer, s.name, len(s.shape)))
     matrices = held(s for s in specs if has_copy(s))
-    tokens = config.tokens_per_microbatch
+    tokens = config.tokens_per_rank
     # Logits, which their gradient overwrites, and tanh's output. Those of one early exit exist at a
     # time, beside those of the last loop; a teacher's exist too.
     kinds = 1 + (config.model.logit_softcap is not None)
@@ -413,7 +414,7 @@ def estimate_memory(config: Config, steps: LayerMap, dp: int = 1) -> MemoryEstim
     return MemoryEstimate(
         activations=tokens * estimate_activations(config, steps),
         logits=logit_bytes,
-        mask=tokens * count_mask_elements(config) * element,
+        mask=config.tokens_per_microbatch * count_mask_elements(config) * element,
         **state,
     )
 
@@ -548,7 +549,7 @@ def chunk_tokens(tokens: int, vocab_size: int) -> int:
 
 def is_chunked(config: Config) -> bool:
     """Return True if the logits of a micro batch never exist whole."""
-    tokens = config.tokens_per_microbatch
+    tokens = config.tokens_per_rank
     return not config.classifies and chunk_tokens(tokens, vocab_shard(config)) < tokens
 
 
@@ -610,7 +611,7 @@ def count_mask_heads(config: Config) -> int:
         return 0
     heads = int(has_documents(config))
     if model.positions == "alibi":
-        heads = model.num_heads // config.parallel.tensor
+        heads = model.num_heads // (config.parallel.tensor * config.parallel.context)
     slides = model.sliding_window is not None and model.sliding_window < count_span(config)
     return heads + max(heads, 1) if slides else heads
 
@@ -758,9 +759,18 @@ def count_cheap_elements(config: Config) -> int:
     cheap = round(norms * model.hidden_size) + model.ffn_hidden_size // tp
     if model.gate_hidden_size is not None:
         cheap += model.gate_hidden_size // tp
-    if model.qk_norm:
+    if model.qk_norm and parallel.context == 1:  # Otherwise they are exchanged, and kept.
         cheap += (model.num_heads + max(model.num_kv_heads, tp)) // tp * model.head_dim
     return cheap
+
+
+def count_exchanged_elements(config: Config) -> int:
+    """Return the elements per token that attention exchanges over context ranks: queries, keys and
+    values there, mixed values back. Key heads are repeated where they are fewer than ranks."""
+    model, parallel = config.model, config.parallel
+    queries = model.num_heads // parallel.tensor
+    keys = max(model.num_kv_heads // parallel.tensor, 1, parallel.context)
+    return (2 * queries + 2 * keys) * model.head_dim
 
 
 def count_deferred_bytes(config: Config, steps: LayerMap) -> int:
@@ -812,6 +822,10 @@ def count_kept_elements(model: ModelConfig, span: int, parallel: ParallelConfig)
     attention = 2 * queries + 2 * keys  # q, k, v and the output projection's input
     if model.qk_norm:
         attention += queries + keys  # inputs of the head norms
+    if (
+        parallel.context > 1
+    ):  # Mixed values before their exchange; keys as often as ranks have them.
+        attention += queries + 2 * max(parallel.context * model.head_dim - keys, 0)
     kept = 3 if model.gated else 1 if model.feed_forward == "relu" else 2
     feed_forward = kept * model.ffn_hidden_size // tp
     # Input and output of its GELU; the gate and the gated value.

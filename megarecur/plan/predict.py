@@ -29,6 +29,7 @@ from megarecur.plan.cost import (
     chunk_tokens,
     count_deferred_bytes,
     count_end_bytes,
+    count_exchanged_elements,
     count_flops,
     count_head_flops,
     count_kept_bytes,
@@ -94,21 +95,29 @@ form."""
 
 
 class Layout(NamedTuple):
-    """The division of a world's ranks into tensor, pipeline and data parallelism."""
+    """The division of a world's ranks into tensor, pipeline, data and context parallelism."""
 
     tensor: int
     pipeline: int
     data: int
+    """Number of replicas that read different samples."""
     zero_stage: int = 0
+    context: int = 1
 
     @property
     def world(self) -> int:
         """Number of ranks."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
+
+    @property
+    def copies(self) -> int:
+        """Number of ranks that hold the same part of the model."""
+        return self.data * self.context
 
     def __str__(self) -> str:
+        context = f" x context {self.context}" if self.context > 1 else ""
         zero = f", ZeRO {self.zero_stage}" if self.zero_stage else ""
-        return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}{zero}"
+        return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}{context}{zero}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +132,13 @@ class Traffic:
     """Gradients reduced over the replicas, and parameters that ZeRO gathers."""
     tied: int = 0
     """The gradient of a tied embedding whose two ends are on two ranks."""
+    context: int = 0
+    """Heads and positions that attention exchanges."""
 
     @property
     def total(self) -> int:
         """Bytes of all purposes."""
-        return self.pipeline + self.tensor + self.data + self.tied
+        return self.pipeline + self.tensor + self.data + self.tied + self.context
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +195,7 @@ class Draft:
     @property
     def num_microbatches(self) -> int:
         """Number of micro batches of one replica and step."""
-        train = self.config.train
-        return train.global_batch_size // (train.micro_batch_size * self.layout.data)
+        return count_microbatches(self.config, self.layout)
 
     @property
     def reduction_time(self) -> float:
@@ -281,6 +291,11 @@ class LayoutPlan:
 # --------------------------------------------------------------------------------------- layouts
 
 
+def count_microbatches(config: Config, layout: Layout) -> int:
+    """Return the number of micro batches of one replica and step."""
+    return config.train.global_batch_size // (config.train.micro_batch_size * layout.data)
+
+
 def with_layout(config: Config, layout: Layout) -> Config:
     """Return the config with another mesh.
 
@@ -295,6 +310,7 @@ def with_layout(config: Config, layout: Layout) -> Config:
     values["parallel"] |= {
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
+        "context": layout.context,
         "zero_stage": layout.zero_stage,
         "sequence_parallel": sequence,
         "offload_optimizer": offload,
@@ -486,10 +502,11 @@ def cost_stages(
     config: Config, walk: Walk, layout: Layout, cluster: Cluster, seen: Seen | None = None
 ) -> tuple[StageCost, ...]:
     """Return the seconds and bytes of every stage for one micro batch."""
-    tokens = config.tokens_per_microbatch
+    tokens = config.tokens_per_rank
     times = time_stages(config, walk, layout, cluster, seen or see_samples(config))
     link = cluster.link(layout.tensor, 1, layout.world)
     collective = link.reduce_time(collective_bytes(config), layout.tensor)
+    exchange = time_exchange(config, layout, cluster)
     stream, ends = count_stream_bytes(config), count_end_bytes(config)
     memory, logits = estimate_memory(config, ()), _kept_logits(config)
     masked: set[int] = set()
@@ -498,6 +515,7 @@ def cost_stages(
         forward = backward = 0
         if layout.tensor > 1:
             forward, backward = count_collectives(config, stage)
+        exchanged = [count * exchange for count in count_exchanges(config, stage)]
         activation = deferred = 0
         if stage.backward:
             activation = tokens * count_kept_bytes(config, stage.steps)
@@ -514,8 +532,8 @@ def cost_stages(
                 activation += memory.mask
         costs.append(
             StageCost(
-                forward=time.forward + forward * collective,
-                inputs=time.inputs + backward * collective,
+                forward=time.forward + forward * collective + exchanged[0],
+                inputs=time.inputs + backward * collective + exchanged[1],
                 weights=time.weights,
                 hop=_hop_time(config, walk, stage, layout, cluster),
                 activation=activation,
@@ -578,7 +596,7 @@ def time_stages(
 ) -> list[StageTime]:
     """Return the seconds of every stage: products and attention at their rates, pointwise work at
     the memory's; at least the time in which the host starts the operations."""
-    tokens = config.tokens_per_microbatch
+    tokens = config.tokens_per_rank
     fused = compiles(config, cluster.device)
     of_products = tokens * product_seconds(config, layout, cluster)
     of_scores = tokens * score_seconds(config, layout, cluster, seen)
@@ -610,7 +628,7 @@ def time_stages(
 
 def product_seconds(config: Config, layout: Layout, cluster: Cluster) -> float:
     """Return the seconds per FLOP and token of the model's products, every matrix counted once."""
-    precision, tokens = config.train.precision, config.tokens_per_microbatch
+    precision, tokens = config.train.precision, config.tokens_per_rank
     matrices = [
         (tokens, spec.size)
         for spec in build_inventory(config).values()
@@ -659,10 +677,34 @@ def count_collectives(config: Config, stage: Stage) -> tuple[int, int]:
     return sum(each) + stage.first * embeddings, backward
 
 
+def count_exchanges(config: Config, stage: Stage) -> tuple[int, int]:
+    """Return how often attention exchanges heads over context ranks, there and back: (forward,
+    backward); the forward ones again under recompute."""
+    graded = [step for step in stage.steps if step.grad and stage.backward]
+    again = sum(config.train.recomputes(step.loop_index) for step in graded)
+    return len(stage.steps), len(graded) + again
+
+
+def exchange_bytes(config: Config) -> int:
+    """Return the bytes that a context rank sends in one exchange, there and back."""
+    context = config.parallel.context
+    whole = config.tokens_per_rank * count_exchanged_elements(config) * element_bytes(config)
+    return whole * (context - 1) // context
+
+
+def time_exchange(config: Config, layout: Layout, cluster: Cluster) -> float:
+    """Return the seconds of one exchange, there and back; 0 without context parallelism."""
+    if layout.context == 1:
+        return 0.0
+    link = cluster.link(layout.context, layout.tensor * layout.pipeline, layout.world)
+    return link.latency_us * 1e-6 + link.time(exchange_bytes(config))
+
+
 def collective_bytes(config: Config) -> int:
-    """Return the bytes of a micro batch's whole residual stream, plus the share of the values
-    between adapter factors, which are sent once in the four collectives of a step of the map."""
-    tokens = config.tokens_per_microbatch
+    """Return the bytes of a micro batch's residual stream on a context rank, plus the share of the
+    values between adapter factors, which are sent once in the four collectives of a step of the
+    map."""
+    tokens = config.tokens_per_rank
     ranks = [count_rank(stack.config) for stack in list_stacks(config)]
     channels = config.model.hidden_size + max(ranks) // 4
     return tokens * channels * element_bytes(config)
@@ -671,7 +713,7 @@ def collective_bytes(config: Config) -> int:
 def count_hop_bytes(config: Config, values: int) -> int:
     """Return the bytes one process sends when `values` hidden states or other values of a micro
     batch move to another rank."""
-    tokens = config.tokens_per_microbatch
+    tokens = config.tokens_per_rank
     return values * tokens * count_stream_bytes(config)
 
 
@@ -686,7 +728,7 @@ def _hop_time(config: Config, walk: Walk, stage: Stage, layout: Layout, cluster:
 def _hop_link(first: int, second: int, layout: Layout, cluster: Cluster) -> Link:
     """Return the slowest link between two pipeline ranks over all replicas."""
     replica = layout.pipeline * layout.tensor
-    for start in range(0, min(layout.data, cluster.ranks_per_node) * replica, replica):
+    for start in range(0, min(layout.copies, cluster.ranks_per_node) * replica, replica):
         for tensor in range(layout.tensor):
             ends = (start + rank * layout.tensor + tensor for rank in (first, second))
             link = cluster.between(*ends)
@@ -700,7 +742,7 @@ def _kept_logits(config: Config) -> int:
     are computed in chunks, which nothing keeps."""
     if is_chunked(config):
         return 0
-    tokens = config.tokens_per_microbatch
+    tokens = config.tokens_per_rank
     kept = count_logits(config, tokens) * element_bytes(config)
     return kept if config.model.logit_softcap is None else 2 * kept  # and tanh's output
 
@@ -733,7 +775,7 @@ def count_ranks(
     by_rank: list[list[ParameterSpec]] = [[] for _ in range(layout.pipeline)]
     for spec in inventory.values():
         by_rank[owner(spec, placement)].append(spec)
-    link = cluster.link(layout.data, layout.tensor * layout.pipeline, layout.world)
+    link = cluster.link(layout.copies, layout.tensor * layout.pipeline, layout.world)
     inside = cluster.link(layout.tensor, 1, layout.world)
     collective = inside.reduce_time(collective_bytes(config), layout.tensor)
     ranks = []
@@ -743,6 +785,8 @@ def count_ranks(
         specs = [*own, inventory["embedding.weight"]] if copied else own
         state = _count_state(config, specs, stages, layout)
         messages = _count_messages(config, walk, stages, layout)
+        exchanged = sum(sum(count_exchanges(config, stage)) for stage in stages)
+        exchanged *= count_microbatches(config, layout) * exchange_bytes(config)
         sent, seconds = _reduce(config, specs, layout, link)
         trained = held((s for s in specs if not is_frozen(config.optimizer, s.name)), layout.tensor)
         tied = 0
@@ -760,7 +804,7 @@ def count_ranks(
                 **state,
                 work=work,
                 collectives=sum(sum(count_collectives(config, s)) for s in stages) * collective,
-                traffic=Traffic(*messages, sent, tied),
+                traffic=Traffic(*messages, sent, tied, exchanged),
                 reduction=seconds,
                 update=_update_time(config, trained, layout, cluster),
             )
@@ -773,7 +817,7 @@ def _count_state(
 ) -> dict[str, int]:
     """Return the bytes that a rank keeps, and its temporary bytes (like `cost.estimate_memory`)."""
     tensor, stage = layout.tensor, layout.zero_stage
-    parts = [layout.data if stage >= first else 1 for first in range(4)]
+    parts = [layout.copies if stage >= first else 1 for first in range(4)]
     if layout.pipeline > 1:
         parts[2] = 1  # Gradients are summed over a whole order before they are reduced.
     wide, element = parameter_bytes(config), element_bytes(config)
@@ -781,7 +825,7 @@ def _count_state(
     trained = held(moving, tensor)
     muon = held((s for s in moving if uses_muon(config.optimizer, s.name, len(s.shape))), tensor)
     matrices = (s for s in specs if has_copy(s))
-    tokens = config.tokens_per_microbatch
+    tokens = config.tokens_per_rank
     workspace = 0
     workspace += tokens * count_remade_bytes(config, tuple(t for s in stages for t in s.steps))
     if any(s.last for s in stages):
@@ -811,7 +855,7 @@ writes 3), zeroing gradients, the copy in the compute dtype."""
 def _update_time(config: Config, trained: int, layout: Layout, cluster: Cluster) -> float:
     """Return the seconds of clipping and the optimizer's step over `trained` elements, which ZeRO
     shards over the replicas; an offloaded one is not modelled apart."""
-    elements = trained / (layout.data if layout.zero_stage else 1)
+    elements = trained / (layout.copies if layout.zero_stage else 1)
     size = elements * parameter_bytes(config)
     return cluster.pointwise_time(UPDATE_PASSES * size, size)
 
@@ -820,8 +864,7 @@ def _count_messages(
     config: Config, walk: Walk, stages: tuple[Stage, ...], layout: Layout
 ) -> tuple[int, int]:
     """Return the (pipeline, tensor) bytes that a process of a rank sends in a step."""
-    train = config.train
-    microbatches = train.global_batch_size // (train.micro_batch_size * layout.data)
+    microbatches = count_microbatches(config, layout)
     hops = collectives = 0
     for stage in stages:
         if not stage.last and walk[stage.index + 1].rank != stage.rank:
@@ -846,12 +889,11 @@ def _reduce(
     reduces after every micro batch, and ZeRO 3 also gathers parameters for every forward and every
     backward pass. Native sharding gathers in the compute dtype.
     """
-    wide, data = parameter_bytes(config), layout.data
+    wide, data = parameter_bytes(config), layout.copies
     moving = [spec for spec in specs if not is_frozen(config.optimizer, spec.name)]
     gradients = held(moving, layout.tensor) * wide
     parameters = held(specs, layout.tensor) * wide
-    train = config.train
-    microbatches = train.global_batch_size // (train.micro_batch_size * data)
+    microbatches = count_microbatches(config, layout)
     reduced, gathered = 1, 1  # how often each is sent per step
     if layout.zero_stage >= 2 and layout.pipeline == 1:
         reduced = microbatches

@@ -49,9 +49,9 @@ class Schedules:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.placement: Placement = place(config, build_map(config))
-        self.layout = Layout(config.parallel.tensor, config.parallel.pipeline, 1)
-        self.cluster = load_cluster(config.parallel.cluster)
         parallel = config.parallel
+        self.layout = Layout(parallel.tensor, parallel.pipeline, 1, context=parallel.context)
+        self.cluster = load_cluster(parallel.cluster)
         # Reject an order now, not at the step that draws the depth.
         for walk in list_walks(config, self.placement) if parallel.pipeline > 1 else ():
             check_family(walk, parallel.order, parallel.split_backward)

@@ -78,19 +78,22 @@ class Search:
 
 
 def list_layouts(
-    world: int, tensor: int | None = None, pipeline: int | None = None
+    world: int, tensor: int | None = None, pipeline: int | None = None, context: int = 1
 ) -> Iterator[tuple[int, int, int]]:
-    """Return all (tensor, pipeline, data) whose product is the world size, with given sizes fixed.
+    """Return all (tensor, pipeline, data) whose product with `context` is the world size, with
+    given sizes fixed.
 
     Raises:
         ConfigError: the given sizes do not divide the world size.
     """
-    given = (tensor or 1) * (pipeline or 1)
+    given = (tensor or 1) * (pipeline or 1) * context
     if world % given:
+        shared = f" x context={context}" if context > 1 else ""
         raise ConfigError(
             f"--world-size {world} is not a multiple of tensor={tensor or 1} x "
-            f"pipeline={pipeline or 1} = {given}; choose a multiple of {given}"
+            f"pipeline={pipeline or 1}{shared} = {given}; choose a multiple of {given}"
         )
+    world //= context
     for tp in [tensor] if tensor else _divisors(world // (pipeline or 1)):
         for pp in [pipeline] if pipeline else _divisors(world // tp):
             yield tp, pp, world // (tp * pp)
@@ -125,7 +128,7 @@ def search(
     """
     stages = range(config.parallel.zero_stage, 4) if zero_stage is None else [zero_stage]
     lost: Losses = defaultdict(list)
-    sizes = list(list_layouts(world, tensor, pipeline))
+    sizes = list(list_layouts(world, tensor, pipeline, config.parallel.context))
     placements: dict[int, Placement] = {}  # by number of pipeline ranks
     drafts: list[tuple[Draft, Iterator[Draft]]] = []  # the first ZeRO stage, then higher ones
     for done, size in enumerate(sizes):
@@ -179,7 +182,7 @@ def _draft_stages(
     closest: Draft | None = None
     fits = False
     for stage in stages:
-        layout = Layout(*size, stage)
+        layout = Layout(*size, stage, config.parallel.context)
         if stage == 2 and layout.pipeline > 1 and stage != stages[0]:
             continue  # It saves nothing over stage 1.
         try:
@@ -196,8 +199,8 @@ def _draft_stages(
             yield candidate
         elif closest is None or candidate.least_memory < closest.least_memory:
             closest = candidate
-        if layout.data == 1:
-            break  # With one replica there is nothing to shard.
+        if layout.copies == 1:
+            break  # With one copy there is nothing to shard.
     if closest is not None and not fits:
         _note_memory(closest, lost)
 

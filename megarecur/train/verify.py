@@ -92,7 +92,8 @@ def certified(config: Config, small: bool, dp: int) -> Config:
             values["adapters"]["rank"] = min(config.adapters.rank, 8)
         for key in values["recurrence"].keys() & {"level_rank", "feed_forward_rank"}:
             values["recurrence"][key] = min(values["recurrence"][key], 8)
-        length = min(config.num_positions, 16 * config.parallel.tensor)
+        parallel = config.parallel
+        length = min(config.num_positions, 16 * parallel.tensor * parallel.context)
         values["data"]["seq_length"] = length - config.num_positions + config.data.seq_length
         if config.reads_images:
             values["task"]["patch_size"] = grow_patches(config, length)
