@@ -73,6 +73,7 @@ MESHES = [
     (2, {"tensor": 2}, {"model": {"z_loss": 1e-3}, "exits": {"distill": True}}),
     later(2, {"tensor": 2, "sequence_parallel": True}, {"model": {"dropout": 0.1}, **RELAXED}),
     (2, {"pipeline": 2}, RELAXED),
+    later(2, {"context": 2}, {"model": {"dropout": 0.1}, **RELAXED}),
     later(2, {"zero_stage": 1}, {"train": {"recompute": True}}),
     later(2, {"zero_stage": 2}, RELAXED),
     later(2, {"zero_stage": 3}, {"train": {"recompute": True}, **RELAXED}),
