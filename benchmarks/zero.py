@@ -130,8 +130,9 @@ def run(rank: int, folder: str, stage: int, rounds: int, deepspeed: bool) -> Non
     for i, side in enumerate(sides):
         seconds = statistics.median(each[i] for each in times)
         ratios = [each[i] / each[0] for each in times]
-        print(f"{side.name:32} {side.state_bytes() / 2**20:7.1f} MiB  {seconds:6.3f} s  "
-              f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")  # fmt: skip
+        ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        size = side.state_bytes() / 2**20
+        print(f"{side.name:32} {size:7.1f} MiB  {seconds:6.3f} s per step  {ratio}")
 
 
 def main() -> None:
