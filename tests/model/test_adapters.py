@@ -67,7 +67,7 @@ def noisy(spec: ParameterSpec, *args: Any) -> Tensor:
 
 
 def build_noisy(config: Config) -> Transformer:
-    with mock.patch("megarecur.model.transformer.initial_values", noisy):
+    with mock.patch("megarecur.model.parts.initial_values", noisy):
         return build(config)
 
 
@@ -242,7 +242,7 @@ def noisy_trace(config: Config, num_steps: int, fault: str = "") -> Trace:
     whole = linear.add_deltas
     with contextlib.ExitStack() as patches:
         enter = patches.enter_context
-        enter(mock.patch("megarecur.model.transformer.initial_values", noisy))
+        enter(mock.patch("megarecur.model.parts.initial_values", noisy))
         if fault:
             alone = lambda deltas, x, tp: whole(deltas, x, regions.ALONE)  # noqa: E731
             enter(mock.patch.object(linear, "add_deltas", alone))
@@ -250,7 +250,7 @@ def noisy_trace(config: Config, num_steps: int, fault: str = "") -> Trace:
 
 
 def noisy_reference(config: Config, num_steps: int) -> Trace:
-    with mock.patch("megarecur.model.transformer.initial_values", noisy):
+    with mock.patch("megarecur.model.parts.initial_values", noisy):
         return reference(config, num_steps)
 
 

@@ -55,7 +55,7 @@ def noisy(spec: ParameterSpec, *args: Any) -> Tensor:
 
 
 def build_noisy(config: Config) -> Transformer:
-    with mock.patch("megarecur.model.transformer.initial_values", noisy):
+    with mock.patch("megarecur.model.parts.initial_values", noisy):
         return build(config)
 
 
@@ -534,12 +534,12 @@ def test_initial_signals() -> None:
 
 
 def noisy_trace(config: Config, num_steps: int) -> Trace:
-    with mock.patch("megarecur.model.transformer.initial_values", noisy):
+    with mock.patch("megarecur.model.parts.initial_values", noisy):
         return trace(config, num_steps)
 
 
 def noisy_reference(config: Config, num_steps: int) -> Trace:
-    with mock.patch("megarecur.model.transformer.initial_values", noisy):
+    with mock.patch("megarecur.model.parts.initial_values", noisy):
         return reference(config, num_steps)
 
 
