@@ -20,8 +20,9 @@ measured before, one with the operations' own times, measured in a separate step
 overhead: the same orders with empty stages against a hand-written loop of the same messages.
 
 evaluate: forward passes of 32 micro batches on 4 processes, several in flight as in evaluation,
-against one order per micro batch, as evaluation ran before. Stages sleep 5 ms per step of the map,
-so that ranks do not compete for cores. The simulator's ratio is that of the same two orders.
+against one order per micro batch, as evaluation ran before. Stages sleep 40 ms per step of the map,
+so that ranks do not compete for cores and handing over messages matters little. The simulator's
+ratio is that of the same two orders.
 
 score: evaluation of a real model (hidden 384, one block per rank, the walks of `evaluate`), whose
 four processes share the cores of this machine, in tokens per second.
@@ -545,6 +546,8 @@ EVALUATED: dict[str, dict[str, Any]] = {
 }
 SCORED = 32
 """Number of micro batches."""
+SLEEP = 0.04
+"""Seconds of a step of the map in `evaluate`."""
 
 
 def run_forwards(mesh: Mesh, schedules: Schedules, in_flight: int) -> float:
@@ -553,7 +556,7 @@ def run_forwards(mesh: Mesh, schedules: Schedules, in_flight: int) -> float:
     dist.barrier()
     began = time.perf_counter()
     for _ in range(SCORED // in_flight):
-        pipeline = Pipeline(mesh, scheduled.walk, Sleeping(WORK), torch.float32)
+        pipeline = Pipeline(mesh, scheduled.walk, Sleeping(SLEEP), torch.float32)
         pipeline.run(scheduled.order[mesh.pp_rank])
     dist.barrier()
     return time.perf_counter() - began
@@ -586,7 +589,7 @@ def run_evaluate(rank: int, folder: str, rounds: int) -> None:
         config = make_config(recurrence, (0, 1, 2, 3))
         mesh, schedules = build_mesh(config, torch.device("cpu")), Schedules(config)
         one, several = schedules.forward(), schedules.forward(num_microbatches=many)
-        costs = [StageCost(len(stage.steps) * WORK, 0.0, 0.0, 0.001) for stage in one.walk]
+        costs = [StageCost(len(stage.steps) * SLEEP, 0.0, 0.0, 0.001) for stage in one.walk]
         in_turn = tuple(
             tuple(op._replace(microbatch=j) for j in range(many) for op in ops) for ops in one.order
         )
@@ -597,7 +600,7 @@ def run_evaluate(rank: int, folder: str, rounds: int) -> None:
                 side.append(run_forwards(mesh, schedules, in_flight))
         if rank:
             continue
-        work = SCORED * WORK * sum(len(stage.steps) for stage in one.walk) / 4
+        work = SCORED * SLEEP * sum(len(stage.steps) for stage in one.walk) / 4
         before, after = (statistics.median(side[1:]) for side in times)
         print(
             f"evaluate {name:16} {before * 1e3:.0f} ms one at a time, {after * 1e3:.0f} ms with "
