@@ -307,7 +307,7 @@ class _Queue:
     """The time of each receive."""
     delivered: int = 0
     free: float = 0.0
-    """When the last delivered message has arrived."""
+    """Time at which the last delivered message arrives."""
 
 
 def replay(
