@@ -115,7 +115,7 @@ def read_index(path: Path) -> Index:
     if xxhash.xxh3_128_hexdigest(body) != digest:
         raise DamagedCheckpoint(f"{path / 'index.json'}: checksum mismatch with index.xxh3")
     if digest not in _LAST_READ:
-        with _without_collections():
+        with without_collections():
             index = _parse_body(path, body)
         _LAST_READ.clear()
         _LAST_READ[digest] = index
@@ -128,8 +128,11 @@ def forget_index() -> None:
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
-    """Pause the garbage collector, which would look at a large index again and again."""
+def without_collections() -> Iterator[None]:
+    """Pause the garbage collector, which would look at large tables again and again.
+
+    Each look stops all threads.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -20,7 +20,13 @@ import xxhash
 from torch import Tensor
 
 from megarecur.checkpoint.failures import one_error
-from megarecur.checkpoint.index import DTYPE_NAMES, DTYPES, ChunkRecord, DtypeName
+from megarecur.checkpoint.index import (
+    DTYPE_NAMES,
+    DTYPES,
+    ChunkRecord,
+    DtypeName,
+    without_collections,
+)
 from megarecur.errors import CheckpointError
 from megarecur.parallel.shards import Box, TensorShard, tiling_fault
 from megarecur.parallel.tree import gather_bytes, group_rank, reduce_max, scatter_bytes
@@ -113,7 +119,8 @@ class SavePlanner:
                 known = {stamp: sent[senders[stamp]] for stamp in senders}
                 former = self.layouts or [b""] * len(stamps)
                 layouts = [known.get(s, f) for s, f in zip(stamps, former, strict=True)]
-                masks = assign_writers(layouts)
+                with without_collections():
+                    masks = assign_writers(layouts)
         mask = bits(scatter_bytes(masks, self.group))
         self.own = [(place, c) for place, c in enumerate(decode_layout(layout)) if mask[place]]
         self.layout, self.num_plans = layout, self.num_plans + 1
@@ -210,7 +217,8 @@ def assign_writers(layouts: Sequence[bytes]) -> list[bytes]:
     for ranks, length in zip(groups, lengths, strict=True):
         for rank in ranks:
             masks[rank] = bytearray(length)
-    for name, of_tensor in holders.items():
+    for name in list(holders):
+        of_tensor = holders.pop(name)  # Freed one by one: all at once would stop other threads.
         itemsize = DTYPES[next(iter(kinds[name]))[0]].itemsize
         for (_, sizes), held in of_tensor.items():
             # Each group's rank with the fewest bytes, then the best of those.

@@ -35,6 +35,7 @@ from megarecur.checkpoint.index import (
     read_index,
     readable,
     seal,
+    without_collections,
 )
 from megarecur.checkpoint.planning import Chunk, Part, Values, WrittenEntry, plan_reads
 from megarecur.errors import CheckpointError
@@ -302,7 +303,7 @@ class FolderWriter:
         """
         hasher = xxhash.xxh3_128()
         path = self.temporary / "index.json"
-        with open(path, "xb", buffering=0) as file:
+        with without_collections(), open(path, "xb", buffering=0) as file:
             for data in _joined(_index_pieces(self._state, written, records)):
                 hasher.update(data)
                 files.write_all(file, data, path)
@@ -376,7 +377,7 @@ def _index_pieces(
     yield '{"files": {' + ", ".join(lines.values()) + '}, "format": "megarecur", '
     yield f'"state": {json.dumps(state, sort_keys=True)}, "tensors": {{'
     for k, name in enumerate(sorted(tensors)):
-        kind, of_tensor = tensors[name]
+        kind, of_tensor = tensors.pop(name)
         listed = ", ".join(of_tensor[offset] for offset in sorted(of_tensor))
         yield f'{", " if k else ""}{json.dumps(name)}: {{"chunks": [{listed}], {kind}}}'
     yield f'}}, "version": {VERSION}}}'

@@ -28,14 +28,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import median_high, median_low
 from typing import Any, Literal, TypeVar
@@ -50,6 +50,7 @@ from megarecur.data.foreign import missing_files
 from megarecur.errors import DataError, MegarecurError, MeshError
 from megarecur.files import replace_file
 from megarecur.parallel.mesh import Mesh, node_name, pick_group
+from megarecur.parallel.tree import gather_bytes
 from megarecur.plan.describe import format_bytes, name_ranks
 from megarecur.progress import WAITING, Note, note_nothing
 
@@ -67,6 +68,8 @@ MESSAGE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 REDUCTIONS = 5
 LEAST_DELAY = 1e-3
 """Seconds above the median below which communication is never called slow: that is noise."""
+CHECKS = count()
+"""Numbers of this process's checks, since keys of the store are used once."""
 PATIENCE = 120.0
 """Timeout in seconds of a process's own measurements; later, it is reported as hanging."""
 
@@ -149,7 +152,7 @@ def check_health(
     if settings.enabled is False or (settings.enabled == "auto" and mesh.world == 1):
         return ""
     host = host or node_name()
-    hosts, devices = zip(*gather_everywhere((host, mesh.device.type), mesh), strict=True)
+    hosts, devices = gather_hosts(host, mesh)
     nodes = group_by_host(hosts)
     if settings.enabled == "auto" and len(nodes) == 1 and "cuda" not in devices:
         return ""
@@ -211,22 +214,17 @@ def conclude(
 # Over gloo, since a broken GPU cannot communicate.
 
 
-def gather_everywhere(value: Any, mesh: Mesh) -> list[Any]:
-    """Return the values of all ranks on every rank."""
-    if mesh.world == 1:
-        return [value]
-    values: list[Any] = [None] * mesh.world
-    dist.all_gather_object(values, value, group=mesh.save_group)
-    return values
+def gather(figures: Figures, mesh: Mesh) -> list[Figures]:
+    """Return the figures of all ranks on rank 0; empty elsewhere."""
+    parts = gather_bytes(json.dumps(asdict(figures)).encode(), mesh.save_group)
+    return [Figures(**json.loads(part)) for part in parts]
 
 
-def gather(value: Any, mesh: Mesh) -> list[Any]:
-    """Return the values of all ranks on rank 0; empty elsewhere."""
-    if mesh.world == 1:
-        return [value]
-    values: list[Any] = [None] * mesh.world if mesh.rank == 0 else []
-    dist.gather_object(value, values if mesh.rank == 0 else None, group=mesh.save_group)
-    return values
+def gather_hosts(host: str, mesh: Mesh) -> tuple[list[str], list[str]]:
+    """Return the host and the kind of device of every rank, on every rank."""
+    parts = gather_bytes(f"{mesh.device.type} {host}".encode(), mesh.save_group)
+    pairs = [part.decode().partition(" ") for part in tell_all(parts, mesh)]
+    return [host for _, _, host in pairs], [device for device, _, _ in pairs]
 
 
 def tell_all(value: T, mesh: Mesh) -> T:
@@ -249,21 +247,38 @@ def group_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
 def wait_for_all(hosts: Sequence[str], mesh: Mesh, patience: float) -> None:
     """Wait until every process has finished its own measurements.
 
+    Processes arrive at the store of the job, to which all are connected already.
+
     Raises:
-        MeshError: some processes timed out. Only rank 0 knows and names them.
+        MeshError: some processes timed out; the message names them.
     """
-    try:
-        dist.monitored_barrier(mesh.save_group, timedelta(seconds=patience), wait_all_ranks=True)
-    except RuntimeError as error:
-        found = re.search(r"Ranks ([\d, ]+) failed", str(error)) if mesh.rank == 0 else None
-        late = tuple(map(int, found[1].replace(",", " ").split())) if found else ()
-        text = (
-            f"did not finish the health check in {patience:g} s; the GPU, or the folders of the "
-            "run and its corpora, may hang: exclude the node"
-        )
-        if late:
-            raise MeshError(Finding("broken", text, late).describe(hosts)) from None
-        raise MeshError(f"some processes {text}; rank 0 names them") from None
+    store, place = dist.distributed_c10d._get_default_store(), f"health/{next(CHECKS)}"
+    store.set(f"{place}/{mesh.rank}", "")
+    arrived, deadline = store.add(f"{place}/arrived", 1), time.monotonic() + patience
+    if mesh.rank == 0:
+        while arrived < mesh.world and time.monotonic() < deadline:
+            time.sleep(0.02)
+            arrived = store.add(f"{place}/arrived", 0)
+        late = [r for r in range(mesh.world) if not store.check([f"{place}/{r}"])]
+        store.set(f"{place}/late", json.dumps(late))
+    else:
+        try:  # Rank 0 may have begun to wait later, by as much as its patience.
+            store.wait([f"{place}/late"], timedelta(seconds=2 * patience))
+            late = json.loads(store.get(f"{place}/late"))
+        except RuntimeError:
+            late = [0]
+    if not late:
+        return
+    told, deadline = store.add(f"{place}/told", 1), time.monotonic() + 10
+    # Rank 0 may end the store with its exit, so it waits until the others have read it.
+    while mesh.rank == 0 and told < arrived and time.monotonic() < deadline:
+        time.sleep(0.02)
+        told = store.add(f"{place}/told", 0)
+    text = (
+        f"did not finish the health check in {patience:g} s; the GPU, or the folders of the "
+        "run and its corpora, may hang: exclude the node"
+    )
+    raise MeshError(Finding("broken", text, tuple(late)).describe(hosts))
 
 
 # -------------------------------------------------------------------------------- local checks
