@@ -832,7 +832,7 @@ def _count_state(
         workspace += estimate_memory(config, ()).logits - _kept_logits(config)
     steps = tuple(step for s in stages for step in s.steps)
     if config.parallel.shards_natively:
-        state = count_sharded(config, specs, steps, layout.data)
+        state = count_sharded(config, specs, steps, layout.copies)
         workspace += state.pop("gathered")
         return {**state, "workspace": workspace}
     if parts[3] > 1:
