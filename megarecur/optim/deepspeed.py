@@ -168,7 +168,7 @@ class DeepSpeedEngine:
             "stage": self.stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "overlap_comm": False,
+            "overlap_comm": self.mesh.device.type == "cuda",
             "contiguous_gradients": self.stage == 2,
         }
         if self.offload:
