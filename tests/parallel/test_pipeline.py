@@ -126,6 +126,10 @@ def draw(number: int, corpus: Path) -> tuple[Config, int]:
     parallel = {"tensor": tensor, "pipeline": pipeline, "zero_stage": stage,
                 "sequence_parallel": tensor > 1 and rng.random() < 0.5,
                 "split_backward": rng.random() < 0.7}  # fmt: skip
+    if stage:
+        parallel["shard_group"] = rng.choice([None, 1, dp])
+    if stage == 3:
+        parallel["gathered_blocks"] = rng.choice([None, 1])
     train = {"micro_batch_size": 1, "global_batch_size": dp * num_microbatches,
              "recompute": rng.random() < 0.3,
              "precision": "fp64" if rng.random() < 0.4 else "fp32"}  # fmt: skip

@@ -113,6 +113,8 @@ def draw(number: int) -> tuple[str, int, int, dict[str, Any]]:
     rng = random.Random(number)
     processes, tensor = rng.choice([(2, 2), (4, 2), (4, 4)])
     parallel = {"sequence_parallel": rng.random() < 0.5, "zero_stage": rng.randrange(4)}
+    if parallel["zero_stage"]:
+        parallel["shard_group"] = rng.choice([None, 1, processes // tensor])
     model = {
         **DROPOUT,
         "norm": rng.choice(["rms", "layer"]),
