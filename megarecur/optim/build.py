@@ -14,7 +14,7 @@ def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Engine:
     """Return the engine that `parallel.zero_stage` and `parallel.zero_engine` ask for.
 
     Raises:
-        ConfigError: DeepSpeed is asked for and missing; patterns that match no parameter.
+        ConfigError: DeepSpeed is missing; patterns that match no parameter.
     """
     if config.parallel.zero_stage == 0:
         return PlainEngine(model, config, mesh)

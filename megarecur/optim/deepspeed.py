@@ -31,13 +31,14 @@ from megarecur.optim.engine import (
     Gradients,
     Outputs,
     build_optimizers,
+    flat_shard,
     is_partial,
     sum_over_holders,
     sum_partial,
 )
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh, same_error
-from megarecur.parallel.shards import TensorShard, boxes, whole
+from megarecur.parallel.shards import TensorShard, whole
 from megarecur.recurrence.inventory import check_patterns, is_frozen
 from megarecur.recurrence.layer_map import Step
 
@@ -346,20 +347,10 @@ class DeepSpeedEngine:
         return self.cut(Piece(name, shape, start, stop, values, {}), values)
 
     def cut(self, piece: Piece, values: Tensor) -> TensorShard:
-        """Return a one-dimensional slice as rectangles of the whole tensor, without copying."""
-        spec = self.model.inventory[piece.name]
-        origin, _ = spec.part(self.mesh.tp_rank, self.mesh.tp)
-        chunks, first = [], 0
-        for offset, sizes in boxes(piece.shape, piece.start, piece.stop):
-            size = math.prod(sizes)
-            place = tuple(a + b for a, b in zip(origin, offset, strict=True))
-            chunks.append((place, sizes, values[first : first + size].view(sizes)))
-            first += size
-        # Ranks with the same parameters have flat buffers of other lengths, cut at other places.
-        first_holder = self.mesh.tp_rank % spec.holders(self.mesh.tp) == 0
-        if piece.name == self.model.tied:
-            first_holder = first_holder and self.mesh.pp_rank < self.model.tied_peer
-        return TensorShard(spec.shape, chunks, written=first_holder)
+        """Return values of a piece as rectangles of the whole tensor, without copying."""
+        return flat_shard(
+            self.model, self.mesh, piece.name, piece.shape, piece.start, piece.stop, values
+        )
 
     def load(self, shards: dict[str, TensorShard]) -> None:
         """Load entries of `shards()` that were filled from a checkpoint. Collective."""

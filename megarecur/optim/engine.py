@@ -17,9 +17,9 @@ from megarecur.config.optimizer import OptimizerConfig
 from megarecur.model.transformer import Transformer
 from megarecur.optim.groups import build_groups, build_muon_groups
 from megarecur.optim.muon import Part, SharedMuon
-from megarecur.parallel.mesh import Peers
+from megarecur.parallel.mesh import Mesh, Peers
 from megarecur.parallel.regions import TensorParallel
-from megarecur.parallel.shards import TensorShard
+from megarecur.parallel.shards import TensorShard, boxes
 from megarecur.recurrence.inventory import ParameterSpec, uses_muon
 from megarecur.recurrence.layer_map import Step
 
@@ -183,6 +183,39 @@ def build_muon(
             adjust_lr_fn=muon.adjust_lr,
         )
     ]
+
+
+def flat_shard(
+    model: Transformer,
+    mesh: Mesh,
+    name: str,
+    shape: tuple[int, ...],
+    start: int,
+    stop: int,
+    values: Tensor,
+) -> TensorShard:
+    """Return a one-dimensional slice as rectangles of the whole tensor, without copying.
+
+    Args:
+        name: the parameter.
+        shape: shape of its part on this tensor-parallel rank.
+        start: first element of the slice in that part.
+        stop: the end of the slice.
+        values: its elements.
+    """
+    spec = model.inventory[name]
+    origin, _ = spec.part(mesh.tp_rank, mesh.tp)
+    chunks, first = [], 0
+    for offset, sizes in boxes(shape, start, stop):
+        size = math.prod(sizes)
+        place = tuple(a + b for a, b in zip(origin, offset, strict=True))
+        chunks.append((place, sizes, values[first : first + size].view(sizes)))
+        first += size
+    # Ranks with the same parameters have vectors of other lengths, cut at other places.
+    first_holder = mesh.tp_rank % spec.holders(mesh.tp) == 0
+    if name == model.tied:
+        first_holder = first_holder and mesh.pp_rank < model.tied_peer
+    return TensorShard(spec.shape, chunks, written=first_holder)
 
 
 def moments_of(config: OptimizerConfig, name: str, ndim: int) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from megarecur.parallel.mesh import Peers
 from megarecur.recurrence.inventory import ParameterSpec
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration; torch's default, as is the smallest norm."""
+"""Coefficients of the quintic iteration; torch's default, as is the smallest norm."""
 SMALLEST_NORM = 1e-7
 
 

@@ -30,6 +30,7 @@ from megarecur.optim.engine import (
     Outputs,
     build_muon,
     build_optimizers,
+    flat_shard,
     global_norm,
     moments_of,
     set_rates,
@@ -40,7 +41,7 @@ from megarecur.optim.muon import Part
 from megarecur.optim.uses import ENDS, Uses, unit_of
 from megarecur.parallel.linear import Weight, is_hollow, make_hollow
 from megarecur.parallel.mesh import Mesh, Peers
-from megarecur.parallel.shards import TensorShard, boxes, whole
+from megarecur.parallel.shards import TensorShard, whole
 from megarecur.recurrence.inventory import check_patterns, is_frozen
 from megarecur.recurrence.layer_map import Step
 
@@ -341,7 +342,7 @@ class ShardedEngine:
             piece.name: (flat, piece) for flat in self.flats() for piece in flat.pieces()
         }
         self.parts: dict[str, nn.Parameter] = dict(self.small)
-        """What the optimizer updates on this rank: pieces of matrices, and whole small ones."""
+        """Parameters of the optimizers on this rank: pieces of matrices, and whole small ones."""
         for name, (flat, piece) in self.pieces.items():
             if flat.trained:
                 assert flat.own_gradient is not None
@@ -628,20 +629,8 @@ class ShardedEngine:
         return entries
 
     def cut(self, piece: Piece, shape: tuple[int, ...], values: Tensor) -> TensorShard:
-        """Return a one-dimensional slice as rectangles of the whole tensor, without copying."""
-        spec, mesh = self.model.inventory[piece.name], self.mesh
-        origin, _ = spec.part(mesh.tp_rank, mesh.tp)
-        chunks, first = [], 0
-        for offset, sizes in boxes(shape, piece.start, piece.stop):
-            size = math.prod(sizes)
-            place = tuple(a + b for a, b in zip(origin, offset, strict=True))
-            chunks.append((place, sizes, values[first : first + size].view(sizes)))
-            first += size
-        # Ranks with the same parameters may cut them at other places.
-        first_holder = mesh.tp_rank % spec.holders(mesh.tp) == 0
-        if piece.name == self.model.tied:
-            first_holder = first_holder and mesh.pp_rank < self.model.tied_peer
-        return TensorShard(spec.shape, chunks, written=first_holder)
+        """Return values of a piece as rectangles of the whole tensor, without copying."""
+        return flat_shard(self.model, self.mesh, piece.name, shape, piece.start, piece.stop, values)
 
     def load(self, shards: dict[str, TensorShard]) -> None:
         """Load entries of `shards()` that were filled from a checkpoint."""

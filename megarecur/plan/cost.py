@@ -359,7 +359,7 @@ class MemoryEstimate:
     mask: int
     """Masks of all pairs of positions of a micro batch, with train.attention=dense."""
     gathered: int = 0
-    """Of sharded weights: whole copies and gradients that a pass has at most at a time."""
+    """Whole copies and gradients of sharded weights that a pass has at most at a time."""
 
     @property
     def state(self) -> int:

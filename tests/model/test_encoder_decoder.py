@@ -431,6 +431,6 @@ def test_few_graphs_of_the_loss_serve_every_length() -> None:
         loss, _, found = run(compiled_model, batch, training=True)
         wanted_loss, _, wanted = run(eager_model, batch, training=True)
         torch.testing.assert_close(loss, wanted_loss)
-        torch.testing.assert_close(found, wanted)
+        assert_gradients_close(found, wanted, 2e-6)
     assert len(sizes) > 2
     assert [part.graphs <= 2 for part in compiled.loss] == [True, True]

@@ -328,7 +328,9 @@ def test_one_process_needs_no_launcher_and_keeps_quiet(corpus, tmp_path, stage) 
 
 @pytest.mark.parametrize("found", [PackageNotFoundError("deepspeed"), "0.18.0"])
 def test_another_deepspeed_is_refused(found) -> None:
-    config = make_config(parallel={"zero_stage": 2}, model={"vocab_size": 257})
+    config = make_config(
+        parallel={"zero_stage": 2, "zero_engine": "deepspeed"}, model={"vocab_size": 257}
+    )
     refused = pytest.raises(ConfigError, match=r"zero_stage=2 needs deepspeed 0\.19\.8.*\[zero\]")
     with mock.patch("megarecur.optim.deepspeed.version", side_effect=[found]), refused:
         build_engine(Transformer(config), config, Mesh())
@@ -337,10 +339,19 @@ def test_another_deepspeed_is_refused(found) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"parallel": {"zero_stage": 3, "pipeline": 2}}, "zero_stage=3 with parallel.pipeline=2"),
+        (
+            {"parallel": {"zero_stage": 3, "pipeline": 2, "zero_engine": "deepspeed"}},
+            "zero_stage=3 with parallel.pipeline=2",
+        ),
         ({"parallel": {"offload_optimizer": True}}, "needs zero_stage 1 or 2, not 0"),
         ({"parallel": {"zero_stage": 3, "offload_optimizer": True}}, "1 or 2, not 3"),
-        ({"parallel": {"zero_stage": 1}, "train": {"precision": "fp64"}}, "fp32 or bf16"),
+        (
+            {
+                "parallel": {"zero_stage": 1, "zero_engine": "deepspeed"},
+                "train": {"precision": "fp64"},
+            },
+            "fp32 or bf16",
+        ),
         ({"parallel": {"zero_stage": 4}}, "zero_stage"),
     ],
 )

@@ -22,6 +22,7 @@ from megarecur.parallel.pipeline import Pipeline
 from megarecur.plan.order import StageCost, validate_order
 from megarecur.plan.schedule import Schedules
 from megarecur.plan.simulate import simulate
+from megarecur.progress import WAITING
 from megarecur.train import evaluate
 from megarecur.train.evaluate import IN_FLIGHT, evaluate_corpus, run_batches
 from megarecur.train.step import build_model
@@ -83,6 +84,7 @@ def score_both(config: Config) -> list[tuple[str, int]]:
                 model, data.validation[0], data.config, mesh, 40, schedules=schedules,
                 note=notes.append,
             )  # fmt: skip
+        notes = [text for text in notes if text != WAITING]
         assert notes == [f"batch {i + 1} of {len(notes)}" for i in range(len(notes))]
         found.append((repr(score), Counting.most))
     data.close()

@@ -257,8 +257,11 @@ def test_a_pipeline_keeps_every_block_once_and_zero_shares_out_its_moments() -> 
         make_draft(config, Layout(1, 4, 2, 2), IDEAL).ranks,
         strict=True,
     ):
-        assert rank.moments == 2 * rank.parameters == 2 * shared.moments
-        assert rank.gradients == shared.gradients, "summed over the order before they are reduced"
+        norms = 4 * 32 * (3 if rank.rank == 3 else 2)  # They stay whole.
+        assert rank.moments == 2 * rank.parameters and rank.gradients == rank.parameters
+        assert shared.moments == 2 * shared.gradients == rank.parameters + norms
+        whole = rank.parameters - norms
+        assert shared.workspace == rank.workspace + whole, "summed over the order, then reduced"
 
 
 def test_bytes_of_the_pipeline_are_hops_times_micro_batches_times_size() -> None:
@@ -312,8 +315,9 @@ def test_bytes_of_collectives() -> None:
     assert plain.traffic.data == plain.gradients * 2 * 3 // 4
     gathered = make_draft(config, Layout(1, 1, 2, 3), IDEAL).ranks[0]
     whole = plain.gradients
+    matrices = whole - 4 * 5 * 32  # Five norms stay whole.
     # 2 micro batches: gathered for each forward and backward pass, reduced after each.
-    assert gathered.traffic.data == (2 * 2 * whole + 2 * whole) // 2
+    assert gathered.traffic.data == (2 * 2 * matrices + 2 * whole) // 2
 
 
 def test_a_tied_embedding_is_reduced_only_where_its_ends_are_apart() -> None:

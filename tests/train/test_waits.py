@@ -26,7 +26,7 @@ from megarecur.config.run import Config
 from megarecur.data.open import open_data
 from megarecur.launch.check import describe_waits
 from megarecur.model.transformer import Transformer
-from megarecur.optim import engine as engines
+from megarecur.optim import plain as engines
 from megarecur.optim.plain import PlainEngine
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.waits import find_waits
@@ -180,7 +180,7 @@ def test_tables_of_segments_are_sent(corpus, monkeypatch) -> None:
 @pytest.mark.parametrize("case", ["exits", "sampled"])
 def test_a_step_reads_the_norm_alone(corpus, case) -> None:
     for waits in take_steps(config_of(corpus, CASES[case]), CPU, None):
-        assert waits.found == {"_local_scalar_dense in optim.engine.norm": 1}
+        assert waits.found == {"_local_scalar_dense in optim.plain.norm": 1}
 
 
 UNIVERSAL = {"kind": "universal", "depth": 3, "halting": {"mode": "token"}}
@@ -199,7 +199,7 @@ def test_what_waits_is_named(corpus, case) -> None:
     assert [line.split(".")[1] for line in find_waits(config)] == [case]
     assert case in str(describe_waits(config)[0])
     for waits in take_steps(config, CPU, None):
-        assert {n.split()[-1] for n in waits.found} == places | {"optim.engine.norm"}
+        assert {n.split()[-1] for n in waits.found} == places | {"optim.plain.norm"}
 
 
 def test_the_mode_sees_faults() -> None:
