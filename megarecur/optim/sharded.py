@@ -609,22 +609,20 @@ class ShardedEngine:
     def shards(self) -> dict[str, TensorShard]:
         """Return checkpoint entries; they alias the live tensors. Nothing is gathered."""
         entries: dict[str, TensorShard] = {}
+        flat_of = {name: flat for flat in self.flats() for name in flat.weights}
         for name, parameter in self.model.parameters_by_name.items():
-            if name not in self.weights:
+            flat, trained = flat_of.get(name), parameter.requires_grad
+            of_moments = moments_of(self.optimizer, name, parameter.ndim) if trained else ()
+            if flat is None:
                 entries[name] = self.model.shard(name, parameter.detach())
-                moments = [m for m in self.moments if m.partition(".")[2] == name]
-                entries |= {m: self.model.shard(name, self.moments[m]) for m in moments}
+                for moment in (f"{each}.{name}" for each in of_moments):
+                    entries[moment] = self.model.shard(name, self.moments[moment])
                 continue
-            found = self.pieces.get(name)
-            flat = next(flat for flat in self.flats() if name in flat.weights)
-            piece = found[1] if found is not None else Piece(name, 0, 0, 0)
-            shape = flat.shapes[name]
+            _, piece = self.pieces.get(name, (flat, Piece(name, 0, 0, 0)))
+            shape, nothing = flat.shapes[name], flat.master[:0]
             entries[name] = self.cut(piece, shape, flat.master[piece.place])
-            if flat.trained:
-                for moment in moments_of(self.optimizer, name, len(shape)):
-                    empty = flat.master[:0]
-                    values = self.moments.get(f"{moment}.{name}", empty)
-                    entries[f"{moment}.{name}"] = self.cut(piece, shape, values)
+            for moment in (f"{each}.{name}" for each in of_moments):
+                entries[moment] = self.cut(piece, shape, self.moments.get(moment, nothing))
         entries[UPDATES] = whole(self.updates)
         return entries
 
