@@ -208,6 +208,17 @@ def read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def check_changing_depth(world: World, config: Config) -> None:
+    """Compare steps whose depth and truncation change from one to the next with a plain engine."""
+    maps = maps_of(config, [3, 1, 5, 2, 4], backward=2)
+    # Nothing of the core or before it carries a gradient, then all of it does again.
+    maps += maps_of(config, [3], backward=0) + maps_of(config, [2, 6])
+    expected = reference_maps(config, len(maps), maps)
+    unused = expected[5][1]["blocks.1.attention.query.weight"]
+    assert not unused.any() and expected[4][1]["blocks.1.attention.query.weight"].any()
+    compare(world.run(trace_maps, config, len(maps), maps)[0], expected)
+
+
 def check_resumed(
     world: Callable[[int], World], configs: Sequence[tuple[int, Config]], folder: Path
 ) -> None:
