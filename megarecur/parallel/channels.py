@@ -25,15 +25,20 @@ class Channels:
     """The communicators of one process's pipeline ranks.
 
     Args:
-        ranks: global ranks of the pipeline ranks, in their order. All of them create this object.
+        pipelines: global ranks of the pipeline ranks, in their order, for every pipeline of the
+            world. All processes create this object.
+        own: index of this process's pipeline.
         timeout: of the groups.
     """
 
-    def __init__(self, ranks: Sequence[int], timeout: timedelta) -> None:
-        self.ranks, self.opened = tuple(ranks), set[Direction]()
+    def __init__(self, pipelines: Sequence[Sequence[int]], own: int, timeout: timedelta) -> None:
+        self.ranks, self.opened = tuple(pipelines[own]), set[Direction]()
+        # Every process names the groups of all pipelines. Synchronized among their members alone,
+        # a group would be named by the number of groups that a process knows, which may differ
+        # between members: each would wait under its own name.
         with unbound():
             self.up, self.down = (
-                dist.new_group(self.ranks, timeout=timeout, use_local_synchronization=True)
+                [dist.new_group(list(ranks), timeout=timeout) for ranks in pipelines][own]
                 for _ in range(2)
             )
 

@@ -669,7 +669,8 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
     ranks = torch.arange(world).view(-1, pp, tp)
     dp_group = pick_group(ranks.movedim(0, -1).flatten(0, -2).tolist(), rank)
     tp_group = pick_group(ranks.flatten(0, -2).tolist(), rank)
-    pp_group = pick_group(ranks.movedim(1, -1).flatten(0, -2).tolist(), rank)
+    pipelines = ranks.movedim(1, -1).flatten(0, -2).tolist()
+    pp_group = pick_group(pipelines, rank)
     replica_group = (
         tp_group
         if pp == 1
@@ -693,8 +694,8 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
     )  # fmt: skip
     if pp == 1:
         return mesh
-    peers = [mesh.pipeline_peer(pp_rank) for pp_rank in range(pp)]
-    return replace(mesh, channels=Channels(peers, TIMEOUT))
+    own = next(k for k, members in enumerate(pipelines) if rank in members)
+    return replace(mesh, channels=Channels(pipelines, own, TIMEOUT))
 
 
 def pick_group(members: list[list[int]], rank: int) -> Any:
