@@ -17,6 +17,7 @@ from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from megarecur.config.optimizer import MuonConfig
 from megarecur.parallel.mesh import Peers
+from megarecur.plan.muon import divide_matrices
 from megarecur.recurrence.inventory import ParameterSpec
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -66,23 +67,8 @@ class SharedMuon(torch.optim.Optimizer):
         self.config, self.parts, self.peers, self.tp, self.dtype = config, parts, peers, tp, dtype
         self.specs = {spec.name: spec for spec in specs}
         self.names = {parameters[name]: name for name in self.specs if name in parameters}
-        self.owned = self.divide()
+        self.owned = [[spec.name for spec in owned] for owned in divide_matrices(specs, peers.size)]
         """Names of the matrices that each peer owns."""
-
-    def divide(self) -> list[list[str]]:
-        """Return the matrices that each rank owns: the most expensive ones first, each to the rank
-        with the least work."""
-
-        def work(spec: ParameterSpec) -> int:
-            return spec.size * min(spec.shape)
-
-        owned: list[list[str]] = [[] for _ in range(self.peers.size)]
-        load = [0] * len(owned)
-        for spec in sorted(self.specs.values(), key=lambda s: (-work(s), s.name)):
-            rank = load.index(min(load))
-            owned[rank].append(spec.name)
-            load[rank] += work(spec)
-        return owned
 
     def sends(self, name: str, rank: int) -> bool:
         """Return True if no lower tensor-parallel rank holds the same part of a matrix."""

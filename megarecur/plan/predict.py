@@ -55,6 +55,7 @@ from megarecur.plan.cost import (
     see_samples,
     vocab_shard,
 )
+from megarecur.plan.muon import cost_muon
 from megarecur.plan.order import StageCost
 from megarecur.plan.placement import Placement, place
 from megarecur.plan.pointwise import (
@@ -134,11 +135,14 @@ class Traffic:
     """The gradient of a tied embedding whose two ends are on two ranks."""
     context: int = 0
     """Heads and positions that attention exchanges."""
+    muon: int = 0
+    """Parts of matrices sent to their owners, and of the orthogonalized ones sent back."""
 
     @property
     def total(self) -> int:
         """Bytes of all purposes."""
-        return self.pipeline + self.tensor + self.data + self.tied + self.context
+        named = (self.pipeline, self.tensor, self.data, self.tied, self.context, self.muon)
+        return sum(named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +170,8 @@ class RankState:
     reduction: float
     """Seconds to reduce the rank's gradients over the replicas."""
     update: float
-    """Seconds of clipping and the optimizer's step; 0 without measured rates."""
+    """Seconds of clipping and the optimizer's step; pointwise work takes 0 without measured
+    rates."""
 
     @property
     def state(self) -> int:
@@ -788,6 +793,7 @@ def count_ranks(
         exchanged = sum(sum(count_exchanges(config, stage)) for stage in stages)
         exchanged *= count_microbatches(config, layout) * exchange_bytes(config)
         sent, seconds = _reduce(config, specs, layout, link)
+        muon = cost_muon(config, specs, *_muon_peers(config, layout, cluster), cluster)
         trained = held((s for s in specs if not is_frozen(config.optimizer, s.name)), layout.tensor)
         tied = 0
         if ends_apart(config, placement) and rank in (placement.embedding, placement.head):
@@ -804,9 +810,9 @@ def count_ranks(
                 **state,
                 work=work,
                 collectives=sum(sum(count_collectives(config, s)) for s in stages) * collective,
-                traffic=Traffic(*messages, sent, tied, exchanged),
+                traffic=Traffic(*messages, sent, tied, exchanged, muon.sent),
                 reduction=seconds,
-                update=_update_time(config, trained, layout, cluster),
+                update=_update_time(config, trained, layout, cluster) + muon.seconds,
             )
         )
     return tuple(ranks)
@@ -858,6 +864,14 @@ def _update_time(config: Config, trained: int, layout: Layout, cluster: Cluster)
     elements = trained / (layout.copies if layout.zero_stage else 1)
     size = elements * parameter_bytes(config)
     return cluster.pointwise_time(UPDATE_PASSES * size, size)
+
+
+def _muon_peers(config: Config, layout: Layout, cluster: Cluster) -> tuple[int, Link]:
+    """Return the number of ranks that hold parts of the same matrices, and their slowest link."""
+    copies = (config.parallel.shard_group or layout.copies) if layout.zero_stage else 1
+    stride = layout.tensor * layout.pipeline if copies > 1 else 1
+    peers = layout.tensor * copies
+    return peers, cluster.link(copies if copies > 1 else layout.tensor, stride, layout.world)
 
 
 def _count_messages(

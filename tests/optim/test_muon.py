@@ -3,6 +3,7 @@
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from megarecur.errors import ConfigError
 from megarecur.model.transformer import Transformer
 from megarecur.optim.muon import SharedMuon
 from megarecur.optim.plain import PlainEngine
-from megarecur.parallel.mesh import Mesh
+from megarecur.parallel.mesh import Mesh, Peers
+from megarecur.plan.cluster import PRESETS
 from megarecur.plan.cost import estimate_memory
+from megarecur.plan.predict import Layout, make_draft
 from megarecur.recurrence.schemes import layer_map
 from megarecur.train.metrics import read_rows
 from megarecur.train.speed import measure_state
@@ -134,23 +137,34 @@ def test_cut_matrices_are_updated_whole(world, corpus, scheme, processes, parall
     compare(world(processes).run(trace, config, 6)[0], reference(config, 6), 1e-11, 1e-11)
 
 
-def orthogonalised_names(config: Config) -> list[str]:
-    """The matrices that this rank orthogonalizes in a step."""
-    built = build_on_mesh(config)
-    trace_steps(built, 1)
+def orthogonalise_once(config: Config) -> tuple[list[str], int]:
+    """The matrices that this rank orthogonalizes in a step, and the bytes that it sends."""
+    built, bytes_sent = build_on_mesh(config), 0
+    exchange = Peers.exchange
+
+    def counted(peers: Peers, sent: Tensor, counts: list[int], received: list[int]) -> Tensor:
+        nonlocal bytes_sent
+        bytes_sent += (sum(counts) - counts[peers.rank]) * sent.element_size()
+        return exchange(peers, sent, counts, received)
+
+    with mock.patch.object(Peers, "exchange", counted):
+        trace_steps(built, 1)
     (muon,) = [o for o in built[2].optimizers if isinstance(o, SharedMuon)]
-    return muon.owned[muon.peers.rank]
+    return muon.owned[muon.peers.rank], bytes_sent
 
 
-def test_each_matrix_has_one_owner(world, corpus) -> None:
+def test_each_matrix_has_one_owner_and_plan_counts_what_travels(world, corpus) -> None:
     train_config = {"micro_batch_size": 1, "global_batch_size": 4}
     parallel = {"zero_stage": 1, "tensor": 2}
     config = config_of(
         corpus, "cycle", 1, optimizer={"muon": {}}, train=train_config, parallel=parallel
     )
-    ranks = world(4).run(orthogonalised_names, config)
-    names = [name for rank in ranks for name in rank]
-    assert len(names) == len(set(names)) == 14 and all(len(rank) >= 3 for rank in ranks)
+    ranks = world(4).run(orthogonalise_once, config)
+    names = [name for rank, _ in ranks for name in rank]
+    assert len(names) == len(set(names)) == 14 and all(len(rank) >= 3 for rank, _ in ranks)
+    draft = make_draft(with_vocab_size(config, 257), Layout(2, 1, 2, 1), PRESETS["h100"])
+    # Shards of a block do not cut each of its matrices in equal parts.
+    assert sum(sent for _, sent in ranks) == pytest.approx(4 * draft.ranks[0].traffic.muon, rel=0.1)
 
 
 def test_a_run_learns_and_resumes_exactly(corpus, tmp_path) -> None:

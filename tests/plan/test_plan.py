@@ -30,6 +30,7 @@ from megarecur.plan.cost import (
     count_tokens_per_step,
     estimate_memory,
 )
+from megarecur.plan.muon import count_orthogonalization
 from megarecur.plan.pointwise import EAGER_LAUNCHES, count_pointwise_bytes
 from megarecur.plan.predict import (
     Layout,
@@ -318,6 +319,22 @@ def test_bytes_of_collectives() -> None:
     matrices = whole - 4 * 5 * 32  # Five norms stay whole.
     # 2 micro batches: gathered for each forward and backward pass, reduced after each.
     assert gathered.traffic.data == (2 * 2 * matrices + 2 * whole) // 2
+
+
+def test_muon_takes_time_which_owners_share() -> None:
+    """Five iterations of a square matrix of n take 30 n^3 FLOPs."""
+    assert count_orthogonalization((8, 8), 5) == 30 * 8**3
+    assert count_orthogonalization((16, 8), 5) == count_orthogonalization((8, 16), 5) == 5 * 5120
+    plain, muon = sized_config(), sized_config(optimizer={"muon": {}})
+    update = {
+        layout: make_draft(muon, layout, IDEAL).update_time
+        - make_draft(plain, layout, IDEAL).update_time
+        for layout in (Layout(1, 1, 4), Layout(1, 1, 4, 1), Layout(4, 1, 1))
+    }
+    alone, sharded, cut = update.values()
+    assert 0.2 * alone < sharded < 0.5 * alone and sharded == pytest.approx(cut)
+    assert make_draft(muon, Layout(1, 1, 4), IDEAL).ranks[0].traffic.muon == 0
+    assert make_draft(plain, Layout(4, 1, 1), IDEAL).ranks[0].traffic.muon == 0
 
 
 def test_a_tied_embedding_is_reduced_only_where_its_ends_are_apart() -> None:
