@@ -1,6 +1,6 @@
 """Sharded and early reductions against one reduction after the backward pass, and DeepSpeed.
 
-    python benchmarks/zero.py [--rounds 5] [--stage 1] [--deepspeed] [--cuda]
+    python benchmarks/zero.py [--rounds 5] [--stage 1] [--deepspeed] [--cuda] [--trace PNG]
 
 Two processes, one thread each (with --cuda: one process on one GPU), 48.8M unique parameters:
 hidden 768, feed-forward 2,048, 12 heads, 6 blocks of which the first two run twice, 8,192 tokens of
@@ -9,6 +9,10 @@ clipping, AdamW. All engines hold their own copy of the model in the same proces
 plain, with one reduction after the backward pass; plain, with buckets that leave early; native
 sharding at --stage; with --deepspeed, DeepSpeed at that stage. It prints medians, and the median of
 the rounds' ratios to the first. Bytes of the optimizer's state are those of checkpoint entries.
+
+With --trace, the profiler records one step of every engine on rank 0. The picture shows when it
+computes and when collectives are under way; the table gives the share of collectives' time in which
+it computed.
 """
 
 from __future__ import annotations
@@ -19,9 +23,14 @@ import tempfile
 import time
 from dataclasses import dataclass
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.profiler import ProfilerActivity, profile
 
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
@@ -34,6 +43,10 @@ from megarecur.recurrence.schemes import layer_map
 LENGTH, MICRO, NUM_MICRO, VOCABULARY = 256, 2, 2, 8192
 CUDA = "--cuda" in sys.argv
 WORLD = 1 if CUDA else 2
+COMPUTE = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::_fused_adamw_",
+           "aten::_scaled_dot_product_flash_attention_for_cpu",
+           "aten::_scaled_dot_product_flash_attention_for_cpu_backward"}  # fmt: skip
+"""Operations that take most of a step."""
 
 
 def option(name: str, default: int) -> int:
@@ -108,7 +121,60 @@ def build(name: str, stage: int, engine: str, early: bool, bucket_mb: float) -> 
     return Side(name, model, build_engine(model, config, mesh), config, mesh, early)
 
 
-def run(rank: int, folder: str, stage: int, rounds: int, deepspeed: bool) -> None:
+Spans = list[tuple[float, float]]
+"""Beginnings and ends, in milliseconds."""
+
+
+def merge(spans: Spans) -> Spans:
+    """Return the union of spans, in order."""
+    merged: Spans = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def shared_time(first: Spans, second: Spans) -> float:
+    """Return the time covered by both of two lists of merged spans."""
+    return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in first for b in second)
+
+
+def record(side: Side) -> tuple[Spans, Spans]:
+    """Return when a step computes products and when collectives are under way."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        side.step()
+    found: tuple[Spans, Spans] = [], []
+    for event in profiler.events():
+        span = event.time_range.start / 1e3, event.time_range.end / 1e3
+        if event.name.startswith(("gloo:", "nccl:")) and "barrier" not in event.name:
+            found[1].append(span)
+        elif event.name in COMPUTE:
+            found[0].append(span)
+    return merge(found[0]), merge(found[1])
+
+
+def draw_traces(traces: dict[str, tuple[Spans, Spans]], path: str) -> None:
+    """Draw the two lanes of each engine below each other, and print the overlap."""
+    figure, axes = plt.subplots(len(traces), 1, figsize=(10, 1.5 * len(traces)), sharex=True)
+    for axis, (name, lanes) in zip(axes, traces.items(), strict=True):
+        first = min(lane[0][0] for lane in lanes)
+        for height, (lane, colour) in enumerate(zip(lanes, ("#4c78a8", "#f58518"), strict=True)):
+            bars = [(start - first, end - start) for start, end in lane]
+            axis.broken_barh(bars, (1 - height, 0.8), color=colour)
+        both, sent = shared_time(*lanes), sum(end - start for start, end in lanes[1])
+        axis.set_yticks([1.4, 0.4], ["products", "collectives"])
+        axis.set_title(
+            f"{name}: computes in {both / sent:.0%} of its collectives' time", loc="left"
+        )
+        print(f"{name:32} collectives {sent:6.0f} ms, of which {both:6.0f} ms beside products")
+    axes[-1].set_xlabel("ms of one step on rank 0")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def run(rank: int, folder: str, stage: int, rounds: int, deepspeed: bool, trace: str) -> None:
     """Run one process, with all engines."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
@@ -123,8 +189,11 @@ def run(rank: int, folder: str, stage: int, rounds: int, deepspeed: bool) -> Non
     for side in sides:
         side.step()  # The first one allocates.
     times = [[side.step() for side in sides] for _ in range(rounds)]
+    traces = {side.name: record(side) for side in sides} if trace else {}
     if rank:
         return
+    if trace:
+        draw_traces(traces, trace)
     count = sum(p.numel() for p in sides[0].model.parameters())
     print(f"{count / 1e6:.1f}M unique parameters, {WORLD} process(es), {rounds} rounds")
     for i, side in enumerate(sides):
@@ -138,7 +207,8 @@ def run(rank: int, folder: str, stage: int, rounds: int, deepspeed: bool) -> Non
 def main() -> None:
     """Start the processes."""
     with tempfile.TemporaryDirectory() as folder:
-        given = option("--stage", 1), option("--rounds", 5), "--deepspeed" in sys.argv
+        trace = sys.argv[sys.argv.index("--trace") + 1] if "--trace" in sys.argv else ""
+        given = option("--stage", 1), option("--rounds", 5), "--deepspeed" in sys.argv, trace
         mp.spawn(run, (folder, *given), nprocs=WORLD)
 
 
