@@ -520,7 +520,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     inside = f'mount -t tmpfs -o size=1500k none "{tmp_path}" || exit 77; exec "$@"'
     namespaces = ["unshare", "--mount"] + (["--user", "--map-root-user"] if os.getuid() else [])
     command = [*namespaces, "sh", "-c", inside, "sh", sys.executable, "-c", FULL_DISK_SCRIPT]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=600)
     if done.returncode in (1, 77) and "Traceback" not in done.stderr:
         pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
     assert done.stdout.strip() == "refused", done.stderr

@@ -412,7 +412,7 @@ def test_plain_python_loads_an_export_as_the_readme_says(tmp_path: Path) -> None
         | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[-1]) > len("def main(")
@@ -447,7 +447,7 @@ def test_a_fresh_process_needs_transformers_and_torch_only(
         },
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.splitlines()[-1])

@@ -83,7 +83,7 @@ def start(words: Sequence[str]) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and messages."""
-    _, message = process.communicate(timeout=120)
+    _, message = process.communicate(timeout=600)
     return process.returncode, message
 
 
@@ -481,7 +481,7 @@ def test_slurm_prepares_what_one_machine_does(
     assert plan_remaining_work(request_of(inputs), out, 3)["read"] == [1] and not out.exists()
     mended.touch()
     script = tmp_path / "my out.slurm" / "read.sh"
-    subprocess.run(["sbatch", "--array=1", str(script)], check=True, timeout=60)
+    subprocess.run(["sbatch", "--array=1", str(script)], check=True, timeout=600)
     wait_for_queue()
     assert read.items() < finished(partial_of(out)).items()
     mended.unlink()

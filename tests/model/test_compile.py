@@ -143,7 +143,7 @@ def test_two_graphs_serve_every_mesh_and_depth(world, corpus, tensor, processes,
     """The messages, the postponed products and the results are those of eager mode."""
     sections = {**sections, "model": {**DROPOUT, **sections.get("model", {})}}
     config = sampled(config_of(corpus, "loop", tensor, **sections))
-    ranks = world(processes).run(trace_both, config, 3, timeout=270)
+    ranks = world(processes).run(trace_both, config, 3)
     tolerances = (2e-2, 2e-2) if config.train.precision == "bf16" else (2e-6, 2e-5)
     for compiled, eager in ranks:
         compare(compiled.trace, eager.trace, *tolerances)

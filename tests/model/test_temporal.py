@@ -403,7 +403,7 @@ GUTLB: dict[str, Any] = {
 )  # fmt: skip
 def test_ranks_equal_one_process(world, corpus, scheme, tensor, processes, extra) -> None:
     config = config_of(corpus, scheme, tensor, temporal=LONG, **extra)
-    compare(world(processes).run(trace, config, 2, timeout=180)[0], reference(config, 2))
+    compare(world(processes).run(trace, config, 2)[0], reference(config, 2))
 
 
 @pytest.mark.slow

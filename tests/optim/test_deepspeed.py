@@ -313,7 +313,7 @@ def test_one_process_needs_no_launcher_and_keeps_quiet(corpus, tmp_path, stage) 
     bare = {k: v for k, v in os.environ.items() if "RANK" not in k and "WORLD" not in k}
     done = subprocess.run(
         [sys.executable, "-m", "megarecur.launch.cli", "train", str(tmp_path / "config.yaml")],
-        env=bare, capture_output=True, text=True, timeout=120,
+        env=bare, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     output = done.stdout + done.stderr
     assert done.returncode == 0, output

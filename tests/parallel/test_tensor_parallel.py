@@ -133,7 +133,7 @@ def draw(number: int) -> tuple[str, int, int, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(2 * len(SCHEMES)))
+@pytest.mark.parametrize("number", range(len(SCHEMES)))
 def test_a_larger_sample_of_meshes_equals_one_process(world, corpus, number) -> None:
     scheme, tensor, processes, sections = draw(number)
     config = config_of(corpus, scheme, tensor, **sections)

@@ -61,7 +61,7 @@ class Cluster:
 
     def close(self) -> None:
         """Take it down, with all jobs."""
-        self._guard.communicate(timeout=120)
+        self._guard.communicate(timeout=600)
 
     def script(self, *words: str) -> str:
         """What slurm/cluster.sh prints.

@@ -226,7 +226,7 @@ def try_config(values: dict[str, Any], folder: Path, worlds: Any) -> tuple[str, 
         outcome = train_two_steps(config)
     else:
         try:
-            outcome = worlds(world).run(train_two_steps, config, timeout=200.0)[0]
+            outcome = worlds(world).run(train_two_steps, config)[0]
         except AssertionError as error:
             outcome = f"{error}"
     return (FAILED, outcome[-6000:]) if outcome else (TRAINED, "")

@@ -33,7 +33,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 STACKS = signal.SIGRTMIN  # not among the signals that training answers to
-GROUP_TIMEOUT = timedelta(seconds=150)
+CASE_TIMEOUT = 600.0
+"""Seconds of a case: minutes pass on a busy machine where a quiet one needs seconds."""
+GROUP_TIMEOUT = timedelta(seconds=CASE_TIMEOUT)
 GRACE_SECONDS = 2.0  # for the other ranks, once one has failed
 SETTLE_SECONDS = 0.3  # for a rank to write its stacks
 
@@ -51,7 +53,9 @@ class World:
         self._ranks: list[tuple[BaseProcess, Connection]] = []
         self._folder = Path()
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = CASE_TIMEOUT
+    ) -> list[Any]:
         """Call `function(*args)` on every rank and return the results by rank.
 
         Raises WorldError, with what each rank has to say, if any raises, dies or takes longer than

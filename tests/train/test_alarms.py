@@ -195,7 +195,7 @@ def test_a_kill_right_after_a_roll_back_reads_nothing_twice(noisy, tmp_path) -> 
     config = noisy_config(noisy, tmp_path / "killed", action="roll_back")
     world = World(1)
     world.submit(die_after_rolling_back, config)
-    ((error, _),) = world.collect(timeout=60)
+    ((error, _),) = world.collect(timeout=600)
     assert "exit code 9" in error
     assert train(straight) == train(config) == FINISHED
     assert len(events(tmp_path / "killed")) == 1

@@ -83,7 +83,7 @@ def test_compiled_meshes_are_certified(world, corpus, tmp_path, capsys, tensor, 
     eager = config.train.model_copy(update={"compile": False})
     alone = config.model_copy(update={"parallel": ParallelConfig(), "train": eager})
     record(alone, 2, tmp_path / "alone")
-    world(tensor * pipeline).run(record_compiled, config, tmp_path / "mesh", timeout=270)
+    world(tensor * pipeline).run(record_compiled, config, tmp_path / "mesh")
     rows = compare(config, 2, tmp_path / "alone", tmp_path / "mesh")
     print_rows(rows, config)
     assert all(row.equal for row in rows)
