@@ -269,14 +269,14 @@ start_munged() {
         --socket="$run/munge.sock" --pid-file="$run/munged.mungepid" --seed-file="$run/munge.seed" \
         --log-file="$DIR/log/munged.log" </dev/null >>"$DIR/log/munged.out" 2>&1 9>&- &
     remember munged $!
-    wait_for 20 munged munge -n -S "$run/munge.sock"
+    wait_for 120 munged munge -n -S "$run/munge.sock"
 }
 
 start_slurmctld() {
     ! pid_of slurmctld >/dev/null || return 0
     slurmctld -D -i -f "$CONF" </dev/null >>"$DIR/log/slurmctld.out" 2>&1 9>&- &
     remember slurmctld $!
-    wait_for 30 slurmctld scontrol ping
+    wait_for 180 slurmctld scontrol ping
 }
 
 start_node() {
@@ -342,9 +342,9 @@ up() {
     start_munged
     start_slurmctld
     for node in $(all_nodes); do start_node "$node"; done
-    wait_for 60 "nodes" nodes_ready
+    wait_for 300 "nodes" nodes_ready
     resume_drained
-    wait_for 60 "nodes" nodes_ready
+    wait_for 300 "nodes" nodes_ready
     say "up: $NODES nodes, mode $MODE, SLURM_CONF=$CONF"
 }
 
