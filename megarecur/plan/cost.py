@@ -22,11 +22,14 @@ from megarecur.errors import ConfigError
 from megarecur.recurrence.depth import count_depths
 from megarecur.recurrence.inventory import (
     ParameterSpec,
+    block_parameters,
     build_inventory,
+    count_own_loops,
     feed_forward_owner,
     injection_block,
     is_embedding,
     is_frozen,
+    loop_parameters,
     signal_names,
     uses_muon,
 )
@@ -890,17 +893,20 @@ def count_patch_bytes(config: Config) -> int:
 
 def count_rank(config: Config) -> int:
     """Return the channels between the factors of all adapters and level signals of one step."""
-    # the factors applied to the block's input
-    pairs = (
-        spec
-        for spec in build_inventory(config).values()
-        if spec.name.endswith(".lora_a") or (".signal_" in spec.name and spec.name.endswith(".b"))
-    )
-    first = next(pairs, None)
-    if first is None:
-        return 0
-    same = [s for s in pairs if (s.block, s.loop) == (first.block, first.loop)]
-    return sum(spec.shape[0] for spec in (first, *same))
+    for stack in list_stacks(config):
+        for block, loops in count_own_loops(stack).items():
+            own = block_parameters(stack, block, depth=len(stack.blocks))  # Depth changes no shape.
+            for loop in range(loops):
+                # The factors applied to the block's input.
+                channels = [
+                    spec.shape[0]
+                    for spec in loop_parameters(stack, own, loop)
+                    if spec.name.endswith(".lora_a")
+                    or (".signal_" in spec.name and spec.name.endswith(".b"))
+                ]
+                if channels:
+                    return sum(channels)
+    return 0
 
 
 def has_injection(stack: Stack) -> bool:
