@@ -66,6 +66,24 @@ def publish(aside: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def create_anew(path: Path) -> BinaryIO:
+    """Create a file for writing. Whatever has its name is removed, and never written through: it
+    may be a link that another user has made, or a hard link to a file of this user.
+
+    Raises:
+        OSError: it cannot be created, or another process creates it again and again.
+    """
+    for last in (False, True):
+        with suppress(FileNotFoundError):
+            path.unlink()
+        try:
+            return open(path, "xb")
+        except FileExistsError:
+            if last:
+                raise
+    raise AssertionError("the second try returns or raises")
+
+
 @contextmanager
 def open_replacement(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file for writing; rename it to `path` on exit, or remove it on an error.
@@ -75,7 +93,7 @@ def open_replacement(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     """
     aside = aside_of(path, shared)
     try:
-        with open(aside, "wb") as file:
+        with create_anew(aside) as file:
             yield file
         publish(aside, path)
     except BaseException:
@@ -95,7 +113,8 @@ def replace_file(path: Path, data: bytes | str, durable: bool = True) -> None:
         with open_replacement(path) as file:
             file.write(data)
     else:
-        aside_of(path).write_bytes(data)
+        with create_anew(aside_of(path)) as file:
+            file.write(data)
         os.rename(aside_of(path), path)
 
 

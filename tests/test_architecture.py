@@ -15,6 +15,7 @@ FLOORS = {
     "megarecur.errors": 0,
     "megarecur.progress": 0,
     "megarecur.files": 0,
+    "megarecur.private": 1,
     "megarecur.config": 1,
     "megarecur.recurrence": 2,
     "megarecur.plan": 3,

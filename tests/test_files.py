@@ -112,3 +112,17 @@ def test_a_deleted_folder_is_never_seen_in_part(tmp_path: Path) -> None:
     (tmp_path / "folder.tmp").mkdir()
     files.delete_folder(tmp_path / "folder")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("hard", [True, False])
+def test_a_link_under_the_temporary_name_is_not_written_through(
+    tmp_path: Path, durable: bool, hard: bool
+) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "file"
+    victim.write_text("mine")
+    aside = files.aside_of(path)
+    aside.hardlink_to(victim) if hard else aside.symlink_to(victim)
+    files.replace_file(path, "new", durable)
+    assert (victim.read_text(), path.read_text()) == ("mine", "new")
+    assert not path.is_symlink() and not aside.exists()

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from megarecur.attention.documents import Boundaries
 from megarecur.attention.scores import Scores
 from megarecur.parallel.transfer import send
+from megarecur.private import place_compile_cache
 
 BLOCK = 128
 """Queries and keys of a block of the mask."""
@@ -91,6 +92,7 @@ def build_block_mask(
 @lru_cache(maxsize=1)
 def compiled_flex() -> Callable[..., Tensor]:
     """Return the compiled operation: uncompiled, it makes scores of all pairs."""
+    place_compile_cache()
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
     return compiled
 

@@ -38,6 +38,7 @@ from megarecur.data.tokenizer import Tokenizer
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.errors import DataError
 from megarecur.files import replace_file
+from megarecur.private import UnsafeFolder, open_lock, private_folder
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ class ForeignCorpus(Corpus):
         if not file.is_file() and packed:
             source = self.path / packed["basename"]
             _compare(source, packed, hashed)
-            file = _unpacked_folder(self.fingerprint) / raw["basename"]
+            file = _unpacked_folder(self.fingerprint, raw["basename"]) / Path(raw["basename"]).name
             _unpack(source, file, entry)
         _compare(file, raw, hashed)
         return file
@@ -456,13 +457,27 @@ def _matches(content: Any, info: dict[str, Any]) -> bool:
     return True
 
 
-def _unpacked_folder(fingerprint: str) -> Path:
-    """Return the folder where a corpus's shards are unpacked; the corpus's own may be read-only."""
-    return Path(tempfile.gettempdir()) / f"megarecur-{os.getuid()}" / fingerprint
+def _unpacked_folder(fingerprint: str, basename: str) -> Path:
+    """Return the private folder of an unpacked shard; the corpus's own folder may be read-only.
+
+    Raises:
+        DataError: the disk is full, or another user can change the folder.
+    """
+    try:
+        return private_folder("unpacked", fingerprint, *Path(basename).parent.parts)
+    except UnsafeFolder as error:
+        raise DataError(str(error)) from None
+    except OSError as error:
+        raise DataError(
+            f"{basename} cannot be unpacked below {tempfile.gettempdir()} ({error.strerror}): set "
+            "TMPDIR to a folder with room for the whole corpus"
+        ) from None
 
 
 def _unpack(source: Path, file: Path, entry: dict[str, Any]) -> None:
     """Unpack a compressed shard once per machine, whatever the number of processes.
+
+    An existing file is compared with its hash: an earlier process may have written it long ago.
 
     Raises:
         DataError: the shard is damaged, or the disk is full.
@@ -472,10 +487,9 @@ def _unpack(source: Path, file: Path, entry: dict[str, Any]) -> None:
 
     raw = entry["raw_data"]
     try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(file.with_name(file.name + ".lock"), "w") as lock:
+        with open_lock(file.with_name(file.name + ".lock")) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if file.is_file() and file.stat().st_size == raw["bytes"]:
+            if _is_unpacked(file, raw):
                 return
             try:
                 content = decompress(entry["compression"], source.read_bytes())
@@ -489,6 +503,13 @@ def _unpack(source: Path, file: Path, entry: dict[str, Any]) -> None:
             f"{source} cannot be unpacked to {file.parent} ({error.strerror}): set TMPDIR to a "
             "folder with room for the whole corpus"
         ) from None
+
+
+def _is_unpacked(file: Path, raw: dict[str, Any]) -> bool:
+    """Return True if a file of this size and hash is there, and is no link."""
+    if file.is_symlink() or not file.is_file() or file.stat().st_size != raw["bytes"]:
+        return False
+    return not raw["bytes"] or _matches(np.memmap(file, np.uint8, "r").data, raw)
 
 
 def _open_rows(shards: Sequence[MdsShard]) -> Any:

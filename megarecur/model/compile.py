@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from megarecur.model.block import Block
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.loss import LossKernels, differentiate_fused, summarize_fused
+from megarecur.private import UnsafeFolder, place_compile_cache
 
 Backend = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
@@ -55,6 +56,8 @@ class Compiled:
         def call(*args: Any) -> Any:
             return function(*args)
 
+        if backend is None:
+            place_compile_cache()
         torch._dynamo.config.recompile_limit = MOST_GRAPHS
         # Torch stores and limits graphs per code object, so give each `Compiled` its own.
         call.__code__ = call.__code__.replace()
@@ -128,6 +131,10 @@ class CompiledModel:
 
 def find_obstacle(device: torch.device) -> str | None:
     """Return why torch.compile fails on the device, with the remedy; None if a trial succeeds."""
+    try:
+        place_compile_cache()
+    except UnsafeFolder as error:
+        return str(error)
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 

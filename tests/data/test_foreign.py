@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +112,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where compressed shards are unpacked."""
     folder = tmp_path / "scratch"
     folder.mkdir()
-    monkeypatch.setattr("megarecur.data.foreign._unpacked_folder", folder.joinpath)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
 
 
@@ -179,6 +181,57 @@ def test_batches_equal_those_of_our_shards(
     assert before == after, "the folder itself is never written to"
     unpacked = list(scratch.rglob("*.mds"))
     assert bool(unpacked) == ("compression" in KINDS[kind][1])
+
+
+def plant_link(shard: Path, victim: Path) -> None:
+    shard.parent.mkdir(parents=True)
+    shard.with_name(shard.name + ".tmp").symlink_to(victim)
+
+
+def plant_shard(shard: Path, victim: Path) -> None:
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(bytes(victim.stat().st_size))
+
+
+def plant_linked_folder(shard: Path, victim: Path) -> None:
+    (victim.parent / "theirs").mkdir()
+    shard.parent.parent.mkdir(parents=True)
+    shard.parent.symlink_to(victim.parent / "theirs")
+
+
+@pytest.mark.parametrize("plant", [plant_link, plant_shard, plant_linked_folder])
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_a_neighbour_has_prepared_is_never_used(
+    folders: dict[str, Path],
+    scratch: Path,
+    plant: Callable[[Path, Path], None],
+    verify: bool,
+) -> None:
+    """He knows the names, as everyone does, and comes first."""
+    packed = next(kind for kind in KINDS if "compression" in KINDS[kind][1])
+    expected = open_foreign(folders[packed]).read(0, 500)
+    shard = next(scratch.rglob("*.mds"))
+    victim = scratch.parent / "victim"
+    victim.write_bytes(b"mine" * (shard.stat().st_size // 4) + b"." * (shard.stat().st_size % 4))
+    before = victim.read_bytes()
+    shutil.rmtree(shard.parents[2])
+    plant(shard, victim)
+    for folder in (shard.parents[2], shard.parents[1], shard.parent):
+        if not folder.is_symlink():
+            folder.chmod(0o700)
+    if plant is plant_linked_folder:
+        with pytest.raises(DataError, match="is a symbolic link"):
+            open_foreign(folders[packed], verify=verify)
+        assert not list((victim.parent / "theirs").iterdir())
+    else:
+        corpus = open_foreign(folders[packed], verify=verify)
+        assert (corpus.read(0, 500) == expected).all()
+    assert victim.read_bytes() == before
+    shutil.rmtree(shard.parents[2])
+    shard.parent.mkdir(parents=True)
+    shard.parents[2].chmod(0o777)
+    with pytest.raises(DataError, match="is writable by other users"):
+        open_foreign(folders[packed], verify=verify)
 
 
 def foreign_config(folder: Path, run_dir: Path, **sections: Any) -> Any:
