@@ -55,6 +55,7 @@ from megarecur.errors import CheckpointError, ConfigError, DataError
 from megarecur.files import create_file, create_folder, write_all
 from megarecur.inference.translate import MORE_TOKENS, TranslateOptions, limit_of
 from megarecur.parallel.shards import TensorShard, whole
+from megarecur.private import read_inside
 from megarecur.recurrence.inventory import build_inventory, signal_names
 from megarecur.recurrence.layer_map import LayerMap, count_uses
 from megarecur.recurrence.schemes import layer_map
@@ -193,10 +194,14 @@ def stream_dense(config: Config, source: SourceModel) -> tuple[dict[str, TensorS
 
 
 def copy_tokenizer(source: Path, target: Path) -> str | None:
-    """Copy the tokenizer's existing files; returns the name of the one to use."""
+    """Copy the tokenizer's existing files; returns the name of the one to use.
+
+    Raises:
+        DataError: a file is a link that leads out of its folder.
+    """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            create_file(target / name, (source / name).read_bytes())
+            create_file(target / name, read_inside(source / name))
     return next((name for name in TOKENIZERS if (target / name).is_file()), None)
 
 

@@ -29,6 +29,7 @@ from megarecur.config.locate import NOT_A_FILE
 from megarecur.config.run import NO_TOKENIZER
 from megarecur.errors import DataError
 from megarecur.files import replace_file
+from megarecur.private import read_inside
 
 BYTES = "bytes"
 BEGIN_NAMES = (
@@ -528,7 +529,11 @@ def tokenizer_fingerprint(path: str | Path) -> str:
 
 def copy_tokenizer_files(name: str, folder: Path) -> None:
     """Copy a tokenizer, and the files beside a tokenizer.json, into a folder; existing equal files
-    stay."""
+    stay.
+
+    Raises:
+        DataError: a file beside the tokenizer is a link that leads out of its folder.
+    """
     source = Path(name)
     if name in NOT_A_FILE or not source.is_file():
         return
@@ -537,7 +542,7 @@ def copy_tokenizer_files(name: str, folder: Path) -> None:
     # The sentencepiece model from which a tokenizer.json was made is copied too.
     models = ("tokenizer.model",) if content.lstrip()[:1] == b"{" else ()
     beside = (source.with_name(companion) for companion in (*COMPANIONS, *models))
-    files |= {path.name: path.read_bytes() for path in beside if path.is_file()}
+    files |= {path.name: read_inside(path) for path in beside if path.is_file()}
     for file, content in files.items():
         target = folder / file
         if target.is_file() and target.read_bytes() == content:
