@@ -6,6 +6,7 @@ RUN/logs/eval/ script, output (JOB_0_log.out) and errors of each job
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from megarecur.launch.draft import Draft
 from megarecur.launch.folder import check_run
 from megarecur.launch.job import SNAPSHOT, snapshot_name, write_snapshot
 from megarecur.launch.profile import MOST_SECONDS, ClusterProfile, load_profile, seconds_of
+from megarecur.launch.script import refuse_line_break
 from megarecur.launch.slurm import SlurmError, run
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def submit_evaluation(
             f"{run_dir}: submitit writes no output below a folder with a % in its name; rename it, "
             "or omit --launch"
         )
+    parameters = parameters_of(profile, run_dir, gpus)
     if executor == "slurm":
         for program in ("sbatch", "srun"):
             # Fails with a clear error if Slurm is missing, before anything is written.
@@ -64,7 +67,7 @@ def submit_evaluation(
         draft.make_folder(folder)
         write_snapshot(code, draft)
         found = submitit.AutoExecutor(folder, cluster=executor, slurm_python=profile.python)
-        found.update_parameters(**parameters_of(profile, run_dir, gpus))
+        found.update_parameters(**parameters)
         return found.submit(submitit.helpers.CommandFunction(command))
     except (FailedJobError, FailedSubmissionError) as error:
         draft.undo()
@@ -75,7 +78,11 @@ def submit_evaluation(
 
 
 def parameters_of(profile: ClusterProfile, run_dir: Path, gpus: int) -> dict[str, Any]:
-    """Return a profile as parameters of submitit; Slurm's parameters apply to Slurm alone."""
+    """Return a profile as parameters of submitit; Slurm's parameters apply to Slurm alone.
+
+    Raises:
+        ConfigError: a value for sbatch contains a line break.
+    """
     variables = [f"export {name}={quote(value)}" for name, value in profile.variables.items()]
     srun = list(profile.srun_options)
     if profile.container is not None:
@@ -86,6 +93,7 @@ def parameters_of(profile: ClusterProfile, run_dir: Path, gpus: int) -> dict[str
     of_type = [("gpus-per-node", f"{kind}{gpus}")] if gpus and kind and not by_gres else []
     seconds = seconds_of(profile.time)
     no_limit = [("time", profile.time)] if math.isinf(seconds) else []
+    more = dict([*of_type, *no_limit, *map(split_option, profile.options)])
     slurm = {
         "partition": profile.partition,
         "account": profile.account,
@@ -95,10 +103,14 @@ def parameters_of(profile: ClusterProfile, run_dir: Path, gpus: int) -> dict[str
         "exclude": ",".join(profile.exclude) or None,
         "comment": str(run_dir),
         "gres": f"gpu:{kind}{gpus}" if gpus and by_gres else None,
-        "setup": [*(f"module load {name}" for name in profile.modules), *profile.setup, *variables],
+        "setup": [
+            *(f"module load {shlex.quote(name)}" for name in profile.modules),
+            *profile.setup,
+            *variables,
+        ],
         "srun_args": srun,
         "exclusive": profile.exclusive,
-        "additional_parameters": dict([*of_type, *no_limit, *map(split_option, profile.options)]),
+        "additional_parameters": more,
     }
     found = {
         "name": f"eval-{run_dir.name}",
@@ -109,6 +121,11 @@ def parameters_of(profile: ClusterProfile, run_dir: Path, gpus: int) -> dict[str
         "gpus_per_node": gpus if gpus and not (by_gres or kind) else None,
         **{f"slurm_{name}": value for name, value in slurm.items()},
     }
+    # submitit writes these into lines of #SBATCH, and a rest behind a line break is run by bash.
+    for name, value in (*found.items(), *more.items()):
+        refuse_line_break("options", name)
+        if isinstance(value, str):
+            refuse_line_break(name, value)
     return {name: value for name, value in found.items() if value}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class Job:
     killed."""
 
 
+VARIABLE = re.compile(r"\$[A-Za-z_][A-Za-z0-9_]*")
+"""A word of a command that bash expands."""
 FORWARD = """
 # Forward signals to the supervisor, those too that come before it has begun.
 pass_on() {
@@ -79,7 +82,7 @@ exit $code
 def render(job: Job, profile: ClusterProfile, command: Sequence[str]) -> str:
     """Return the script that runs `command` on the first node of a job; a pure function.
 
-    Words of the command are quoted, except those that begin with `$`, which bash expands.
+    Words of the command are quoted, except those such as `$NAME`, which bash expands.
 
     Raises:
         ConfigError: a value for sbatch contains a line break, which would end its line.
@@ -111,8 +114,7 @@ def render(job: Job, profile: ClusterProfile, command: Sequence[str]) -> str:
         "output": f"{escape(job.logs)}/{job.log}",
     }
     for key, value in [*asked.items(), *(("option", option) for option in profile.options)]:
-        if len(str(value).splitlines()) > 1 or str(value).endswith(("\n", "\r")):
-            raise ConfigError(f"{key}={value!r}: contains a line break; write it in one line")
+        refuse_line_break(key, str(value))
     flags = ["requeue" if profile.requeue else "no-requeue"]
     flags += ["exclusive"] if profile.exclusive else []
     lines = ["#!/bin/bash"]
@@ -123,7 +125,8 @@ def render(job: Job, profile: ClusterProfile, command: Sequence[str]) -> str:
     ]
     lines += [f"#SBATCH --{flag}" for flag in flags]
     lines += [f"#SBATCH {option}" for option in profile.options]
-    lines += FORWARD.splitlines() if job.supervised else []
+    # splitlines() would also break a path at the separators of Unicode.
+    lines += FORWARD.removesuffix("\n").split("\n") if job.supervised else []
     lines += ["", "set -e"]
     lines += [f"module load {shlex.quote(module)}" for module in profile.modules]
     lines += profile.setup
@@ -133,10 +136,21 @@ def render(job: Job, profile: ClusterProfile, command: Sequence[str]) -> str:
         lines.append(f"{name}=({' '.join(map(shlex.quote, values))})")
         lines.append(f"{name}=${{{name}[$SLURM_ARRAY_TASK_ID]}}")
     lines.append(f"cd {shlex.quote(str(job.workdir))}")
-    quoted = (f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in command)
+    quoted = (f'"{w}"' if VARIABLE.fullmatch(w) else shlex.quote(w) for w in command)
     words = " ".join(quoted)
-    lines += SUPERVISE.format(command=words).splitlines() if job.supervised else [f"exec {words}"]
+    end = SUPERVISE.removesuffix("\n").format(command=words)
+    lines += end.split("\n") if job.supervised else [f"exec {words}"]
     return "\n".join(lines) + "\n"
+
+
+def refuse_line_break(key: str, value: str) -> None:
+    """Reject a value for a line of #SBATCH that would end the line: bash runs the rest.
+
+    Raises:
+        ConfigError: the message names the value.
+    """
+    if len(value.splitlines()) > 1 or value.endswith(("\n", "\r")):
+        raise ConfigError(f"{key}={value!r}: contains a line break; write it in one line")
 
 
 def escape(path: Path) -> str:
