@@ -27,6 +27,7 @@ FILES = {
     "tokenizer.model": "a copy of the tokenizer (or `tokenizer.json` and what lies beside it)",
     "generation_config.json": "of a converted model: its special ids, as Hugging Face has them",
     "origin.json": "where the run was started, and hashes by which its corpora are found again",
+    "identity.json": "the ID of the run, which its checkpoints carry",
     "events.jsonl": "alarms, and what was done about them",
     "heartbeat.json": "phase and step of the run, with the time",
     "health.json": "figures and faults of every node, from the health check",

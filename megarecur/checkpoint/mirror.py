@@ -11,6 +11,7 @@ needed, since object stores have none.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megarecur.checkpoint.checkpoint import STEP_FOLDER, list_checkpoints, step_of
+from megarecur.checkpoint.identity import owner_in, owner_of
 from megarecur.checkpoint.index import DamagedCheckpoint, Index, read_index
 from megarecur.checkpoint.retention import steps_to_keep
 from megarecur.checkpoint.storage import find_damage
@@ -32,6 +34,10 @@ from megarecur.progress import Note, note_nothing
 
 log = logging.getLogger(__name__)
 
+MARK = "run"
+"""File in each mirrored checkpoint with the ID of its run; it is written first."""
+VOLATILE = ("memory",)
+"""Protocols of fsspec that keep nothing beyond the process."""
 COPY_BYTES = 1 << 23
 STALLED_SECONDS = 300.0
 """Timeout in seconds: at the end of a run, give the mirror up after this long without progress."""
@@ -46,14 +52,27 @@ def check_mirror(url: str, root: Path) -> None:
     """
     import fsspec
 
+    if not url.strip():
+        raise ConfigError(
+            f"checkpoint.mirror={url!r}: is blank, which names the current directory; name a "
+            "folder, or set it to null"
+        )
     protocol = fsspec.utils.get_protocol(url)
+    if protocol in VOLATILE:
+        raise ConfigError(
+            f"checkpoint.mirror={url}: is the memory of this process and ends with it; name a "
+            "folder or URL that outlives the run"
+        )
     try:
         fsspec.get_filesystem_class(protocol)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"checkpoint.mirror={url}: {error}") from None
     if protocol in ("file", "local"):
         _, place = fsspec.core.url_to_fs(url)
-        if Path(place).resolve() == root.resolve():
+        there, here = Path(place).resolve(), root.resolve()
+        if there.is_relative_to(here) or (
+            there.exists() and here.exists() and there.samefile(here)
+        ):
             raise ConfigError(
                 f"checkpoint.mirror={url} is where the run itself saves; choose another folder"
             )
@@ -90,6 +109,31 @@ class Place:
             return bytes(self.files.cat_file(self.path(name, "index.xxh3")))
         except FileNotFoundError:
             return None
+
+    def owner(self, name: str) -> str | None:
+        """Return the ID of the run that wrote a complete checkpoint; None if it carries none.
+
+        Raises:
+            CheckpointError: the index is damaged, so that this cannot be known.
+        """
+        try:
+            return owner_in(json.loads(self.files.cat_file(self.path(name, "index.json")))["state"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise CheckpointError(
+                f"{self.url}/{name}/index.json: is damaged, so that its run is not known; delete "
+                "this checkpoint, or choose another mirror"
+            ) from None
+
+    def uploader(self, name: str) -> str | None:
+        """Return the ID of the run that began to upload a checkpoint; None if it left none."""
+        try:
+            return bytes(self.files.cat_file(self.path(name, MARK))).decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def is_empty(self, name: str) -> bool:
+        """Return True if the folder of a checkpoint holds nothing."""
+        return not self.files.ls(self.path(name), detail=False)
 
     def open(self, name: str, file: str) -> Any:
         """Open a file of a checkpoint for reading."""
@@ -133,6 +177,10 @@ def blocks_of(file: Any) -> Iterator[bytes]:
 # --------------------------------------------------------------------------------------- writing
 
 
+class ForeignMirror(CheckpointError):
+    """A mirror that holds checkpoints of another run."""
+
+
 class Mirror:
     """Background thread that keeps a mirror up to date; used by one process of a run.
 
@@ -146,8 +194,12 @@ class Mirror:
         rule: CheckpointConfig,
         read_scores: Callable[[], Mapping[int, float]],
         note: Note = note_nothing,
+        run: str | None = None,
     ) -> None:
-        self.note = note
+        self.note, self.run = note, run
+        """ID of the run; None: every checkpoint is its own."""
+        self.owners: dict[tuple[int, bytes | None], str | None] = {}
+        """The run of each mirrored checkpoint, by step and seal."""
         self.url, self.root, self.rule, self.read_scores = url, Path(root), rule, read_scores
         self.busy: Path | None = None
         """The checkpoint being copied; it must not be deleted before the copy is done."""
@@ -203,12 +255,18 @@ class Mirror:
         """Copy missing checkpoints that the rule keeps, newest first; then delete the others.
 
         Raises:
+            ForeignMirror: see `check`; nothing is copied or deleted.
             CheckpointError: a copy differs from the original when it is read back.
             Exception: any error of the file system.
         """
         place = Place(self.url)
-        ours = {step_of(path.name): path for path in list_checkpoints(self.root)}
+        ours = {
+            step_of(path.name): path
+            for path in list_checkpoints(self.root)
+            if self.run is None or owner_of(path) == self.run
+        }
         theirs = {step_of(name): place.seal(name) for name in place.folders()}
+        self.refuse_foreign(place, theirs)
         complete = {step for step, seal in theirs.items() if seal is not None}
         scores, damaged = self.read_scores(), []
         wanted = steps_to_keep({*ours, *complete}, self.rule, scores)
@@ -228,6 +286,35 @@ class Mirror:
             place.delete(f"step-{step:08d}")
         if damaged:
             raise CheckpointError("; ".join(damaged))
+
+    def check(self) -> None:
+        """Check that the mirror holds checkpoints of this run alone.
+
+        Raises:
+            ForeignMirror: it holds one of another run, or one whose run is not known.
+            Exception: any error of the file system.
+        """
+        place = Place(self.url)
+        names = place.folders()
+        self.refuse_foreign(place, {step_of(name): place.seal(name) for name in names})
+
+    def refuse_foreign(self, place: Place, seals: Mapping[int, bytes | None]) -> None:
+        """Raise the errors of `check`, given the seal of each step; nothing is changed before."""
+        if self.run is None:
+            return
+        for step, seal in seals.items():
+            if (step, seal) not in self.owners:
+                name = f"step-{step:08d}"
+                owner = place.owner(name) if seal is not None else place.uploader(name)
+                if owner is None and seal is None and place.is_empty(name):
+                    continue  # a crash came before the mark
+                self.owners[step, seal] = owner
+            if (owner := self.owners[step, seal]) != self.run:
+                whose = f"run {owner}" if owner else "a run that is not recorded in it"
+                raise ForeignMirror(
+                    f"checkpoint.mirror={self.url}: step-{step:08d} there is of {whose}, and this "
+                    f"is run {self.run}; name an empty folder or URL of this run's own, or null"
+                )
 
     def is_intact(self, place: Place, path: Path, seal: bytes) -> bool:
         """Return True if the existing copy of a checkpoint is intact; reads it at most once."""
@@ -257,6 +344,8 @@ class Mirror:
         if name in place.folders():
             place.delete(name)
         place.files.makedirs(place.path(name), exist_ok=True)
+        if self.run is not None:
+            place.files.pipe_file(place.path(name, MARK), self.run.encode())
         for file in sorted(index.files):
             place.upload(path / file, name, self._note)
         damage = self.read_back(place, name, index)

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from megarecur.checkpoint.checkpoint import TEMPORARY, list_checkpoints, step_of, verify
+from megarecur.checkpoint.identity import owner_of
 from megarecur.checkpoint.index import seal
 from megarecur.config.checkpoint import CheckpointConfig
 from megarecur.files import delete_folder, replace_file
@@ -61,6 +62,7 @@ def remove_old(
     *,
     good: Path | None = None,
     busy: Path | None = None,
+    run: str | None = None,
 ) -> None:
     """Delete checkpoints that the rule does not keep, and leftovers of interrupted saves.
 
@@ -70,6 +72,8 @@ def remove_old(
     Args:
         good: a checkpoint known to be intact, which is not read again.
         busy: a checkpoint that is being read and is not deleted yet.
+        run: ID of the run; checkpoints that it did not write are neither deleted nor counted.
+            None: all are its own.
 
     Raises:
         OSError: a file cannot be deleted or written.
@@ -81,7 +85,11 @@ def remove_old(
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    paths = {step_of(path.name): path for path in list_checkpoints(root)}
+    paths = {
+        step_of(path.name): path
+        for path in list_checkpoints(root)
+        if run is None or owner_of(path) == run
+    }
     keep = steps_to_keep(paths, rule, scores or {})
     doomed = [path for step, path in paths.items() if step not in keep and path != busy]
     kept = [path for path in reversed(paths.values()) if path not in doomed]

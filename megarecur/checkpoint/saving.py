@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
@@ -26,10 +27,10 @@ from torch import Tensor
 
 from megarecur.checkpoint import checkpoint
 from megarecur.checkpoint.checkpoint import SaveHandle, SavePlanner
-from megarecur.checkpoint.mirror import Mirror, check_mirror
+from megarecur.checkpoint.mirror import ForeignMirror, Mirror, check_mirror
 from megarecur.checkpoint.retention import read_scores, remove_old
 from megarecur.config.run import Config
-from megarecur.errors import CheckpointError, MegarecurError
+from megarecur.errors import CheckpointError, ConfigError, MegarecurError
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.parallel.shards import TensorShard
 from megarecur.progress import Note, note_nothing
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 120.0
 """Seconds that a failing run waits for a running save."""
+ANSWER_SECONDS = 30.0
+"""Seconds that a starting run waits for its mirror."""
 LOST_GRACE_SECONDS = 1.0
 """The wait if another rank is probably gone: the remaining ranks may wait for this one to exit."""
 
@@ -137,12 +140,42 @@ class Saver:
         self.staging: Staging | None = None
         self.mirror: Mirror | None = None
         self.newest: Path | None = None
+        self.run: str | None = None
+        """ID of the run, on rank 0; see `identify`."""
         self.blocked_seconds = self.write_seconds = 0.0
         with same_error(mesh):
             if self.rule.mirror is not None:
                 check_mirror(self.rule.mirror, self.root)
                 if mesh.rank == 0:
                     self.mirror = Mirror(self.rule.mirror, self.root, self.rule, self.scores, note)
+
+    def identify(self, run: str) -> None:
+        """Set the ID of the run before the first save, and check that the mirror is its own.
+
+        Called on rank 0. A mirror that does not answer is not waited for: it is checked again
+        before anything is written to it.
+
+        Raises:
+            ConfigError: the mirror holds checkpoints of another run.
+        """
+        self.run = run
+        if (mirror := self.mirror) is None:
+            return
+        mirror.run = run
+        found: list[Exception] = []
+
+        def check() -> None:
+            try:
+                mirror.check()
+            except Exception as error:  # file systems raise arbitrary exceptions
+                found.append(error)
+
+        thread = Thread(target=check, name="mirror-check", daemon=True)
+        thread.start()
+        thread.join(ANSWER_SECONDS)
+        for error in found:
+            if isinstance(error, ForeignMirror):
+                raise ConfigError(str(error)) from None
 
     def prepare(self, shards: dict[str, TensorShard]) -> None:
         """Allocate the buffers of background saves before training, not at the first save."""
@@ -162,6 +195,7 @@ class Saver:
         """
         began = time.perf_counter()
         self.wait()
+        state = state if self.run is None else state | {"run": self.run}
         if self.rule.asynchronous and not last:
             if self.staging is None:
                 self.staging = Staging(shards, self.mesh, self.planner)
@@ -195,7 +229,9 @@ class Saver:
         """Delete checkpoints that the rule does not keep; one process calls it between saves."""
         busy = self.mirror.busy if self.mirror else None
         try:
-            remove_old(self.root, self.rule, self.scores(), good=self.newest, busy=busy)
+            remove_old(
+                self.root, self.rule, self.scores(), good=self.newest, busy=busy, run=self.run
+            )
         except OSError as error:
             raise CheckpointError(
                 f"{error.filename or self.root}: cannot be deleted or written while old "

@@ -143,8 +143,9 @@ def steps_left_out(run_dir: Path, mesh: Mesh) -> frozenset[int]:
 class RunFolder:
     """The folder of a run; rank 0 leases it and recreates deleted files.
 
-    The lease is a file lock of the operating system on `lease`. It ends with its process, even if
-    that is killed.
+    The lease is a file lock of the operating system on `lease`, and on the folder itself: deleting
+    the file frees the run for no other job. Some network file systems lock no folders; there the
+    file alone counts. Locks end with their process, even if that is killed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -152,6 +153,8 @@ class RunFolder:
         self.config = ""
         """Content of config.yaml; empty before it is written."""
         self.lease: TextIO | None = None
+        self.lock: int | None = None
+        """Descriptor of the folder, locked; None where folders cannot be locked."""
 
     def open(self) -> str:
         """Create the folder and take its lease; returns the reason if that fails, else ""."""
@@ -172,9 +175,28 @@ class RunFolder:
 
     def take_lease(self) -> str:
         """Lock the lease; returns an error message that names the holder, "" on success."""
-        self.close()
-        self.lease = (self.path / "lease").open("a+", encoding="utf-8")
+        path = self.path / "lease"
+        if not self.lock_folder():
+            return describe_holder(path.read_text("utf-8") if path.exists() else "", self.path)
+        if self.lease is not None:
+            self.lease.close()
+        self.lease = path.open("a+", encoding="utf-8")
         return take_lease(self.lease, self.path)
+
+    def lock_folder(self) -> bool:
+        """Lock the folder, or the one that was made in its place; False if another job has."""
+        if self.lock is not None:
+            if os.path.samestat(os.fstat(self.lock), self.path.stat()):
+                return True
+            os.close(self.lock)
+        self.lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            os.close(self.lock)
+            self.lock = None
+            return not isinstance(error, BlockingIOError)
 
     def write_config(self, config: Config) -> None:
         """Write the resolved config, the origin of its paths, and a copy of the tokenizer.
@@ -208,6 +230,9 @@ class RunFolder:
         """Release the lease."""
         if self.lease is not None:
             self.lease.close()
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
 
 @contextmanager
@@ -240,13 +265,18 @@ def take_lease(file: Any, run_dir: Path) -> str:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        holder = file.read().strip() or "another process"
-        return (
-            f"run_dir={run_dir} is in use by {holder}; "
-            "wait for that job, end it, or choose another run_dir"
-        )
+        return describe_holder(file.read(), run_dir)
     file.seek(0)
     file.truncate()
     file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
     file.flush()
     return ""
+
+
+def describe_holder(text: str, run_dir: Path) -> str:
+    """Return the error of a run folder in use, given the text of its lease."""
+    holder = text.strip() or "another process"
+    return (
+        f"run_dir={run_dir} is in use by {holder}; "
+        "wait for that job, end it, or choose another run_dir"
+    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megarecur.checkpoint import checkpoint
+from megarecur.checkpoint.identity import identify, owner_of
 from megarecur.checkpoint.initial import load_initial
 from megarecur.checkpoint.mirror import fetch_newest
 from megarecur.checkpoint.saving import Saver, find_non_finite
@@ -122,6 +123,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         engine = build_engine(model, config, mesh)
         saver = resources.enter_context(Saver(run_dir, config, mesh, beat.note("save")))
         state = resume(run_dir, config, data, engine, schedules, mesh, beat.note("start"))
+        origin = identify_run(saver, state, mesh)
         teacher = load_teacher(config, mesh, model.project is not None)
         left_out = steps_left_out(run_dir, mesh)
         saver.prepare(engine.shards())
@@ -131,7 +133,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         alarms = Alarms(config.alarms, report.rows(), state.rolled_back_at)
         stays = config.train.offload_activations and mesh.device.type == "cpu"
         unmoved = "train.offload_activations=true moves nothing on a CPU" if stays else ""
-        for line in filter(None, (health, model.attention.describe(), reason, unmoved)):
+        for line in filter(None, (health, origin, model.attention.describe(), reason, unmoved)):
             report.note(line)
         if mesh.pp > 1:
             report.note(schedules.describe(*step_to_take(config, mesh, state.step)))
@@ -427,6 +429,26 @@ def resume(
         log.warning("the pipeline's order of operations is not the one %s was saved with, though "
                     "the mesh is: sums will differ in their last bits", path)  # fmt: skip
     return state
+
+
+def identify_run(saver: Saver, state: TrainState, mesh: Mesh) -> str:
+    """Give the saver the run's identity; collective. Returns which run is resumed, "" if none.
+
+    Raises:
+        ConfigError: the recorded identity is damaged, or the mirror belongs to another run.
+    """
+    text = ""
+    with same_error(mesh):
+        if mesh.rank == 0:
+            path = saver.root / f"step-{state.step:08d}"
+            resumed = path.is_dir()
+            found = identify(saver.run_dir, path if resumed else None)
+            saver.identify(found.run)
+            if resumed:
+                text = f"resumes at step {state.step} of run {owner_of(path) or found.run}"
+            if found.copy_of:
+                text += f"; {saver.run_dir} is a copy of {found.copy_of}: now run {found.run}"
+    return text.removeprefix("; ")
 
 
 def has_checkpoints(run_dir: Path, mesh: Mesh) -> bool:
