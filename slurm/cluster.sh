@@ -33,7 +33,8 @@ PACKAGES=(slurmctld slurmd slurm-client munge)
 PROGRAMS=(slurmctld slurmd sbatch munged)
 FIRST_PORT=17800 LAST_PORT=19999 # below the ports of megarecur's jobs and the kernel
 
-DIR=$(realpath -m "${SLURM_CLUSTER_DIR:-${TMPDIR:-/tmp}/slurm-cluster}")
+GIVEN=${SLURM_CLUSTER_DIR:-${TMPDIR:-/tmp}/slurm-cluster}
+DIR=$(realpath -m "$GIVEN")
 NODES=${SLURM_CLUSTER_NODES:-4}
 CPUS=${SLURM_CLUSTER_CPUS:-4}
 GPUS=${SLURM_CLUSTER_GPUS:-4}
@@ -50,6 +51,17 @@ die() {
 }
 need_root() {
     [ "$(id -u)" = 0 ] || die "$1 must be done by root, as slurmd starts jobs for any user; try sudo -E"
+}
+refuse_foreign() { # settings are read from the folder, as root: no other user may have made it
+    local owner mode
+    [ ! -L "${GIVEN%/}" ] || die "SLURM_CLUSTER_DIR=$GIVEN: is a link; name the folder itself"
+    [ -e "$DIR" ] || return 0
+    read -r owner mode < <(stat -c '%u %a' "$DIR")
+    [ "$owner" = 0 ] || [ "$owner" = "$(id -u)" ] ||
+        die "SLURM_CLUSTER_DIR=$DIR: belongs to user $owner; name a folder of your own"
+    if ((8#$mode & 8#022)); then
+        die "SLURM_CLUSTER_DIR=$DIR: other users can write it (mode $mode); name a folder of your own"
+    fi
 }
 wait_for() { # SECONDS WHAT COMMAND...: wait until the command succeeds
     local tries=$(($1 * 10)) what=$2
@@ -327,6 +339,9 @@ up() {
     if [ ! -e "$MARK" ] && [ -n "$(ls -A "$DIR" 2>/dev/null)" ]; then
         die "SLURM_CLUSTER_DIR=$DIR: holds something else; name a folder of its own"
     fi
+    mkdir -p "$(dirname "$DIR")"
+    mkdir -m 755 "$DIR" 2>/dev/null || true # others may be faster, and are found out
+    refuse_foreign
     mkdir -p "$DIR/run"
     touch "$MARK"
     exec 9>"$DIR/run/lock"
@@ -395,6 +410,7 @@ restart_controller() {
     say "the controller is up again"
 }
 
+refuse_foreign
 case ${1:-} in
 up | down | status | install) "$1" ;;
 stop-controller) stop_controller ;;
