@@ -213,9 +213,15 @@ def schema() -> None:
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a run, or resume it from its newest checkpoint by the same command."""
-    from megarecur.train.signals import ignore_signals, note_signals, write_stacks_on_demand
+    from megarecur.train.signals import (
+        die_with_launcher,
+        ignore_signals,
+        note_signals,
+        write_stacks_on_demand,
+    )
 
     stop = note_signals()  # Before torch is imported, which takes seconds.
+    die_with_launcher()
     write_stacks_on_demand()
     from megarecur.launch.configs import load_run_config
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from megarecur.config.mesh import check_world
@@ -25,10 +26,12 @@ from megarecur.launch.reasons import HINTS, OUT_OF_MEMORY, count_oom_kills
 from megarecur.launch.slurm import SlurmError
 from megarecur.launch.submit import refuse_jobs, refuse_processes
 from megarecur.launch.watchdog import Watchdog, wait_for_stacks
-from megarecur.train.signals import STACKS_VARIABLE, STOP_SIGNALS
+from megarecur.train.signals import LAUNCHER_VARIABLE, STACKS_VARIABLE, STOP_SIGNALS
 
 USER_ERROR, STOPPED, FAILED = 2, 3, 1
 POLL_SECONDS = 0.5
+WARN_SECONDS, STOPPED_SECONDS = 5.0, 30.0
+"""Seconds after which a stopped rank is reported, and after which the run ends."""
 AWAKE_SECONDS = 5.0
 """If the watch is later than this, it was itself stopped, for example by Ctrl-Z."""
 
@@ -63,13 +66,20 @@ def train_local(
 
 
 class Watch:
-    """A thread that ends the processes of a stalled run, and reports the silent ones."""
+    """A thread that ends the processes of a stalled run, and reports the silent ones.
+
+    A stopped rank (SIGSTOP) has the run end sooner: it will not go on by itself, and the others
+    wait for it.
+    """
 
     def __init__(self, run_dir: Path, profile: ClusterProfile, nproc: int, stacks: Path) -> None:
         self.nproc, self.stacks = nproc, stacks
         self.stalled = self.killed = False
         self.over = threading.Event()
         self.awake, self.looked = 0.0, time.monotonic()
+        self.since: dict[int, float] = {}
+        """Moment at which each stopped process was first seen stopped."""
+        self.warned = False
         self.watchdog = Watchdog(profile, lambda: read_beat(run_dir), self.clock)
 
     def clock(self) -> float:
@@ -83,7 +93,7 @@ class Watch:
     def run(self) -> None:
         """Watch until the processes have ended."""
         while not self.over.wait(POLL_SECONDS):
-            stall = self.watchdog.stalled()
+            stall = self.watchdog.stalled() or self.stopped()
             workers = ranks_of_children() if stall else {}
             if not workers:
                 continue
@@ -94,6 +104,25 @@ class Watch:
             for pid in workers.values():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
+    def stopped(self) -> str:
+        """Return which ranks are stopped, once they have been for long; warn before that."""
+        now, workers = self.clock(), ranks_of_children()
+        stopped = {rank: pid for rank, pid in workers.items() if is_stopped(pid)}
+        self.since = {pid: self.since.get(pid, now) for pid in stopped.values()}
+        named = ", ".join(f"rank {rank} (process {pid})" for rank, pid in sorted(stopped.items()))
+        longest = max((now - since for since in self.since.values()), default=0.0)
+        if longest < WARN_SECONDS:
+            self.warned = False
+        elif not self.warned:
+            self.warned = True
+            print(
+                f"warning: stopped by a signal: {named}; `kill -CONT` lets it go on, else the run "
+                f"ends in {STOPPED_SECONDS - WARN_SECONDS:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        return f"stopped for {longest:.0f} s: {named}" if longest >= STOPPED_SECONDS else ""
 
     def report(self, stall: str, workers: dict[int, int]) -> None:
         """Let every process write its stacks, and print which did not."""
@@ -147,10 +176,21 @@ def describe_process(pid: int | None) -> str:
     """Return the id of a process, and whether it is stopped."""
     if pid is None:
         return "gone"
-    with suppress(OSError):
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    if state := process_state(pid):
         return f"process {pid}{', stopped' if state in 'Tt' else ''}"
     return f"process {pid}, gone"
+
+
+def is_stopped(pid: int) -> bool:
+    """Return True if a signal has stopped a process; False if a debugger has."""
+    return process_state(pid) == "T"
+
+
+def process_state(pid: int) -> str:
+    """Return the letter of a process's state; "" if it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
 
 
 def launch_local(
@@ -171,24 +211,27 @@ def launch_local(
         MeshError: the world does not fit the config.
     """
     check_world(config, nproc * nodes)
-    raise_file_limit()  # the store of all processes is in this one
+    raise_file_limit()  # the store of all nodes may be in this process
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from megarecur.launch.rendezvous import register, store_file
+    from megarecur.parallel.mesh import STORE_VARIABLE
 
     # The workers report errors; the agent's own report is noise.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     threads = max(len(os.sched_getaffinity(0)) // nproc, 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     alone, environ = nodes == 1, os.environ
-    endpoint = "127.0.0.1:0" if alone else f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+    # Alone, the ranks meet in a file, and torch only hands the address on.
+    endpoint = "127.0.0.1:1" if alone else f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
     settings = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
         nproc_per_node=nproc,
-        rdzv_backend="c10d",
+        rdzv_backend=register(),
         rdzv_endpoint=endpoint,
-        # Nodes may have other names than their hosts, by which torch would decide.
-        rdzv_configs={} if alone else {"is_host": environ.get("SLURM_NODEID", "0") == "0"},
+        rdzv_configs={"node": 0 if alone else environ.get("SLURM_NODEID", "0")},
         local_addr="127.0.0.1" if alone else None,
         run_id=str(os.getpid()) if alone else endpoint,
         max_restarts=0,
@@ -197,17 +240,76 @@ def launch_local(
         signals_to_handle="SIGHUP,SIGQUIT",
     )
     oom_kills = count_oom_kills()
+    ends = EndOrder()
     try:
-        with forward_signals():
+        with ExitStack() as stack:
+            environ[LAUNCHER_VARIABLE] = str(os.getpid())
+            stack.callback(environ.pop, LAUNCHER_VARIABLE, None)
+            if alone:
+                environ[STORE_VARIABLE] = str(stack.enter_context(store_file()))
+                stack.callback(environ.pop, STORE_VARIABLE, None)
+                # By default both listen on the interface that the host's name stands for.
+                for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                    environ.setdefault(variable, "lo")
+            stack.enter_context(forward_signals())
+            stack.enter_context(ends)  # Its thread starts with the signals blocked.
             elastic_launch(settings, sys.executable)("-m", "megarecur.launch.cli", *command)
     except ChildFailedError as error:
-        ends = {rank: (end.pid, end.exitcode) for rank, end in error.failures.items()}
-        for line in [] if told() else describe_kills(ends, count_oom_kills() - oom_kills):
+        codes_of = {rank: (end.pid, end.exitcode) for rank, end in error.failures.items()}
+        kills = describe_kills(codes_of, count_oom_kills() - oom_kills)
+        for line in [] if told() else kills or ends.describe(codes_of):
             print(f"error: {line}", file=sys.stderr, flush=True)
         # The agent sends SIGTERM to workers that end later than the first.
         codes = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}
         return codes.pop() if codes in ({USER_ERROR}, {STOPPED}) else 1
     return 0
+
+
+class EndOrder:
+    """A thread that notes which rank ends first: the others fail because it is gone."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        """Process id."""
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def watch(self) -> None:
+        """Wait for the first of the children to end, by descriptors of the processes."""
+        poll, known = select.poll(), dict[int, int]()
+        try:
+            while self.first is None and not self.over.is_set():
+                for pid in set(ranks_of_children().values()) - set(known.values()):
+                    with suppress(OSError):
+                        descriptor = os.pidfd_open(pid)
+                        known[descriptor] = pid
+                        poll.register(descriptor, select.POLLIN)
+                ended = poll.poll(1000 * POLL_SECONDS)
+                self.first = known[ended[0][0]] if ended else None
+        finally:
+            for descriptor in known:
+                os.close(descriptor)
+
+    def describe(self, ends: Mapping[int, tuple[int, int]]) -> list[str]:
+        """Name the rank that ended first, if others may have failed because of it.
+
+        Args:
+            ends: as in `describe_kills`.
+        """
+        return [
+            f"rank {rank} (process {pid}) was the first to end, with exit code {code}; the errors "
+            "of the others may follow from that"
+            for rank, (pid, code) in ends.items()
+            if pid == self.first and code > 0 and code not in (USER_ERROR, STOPPED)
+        ]
+
+    def __enter__(self) -> EndOrder:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()
 
 
 def describe_kills(ends: Mapping[int, tuple[int, int]], oom_kills: int) -> list[str]:

@@ -6,6 +6,7 @@ ones of them share their sequences: dp_rank = reader * cp + cp_rank.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -41,6 +42,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 T = TypeVar("T")
 
+STORE_VARIABLE = "MEGARECUR_STORE"
+"""Environment variable with the file in which the ranks of one machine meet; `launch` sets it."""
 OWN_DESCRIPTORS = 256
 """Open files of a process that do not grow with the world: corpora, logs, peers of its groups."""
 TIMEOUT = timedelta(minutes=10)
@@ -457,17 +460,13 @@ def meet(world: int, patience: float = PATIENCE) -> tuple[Any, int]:
         with repeated(
             patience, lambda: log.warning("waiting for %s at %s %s", missing, place, hint)
         ):
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent has it
+            if file := os.environ.get(STORE_VARIABLE):
+                place = file
+                store = dist.PrefixStore("megarecur", dist.FileStore(file, world))
+            elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent's
                 store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
             else:
-                tcp = dist.TCPStore(
-                    os.environ["MASTER_ADDR"],
-                    port,
-                    world,
-                    rank == 0,
-                    TIMEOUT,
-                    wait_for_workers=False,
-                )
+                tcp = open_store(os.environ["MASTER_ADDR"], port, world, rank == 0)
                 store = dist.PrefixStore("megarecur", tcp)
     except (RuntimeError, ValueError) as error:  # torch's, for whatever goes wrong
         reason = str(error).splitlines()[0]
@@ -490,6 +489,57 @@ def meet(world: int, patience: float = PATIENCE) -> tuple[Any, int]:
             warned = now
         time.sleep(0.02)
     return store, rank
+
+
+def open_store(address: str, port: int, world: int, listen: bool) -> dist.TCPStore:
+    """Return a store at a TCP port; what is read from it is never unpickled.
+
+    Args:
+        listen: whether this process holds the store. Torch would listen on every interface of the
+            machine; this listens on that of `address`.
+
+    Raises:
+        RuntimeError: torch cannot listen there, or reach it in time.
+    """
+    listener = listen_on(address, port) if listen else None
+    return dist.TCPStore(
+        address,
+        port,
+        world,
+        listen,
+        TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+
+
+def listen_on(address: str, port: int) -> socket.socket | None:
+    """Return a socket that listens on the interface of an address.
+
+    None if other machines may know that interface by another address: a host name that stands for a
+    loopback address on its own machine, or an address that is translated on the way.
+
+    Raises:
+        RuntimeError: the port is taken.
+    """
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        return None  # torch reports it
+    host = str(place[0])
+    if host.startswith("127.") and host != address and address != "localhost":
+        return None
+    listener = socket.socket(family, kind)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            return None
+        raise RuntimeError(f"{error.strerror} ({address}:{port})") from None
+    return listener
 
 
 @contextmanager

@@ -6,6 +6,7 @@ importing torch.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import signal
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STACKS_VARIABLE = "MEGARECUR_STACKS"
 """Environment variable with the folder for every process's stacks; set by the monitor."""
+LAUNCHER_VARIABLE = "MEGARECUR_LAUNCHER_PID"
+"""Environment variable with the process id of a rank's launcher."""
+PR_SET_PDEATHSIG = 1
+"""Number in the kernel's prctl.h."""
 RECORD = "nccl-{}.pickle"
 """Name of a rank's flight record in that folder; empty until it is written."""
 FLIGHT_RECORDER = {
@@ -77,6 +82,19 @@ def note_signals() -> StopFlag:
         signal.signal(number, flag.note)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     return flag
+
+
+def die_with_launcher() -> None:
+    """Have the kernel send SIGTERM to this process when the one that launched it ends.
+
+    A rank then saves and ends, instead of training on with no process to stop it.
+    """
+    launcher = os.environ.pop(LAUNCHER_VARIABLE, None)
+    if launcher is None:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(launcher):  # it has ended before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def rank_of_process() -> str:
