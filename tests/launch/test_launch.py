@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -16,10 +17,11 @@ import yaml
 from support.cluster import PATIENCE
 from support.configs import make_config
 from support.forks import Forks
+from support.ports import LOOPBACK, listeners
 
 from megarecur.config.load import load_config, to_yaml
 from megarecur.errors import MeshError
-from megarecur.launch.local import describe_kills, watched
+from megarecur.launch.local import describe_kills, process_state, watched
 from megarecur.launch.profile import ClusterProfile
 from megarecur.parallel import mesh
 from megarecur.train.metrics import read_rows
@@ -188,6 +190,30 @@ def test_a_worker_that_dies_fails_the_launch(corpus, tmp_path) -> None:
     code, output = finish(process)
     assert code == 1, output
     assert f"error: rank 0 (process {holder['pid']}) was ended by SIGKILL" in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_stranger_disturbs_no_rank_and_a_killed_launcher_leaves_none(corpus, tmp_path) -> None:
+    """He connects to every port of the job, and sends what a rank might, or nothing sensible."""
+    path = write_config(corpus, tmp_path, 100_000)
+    process = start("launch", path, "--nproc", 2)
+    until_logged(process, tmp_path)
+    ranks = ranks_of(process.pid)
+    doors = [door for pid in ranks.values() for door in listeners(pid)]
+    assert listeners(process.pid) == [] and {address for address, _ in doors} <= {LOOPBACK}
+    for _, port in doors:
+        for words in (bytes(8), b"\x00\xff" * 5000, b"set key " + pickle.dumps(print)):
+            with socket.create_connection(("127.0.0.1", port)) as link:
+                link.sendall(words)
+    newest = max(row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl"))
+    until_logged(process, tmp_path, newest + 10)
+    process.kill()
+    deadline = time.monotonic() + PATIENCE
+    while any(process_state(pid) not in ("", "Z") for pid in ranks.values()):
+        assert time.monotonic() < deadline, "ranks train on without their launcher"
+        time.sleep(0.1)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*")), "they have saved"
 
 
 @pytest.mark.slow
