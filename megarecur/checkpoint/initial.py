@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from megarecur.checkpoint import checkpoint
+from megarecur.checkpoint.identity import owner_in
 from megarecur.checkpoint.index import Index, read_index
 from megarecur.config.load import validate
 from megarecur.config.run import Config
@@ -46,7 +47,7 @@ def load_initial(config: Config, engine: Engine, tokenizer: str, mesh: Mesh) -> 
     checkpoint.load(path, parameters, group=mesh.save_group, partial=True)
     engine.load(shards)
     if mesh.rank == 0:
-        log.info("parameters of %s", path)
+        log.info("parameters of %s (run %s)", path, owner_in(index.state) or "not recorded")
 
 
 def find_source(source: str, mesh: Mesh, field: str = "init_from") -> Path:
