@@ -218,6 +218,21 @@ def test_a_stranger_disturbs_no_rank_and_a_killed_launcher_leaves_none(corpus, t
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
+def test_a_rank_that_a_signal_stops_is_named_and_ends_the_run(corpus, tmp_path) -> None:
+    """At the start too, where silence of twenty minutes is no stall."""
+    path = write_config(corpus, tmp_path, 100_000)
+    process = start("launch", path, "--nproc", 2)
+    until_logged(process, tmp_path)
+    stopped = ranks_of(process.pid)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    code, output = finish(process)
+    assert code == 1 and f"stopped by a signal: rank 1 (process {stopped})" in output, output
+    assert f"silent: rank 1 (process {stopped}, stopped)" in output
+    assert not Path(f"/proc/{stopped}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_demo_at_five_steps(tmp_path, request) -> None:
     forks = Forks(tmp_path)
     request.addfinalizer(forks.close)
