@@ -163,9 +163,13 @@ class Attention(MultiHead):
             source_BSD: input of keys and values; None: x.
         """
         qkv = self.project(x_BSD, view, step, adapter, stream_BSD, source_BSD)
-        where = keys.get("attention")
-        rows = None if where is None else positions.all_rows()
-        mixed = self.attend(qkv, view.seen, where, rows, positions.cp)
+        if view.pages is not None:
+            dtype = self.query.weight.product_dtype
+            mixed = view.pages.attend(step.block, qkv[0], self.scores, dtype).flatten(2)
+        else:
+            where = keys.get("attention")
+            rows = None if where is None else positions.all_rows()
+            mixed = self.attend(qkv, view.seen, where, rows, positions.cp)
         out: Tensor = self.output(mixed.to(x_BSD.dtype), *deltas_of(adapter, "output"))
         return out
 
@@ -179,7 +183,8 @@ class Attention(MultiHead):
         source_BSD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, S, N, H] of these tokens, and keys and values [B, K, N, H] of all so
-        far. New keys and values are added to the view's cache. Arguments: see `forward`."""
+        far, or of these tokens alone if keys are paged. New keys and values are added to the view's
+        cache or pages. Arguments: see `forward`."""
         deltas = deltas_of(adapter, "query", "key", "value")
         if source_BSD is None:
             tap = stream_BSD if adapter is not None and adapter.reads_stream else None
@@ -195,6 +200,35 @@ class Attention(MultiHead):
         if view.rotation is not None:
             q_BSNH = rotate(q_BSNH, view.rotation, self.interleaved)
             k_BSNH = rotate(k_BSNH, view.key_rotation or view.rotation, self.interleaved)
-        if view.cache is not None:
-            k_BSNH, v_BSNH = view.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
-        return q_BSNH, k_BSNH, v_BSNH
+        return q_BSNH, *keep(view, step, k_BSNH, v_BSNH)
+
+    def remember(
+        self,
+        x_BSD: Tensor,
+        view: AttentionView,
+        step: Step,
+        adapter: Adapter | None,
+        stream_BSD: Tensor,
+    ) -> None:
+        """Add the keys and values of these tokens to the view's cache or pages, without queries.
+        Arguments: see `forward`."""
+        deltas = deltas_of(adapter, "key", "value")
+        tap = stream_BSD if adapter is not None and adapter.reads_stream else None
+        kv = apply_all((self.key, self.value), x_BSD, deltas, tap)
+        k_BSNH, v_BSNH = (t.unflatten(-1, (-1, self.head_dim)) for t in kv)
+        norms = norms_of(adapter, self.norms)
+        if "key_norm" in norms:
+            k_BSNH = norms["key_norm"](k_BSNH)
+        if view.rotation is not None:
+            k_BSNH = rotate(k_BSNH, view.key_rotation or view.rotation, self.interleaved)
+        keep(view, step, k_BSNH, v_BSNH)
+
+
+def keep(view: AttentionView, step: Step, k_BSNH: Tensor, v_BSNH: Tensor) -> tuple[Tensor, Tensor]:
+    """Add keys and values of new tokens to the view's cache or pages. Returns all so far, [B, K, N,
+    H] each; those of the new tokens if keys are paged or not kept."""
+    if view.cache is not None:
+        return view.cache.append((step.block, step.loop_index), k_BSNH, v_BSNH)
+    if view.pages is not None:
+        view.pages.write(step.block, k_BSNH, v_BSNH)
+    return k_BSNH, v_BSNH

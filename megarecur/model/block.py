@@ -227,10 +227,16 @@ class Block(nn.Module):
     def remember(self, x: Tensor, ctx: Context, step: Step, injected: Tensor | None) -> None:
         """Cache the keys and values that a skipped step would compute from x, [B, S, D]."""
         x = self.enter(x, ctx.positions, step, injected)
-        adapter, stream = self.adapter(step), x
+        self.remember_entered(x, ctx.view(self.slides), step, self.adapter(step))
+
+    def remember_entered(
+        self, x: Tensor, view: AttentionView, step: Step, adapter: Adapter | None
+    ) -> None:
+        """Cache the keys and values of a step whose input, from `enter`, is x, [B, S, D]."""
+        stream = x
         if self.norm_position not in ("post", "output"):
             x = norms_of(adapter, self.norms)["attention_norm"](x)
-        self.attention.project(x, ctx.view(self.slides), step, adapter, stream)
+        self.attention.remember(x, view, step, adapter, stream)
 
     def adapter(self, step: Step) -> Adapter | None:
         """Return the adapter of the step's loop, if loops have adapters."""

@@ -23,6 +23,7 @@ from megarecur.attention.documents import (
     from_lengths,
     whole_samples,
 )
+from megarecur.attention.scores import Scores
 from megarecur.attention.visibility import (
     Visibility,
     has_plain_kernel,
@@ -66,6 +67,25 @@ class KeysAndValues(Protocol):
         so far, [B, K, N, H] each."""
 
 
+class PagedKeys(Protocol):
+    """Interface of paged keys and values of rows of several texts, for the inference engine. The
+    rows are one sample, [1, T, ...], and each has its own text, position and loop."""
+
+    def write(self, block: int, k_1TNH: Tensor, v_1TNH: Tensor) -> None:
+        """Write the keys and values of the rows at their loops of a block."""
+
+    def attend(self, block: int, q_1TNH: Tensor, scores: Scores, dtype: torch.dtype) -> Tensor:
+        """Attend from each row to the tokens of its text so far, itself included, at its loop of a
+        block; returns mixed values [1, T, N, H].
+
+        Args:
+            block: the block.
+            q_1TNH: queries.
+            scores: how scores are computed.
+            dtype: dtype of products.
+        """
+
+
 class SourceKeys(Protocol):
     """Interface of a cache of the keys and values of source sentences, for cross-attention."""
 
@@ -89,6 +109,8 @@ class AttentionView:
     key_rotation: tuple[Tensor, Tensor] | None = None
     """The rotation of keys, if it differs from the rotation of queries."""
     cache: KeysAndValues | None = None
+    pages: PagedKeys | None = None
+    """Paged keys and values, in place of `seen` and `cache`."""
 
     def select(self, rows_b: Tensor, size: int) -> AttentionView:
         """Return the view of the samples `rows_b`, out of `size`, in this order."""
