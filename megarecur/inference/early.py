@@ -48,12 +48,28 @@ class ExitRule:
 
     def leaves(self, log_p_V: Tensor, before_V: Tensor | None) -> bool:
         """Return True if a token exits with this distribution, given that of the previous loop."""
-        p_V = log_p_V.exp()
-        if self.kind == "confidence":
-            return bool(p_V.max() >= self.threshold)
-        if self.kind == "entropy":
-            return bool(torch.special.entr(p_V).sum() <= self.threshold)
-        return before_V is not None and bool((p_V * (log_p_V - before_V)).sum() <= self.threshold)
+        before = None if before_V is None else before_V[None]
+        return bool(decide_exits(self.kind, self.threshold, log_p_V[None], before)[0])
+
+
+def decide_exits(
+    kind: Kind, threshold: float, log_p_BV: Tensor, before_BV: Tensor | None
+) -> list[bool]:
+    """Return whether each token exits with its distribution; see `ExitRule`.
+
+    Args:
+        log_p_BV: log probabilities after this loop.
+        before_BV: those after the previous loop; None: this is the first.
+    """
+    if kind == "kl":
+        if before_BV is None:
+            return [False] * len(log_p_BV)
+        exits_B = (log_p_BV.exp() * (log_p_BV - before_BV)).sum(-1) <= threshold
+    elif kind == "confidence":
+        exits_B = log_p_BV.amax(-1).exp() >= threshold
+    else:
+        exits_B = torch.special.entr(log_p_BV.exp()).sum(-1) <= threshold
+    return [bool(exits) for exits in exits_B.tolist()]
 
 
 def make_rule(kind: str | None, threshold: float | None) -> ExitRule | None:

@@ -4,13 +4,14 @@ scales (Liu et al. 2020, Admin)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from megarecur.model.norm import build_head_norm, build_norm
-from megarecur.parallel.linear import LowRank, MakeParameter, product
+from megarecur.parallel.linear import LowRank, MakeParameter, MixedLowRank, product
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.recurrence.inventory import (
     HEAD_NORMS,
@@ -90,6 +91,54 @@ class Adapter(nn.Module):
         )
 
 
+class MixedAdapter(Adapter):
+    """The adapters of several loops of a block, for one sample [1, T, ...] whose rows are sorted by
+    loop.
+
+    Args:
+        parts: the adapter of each loop.
+        counts: number of consecutive rows of each loop; the caller may change them between uses.
+    """
+
+    def __init__(self, parts: Sequence[Adapter], counts: list[int]) -> None:
+        nn.Module.__init__(self)
+        first = parts[0]
+        self.reads_stream = first.reads_stream
+
+        def mix_deltas(found: Sequence[nn.Module]) -> LowRank:
+            return MixedLowRank([cast(LowRank, delta) for delta in found], counts)
+
+        self.deltas = nn.ModuleDict(
+            {name: mix_deltas([part.deltas[name] for part in parts]) for name in first.deltas}
+        )
+        self.signal = None
+        if first.signal is not None:
+            self.signal = mix_deltas([cast(LowRank, part.signal) for part in parts])
+        self.norms = nn.ModuleDict(
+            {name: MixedRows([part.norms[name] for part in parts], counts) for name in first.norms}
+        )
+        self.scales = nn.ModuleDict(
+            {
+                name: MixedRows([part.scales[name] for part in parts], counts)
+                for name in first.scales
+            }
+        )
+
+
+class MixedRows(nn.Module):
+    """A module per loop for one sample [1, T, ...] whose rows are sorted by loop; see
+    `MixedAdapter`."""
+
+    def __init__(self, parts: Sequence[nn.Module], counts: list[int]) -> None:
+        super().__init__()
+        self.parts, self.counts = list(parts), counts
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Apply the module of each loop to its rows of the tensors, [1, T, ...] each."""
+        rows = zip(*(tensor.split(self.counts, 1) for tensor in tensors), strict=True)
+        return torch.cat([part(*own) for part, own in zip(self.parts, rows, strict=True)], 1)
+
+
 def join(x: Tensor, branch: Tensor, adapter: Adapter | None, name: str) -> Tensor:
     """Return x + branch, or x omega + branch if the loop has a residual scale of that name."""
     if adapter is None or not adapter.scales:
@@ -108,6 +157,8 @@ def informed(x: Tensor, adapter: Adapter | None) -> Tensor:
     feed-forward signal M, else x (recurrence.md, sections 3.1 and 3.2)."""
     if adapter is None or adapter.signal is None:
         return x
+    if isinstance(adapter.signal, MixedLowRank):
+        return adapter.signal.add_to(x.clone(), x)
     return x + product(product(x, adapter.signal.a), adapter.signal.b)
 
 

@@ -14,7 +14,11 @@ from megarecur.model.saved import is_marked, mark
 
 
 def rotation(
-    positions_BS: Tensor, model: ModelConfig, dtype: torch.dtype, local: bool = False
+    positions_BS: Tensor,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    local: bool = False,
+    lengths_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin [B, S, 1, dims/2] of rotary embeddings (Su et al. 2021, eq. 34).
 
@@ -22,6 +26,8 @@ def rotation(
         positions_BS: position of every token, restarting with each document.
         model: base, number of dims that rotate, and scaling of frequencies.
         local: use the base of blocks with a sliding window, which is not scaled.
+        lengths_BS: length so far of every token's document, for dynamic scaling; None: counted from
+            the positions.
     """
     dims, theta, scaling = model.rotary_dims, model.rope_theta, model.rope_scaling
     factor = model.rope_scaling_factor
@@ -31,7 +37,9 @@ def rotation(
     exponent = torch.arange(0, dims, 2, device=positions_BS.device).to(dtype) / dims
     positions = positions_BS[..., None, None].to(dtype)
     if isinstance(scaling, DynamicRope):
-        lengths = document_lengths(positions_BS)[..., None, None].to(dtype)
+        if lengths_BS is None:
+            lengths_BS = document_lengths(positions_BS)
+        lengths = lengths_BS[..., None, None].to(dtype)
         base = grow_base(theta, lengths, scaling, dims)
         angle = positions * base ** (-exponent)
         return angle.cos(), angle.sin()

@@ -574,6 +574,38 @@ class LowRank(nn.Module):
         return u if self.scale == 1.0 else u * self.scale
 
 
+class MixedLowRank(LowRank):
+    """Deltas of several loops for one sample [1, T, ...] whose rows are sorted by loop, outside of
+    the graph. Each row is multiplied with the factors of its own loop alone.
+
+    Args:
+        deltas: the delta of each loop.
+        counts: number of consecutive rows of each loop; the caller may change them between uses.
+    """
+
+    def __init__(self, deltas: Sequence[LowRank], counts: list[int]) -> None:
+        nn.Module.__init__(self)
+        self.deltas, self.counts = deltas, counts
+
+    def add_to(
+        self, y_1TO: Tensor, x_1TI: Tensor, leave: Callable[[Tensor], Tensor] = lambda u: u
+    ) -> Tensor:
+        """Add the deltas of x to y, in place; returns y.
+
+        Args:
+            leave: sums the inner products over the ranks that share the inputs.
+        """
+        parts = zip(
+            self.deltas, y_1TO.split(self.counts, 1), x_1TI.split(self.counts, 1), strict=True
+        )
+        for delta, y, x in parts:
+            u = leave(F.linear(x.to(delta.a.product_dtype), delta.a.value()))
+            y += F.linear(delta.scaled(u), delta.b.value()).to(y.dtype)
+            if delta.bias is not None:
+                y += delta.bias.to(y.dtype)
+        return y_1TO
+
+
 class Linear(nn.Module):
     """A linear layer whose weight may be used any number of times per step.
 
@@ -607,6 +639,9 @@ class Linear(nn.Module):
         if self.cut != "inputs":
             return apply_all((self,), x, (delta,))[0]
         y = self.tp.leave(product(x, self.weight))
+        if isinstance(delta, MixedLowRank):
+            y = delta.add_to(y, x, self.tp.leave)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         if delta is not None:
             y = y + product(delta.scaled(self.tp.leave(product(x, delta.a))), delta.b)
         bias = self.bias_with(delta)
@@ -629,6 +664,13 @@ def apply_all(
     deltas may read another tensor, the tap."""
     tp, cut = layers[0].tp, layers[0].cut
     inside = tp if cut == "outputs" else ALONE
+    if [delta for delta in deltas if isinstance(delta, MixedLowRank)]:
+        ys = multiply(x, [layer.weight for layer in layers], [layer.bias for layer in layers],
+                      tp=inside)  # fmt: skip
+        for y, delta in zip(ys, deltas, strict=True):
+            if isinstance(delta, MixedLowRank):
+                delta.add_to(y, x if tap is None else tap)
+        return ys
     if tap is None:
         added, x = add_deltas(deltas, x, inside)
     else:

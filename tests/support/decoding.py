@@ -17,7 +17,10 @@ VOCAB = 53
 
 
 def build_decoder(
-    recurrence: dict[str, Any], adapters: dict[str, Any] | None = None, **model: Any
+    recurrence: dict[str, Any],
+    adapters: dict[str, Any] | None = None,
+    precision: str = "fp32",
+    **model: Any,
 ) -> Transformer:
     """A small model whose logits are far enough apart for a wrong key to change the tokens."""
     shape: dict[str, Any] = {"hidden_size": 24, "num_heads": 4, "head_dim": 6}
@@ -30,9 +33,26 @@ def build_decoder(
         "adapters": adapters,
         "data": {"train": [{"path": "unused"}], "tokenizer": "bytes", "seq_length": 160},
         "optimizer": {"lr": 1e-3},
-        "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+        "train": {
+            "steps": 1,
+            "global_batch_size": 1,
+            "micro_batch_size": 1,
+            "precision": precision,
+        },
     }
     return Transformer(validate(values, "test"))
+
+
+def disturb(model: Transformer) -> Transformer:
+    """Give what loops own, and norms, values that matter; they start at zero or at one."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.parameters_by_name.items():
+        if any(part in name for part in ("lora", "signal", "norm", "loops")):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.data += 0.3 * noise.to(parameter.dtype)
+    for weight in model.weights():
+        weight.refresh()
+    return model
 
 
 def compare_with_recomputation(model: Transformer, cache: Cache) -> None:

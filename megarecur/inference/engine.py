@@ -1,0 +1,546 @@
+"""The inference engine: many requests over one model, batched by depth.
+
+    engine = Engine(model, num_pages=256)
+    handle = engine.submit(Request(tokens=(1, 2, 3), max_new_tokens=20))
+    engine.run()
+    ids = [event.token for event in handle if event.token is not None]
+
+The unit of work is one pass over a group of the layer map (a loop's core, a cycle's blocks, a
+ring's block, prelude, coda) for all items that wait for it, whatever their loop, request or
+position: continuous depth-wise batching (Bae et al. 2025, section 3.4). `step` runs one pass.
+Requests may be submitted and cancelled by any thread; one thread steps.
+
+Models that keep no keys and values per token (halting, temporal memory) are served by `generate`,
+one token of each request at a step, without batches.
+
+Shapes: R rows, S rows of an item, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from megarecur.config.recurrence import Looped
+from megarecur.errors import ConfigError
+from megarecur.inference.early import Kind, decide_exits
+from megarecur.inference.generate import check_options, choose, generate
+from megarecur.inference.passes import Item, Passes
+from megarecur.inference.request import (
+    Event,
+    Handle,
+    Reason,
+    Request,
+    count_pages,
+    find_route,
+    refuse_draft,
+    refuse_exit,
+)
+from megarecur.inference.scheduler import Scheduler, Text
+from megarecur.inference.visits import Group
+from megarecur.model.transformer import Transformer
+from megarecur.recurrence.depth import default_depth
+from megarecur.recurrence.schemes import layer_map
+
+
+@dataclass
+class Counts:
+    """Counts of an engine's work."""
+
+    passes: int = 0
+    rows: int = 0
+    """Rows of all passes."""
+    tokens: int = 0
+    """New tokens."""
+    loops: int = 0
+    """Sum of the loops after which they were chosen."""
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafted tokens that full depth confirmed."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+@dataclass
+class Plain:
+    """A text that `generate` continues."""
+
+    ids: Iterator[int]
+    left: int
+    """Number of tokens that may still follow."""
+
+
+class Engine:
+    """A model that serves requests.
+
+    Args:
+        model: the whole model, or with tensor parallelism this rank's part; then all ranks make the
+            same calls.
+        num_pages: pages of the pool of keys and values.
+        page_size: tokens of a page.
+        max_texts: maximum number of texts that run at a time.
+        chunk: maximum tokens of a prompt in one pass.
+        max_rows: maximum tokens of all texts in one pass.
+        max_loops: most loops of a request, if the scheme has loops; None: the trained number.
+        missing_ids: ids never chosen: rows of the vocabulary without a piece of the tokenizer.
+
+    Raises:
+        ConfigError: sizes below 1, a model that continues no text, or a part of a pipeline.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        num_pages: int = 256,
+        page_size: int = 16,
+        max_texts: int = 64,
+        chunk: int = 128,
+        max_rows: int = 512,
+        max_loops: int | None = None,
+        missing_ids: Collection[int] = (),
+    ) -> None:
+        config = model.config
+        sizes = {"num_pages": num_pages, "page_size": page_size, "max_texts": max_texts,
+                 "chunk": chunk, "max_rows": max_rows}  # fmt: skip
+        problems = [
+            f"{name}={n} must be at least 1; raise it" for name, n in sizes.items() if n < 1
+        ]
+        if model.embedding is None or model.head is None or len(model.blocks()) < 1:
+            problems.append("the engine needs the whole model, not a pipeline stage; set "
+                            "parallel.pipeline to 1")  # fmt: skip
+        if problems:
+            raise ConfigError("cannot serve:" + "".join(f"\n  {line}" for line in problems))
+        self.model, self.config, self.chunk = model, config, chunk
+        self.missing = frozenset(missing_ids)
+        self.max_loops = max_loops
+        if isinstance(config.recurrence, Looped):
+            self.max_loops = max_loops or default_depth(config.recurrence).num_loops
+        self.counts = Counts()
+        self.inbox: SimpleQueue[Handle] = SimpleQueue()
+        self.lock, self.number = threading.Lock(), 0
+        self.plain: dict[Handle, Plain] = {}
+        """Texts that `generate` continues."""
+        self.passes: Passes | None = None
+        if config.halting is None and config.temporal is None and not self.refuse_model():
+            steps = layer_map(config.recurrence, self.max_loops)
+            self.passes = Passes(model, steps, num_pages, page_size)
+            self.scheduler = Scheduler(self.passes.pool, max_texts, max_rows)
+
+    # ------------------------------------------------------------------------------- requests
+
+    def submit(self, request: Request) -> Handle:
+        """Accept a request; any thread may call this.
+
+        Raises:
+            ConfigError: options out of range, ids unknown to the model, a depth without
+                parameters, or a text that exceeds the pool.
+        """
+        self.check(request)
+        with self.lock:
+            handle = Handle(request, self.number)
+            self.number += 1
+            self.inbox.put(handle)
+        return handle
+
+    def refuse_model(self) -> str:
+        """Return why the model continues no text; "" if it does."""
+        config = self.config
+        if config.encoder is not None or config.classifies:
+            return "the run continues no text"
+        return ""
+
+    def check(self, request: Request) -> None:
+        """Reject an invalid request; all mistakes are lines of one ConfigError."""
+        problems = []
+        if request.exit is not None:
+            problems.append(refuse_exit(request.exit, self.config, request.num_loops))
+        if request.draft is not None:
+            problems.append(refuse_draft(request, self.config))
+        plain = self.config.halting is not None or self.config.temporal is not None
+        if plain and (request.exit or request.draft):
+            problems.append("exit and draft need keys and values of every token; omit them")
+        loops, most = request.num_loops, self.max_loops
+        if loops is not None and most is not None and loops > most:
+            problems.append(
+                f"depth {loops}: the engine has room for {most} loops; set the depth to at most "
+                f"{most}, or raise max_loops"
+            )
+        if self.passes is not None and request.max_new_tokens > 0:
+            pool = self.passes.pool
+            needed = count_pages(request.most_tokens, pool.page_size)
+            if needed > pool.num_pages:
+                problems.append(
+                    f"{len(request.tokens)} tokens of prompt and max_new_tokens="
+                    f"{request.max_new_tokens} need {needed} pages, more than num_pages="
+                    f"{pool.num_pages}; shorten the request, or raise num_pages"
+                )
+        check_options(
+            self.config, request.tokens, request.max_new_tokens, request.temperature,
+            request.top_k, request.top_p, request.num_loops,
+            "\n  ".join(problem for problem in problems if problem),
+        )  # fmt: skip
+
+    def receive(self) -> None:
+        """Take new requests, and end cancelled ones."""
+        while True:
+            try:
+                handle = self.inbox.get_nowait()
+            except Empty:
+                break
+            if self.passes is None:
+                ids = self.continue_plainly(handle.request)
+                self.plain[handle] = Plain(ids, handle.request.max_new_tokens)
+            else:
+                self.scheduler.wait(self.begin(handle))
+        for handle in [handle for handle in self.plain if handle.cancelled.is_set()]:
+            del self.plain[handle]
+            handle.events.put(Event(reason="cancelled"))
+        if self.passes is not None:
+            for text in [*self.scheduler.waiting, *self.scheduler.running]:
+                if text.handle.cancelled.is_set():
+                    self.end(text, "cancelled")
+
+    def begin(self, handle: Handle) -> Text:
+        """Return the text of a request."""
+        assert self.passes is not None
+        request, pool = handle.request, self.passes.pool
+        route = find_route(self.config, request.num_loops)
+        depends: list[object] = [request.num_loops]
+        if getattr(self.config.recurrence, "initial_state", "") == "random":
+            depends += [request.seed, request.sample]
+        if self.passes.is_dynamic:
+            depends.append(len(request.tokens))
+        size = count_pages(request.most_tokens, pool.page_size)
+        table = torch.zeros(size, dtype=torch.long, device=pool.keys.device)
+        return Text(handle, route, table, repr(depends).encode(), list(request.tokens))
+
+    def end(self, text: Text, reason: Reason) -> None:
+        """End a text."""
+        self.scheduler.end(text)
+        text.handle.events.put(Event(reason=reason))
+
+    # ---------------------------------------------------------------------------------- steps
+
+    def run(self) -> None:
+        """Step until no request is left."""
+        while self.step():
+            pass
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Run one pass; returns False if there was nothing to do."""
+        self.receive()
+        if self.passes is None:
+            return self.step_plainly()
+        scheduler = self.scheduler
+        scheduler.admit()
+        for text in sorted(scheduler.running, key=lambda text: text.handle.number):
+            # An older text may have taken its pages.
+            if text.item is None and text in scheduler.running:
+                self.make_item(text)
+        texts = scheduler.next_batch(patience=2 * max(
+            [len(text.route.visits) for text in scheduler.running], default=1
+        ))  # fmt: skip
+        if not texts:
+            return bool(scheduler.waiting)
+        items = [cast(Item, text.item) for text in texts]
+        self.passes.run(items)
+        self.counts.passes += 1
+        self.counts.rows += sum(len(item.positions) for item in items)
+        for text in texts:
+            text.waited = scheduler.passes
+        self.advance(texts)
+        return True
+
+    def make_item(self, text: Text) -> None:
+        """Give a text its next item: a chunk of known tokens, or a drafted token."""
+        request, begin = text.request, text.computed
+        drafts = self.drafts(text)
+        if drafts:
+            begin += len(text.shallow)
+            tokens = [text.proposals[-1] if text.proposals else text.tokens[-1]]
+        else:
+            stop = min(begin + self.chunk, len(text.tokens))
+            if request.exit is not None and text.num_new and begin < len(text.tokens) - 1:
+                # The new token may exit, so it runs alone.
+                stop = min(stop, len(text.tokens) - 1)
+            tokens = text.tokens[begin:stop]
+        if not self.scheduler.reserve(text, begin + len(tokens)):
+            return
+        text.waited, text.mode = self.scheduler.passes, "draft" if drafts else "known"
+        text.item = Item(
+            tokens, list(range(begin, begin + len(tokens))), text.table, len(request.tokens),
+            request.seed, request.sample, text.route.visits,
+        )  # fmt: skip
+
+    def drafts(self, text: Text) -> bool:
+        """Return True if the next token of a text is drafted."""
+        left = text.request.max_new_tokens - text.num_new
+        at_end = text.computed == len(text.tokens) - 1 and text.num_new > 0
+        return text.request.draft is not None and at_end and left > 1
+
+    def advance(self, texts: Sequence[Text]) -> None:
+        """Decide what follows a pass: exits, new tokens, or the next pass."""
+        logits = self.read_logits(texts)
+        leaving = self.find_leaving(texts, logits)
+        complete = dict[Text, int]()
+        skipping = list[tuple[Text, Item]]()
+        for text in texts:
+            item = find_item(text)
+            loops = item.visits[item.index - 1].exit
+            if text.mode == "draft":
+                continue
+            if item.index == len(item.visits):
+                complete[text] = text.route.num_loops
+                if text.trail:
+                    complete[text] = self.consult_oracle(text, logits, skipping)
+            elif text in leaving:
+                complete[text] = text.exits[item.positions[-1]] = loops
+                skipping.append((text, item))
+            elif loops:
+                rows = [i for i, p in enumerate(item.positions) if text.exits.get(p) == loops]
+                if rows and self.part(text, rows, skipping):
+                    complete[text] = loops
+        self.fill(skipping)
+        chosen = self.choose_tokens(logits, complete)
+        for text, tokens in chosen.items():
+            if text.mode == "draft":
+                self.propose(text, tokens[0])
+        for text, loops in complete.items():
+            self.complete(text, loops, chosen.get(text, []))
+
+    def read_logits(self, texts: Sequence[Text]) -> dict[Text, Tensor]:
+        """Return logits [S, V] of the rows that need them now, by text."""
+        assert self.passes is not None
+        wanted = [(text, count) for text in texts if (count := count_read(text))]
+        if not wanted:
+            return {}
+        states = [cast(Tensor, find_item(text).x_SD)[-count:] for text, count in wanted]
+        logits_RV = self.passes.logits(torch.cat(states))
+        parts = logits_RV.split([count for _, count in wanted])
+        return {text: part for (text, _), part in zip(wanted, parts, strict=True)}
+
+    def find_leaving(self, texts: Sequence[Text], logits: dict[Text, Tensor]) -> set[Text]:
+        """Return the texts whose new token exits now, by its logits."""
+        leaving, judged = set[Text](), dict[tuple[Kind, float, bool], list[Text]]()
+        for text in texts:
+            item, rule = find_item(text), text.request.exit
+            if rule is None or text not in logits or item.index == len(item.visits):
+                continue
+            if rule.kind == "loop":
+                leaving.add(text)
+            elif rule.kind == "oracle":
+                text.trail.append((replace(item, reads=dict(item.reads)), logits[text][-1]))
+            else:
+                key = rule.kind, rule.threshold, text.before_V is not None
+                judged.setdefault(key, []).append(text)
+        for (kind, threshold, has_before), group in judged.items():
+            logits_BV = torch.stack([logits[text][-1] for text in group])
+            wide = torch.promote_types(logits_BV.dtype, torch.float32)
+            log_p_BV = logits_BV.log_softmax(-1, dtype=wide)
+            before_BV = None
+            if has_before:
+                before_BV = torch.stack([cast(Tensor, text.before_V) for text in group])
+            exits = decide_exits(kind, threshold, log_p_BV, before_BV)
+            for text, log_p_V, leaves in zip(group, log_p_BV, exits, strict=True):
+                text.before_V = log_p_V
+                if leaves:
+                    leaving.add(text)
+        return leaving
+
+    def consult_oracle(
+        self, text: Text, logits: dict[Text, Tensor], skipping: list[tuple[Text, Item]]
+    ) -> int:
+        """Return the first loop whose likeliest token is that of all loops. If it is not the last,
+        its logits replace those of all loops, and the token skips the loops after it."""
+        likeliest = int(logits[text][-1].argmax())
+        for item, logits_V in text.trail:
+            if int(logits_V.argmax()) == likeliest:
+                loops = item.visits[item.index - 1].exit
+                text.exits[item.positions[-1]] = loops
+                logits[text] = logits_V[None]
+                skipping.append((text, item))
+                return loops
+        return text.route.num_loops
+
+    def part(self, text: Text, rows: Sequence[int], skipping: list[tuple[Text, Item]]) -> bool:
+        """Let known tokens of a text's item leave that left here before; returns True if no other
+        is left. So a preempted text is recomputed at the depths that it had."""
+        item = find_item(text)
+        skipping.append((text, item.select(rows)))
+        others = [i for i in range(len(item.positions)) if i not in rows]
+        if others:
+            text.item = item.select(others)
+        return not others
+
+    def fill(self, skipping: Sequence[tuple[Text, Item]]) -> None:
+        """Fill the keys and values of the visits that items skip."""
+        assert self.passes is not None
+        found = dict[tuple[str, Group], list[tuple[Item, dict[int, int]]]]()
+        for text, item in skipping:
+            assert text.request.exit is not None
+            last = {s.block: s.loop_index for v in item.visits[: item.index] for s in v.steps}
+            for index in range(item.index, len(item.visits)):
+                key = text.request.exit.fill, item.visits[index].group
+                found.setdefault(key, []).append((replace(item, index=index), last))
+        for (kind, _), pairs in found.items():
+            items, lasts = [item for item, _ in pairs], [last for _, last in pairs]
+            if kind == "state":
+                self.passes.fill_from_state(items)
+            else:
+                self.passes.fill_from_loop(items, lasts)
+
+    def choose_tokens(
+        self, logits: dict[Text, Tensor], complete: Collection[Text]
+    ) -> dict[Text, list[int]]:
+        """Return the tokens that follow the rows of logits [S, V], by text; only those of complete
+        items and of drafts."""
+        groups = dict[tuple[object, ...], list[tuple[Text, Tensor, list[int]]]]()
+        for text, logits_SV in logits.items():
+            if text.mode != "draft" and text not in complete:
+                continue
+            request, after = text.request, find_item(text).positions[-1] + 1
+            places = list(range(after - len(logits_SV) + 1, after + 1))
+            seed = request.seed if request.temperature else 0
+            missing = self.missing - request.eos_ids
+            key = request.temperature, request.top_k, request.top_p, missing, seed
+            groups.setdefault(key, []).append((text, logits_SV, places))
+        chosen = dict[Text, list[int]]()
+        for group in groups.values():
+            request, logits_RV = group[0][0].request, torch.cat([part for _, part, _ in group])
+            if self.missing - request.eos_ids:
+                unused = torch.tensor(
+                    sorted(self.missing - request.eos_ids), device=logits_RV.device
+                )
+                logits_RV = logits_RV.index_fill(-1, unused, -torch.inf)
+            samples = [text.request.sample for text, _, places in group for _ in places]
+            flat = [place for _, _, places in group for place in places]
+            chosen_R = choose(
+                logits_RV,
+                torch.tensor(samples, device=logits_RV.device),
+                torch.tensor(flat, device=logits_RV.device),
+                temperature=request.temperature,
+                top_k=request.top_k,
+                top_p=request.top_p,
+                seed=request.seed,
+            )
+            ids = iter(chosen_R.tolist())
+            chosen |= {text: [next(ids) for _ in places] for text, _, places in group}
+        return chosen
+
+    def propose(self, text: Text, token: int) -> None:
+        """Take a drafted token: draft the next one, or verify all of them from where they are."""
+        request, item = text.request, find_item(text)
+        assert request.draft is not None
+        text.shallow.append(item)
+        text.proposals.append(token)
+        left = request.max_new_tokens - text.num_new
+        text.item = None
+        if token in request.eos_ids or len(text.proposals) >= min(request.draft.tokens, left):
+            text.item, text.mode = join_items(text.shallow), "verify"
+
+    def complete(self, text: Text, loops: int, tokens: Sequence[int]) -> None:
+        """End the item of a text, with the new tokens that follow its rows."""
+        item = find_item(text)
+        begin, proposals = text.computed, list(text.proposals)
+        text.computed = item.positions[-1] + 1
+        if text.mode == "verify":
+            agreed = 0
+            while agreed < len(proposals) and tokens[agreed] == proposals[agreed]:
+                agreed += 1
+            self.counts.drafted += len(proposals)
+            self.counts.accepted += agreed
+            # The first token that differs is the one that full depth chooses after the others.
+            tokens = tokens[: agreed + 1]
+            text.computed = begin + len(tokens)
+        text.item, text.before_V = None, None
+        for kept in (text.trail, text.shallow, text.proposals):
+            kept.clear()
+        for token in tokens:
+            if token in text.request.eos_ids:
+                self.end(text, "stop")
+                return
+            text.tokens.append(token)
+            self.counts.tokens += 1
+            self.counts.loops += loops
+            is_last = text.num_new == text.request.max_new_tokens
+            if is_last:
+                self.scheduler.publish(text)
+                self.scheduler.end(text)
+            reason: Reason | None = "length" if is_last else None
+            text.handle.events.put(Event(token, loops, reason))
+            if is_last:
+                return
+        self.scheduler.publish(text)
+
+    # ------------------------------------------------------------------------------ plain path
+
+    def continue_plainly(self, request: Request) -> Iterator[int]:
+        """Return the ids that continue a text of a model without keys and values per token."""
+        return generate(
+            self.model, request.tokens, max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature, top_k=request.top_k, top_p=request.top_p,
+            seed=request.seed, sample=request.sample, eos_ids=request.eos_ids,
+            missing_ids=self.missing, num_loops=request.num_loops,
+            use_cache=self.config.halting is None,
+        )  # fmt: skip
+
+    def step_plainly(self) -> bool:
+        """Continue every text by one token."""
+        for handle, plain in list(self.plain.items()):
+            token = next(plain.ids, None)
+            if token is None:
+                del self.plain[handle]
+                handle.events.put(Event(reason="stop"))
+                continue
+            plain.left -= 1
+            handle.events.put(Event(token, 0, None if plain.left else "length"))
+            if not plain.left:
+                del self.plain[handle]
+        return bool(self.plain)
+
+
+def find_item(text: Text) -> Item:
+    """Return the item of a text that has one."""
+    assert text.item is not None
+    return text.item
+
+
+def count_read(text: Text) -> int:
+    """Return the number of last rows of a text's item whose logits are needed now."""
+    item, request = find_item(text), text.request
+    exit_, at_end = item.visits[item.index - 1].exit, item.index == len(item.visits)
+    if text.mode == "draft":
+        assert request.draft is not None
+        return int(exit_ == request.draft.loops)
+    if text.mode == "verify":
+        return len(item.positions) if at_end else 0
+    if item.positions[-1] < len(text.tokens) - 1:
+        return 0
+    if at_end:
+        return 1
+    rule = request.exit
+    if not exit_ or rule is None or not text.num_new:
+        return 0
+    return int(rule.kind != "loop" or exit_ == rule.threshold)
+
+
+def join_items(items: Sequence[Item]) -> Item:
+    """Return consecutive items of one text at the same visit as one item."""
+    names = items[0].reads
+    return replace(
+        items[0],
+        tokens=[token for item in items for token in item.tokens],
+        positions=[position for item in items for position in item.positions],
+        x_SD=torch.cat([cast(Tensor, item.x_SD) for item in items]),
+        reads={name: torch.cat([item.reads[name] for item in items]) for name in names},
+    )
