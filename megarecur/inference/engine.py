@@ -37,10 +37,12 @@ from megarecur.inference.request import (
     Handle,
     Reason,
     Request,
+    Score,
     count_pages,
     find_route,
     refuse_draft,
     refuse_exit,
+    score_tokens,
 )
 from megarecur.inference.scheduler import Scheduler, Text
 from megarecur.inference.visits import Group
@@ -168,6 +170,11 @@ class Engine:
         plain = self.config.halting is not None or self.config.temporal is not None
         if plain and (request.exit or request.draft):
             problems.append("exit and draft need keys and values of every token; omit them")
+        scored = request.logprobs is not None or request.score_prompt
+        if plain and scored:
+            problems.append("logprobs need keys and values of every token; omit them")
+        if request.logprobs is not None and request.logprobs < 0:
+            problems.append(f"logprobs={request.logprobs} must be at least 0; raise it")
         loops, most = request.num_loops, self.max_loops
         if loops is not None and most is not None and loops > most:
             problems.append(
@@ -291,6 +298,7 @@ class Engine:
     def advance(self, texts: Sequence[Text]) -> None:
         """Decide what follows a pass: exits, new tokens, or the next pass."""
         logits = self.read_logits(texts)
+        self.score_prompts(logits)
         leaving = self.find_leaving(texts, logits)
         complete = dict[Text, int]()
         skipping = list[tuple[Text, Item]]()
@@ -316,7 +324,11 @@ class Engine:
             if text.mode == "draft":
                 self.propose(text, tokens[0])
         for text, loops in complete.items():
-            self.complete(text, loops, chosen.get(text, []))
+            tokens, count = chosen.get(text, []), text.request.logprobs
+            scores: Sequence[Score | None] = [None] * len(tokens)
+            if count is not None and tokens:
+                scores = score_tokens(logits[text], tokens, count, self.missing)
+            self.complete(text, loops, tokens, scores)
 
     def read_logits(self, texts: Sequence[Text]) -> dict[Text, Tensor]:
         """Return logits [S, V] of the rows that need them now, by text."""
@@ -328,6 +340,24 @@ class Engine:
         logits_RV = self.passes.logits(torch.cat(states))
         parts = logits_RV.split([count for _, count in wanted])
         return {text: part for (text, _), part in zip(wanted, parts, strict=True)}
+
+    def score_prompts(self, logits: dict[Text, Tensor]) -> None:
+        """Score prompts, and leave of their logits those of the next token."""
+        for text, logits_SV in list(logits.items()):
+            request, scores = text.request, text.handle.prompt_scores
+            if text.num_new or not request.score_prompt:
+                continue
+            item = find_item(text)
+            # The row at position p scores token p + 1. A preempted prompt passes again.
+            first = len(scores) - item.positions[0]
+            following = request.tokens[len(scores) + 1 : item.positions[-1] + 2]
+            if following:
+                rows_SV = logits_SV[first : first + len(following)]
+                scores += score_tokens(rows_SV, following, request.logprobs or 0, self.missing)
+            if item.positions[-1] == len(text.tokens) - 1:
+                logits[text] = logits_SV[-1:]
+            else:
+                del logits[text]
 
     def find_leaving(self, texts: Sequence[Text], logits: dict[Text, Tensor]) -> set[Text]:
         """Return the texts whose new token exits now, by its logits."""
@@ -448,8 +478,10 @@ class Engine:
         if token in request.eos_ids or len(text.proposals) >= min(request.draft.tokens, left):
             text.item, text.mode = join_items(text.shallow), "verify"
 
-    def complete(self, text: Text, loops: int, tokens: Sequence[int]) -> None:
-        """End the item of a text, with the new tokens that follow its rows."""
+    def complete(
+        self, text: Text, loops: int, tokens: Sequence[int], scores: Sequence[Score | None]
+    ) -> None:
+        """End the item of a text, with the new tokens that follow its rows, and their scores."""
         item = find_item(text)
         begin, proposals = text.computed, list(text.proposals)
         text.computed = item.positions[-1] + 1
@@ -465,7 +497,7 @@ class Engine:
         text.item, text.before_V = None, None
         for kept in (text.trail, text.shallow, text.proposals):
             kept.clear()
-        for token in tokens:
+        for token, score in zip(tokens, scores, strict=False):
             if token in text.request.eos_ids:
                 self.end(text, "stop")
                 return
@@ -477,7 +509,7 @@ class Engine:
                 self.scheduler.publish(text)
                 self.scheduler.end(text)
             reason: Reason | None = "length" if is_last else None
-            text.handle.events.put(Event(token, loops, reason))
+            text.handle.events.put(Event(token, loops, reason, score))
             if is_last:
                 return
         self.scheduler.publish(text)
@@ -519,6 +551,8 @@ def count_read(text: Text) -> int:
     """Return the number of last rows of a text's item whose logits are needed now."""
     item, request = find_item(text), text.request
     exit_, at_end = item.visits[item.index - 1].exit, item.index == len(item.visits)
+    if request.score_prompt and not text.num_new:
+        return len(item.positions) if at_end else 0
     if text.mode == "draft":
         assert request.draft is not None
         return int(exit_ == request.draft.loops)

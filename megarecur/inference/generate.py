@@ -10,7 +10,6 @@ on the cache or on which other samples are drawn. Shapes: B samples, S positions
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -300,21 +299,39 @@ def encode_prompt(tokenizer: Tokenizer, text: str, bos_id: int | None = None) ->
     return ids + tokenizer.encode(text) or [tokenizer.eos_id]
 
 
-def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of ids that continue a prompt, as soon as its characters are complete.
+class TextStream:
+    """The text of ids that continue a prompt, as soon as its characters are complete.
 
     A token's text depends on its neighbours (spaces, characters cut into bytes), so the difference
-    that new tokens make to the text of the last ones is yielded.
+    that new tokens make to the text of the last ones is returned.
     """
-    known = list(prompt)
-    start, read = 0, len(known)  # known[start:read] is context whose text has been yielded
-    for i in chain(ids, [None]):
-        if i is not None:
-            known.append(i)
-        before, text = tokenizer.decode(known[start:read]), tokenizer.decode(known[start:])
-        if i is not None and text.endswith(REPLACEMENT):
-            continue  # perhaps a character with missing bytes
-        if len(text) > len(before):
-            yield text[len(before) :]
-            # The tokens just yielded suffice as context for the next.
-            start, read = read, len(known)
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self.tokenizer, self.known = tokenizer, list(prompt)
+        self.start, self.read = 0, len(self.known)
+        """known[start:read] is context whose text has been returned."""
+
+    def add(self, token: int) -> str:
+        """Return the text that is complete with the next token; "" if there is none."""
+        self.known.append(token)
+        return self._advance(at_end=False)
+
+    def end(self) -> str:
+        """Return the rest of the text."""
+        return self._advance(at_end=True)
+
+    def _advance(self, at_end: bool) -> str:
+        known, start, read = self.known, self.start, self.read
+        before, text = (self.tokenizer.decode(part) for part in (known[start:read], known[start:]))
+        if len(text) <= len(before) or (text.endswith(REPLACEMENT) and not at_end):
+            return ""  # perhaps a character with missing bytes
+        # The tokens just returned suffice as context for the next.
+        self.start, self.read = read, len(known)
+        return text[len(before) :]
+
+
+def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text of ids that continue a prompt, as soon as its characters are complete."""
+    stream = TextStream(tokenizer, prompt)
+    yield from filter(None, map(stream.add, ids))
+    yield from filter(None, [stream.end()])

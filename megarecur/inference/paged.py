@@ -71,13 +71,17 @@ class Rows:
         pages_T = tables_BP[texts_T, self.positions_T // size]
         self.slots_T = pages_T * size + self.positions_T % size
         """The place of each row in the pages of a step."""
-        self.loops_B = torch.tensor(loops, device=device)
         self.step_of = step_of
-        self.one_loop = loops[0] if loops[0] == loops[-1] else None
-        """The loop of all texts, if they have the same one."""
+        self.set_loops(loops)
         self.texts_T, self.tables_BP = texts_T, tables_BP
         self.buckets = self._make_buckets(counts)
         self.windows: dict[int | None, WindowedRows] = {}
+
+    def set_loops(self, loops: Sequence[int]) -> None:
+        """Set the loop of each text, ascending."""
+        self.loops_B = torch.tensor(loops, device=self.pool.keys.device)
+        self.one_loop = loops[0] if loops[0] == loops[-1] else None
+        """The loop of all texts, if they have the same one."""
 
     def _make_buckets(self, counts: Sequence[int]) -> list[Bucket]:
         sizes = dict.fromkeys(counts)

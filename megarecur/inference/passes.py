@@ -118,6 +118,8 @@ class Passes:
         """Whether the rotation of a token depends on the length of its text."""
         self.rotations: dict[bool, tuple[Tensor, Tensor]] = {}
         """Rotations of all positions so far, by whether of blocks with a window."""
+        self.last: Batch | None = None
+        """The last batch."""
         self.adapters: dict[tuple[int, tuple[int, ...]], tuple[MixedAdapter, list[int]]] = {}
 
     @torch.inference_mode()
@@ -190,6 +192,10 @@ class Passes:
         """Return the batch of items, sorted by loop, with all that depends on their places."""
         items = sorted(items, key=lambda item: item.visit.loop)
         loops = [item.visit.loop for item in items]
+        if self.last is not None and self.last.items == items:
+            # The next pass of the same items differs in the loops alone.
+            self.last.rows.set_loops(loops)
+            return replace(self.last, levels_1TD=self.encode_levels(self.last.rows))
         rows = Rows(
             self.pool, self.step_of, self.slopes_N, [item.table for item in items],
             [item.positions for item in items], loops,
@@ -200,12 +206,18 @@ class Passes:
             prompts_B = torch.tensor([item.prompt_length for item in items], device=self.device)
             lengths_1T = torch.maximum(positions_1T + 1, prompts_B[rows.texts_T][None])
         ctx = self.context(positions_1T, 0, 0, rows, lengths_1T)
-        levels = None
-        if self.shape.level_encoding == "sinusoidal":
-            size, layout = self.shape.hidden_size, self.shape.sinusoid_layout
-            levels = sinusoidal(positions_1T, size, self.wide, layout)
-            levels = levels + sinusoidal(rows.loops_B[rows.texts_T][None], size, self.wide, layout)
-        return Batch(items, [len(item.positions) for item in items], rows, ctx, levels)
+        counts = [len(item.positions) for item in items]
+        self.last = Batch(items, counts, rows, ctx, self.encode_levels(rows))
+        return self.last
+
+    def encode_levels(self, rows: Rows) -> Tensor | None:
+        """Return the encodings of positions and levels of rows, [1, T, D], if there are any."""
+        if self.shape.level_encoding != "sinusoidal":
+            return None
+        size, layout = self.shape.hidden_size, self.shape.sinusoid_layout
+        of_positions = sinusoidal(rows.positions_T[None], size, self.wide, layout)
+        levels_1T = rows.loops_B[rows.texts_T][None]
+        return of_positions + sinusoidal(levels_1T, size, self.wide, layout)
 
     def context(
         self,
@@ -251,6 +263,9 @@ class Passes:
 
     def enter(self, batch: Batch, block: Block, steps: Sequence[Step], x: Tensor) -> Tensor:
         """Return the input of a block, [1, T, D]; see `Runner.forward`."""
+        marked = any(step.normalize or step.reads or step.writes for step in steps)
+        if not marked and batch.levels_1TD is None:
+            return x
         normalized = [step.normalize for step in steps]
         if any(normalized):
             norm = self.model.final_norm

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Literal, get_args
+
+import torch
+from torch import Tensor
 
 from megarecur.config.run import Config
 from megarecur.inference.early import ExitRule, refuse_rule
@@ -72,11 +75,26 @@ class Request:
     """Loops to run instead of the trained number."""
     exit: Exit | None = None
     draft: Draft | None = None
+    logprobs: int | None = None
+    """Likeliest tokens to report with the score of each new token; None: no scores."""
+    score_prompt: bool = False
+    """Fill `Handle.prompt_scores`; then the prompt shares no pages that others computed."""
 
     @property
     def most_tokens(self) -> int:
         """Number of tokens that need keys and values; the last new one is never read."""
         return len(self.tokens) + self.max_new_tokens - 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log probabilities at one token, by the model's distribution before temperature, top_k and
+    top_p, over all rows of the vocabulary."""
+
+    logprob: float
+    """Log probability of the token, in nats."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest ids and their log probabilities, likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +107,8 @@ class Event:
     """Number of loops after which the token was chosen; 0 for models without exits."""
     reason: Reason | None = None
     """Reason of the end; None while the text goes on."""
+    score: Score | None = None
+    """Score of the token, if the request has `logprobs`."""
 
     @property
     def finished(self) -> bool:
@@ -105,6 +125,9 @@ class Handle:
     """Number of the request in the order of submission."""
     events: SimpleQueue[Event] = field(default_factory=SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    prompt_scores: list[Score] = field(default_factory=list)
+    """Scores of the prompt's tokens from the second on, if the request has `score_prompt`; complete
+    when the first event arrives."""
 
     def cancel(self) -> None:
         """End the request at the engine's next step, which frees its pages."""
@@ -155,6 +178,28 @@ def refuse_draft(request: Request, config: Config) -> str:
     if draft.tokens < 1:
         return f"draft.tokens={draft.tokens} must be at least 1"
     return ""
+
+
+def score_tokens(
+    logits_SV: Tensor, tokens: Sequence[int], count: int, missing: Collection[int]
+) -> list[Score]:
+    """Return the scores of tokens, given the logits that chose them.
+
+    Args:
+        logits_SV: logits [S, V].
+        tokens: S ids.
+        count: number of likeliest ids of a score.
+        missing: ids that are never among the likeliest.
+    """
+    wide = torch.promote_types(logits_SV.dtype, torch.float32)
+    log_p_SV = logits_SV.log_softmax(-1, dtype=wide)
+    own_S1 = log_p_SV.gather(-1, torch.tensor(tokens, device=log_p_SV.device)[:, None])
+    if missing:
+        unused = torch.tensor(sorted(missing), device=log_p_SV.device)
+        log_p_SV = log_p_SV.index_fill(-1, unused, -torch.inf)
+    top = log_p_SV.topk(min(count, log_p_SV.shape[-1] - len(missing)))
+    rows = zip(own_S1[:, 0].tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return [Score(own, tuple(zip(ids, values, strict=True))) for own, ids, values in rows]
 
 
 def count_pages(tokens: int, page_size: int) -> int:

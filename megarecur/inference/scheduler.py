@@ -129,6 +129,8 @@ class Scheduler:
         # The last token is always computed, because its logits are needed.
         # Keys and values of new tokens that exit early are not those of all loops.
         known = len(text.request.tokens) if text.request.exit else len(text.tokens)
+        if text.request.score_prompt:
+            known = 0  # Pages have no logits.
         size = self.pool.page_size
         text.digests.clear()
         text.extend_digests(min(known, len(text.tokens) - 1) // size, size)

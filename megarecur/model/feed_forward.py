@@ -63,6 +63,8 @@ class SwiGLU(nn.Module):
         """Return the gated activation: [..., F] each to [..., F]."""
         if torch.compiler.is_compiling():
             return F.silu(gate) * up
+        if torch.is_inference_mode_enabled():
+            return _swiglu(gate, up)
         product: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
         return mark(product, _swiglu, gate, up)
 

@@ -64,6 +64,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize rows: [..., D] to [..., D]."""
         if not torch.compiler.is_compiling():
+            if torch.is_inference_mode_enabled() and self.tp.size == 1:
+                wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+                return F.rms_norm(wide, x.shape[-1:], self.weight, self.eps).to(x.dtype)
             normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.tp)  # type: ignore[no-untyped-call]
             return mark(normed, _rms_norm_again, x, self.weight, self.eps, self.tp)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

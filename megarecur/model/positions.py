@@ -153,6 +153,8 @@ def _rotate_dims(x_BSNH: Tensor, angles: tuple[Tensor, Tensor], interleaved: boo
         first = _rotate_dims(x_BSNH[..., :dims], angles, interleaved)
         return torch.cat((first, x_BSNH[..., dims:]), -1)
     if not torch.compiler.is_compiling():
+        if torch.is_inference_mode_enabled():
+            return _rotate(x_BSNH, *angles, interleaved)
         rotated: Tensor = _Rotate.apply(x_BSNH, *angles, interleaved)  # type: ignore[no-untyped-call]
         return rotated
     cos, sin = angles

@@ -206,6 +206,23 @@ class Late:
         return value
 
 
+def multiply_plainly(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    us: Sequence[Tensor | None],
+    factors: Sequence[Weight | None],
+) -> tuple[Tensor, ...]:
+    """Return x W_i^T + b_i + u_i V_i^T, outside the graph; see `multiply`."""
+    wide, ys = x.to(weights[0].product_dtype), []
+    for weight, bias, u, factor in zip(weights, biases, us, factors, strict=True):
+        y = F.linear(wide, weight.value(), None if bias is None else bias.to(wide.dtype))
+        if u is not None and factor is not None:
+            y.flatten(0, -2).addmm_(u.to(wide.dtype).flatten(0, -2), factor.value().t())
+        ys.append(y.to(x.dtype))
+    return tuple(ys)
+
+
 class _Products(torch.autograd.Function):
     """Return y_i = x W_i^T + b_i + u_i V_i^T for x that enters a tensor-parallel region; sums each
     dW_i over uses in W_i's dtype, and dx over i in place. Biases, and u_i with V_i, may be None.
@@ -230,14 +247,8 @@ class _Products(torch.autograd.Function):
         ctx.weights, ctx.factors = weights, factors
         ctx.tp, ctx.sequence = tp, tp.size > 1 and tp.sequence
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        wide = (tp.gather_positions(x) if ctx.sequence else x).to(weights[0].product_dtype)
-        ys = []
-        for weight, bias, u, factor in zip(weights, biases, us, factors, strict=True):
-            y = F.linear(wide, weight.value(), None if bias is None else bias.to(wide.dtype))
-            if u is not None and factor is not None:
-                y.flatten(0, -2).addmm_(u.to(wide.dtype).flatten(0, -2), factor.value().t())
-            ys.append(y.to(x.dtype))
-        return tuple(ys)
+        entered = tp.gather_positions(x) if ctx.sequence else x
+        return multiply_plainly(entered, weights, biases, us, factors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -451,6 +462,8 @@ def multiply(
     pairs = [(None, None) if pair is None else pair for pair in added or [None] * len(weights)]
     us, factors = [u for u, _ in pairs], [factor for _, factor in pairs]
     if not torch.compiler.is_compiling():
+        if torch.is_inference_mode_enabled() and not tp.sequence:
+            return multiply_plainly(x, weights, biases, us, factors)
         parameters = [None if w is None else w.parameter for w in (*weights, *factors)]
         products: tuple[Tensor, ...] = _Products.apply(  # type: ignore[no-untyped-call]
             x, tp, weights, factors, *biases, *us, *parameters
