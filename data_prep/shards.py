@@ -41,9 +41,9 @@ from megarecur.data.corpus import (
     MANIFEST_VERSION,
     Manifest,
     check_files,
-    check_manifest,
     hash_file,
     read_manifest,
+    write_manifest,
 )
 from megarecur.data.tokenizer import (
     BYTES,
@@ -457,7 +457,7 @@ def finish_split(
         **shared,
     )
     manifest = replace(manifest, identity=manifest.fingerprint)
-    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True))
+    (folder / "manifest.json").write_bytes(write_manifest(asdict(manifest)))
     for file in folder.iterdir():
         sync(file)
     sync(folder)
@@ -698,7 +698,6 @@ def refuse_damage(path: Path, manifest: Manifest) -> None:
         DataError: the message names them.
     """
     try:
-        check_manifest(path, manifest)
         check_files(path, manifest, manifest.files)
     except DataError as error:
         raise DataError(f"{error}; to prepare it again, delete {path} first") from None

@@ -465,7 +465,7 @@ def _mds_entry(path: Path) -> dict[str, Any]:
     Raises:
         DataError: the index is missing or does not list the shard.
     """
-    from megarecur.data.foreign import MEND
+    from megarecur.data.shard_index import MEND
 
     folder = next((p for p in path.parents if (p / "index.json").is_file()), None)
     if folder is None:
@@ -482,7 +482,7 @@ def _mds_entry(path: Path) -> dict[str, Any]:
 @lru_cache(4)
 def _mds_entries(folder: Path, _changed: int) -> dict[str, dict[str, Any]]:
     """Return an index.json's entry of each file."""
-    from megarecur.data.foreign import read_index
+    from megarecur.data.shard_index import read_index
 
     pairs = [(e[k], e) for e in read_index(folder) for k in ("raw_data", "zip_data") if e.get(k)]
     return {info["basename"]: entry for info, entry in pairs}

@@ -4,6 +4,7 @@ Every message names the path (of a key or file), the value found and the remedy.
 """
 
 import errno
+import os
 
 
 class MegarecurError(Exception):
@@ -58,3 +59,30 @@ def explain_os_error(error: OSError, path: object) -> str:
         errno.EPERM: "make it writable, or choose another run_dir",
     }.get(error.errno or 0, "fix the cause and start again")
     return f"{error.filename or path}: {error.strerror or error}; {remedy}"
+
+
+class ShortageError(MegarecurError):
+    """The process lacks descriptors or memory; the file that it was opening is not at fault."""
+
+
+SHORTAGES = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or open fewer corpora at once",
+    errno.ENFILE: "the machine has no more descriptors; end what holds them",
+    errno.ENOMEM: "free memory, or raise the limits of memory and address space (ulimit -v)",
+}
+"""Remedies by the errno of a process that lacks something, whatever it was doing."""
+
+
+def refuse_shortage(error: BaseException, path: object) -> None:
+    """Raise ShortageError if an error says that this process lacks descriptors or memory.
+
+    Raises:
+        ShortageError: the message names the path, the reason and the remedy.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    if number in SHORTAGES:
+        raise ShortageError(
+            f"{path}: cannot be opened ({os.strerror(number)}); {SHORTAGES[number]}"
+        ) from None

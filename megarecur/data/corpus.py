@@ -28,7 +28,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from megarecur.config.run import NO_TOKENIZER
-from megarecur.errors import DataError
+from megarecur.data.manifest_facts import find_manifest_fault
+from megarecur.data.shard_index import read_index
+from megarecur.errors import DataError, refuse_shortage
+from megarecur.reading import check_inside, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from megarecur.data.tokenizer import Tokenizer
@@ -92,7 +95,8 @@ def read_manifest(path: str | Path) -> Manifest:
     path = Path(path)
     file = path / "manifest.json"
     try:
-        values = json.loads(file.read_bytes())
+        content = read_bytes(file)
+        values = parse_json(content)
     except (FileNotFoundError, NotADirectoryError):
         splits = {f.parent for name in ("manifest", "index") for f in path.glob(f"*/{name}.json")}
         hint = (
@@ -103,26 +107,29 @@ def read_manifest(path: str | Path) -> Manifest:
         raise DataError(f"{path}: there is no corpus (no manifest.json); {hint}") from None
     except (ValueError, OSError) as error:
         raise DataError(f"{file}: damaged ({error}); {MEND}") from None
-    if not isinstance(values, dict) or values.get("version") != MANIFEST_VERSION:
+    version = values.get("version") if isinstance(values, dict) else None
+    if type(version) is not int or version != MANIFEST_VERSION:
         found = values.get("version") if isinstance(values, dict) else type(values).__name__
         raise DataError(
-            f"{file}: version {found!r}, this version of megarecur reads {MANIFEST_VERSION}; "
+            f"{file}: version {found!a:.40}, this version of megarecur reads {MANIFEST_VERSION}; "
             "prepare the corpus again with `megarecur prep shards`"
         )
-    try:
-        return Manifest(**values)
-    except TypeError as error:
-        raise DataError(f"{file}: damaged ({error}); {MEND}") from None
+    if fault := find_manifest_fault(values):
+        raise DataError(f"{file}: damaged ({fault}); {MEND}")
+    manifest = Manifest(**values)
+    if manifest.identity and (
+        manifest.identity != manifest.fingerprint or write_manifest(values) != content
+    ):
+        raise DataError(f"{file}: does not match its hash: it is damaged, or was edited; {MEND}")
+    return manifest
 
 
-def check_manifest(path: Path, manifest: Manifest) -> None:
-    """Reject a manifest whose content differs from its hash.
+def write_manifest(values: Mapping[str, Any]) -> bytes:
+    """Return the bytes of manifest.json, which are the same for the same values.
 
-    Raises:
-        DataError: the message names the file.
+    A sealed manifest must consist of exactly these, so that no change of a byte goes unnoticed.
     """
-    if manifest.identity not in ("", manifest.fingerprint):
-        raise DataError(f"{path / 'manifest.json'}: does not match its hash: it is damaged; {MEND}")
+    return json.dumps(values, indent=1, sort_keys=True).encode()
 
 
 def check_files(path: Path, manifest: Manifest, hashed: Container[str]) -> None:
@@ -131,6 +138,11 @@ def check_files(path: Path, manifest: Manifest, hashed: Container[str]) -> None:
     Raises:
         DataError: the message names up to five missing or damaged files.
     """
+
+    try:
+        check_inside(path, manifest.files)
+    except ValueError as error:
+        raise DataError(f"{path / 'manifest.json'}: {error}; {MEND}") from None
 
     def fault(name: str) -> str | None:
         return find_fault(path / name, manifest.files[name], name in hashed)
@@ -200,15 +212,29 @@ class Corpus:
         self.tokenizer_fingerprint = self.manifest.tokenizer_fingerprint
         self.dtype = np.dtype(self.manifest.dtype)
         names = sorted(self.manifest.files)
-        check_manifest(self.path, self.manifest)
-        self._check_files(set(names[part::num_parts]) if verify else set())
+        if not self.manifest.identity and part == 0:
+            log.warning(
+                "%s: has no hash of its own, as those of the first releases: damage inside it may "
+                "go unnoticed; `megarecur prep` writes one",
+                self.path / "manifest.json",
+            )
+        hashed = set(names[part::num_parts]) if verify else set()
+        self._check_files(hashed)
+        self.described = self._read_index()
         try:
-            index = json.loads((self.path / "index.json").read_bytes())
-            self.shards, sizes = self._open_shards(index["shards"])
+            self.shards, sizes = self._open_shards(self.described)
             documents = np.load(self.path / "documents.npy", mmap_mode="r")
-        except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+            if documents.dtype != np.int64 or documents.shape != (self.num_documents,):
+                raise ValueError(
+                    f"documents.npy holds {documents.dtype} {list(documents.shape)} instead of "
+                    f"the starts of {self.num_documents} documents"
+                )
+        except (ValueError, KeyError, TypeError, IndexError, OSError, MemoryError) as error:
+            refuse_shortage(error, self.path)
             # The damaged file's hash is compared by another process, or by none.
             raise DataError(f"{self.path}: damaged ({error}); {MEND}") from None
+        if "documents.npy" in hashed:
+            _check_starts(self.path / "documents.npy", documents, self.num_tokens)
         self.starts = [0, *accumulate(sizes)]
         if self.starts[-1] < self.num_tokens:
             raise DataError(
@@ -223,6 +249,26 @@ class Corpus:
     def bytes_per_label(self) -> float:
         """Bytes of text per token that is predicted."""
         return self.num_bytes / self.num_tokens
+
+    def _read_index(self) -> list[dict[str, Any]]:
+        """Return the shards of index.json, each of which the manifest must list once.
+
+        Raises:
+            DataError: index.json cannot be used, or lists other files.
+        """
+        described = read_index(self.path)
+        names = [shard["raw_data"]["basename"] for shard in described]
+        reserved = {"index.json", "documents.npy", "manifest.json"}
+        for name, shard in zip(names, described, strict=True):
+            listed = self.manifest.files.get(name)
+            if name in reserved or listed is None or listed["bytes"] != shard["raw_data"]["bytes"]:
+                raise DataError(
+                    f"{self.path / 'index.json'}: lists {name!a:.80}, which the manifest does not "
+                    f"list as a shard of that size; {MEND}"
+                )
+        if len(set(names)) < len(names):
+            raise DataError(f"{self.path / 'index.json'}: lists a shard twice; {MEND}")
+        return described
 
     def _check_files(self, hashed: set[str]) -> None:
         """Compare the sizes of all files, and the hashes of these, with the manifest."""
@@ -242,6 +288,8 @@ class Corpus:
         content = np.memmap(file, np.uint8, "r")
         offsets = content[4 : 4 + 4 * (shard["samples"] + 1)].view(np.uint32)
         begin, end = int(offsets[0]), int(offsets[-1])
+        if not begin <= end <= content.size:
+            raise ValueError(f"the offsets of {file.name} point outside")
         return np.frombuffer(content, self.dtype, (end - begin) // self.dtype.itemsize, begin)
 
     def close(self) -> None:
@@ -265,6 +313,23 @@ class Corpus:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def _check_starts(file: Path, starts_D: NDArray[Any], num_tokens: int) -> None:
+    """Reject starts of documents that do not ascend from 0 inside the stream.
+
+    Raises:
+        DataError: the message names the first such document.
+    """
+    if not starts_D.size:
+        return
+    wrong = np.flatnonzero(np.diff(starts_D, append=max(num_tokens, 0)) < 0)
+    if starts_D[0] != 0 or wrong.size:
+        number = int(wrong[0]) if wrong.size else 0
+        raise DataError(
+            f"{file}: document {number} starts at {int(starts_D[number])}, and the next or the end "
+            f"of the corpus lies before it; {MEND}"
+        )
+
+
 def find_fault(file: Path, expected: Mapping[str, Any], hashed: bool) -> str | None:
     """Return what is wrong with a file's size and, if `hashed`, its hash; None if nothing is."""
     try:
@@ -275,6 +340,7 @@ def find_fault(file: Path, expected: Mapping[str, Any], hashed: bool) -> str | N
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
+        refuse_shortage(error, file)
         return f"cannot be read ({error.strerror})"
     return None
 

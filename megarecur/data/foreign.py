@@ -34,11 +34,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from megarecur.data.corpus import Corpus, read_manifest
+from megarecur.data.shard_index import MEND, read_index
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.data.torchvision_stub import make_torchvision_importable
-from megarecur.errors import DataError
-from megarecur.files import replace_file
+from megarecur.errors import DataError, refuse_shortage
+from megarecur.files import open_replacement
 from megarecur.private import UnsafeFolder, open_lock, private_folder
+from megarecur.reading import decompress
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,6 @@ ID_TYPES = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16",
 """MDS type numbers that ids may have."""
 CACHED_SAMPLES = 64
 SCANNED_TOKENS = 1 << 20
-MEND = "copy it again from its source, or convert it again"
 
 
 def is_foreign(path: str | Path) -> bool:
@@ -75,7 +76,8 @@ class MdsShard:
         """
         try:
             return self._locate()
-        except (IndexError, ValueError, KeyError, OSError) as error:
+        except (IndexError, ValueError, KeyError, OSError, OverflowError, MemoryError) as error:
+            refuse_shortage(error, self.file)
             raise DataError(f"{self.file}: damaged ({error}); {MEND}") from None
 
     def _locate(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -331,33 +333,6 @@ def missing_files(path: Path) -> list[str]:
     return [either[-1] for either in wanted if not any(path / name in there for name in either)]
 
 
-def read_index(path: Path) -> list[dict[str, Any]]:
-    """Return the shards that index.json lists.
-
-    Raises:
-        DataError: it is missing, damaged or not MDS, or a column could run code when read.
-    """
-    file = path / "index.json"
-    try:
-        shards = json.loads(file.read_bytes())["shards"]
-        for shard in shards:
-            if shard["format"] != "mds":
-                raise ValueError(f"its shards are {shard['format']}, not mds")
-            for part in (shard["raw_data"], shard.get("zip_data")):
-                name = Path(part["basename"]) if part else Path()
-                if name.is_absolute() or ".." in name.parts:
-                    raise ValueError(f"it names a shard outside its folder: {name}")
-            if "pkl" in shard["column_encodings"]:
-                raise ValueError("a column is pickled, and reading it would run code")
-            if not len(shard["column_names"]) == len(shard["column_sizes"]):
-                raise ValueError("columns and sizes do not match")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise DataError(f"{file}: cannot be used ({error}); {MEND}") from None
-    if not shards:
-        raise DataError(f"{file}: lists no shards; {MEND}")
-    return list(shards)
-
-
 def _choose_column(path: Path, entries: Sequence[dict[str, Any]]) -> str:
     """Return the column that holds ids, the same in all shards."""
     columns = dict(zip(entries[0]["column_names"], entries[0]["column_encodings"], strict=True))
@@ -398,14 +373,15 @@ def decode_shard(path: Path, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     packed = packed if packed and path.name == Path(packed["basename"]).name else None
     _compare(path, packed or entry["raw_data"], hashed=True)
     make_torchvision_importable()
-    from streaming.base.compression import decompress
     from streaming.base.format import reader_from_json
 
-    reader = reader_from_json("", "", entry)
     try:
+        reader = reader_from_json("", "", entry)
         content: Any = np.memmap(path, np.uint8, "r").data
         if packed:
-            content = decompress(entry["compression"], path.read_bytes())
+            with open(path, "rb") as file:
+                pieces = decompress(entry["compression"], file, entry["raw_data"]["bytes"])
+                content = b"".join(pieces)
         offsets = np.frombuffer(content, np.uint32, entry["samples"] + 1, 4).tolist()
         for begin, end in pairwise(offsets):
             yield reader.decode_sample(bytes(content[begin:end]))
@@ -443,6 +419,7 @@ def _compare(file: Path, info: dict[str, Any], hashed: bool) -> None:
     except FileNotFoundError:
         raise DataError(f"{file} is missing") from None
     except (OSError, ValueError) as error:
+        refuse_shortage(error, file)
         raise DataError(f"{file} cannot be read ({error})") from None
 
 
@@ -452,7 +429,7 @@ def _matches(content: Any, info: dict[str, Any]) -> bool:
     for name, expected in sorted(hashes.items(), key=lambda each: not each[0].startswith("xxh")):
         if name in xxhash.algorithms_available:
             return bool(getattr(xxhash, name)(content).hexdigest() == expected)
-        if name in hashlib.algorithms_available:
+        if name in hashlib.algorithms_available and not name.startswith("shake"):
             return bool(hashlib.new(name, content).hexdigest() == expected)
     return True
 
@@ -482,9 +459,6 @@ def _unpack(source: Path, file: Path, entry: dict[str, Any]) -> None:
     Raises:
         DataError: the shard is damaged, or the disk is full.
     """
-    make_torchvision_importable()
-    from streaming.base.compression import decompress
-
     raw = entry["raw_data"]
     try:
         with open_lock(file.with_name(file.name + ".lock")) as lock:
@@ -492,12 +466,15 @@ def _unpack(source: Path, file: Path, entry: dict[str, Any]) -> None:
             if _is_unpacked(file, raw):
                 return
             try:
-                content = decompress(entry["compression"], source.read_bytes())
-            except Exception as error:  # each compression raises its own
+                # In pieces, so that a shard takes no memory, and no more of the disk than it says.
+                with open_replacement(file) as target, open(source, "rb") as packed:
+                    for piece in decompress(entry["compression"], packed, raw["bytes"]):
+                        target.write(piece)
+                    target.flush()
+                    if not _matches(np.memmap(target.name, np.uint8, "r").data, raw):
+                        raise ValueError("it does not unpack to what index.json says")
+            except ValueError as error:
                 raise DataError(f"{source} is damaged ({error})") from None
-            if len(content) != raw["bytes"] or not _matches(content, raw):
-                raise DataError(f"{source} does not unpack to what index.json says")
-            replace_file(file, content)
     except OSError as error:
         raise DataError(
             f"{source} cannot be unpacked to {file.parent} ({error.strerror}): set TMPDIR to a "
@@ -534,6 +511,9 @@ def _open_rows(shards: Sequence[MdsShard]) -> Any:
     def _reader(shard: MdsShard) -> Any:
         basename = shard.entry["raw_data"]["basename"]
         folder = shard.file.parents[len(Path(basename).parts) - 1]
-        return reader_from_json(str(folder), "", shard.entry)
+        try:
+            return reader_from_json(str(folder), "", shard.entry)
+        except Exception as error:  # each encoding raises its own
+            raise DataError(f"{shard.file}: cannot be read ({error!r}); {MEND}") from None
 
     return Rows()

@@ -33,6 +33,7 @@ from megarecur.data.corpus import CHUNK_TOKENS, Corpus, find_fault, read_manifes
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.errors import ConfigError, DataError
 from megarecur.files import publish
+from megarecur.reading import check_plain_name
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +182,7 @@ class CachedFiles:
 
     def _download(self, name: str, find: Callable[[Path], str | None]) -> Path:
         """Download a file into its own folder, verify and sync it."""
+        check_plain_name(name)  # Folders of this name are deleted below.
         downloader, url = self._downloader(), f"{self.remote}/{name}"
         attempts = len(PAUSES) + 1
         for attempt, pause in enumerate((*PAUSES, None), 1):
