@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
-import yaml
 
 from megarecur.config.run import Config
+from megarecur.config.yaml_text import parse
 from megarecur.errors import ConfigError
 from megarecur.files import replace_file
 from megarecur.launch.configs import load_run_config
@@ -315,8 +315,8 @@ def expand_sweep(sweep: Sequence[str]) -> list[list[str]]:
     for entry in sweep:
         key, equals, text = entry.partition("=")
         try:
-            values = yaml.safe_load(f"[{text}]")
-        except yaml.YAMLError:
+            values = parse(f"[{text}]")
+        except ValueError:
             values = []
         if not equals or not key or not values or len(set(map(str, values))) < len(values):
             raise ConfigError(f"--sweep {entry}: must be key.sub=value,value, each value once")

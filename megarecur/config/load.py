@@ -16,45 +16,11 @@ from megarecur.config.mistakes import enter, is_entry, read_section, show_value
 from megarecur.config.rule import Rule
 from megarecur.config.rules import RULES, find_conflicts
 from megarecur.config.run import Config
+from megarecur.config.yaml_text import MAX_CHARACTERS, parse
 from megarecur.errors import ConfigError
+from megarecur.reading import read_text
 
 SectionT = TypeVar("SectionT", bound=Section)
-NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
-"""Errors for text that is not YAML, numbers with too many digits, dates that do not exist, and
-thousands of nested brackets."""
-
-
-class StrictLoader(yaml.SafeLoader):
-    """SafeLoader that rejects duplicate keys instead of keeping the last, text that is not Unicode,
-    and zero bytes."""
-
-
-def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` merges keys and is not a key itself
-    keys = [loader.construct_object(k, deep=True) for k, _ in node.value if k.tag != merge]
-    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-    if twice:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"key {twice[0]!r} is written twice", node.start_mark
-        )
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-def _string(loader: StrictLoader, node: yaml.ScalarNode) -> str:
-    value = str(loader.construct_scalar(node))
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise yaml.constructor.ConstructorError(
-            None, None, f"{value!a} holds half of a character", node.start_mark
-        )
-    if "\0" in value:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"{value!a} holds a zero byte, which no name can", node.start_mark
-        )
-    return value
-
-
-StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _string)
 
 
 def load_config(
@@ -78,8 +44,8 @@ def read_sections(path: Path) -> dict[str, Any]:
         ConfigError: the file does not exist, is not YAML, or is not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, 4 * MAX_CHARACTERS)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a YAML file") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
@@ -96,10 +62,9 @@ def parse_yaml(text: str, origin: str) -> Any:
         ConfigError: the text is not YAML; names line and column.
     """
     try:
-        return yaml.load(text, StrictLoader)
-    except NOT_YAML as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{origin}: not valid YAML: {reason}; correct it there") from None
+        return parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: not valid YAML: {error}; correct it there") from None
 
 
 def apply_override(values: dict[str, Any], override: str) -> str | None:
@@ -108,8 +73,8 @@ def apply_override(values: dict[str, Any], override: str) -> str | None:
     if not equals or not key.strip():
         return f"override {show_value(override)} is not of the form key.sub=value; write it as one"
     try:
-        value = yaml.load(text, StrictLoader)
-    except NOT_YAML:
+        value = parse(text)
+    except ValueError:
         return f"override {show_value(override)}: the value is not valid YAML; correct it"
     *parents, last = key.strip().split(".")
     section: Any = values

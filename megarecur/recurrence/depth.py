@@ -12,7 +12,7 @@ from collections import Counter
 from statistics import NormalDist
 from typing import NamedTuple
 
-from megarecur.config.base import MOST_BLOCKS
+from megarecur.config.base import MOST_BLOCKS, MOST_STEPS
 from megarecur.config.depth import (
     AroundMean,
     DepthCurriculum,
@@ -21,6 +21,7 @@ from megarecur.config.depth import (
     Split,
     Uniform,
 )
+from megarecur.config.mistakes import show_value
 from megarecur.config.recurrence import Looped, RecurrenceConfig
 from megarecur.config.run import Config
 
@@ -100,6 +101,9 @@ def refuse_depth(config: Config, num_loops: int) -> str:
     own = config.of_loops
     if own and most is not None and num_loops > most:
         return f"depth {num_loops}: {own} exist for {most} loops; set the depth to at most {most}"
+    blocks = getattr(recurrence, "core", 0) or getattr(recurrence, "num_blocks", 1)
+    if num_loops > (most := min(MOST_BLOCKS, MOST_STEPS // blocks)):
+        return f"depth {show_value(num_loops)}: is too large; set the depth to at most {most}"
     return ""
 
 
