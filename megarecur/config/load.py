@@ -16,7 +16,7 @@ from megarecur.config.mistakes import enter, is_entry, read_section, show_value
 from megarecur.config.rule import Rule
 from megarecur.config.rules import RULES, find_conflicts
 from megarecur.config.run import Config
-from megarecur.config.yaml_text import MAX_CHARACTERS, parse
+from megarecur.config.yaml_text import MAX_CHARACTERS, MAX_KEY, parse
 from megarecur.errors import ConfigError
 from megarecur.reading import read_text
 
@@ -72,6 +72,8 @@ def apply_override(values: dict[str, Any], override: str) -> str | None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         return f"override {show_value(override)} is not of the form key.sub=value; write it as one"
+    if len(key) > MAX_KEY:
+        return f"override {show_value(override)}: no key has {len(key)} characters; correct it"
     try:
         value = parse(text)
     except ValueError:
@@ -85,7 +87,8 @@ def apply_override(values: dict[str, Any], override: str) -> str | None:
         section = enter(section, part, create=True)
         if not isinstance(section, dict | list):
             key = ".".join(parents[: i + 1])
-            return f"override {override!r}: {key} is a value, not a section; give {key} a value"
+            shown = show_value(override)
+            return f"override {shown}: {key} is a value, not a section; give {key} a value"
     if isinstance(section, list):
         if not is_entry(section, last):
             return f"override {show_value(override)}: {'.'.join(parents)} {_entries(section)}"

@@ -17,6 +17,7 @@ MAX_CHARACTERS = 1 << 22
 MAX_VALUES = 200_000
 """Maximum number of values, those of aliases counted at each use."""
 MAX_DEPTH = 64
+MAX_KEY = 200
 MAX_DIGITS = 1000
 """Maximum characters of a number; Python itself refuses 4,300 digits."""
 MERGE = "tag:yaml.org,2002:merge"
@@ -79,6 +80,8 @@ def _mapping(loader: Loader, node: yaml.Node) -> dict[Any, Any]:
     for key in keys:
         if isinstance(key, list | dict):
             raise _error("a list or a mapping cannot be a key", node)
+        if len(str(key)) > MAX_KEY:
+            raise _error(f"a key of {len(str(key))} characters, more than {MAX_KEY}", node)
         if repr(key) in seen:
             raise _error(f"key {key!r:.80} is written twice", node)
         seen.add(repr(key))
