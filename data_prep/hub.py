@@ -24,6 +24,7 @@ import xxhash
 from megarecur.data.corpus import hash_file
 from megarecur.data_prep.tables import columns_of
 from megarecur.errors import ConfigError, DataError
+from megarecur.reading import read_object
 
 PREFIX = "hf:"
 SYNTAX = "hf://NAME[:CONFIG][@SPLIT] for one of the Hub, hf:FOLDER[@SPLIT] for a local one"
@@ -212,7 +213,10 @@ def _request(path: str, config: str | None) -> dict[str, Any]:
 
 
 def _json(file: Path) -> Any:
-    return json.loads(file.read_bytes())
+    try:
+        return read_object(file)
+    except ValueError as error:
+        raise DataError(f"{file}: is damaged ({error}); download the data set again") from None
 
 
 def _reason(error: Exception) -> str:

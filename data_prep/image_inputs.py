@@ -13,7 +13,6 @@ from their names, not class by class, so that any part of a corpus is a mixture.
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import re
 import struct
@@ -35,6 +34,7 @@ from megarecur.data_prep.listing import EXCLUDED, Listing, list_folder
 from megarecur.data_prep.readers import find_sources, refuse_empty
 from megarecur.data_prep.tables import BINARY_SUFFIXES, TableShape, read_arrow, read_shape
 from megarecur.errors import DataError
+from megarecur.reading import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -601,7 +601,7 @@ def _label_of(sample: dict[str, bytes], keys: FieldNames) -> str | None:
         if suffix in sample and (text := sample[suffix].decode(errors="replace").strip()):
             return text
     try:
-        values = json.loads(sample["json"])
+        values = parse_json(sample["json"])
     except (KeyError, ValueError):
         return None
     wanted = (keys.label,) if keys.label else (*LABEL_KEYS, "cls", "class", "class_id")

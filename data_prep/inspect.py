@@ -18,6 +18,7 @@ from megarecur.data.tokenizer import BYTES, load_tokenizer
 from megarecur.data_prep.images import describe_sizes
 from megarecur.data_prep.pairs import describe_dropped
 from megarecur.errors import DataError
+from megarecur.reading import escape
 
 BAR_WIDTH = 40
 
@@ -145,8 +146,8 @@ def render_inspection(inspection: Inspection) -> RenderableType:
             ("damaged and skipped", f"{manifest.documents_skipped:,}"),
             ("identity", inspection.fingerprint),
         ):
-            facts.add_row(name, Text(value))
-        return Group(Text(str(inspection.path), style="bold"), facts)
+            facts.add_row(name, Text(escape(value)))
+        return Group(Text(escape(str(inspection.path)), style="bold"), facts)
     for name, value in (
         ("tokens", f"{manifest.num_tokens:,}"),
         ("documents", f"{manifest.num_documents:,}"),
@@ -161,19 +162,19 @@ def render_inspection(inspection: Inspection) -> RenderableType:
         ("identity", inspection.fingerprint),
         *(describe_task(manifest.task) if manifest.task else ()),
     ):
-        facts.add_row(name, Text(value))
+        facts.add_row(name, Text(escape(value)))
     lengths = Table("tokens", "documents", "", box=None, title="Lengths of documents")
     most = max(count for _, count in inspection.histogram)
     for n, count in inspection.histogram:
         bar = "█" * -(-count * BAR_WIDTH // most)
         lengths.add_row(f"{n:,} to {2 * n - 1:,}", f"{count:,}", bar)
     panels: list[RenderableType] = [
-        Panel(Text(text), title=f"document {number:,}", title_align="left")
+        Panel(Text(escape(text)), title=f"document {number:,}", title_align="left")
         for number, text in inspection.samples
     ]
     if inspection.pairs:
         sides = Table("pair", "source", "target", show_lines=True)
         for number, source, target in inspection.pairs:
-            sides.add_row(f"{number:,}", Text(source), Text(target))
+            sides.add_row(f"{number:,}", Text(escape(source)), Text(escape(target)))
         panels.append(sides)
-    return Group(Text(str(inspection.path), style="bold"), facts, lengths, *panels)
+    return Group(Text(escape(str(inspection.path)), style="bold"), facts, lengths, *panels)

@@ -17,6 +17,7 @@ from megarecur.files import append_row
 from megarecur.launch.folder import find_logs, newest_checkpoint, read_beat, read_text
 from megarecur.launch.job import LAUNCH_VARIABLE
 from megarecur.launch.slurm import SlurmError, describe_job
+from megarecur.reading import parse_row
 
 FAILURES = ("crash", "stalled", "node failure", "out of time", "supervisor killed")
 OUTSIDE = ("preempted", "requeued", "outage", "SIGUSR2", "asked to stop")
@@ -66,8 +67,8 @@ class Record:
         """Return all events, without truncated or damaged lines."""
         rows = []
         for line in read_text(self.path).splitlines():
-            with suppress(ValueError, RecursionError):
-                rows.append(json.loads(line))
+            if (row := parse_row(line)) is not None:
+                rows.append(row)
         return [row for row in rows if is_event(row)]
 
     def append(self, row: Mapping[str, Any]) -> None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from megarecur.errors import ConfigError, MegarecurError, refuse_undecodable
+from megarecur.errors import SHORTAGES, ConfigError, MegarecurError, refuse_undecodable
 from megarecur.launch import prep
+from megarecur.reading import escape
 
 if TYPE_CHECKING:
     pass
@@ -61,13 +62,24 @@ def main() -> None:
     try:
         app()
     except MegarecurError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(escape(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
+        if error.errno in SHORTAGES:
+            place = f"{error.filename}: " if error.filename is not None else ""
+            print(
+                escape(f"error: {place}{error.strerror}; {SHORTAGES[error.errno]}"), file=sys.stderr
+            )
+            sys.exit(2)
         if error.errno not in USERS_ERRNOS or error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(escape(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
         sys.exit(2)
+
+
+def for_terminal(text: str) -> str:
+    """Return text without control characters if it goes to a terminal, which would obey them."""
+    return escape(text) if sys.stdout.isatty() else text
 
 
 def print_version(wanted: bool) -> None:
@@ -589,9 +601,9 @@ def generate(
         )
         if samples > 1:
             print(f"--- sample {sample + 1} of {samples}")
-        print(text, end="", flush=True)
+        print(for_terminal(text), end="", flush=True)
         for piece in stream_text(tokenizer, prompt, ids):
-            print(piece, end="", flush=True)
+            print(for_terminal(piece), end="", flush=True)
         print()
     if rule is not None and rule.loops:
         mean = sum(rule.loops) / len(rule.loops)
@@ -697,7 +709,7 @@ def translate(
         draw_line if draw is not None else None,
     )  # fmt: skip
     for line in done.lines if out is None else ():
-        print(line)
+        print(for_terminal(line))
     for line in done.summary:
         print(line, file=sys.stdout if out is not None else sys.stderr)
     if draw is not None:

@@ -5,7 +5,6 @@ A run may be writing any of these files; half-written rows are skipped.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -17,6 +16,7 @@ from typing import Any
 
 from megarecur.config.load import read_sections
 from megarecur.errors import ConfigError
+from megarecur.reading import parse_object, read_object
 
 FILES = {
     "config.yaml": "the resolved config; `megarecur train RUN/config.yaml` resumes the run",
@@ -154,7 +154,7 @@ def read_config(run: Path) -> dict[str, Any]:
 def read_beat(run: Path) -> Beat | None:
     """Return the last heartbeat; None if there is none."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        found = json.loads((run / "heartbeat.json").read_text(encoding="utf-8"))
+        found = read_object(run / "heartbeat.json")
         detail = str(found.get("detail", ""))
         return Beat(moment_of(found["time"]), int(found["step"]), str(found["phase"]), detail)
     return None
@@ -165,8 +165,8 @@ def read_attempts(run: Path) -> list[PastAttempt]:
     attempts: dict[int, PastAttempt] = {}
     for line in read_text(run / "attempts.jsonl").splitlines():
         # One truncated line, or one of another version, must not hide the others.
-        with suppress(ValueError, KeyError, TypeError):
-            _note_event(attempts, json.loads(line))
+        with suppress(ValueError, KeyError, TypeError, OverflowError):
+            _note_event(attempts, parse_object(line))
     return [attempts[number] for number in sorted(attempts)]
 
 
@@ -182,7 +182,7 @@ def read_submitted(run: Path) -> list[str]:
     jobs = []
     for line in read_text(run / "launch" / "submitted.jsonl").splitlines():
         with suppress(ValueError, KeyError, TypeError):
-            jobs.append(str(json.loads(line)["job"]))
+            jobs.append(str(parse_object(line)["job"]))
     return jobs
 
 
@@ -288,7 +288,7 @@ def read_holder(run: Path) -> Holder | None:
     """
     path = run / "lease"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path)
         host, pid, since = str(found["host"]), int(found["pid"]), path.stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -35,6 +35,7 @@ from megarecur.launch.draft import Draft
 from megarecur.launch.profile import ClusterProfile
 from megarecur.launch.script import Job, escape, render
 from megarecur.launch.slurm import submit
+from megarecur.reading import read_object
 
 SPEC_FILE, CONFIG_FILE, SUBMITTED_FILE = "job.json", "config.yaml", "submitted.jsonl"
 LAUNCH_VARIABLE = "MEGARECUR_LAUNCH"
@@ -164,11 +165,11 @@ def read_spec(folder: Path) -> JobSpec:
     """
     path = folder / SPEC_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         paths = {key: Path(values[key]) for key in ("run_dir", "workdir", "code")}
         profile = ClusterProfile.model_validate(values["profile"])
         return JobSpec(**values | paths | {"profile": profile})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); `megarecur launch CONFIG --nodes N` submits a job "
             "with a new one"

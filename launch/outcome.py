@@ -6,7 +6,6 @@ users or its nodes bring about.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -40,6 +39,7 @@ from megarecur.launch.reasons import (
     find_cause,
 )
 from megarecur.launch.slurm import PATIENCE, SlurmError, ask, describe_job, describe_nodes, expand
+from megarecur.reading import read_object
 
 LAST_WORDS_SECONDS = 45.0
 """Seconds that srun may take to end the other ranks, once one has failed."""
@@ -322,7 +322,7 @@ def unfit_nodes(run_dir: Path, attempt: Attempt) -> list[str]:
     """Return the nodes of this attempt that failed its health check, unless all of them did: then
     no node is blamed."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        found = json.loads((run_dir / "health.json").read_text())
+        found = read_object(run_dir / "health.json")
         if found["time"] > attempt.started:
             unfit = [node for node, figures in found["nodes"].items() if figures["faults"]]
             return unfit if len(unfit) < len(attempt.nodes) else []

@@ -29,6 +29,7 @@ from megarecur.launch.job import SNAPSHOT, snapshot_name, write_snapshot
 from megarecur.launch.profile import ClusterProfile, load_profile
 from megarecur.launch.script import Job, render
 from megarecur.launch.slurm import SlurmError, ask, cancel, submit
+from megarecur.reading import read_object
 
 ARRAYS = ("read", "tokenise")
 Script = Callable[[Phase, Sequence[int], str | None], str]
@@ -138,7 +139,7 @@ def refuse_while_queued(out: Path) -> None:
     if not file.exists() or shutil.which("squeue") is None:
         return
     try:
-        jobs = [str(job) for job in json.loads(file.read_text()).values()]
+        jobs = [str(job) for job in read_object(file).values()]
     except (ValueError, AttributeError):
         raise DataError(
             f"{file}: is damaged, so that jobs that prepare this corpus are not known; delete it "

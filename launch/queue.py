@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from megarecur.launch.folder import PastAttempt, is_run, read_attempts, read_submitted
 from megarecur.launch.profile import seconds_of
 from megarecur.launch.slurm import SlurmError, ask, describe_jobs
+from megarecur.reading import read_json
 
 PATIENCE = 5.0
 """Seconds to wait for Slurm; then only folders are read."""
@@ -228,7 +228,7 @@ def runs_of_array(array: str) -> tuple[Path, ...]:
     """List the run folders of an array's tasks, in their order; none where that is not known."""
     with suppress(SlurmError, OSError, ValueError):
         script = Path(describe_jobs(array)[0].get("Command", ""))
-        return tuple(map(Path, json.loads(script.with_name(TASKS_FILE).read_text("utf-8"))))
+        return tuple(map(Path, read_json(script.with_name(TASKS_FILE))))
     return ()
 
 

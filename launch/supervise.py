@@ -61,6 +61,7 @@ from megarecur.launch.outcome import (
 from megarecur.launch.reasons import count_oom_kills
 from megarecur.launch.slurm import SlurmError, ask, describe_job, expand, step_of
 from megarecur.launch.watchdog import Watchdog, ask_for_stacks
+from megarecur.reading import read_json
 from megarecur.train.heartbeat import EVERY_STEP
 from megarecur.train.signals import STACKS_VARIABLE
 
@@ -286,8 +287,8 @@ def skip_step(run_dir: Path, step: int) -> str:
     """
     path = run_dir / "skipped_steps.json"
     try:
-        steps = [int(each) for each in json.loads(path.read_text())] if path.exists() else []
-    except (OSError, ValueError, TypeError, RecursionError):
+        steps = [int(each) for each in read_json(path)] if path.exists() else []
+    except (OSError, ValueError, TypeError, OverflowError):
         return f"it cannot be left out: {path} is damaged; correct or delete it"
     replace_file(path, json.dumps(sorted({*steps, step})))
     return "it is left out from now on"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from megarecur.launch.folder import Beat
 from megarecur.plan.describe import name_ranks
 from megarecur.progress import REPORTS, WAITING
+from megarecur.reading import read_object
 
 MOST_NAMED = 4
 """Number of ranks whose progress is shown."""
@@ -50,7 +50,7 @@ def read_reports(run: Path, beat: Beat | None, began: float = 0.0) -> list[Repor
     found = []
     for path in (run / REPORTS).glob("rank-*.json"):
         with suppress(OSError, ValueError, TypeError):
-            report = Report(**json.loads(path.read_text(encoding="utf-8")))
+            report = Report(**read_object(path))
             if (report.phase, report.step) == (beat.phase, beat.step) and report.time >= began:
                 found.append(report)
     return sorted(found, key=lambda report: report.rank)

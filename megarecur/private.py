@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from megarecur.errors import DataError, MegarecurError
+from megarecur.reading import check_links, read_bytes
 
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -102,19 +103,14 @@ def read_inside(path: Path) -> bytes:
     into the blobs of Hugging Face's own cache are followed.
 
     Raises:
-        DataError: the file is a link that leads out of its folder.
+        DataError: the file is a link that leads out of its folder, or no regular file.
         OSError: it cannot be read.
     """
-    folder, real = path.parent.resolve(), path.resolve()
-    places = [folder]
-    if folder.parent.name == "snapshots":  # CACHE/models--NAME/snapshots/COMMIT
-        places.append(folder.parents[1] / "blobs")
-    if not any(real.is_relative_to(place) for place in places):
-        raise DataError(
-            f"{path}: is a link to {real}, outside its folder; put the file itself there, if it is "
-            "meant"
-        )
-    return path.read_bytes()
+    try:
+        check_links(path.parent, path)
+        return read_bytes(path)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; put the file itself there, or remove it") from None
 
 
 def _check_base(base: Path, found: os.stat_result) -> None:

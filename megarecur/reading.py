@@ -2,6 +2,7 @@
 
     read_json(path)              one value; limits of size, depth and digits
     parse_json(line)             the same for bytes or text
+    parse_metrics(line)          a row of metrics.jsonl, or None
     read_bytes(path)             a regular file, no larger than a limit
     find_inside(folder, name)    the path of a name that a file in `folder` gives
     check_inside(folder, names)  the same check of many names
@@ -125,6 +126,21 @@ def parse_row(line: bytes | str) -> dict[str, Any] | None:
         return None
 
 
+def parse_metrics(line: bytes | str) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl; None if it is not one.
+
+    It has a `step`, a whole number of at least 0, and every other value is a number or null.
+    """
+    row = parse_row(line)
+    if row is None or type(row.get("step")) is not int or not 0 <= row["step"] < 1 << 62:
+        return None
+    for key, value in row.items():
+        number = type(value) in (int, float, type(None), bool)
+        if not number or (type(value) is int and abs(value) >= 1 << 62) or not key.isprintable():
+            return None
+    return row
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -149,8 +165,8 @@ def check_name(name: Any) -> str:
     if not name or not name.isprintable() or "\\" in name:
         raise ValueError(f"{name!a:.80} is no name of a file")
     parts = name.split("/")
-    encoded = [part.encode(errors="replace") for part in parts]
-    if sum(map(len, encoded)) > MAX_NAME_BYTES or max(map(len, encoded)) > MAX_PART_BYTES:
+    longest = max(len(part.encode()) for part in parts)
+    if len(name.encode()) > MAX_NAME_BYTES or longest > MAX_PART_BYTES:
         raise ValueError(f"{name!a:.80} is too long for the name of a file")
     if any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"{name!a:.80} leads outside its folder, or names a folder")
@@ -241,9 +257,11 @@ def decompress(kind: str, file: BinaryIO, size: int) -> Iterator[bytes]:
                 raise ValueError(f"it unpacks to more than {size} bytes")
             if piece:
                 yield piece
-    except (OSError, ValueError, MemoryError):
+    except (ValueError, MemoryError):
         raise
-    except Exception as error:  # Each compression raises its own.
+    except Exception as error:  # Each compression raises its own; bz2 an OSError without number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(str(error) or type(error).__name__) from None
     if left:
         raise ValueError(f"it unpacks to {size - left} bytes instead of {size}")
@@ -290,8 +308,11 @@ def _br(file: BinaryIO) -> Iterator[bytes]:
         yield decoder.process(block, output_buffer_limit=PIECE_BYTES)
         while not decoder.can_accept_more_data():
             yield decoder.process(b"", output_buffer_limit=PIECE_BYTES)
-    if not decoder.is_finished():
-        raise ValueError("it ends before its data does")
+    while not decoder.is_finished():
+        piece = decoder.process(b"", output_buffer_limit=PIECE_BYTES)
+        if not piece:
+            raise ValueError("it ends before its data does")
+        yield piece
 
 
 def _snappy(file: BinaryIO) -> Iterator[bytes]:

@@ -5,7 +5,6 @@ folder.
 """
 
 import gc
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -14,10 +13,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
-from megarecur.errors import CheckpointError
+from megarecur.errors import CheckpointError, refuse_shortage
 from megarecur.parallel.shards import tiling_fault
+from megarecur.reading import parse_json
 
 VERSION = 1
 # Functions that convert an index of version N to version N + 1, by N.
@@ -46,7 +46,8 @@ class DamagedCheckpoint(CheckpointError):
     """Raised if a checkpoint's bytes differ from those written; an older one may be intact."""
 
 
-Natural = Annotated[StrictInt, Field(ge=0)]
+Natural = Annotated[StrictInt, Field(ge=0, lt=1 << 63)]
+Step = Annotated[StrictInt, Field(ge=0, le=99_999_999)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 FileName = Annotated[
     str, Field(pattern=r"^rank-[0-9]{5,}\.safetensors$")
@@ -81,6 +82,37 @@ class FileRecord(_Record):
     bytes: Natural
     header_bytes: Natural
     header_xxh3: Digest
+
+
+class ConfigRecord(BaseModel):
+    """The parts of a saved config that are read before it is validated."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+
+class StateRecord(BaseModel):
+    """Types of the state's entries, each of which only some checkpoints have."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    step: Step = 0
+    tokens: Natural = 0
+    skipped: Step = 0
+    roll_backs: Step = 0
+    rolled_back_at: Step = 0
+    interval: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    config: ConfigRecord | None = None
+    layer_map: list[Natural] = []
+    mesh: dict[str, Natural] = {}
+    order_hash: StrictStr | None = None
+    tokenizer: StrictStr | None = None
+    hugging_face: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
 
 
 class Index(_Record):
@@ -144,8 +176,8 @@ def without_collections() -> Iterator[None]:
 
 def _parse_body(path: Path, body: bytes) -> Index:
     try:
-        raw = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(body)
+    except ValueError as error:
         raise DamagedCheckpoint(f"{path / 'index.json'} is not JSON: {error}") from None
     index = _parse(path, raw)
     fault = index_fault(index)
@@ -156,7 +188,7 @@ def _parse_body(path: Path, body: bytes) -> Index:
 
 def _parse(path: Path, raw: Any) -> Index:
     version = raw.get("version") if isinstance(raw, dict) else None
-    if not isinstance(version, int) or raw.get("format") != "megarecur":
+    if type(version) is not int or raw.get("format") != "megarecur":
         raise DamagedCheckpoint(f"{path / 'index.json'} is not the index of a megarecur checkpoint")
     if version > VERSION:
         raise CheckpointError(
@@ -171,6 +203,7 @@ def _parse(path: Path, raw: Any) -> Index:
         raw = MIGRATIONS[version](raw)
         version += 1
     try:
+        StateRecord.model_validate(raw.get("state"))
         return Index.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -215,6 +248,7 @@ def readable(path: Path | str) -> Iterator[None]:
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} is missing") from None
     except OSError as error:
+        refuse_shortage(error, path)
         raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
 
 

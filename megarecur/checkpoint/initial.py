@@ -93,7 +93,7 @@ def check_fit(path: Path, index: Index, config: Config) -> None:
     Raises:
         CheckpointError: listing all that are missing, superfluous or of another shape.
     """
-    theirs = build_inventory(validate(index.state["config"], f"{path}/index.json"))
+    theirs = build_inventory(validate(index.state.get("config") or {}, f"{path}/index.json"))
     found = {name: list(index.tensors[name].shape) for name in theirs if name in index.tensors}
     wanted = {name: list(spec.shape) for name, spec in build_inventory(config).items()}
     lines = [f"{name}: not in {path}" for name in sorted(wanted.keys() - found.keys())]

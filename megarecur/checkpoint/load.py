@@ -64,7 +64,7 @@ def check_config(file: Path, config: Config, path: Path, state: Mapping[str, Any
     Raises:
         ConfigError: listing every field that differs.
     """
-    if "config" not in state:
+    if not state.get("config"):
         return
     former = validate(state["config"], f"{path}/index.json")
     if changed := changed_fixed_fields(former, config):

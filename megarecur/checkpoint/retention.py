@@ -8,7 +8,6 @@ later one, and the newest checkpoint is always kept.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from megarecur.checkpoint.identity import owner_of
 from megarecur.checkpoint.index import seal
 from megarecur.config.checkpoint import CheckpointConfig
 from megarecur.files import delete_folder, replace_file
+from megarecur.reading import parse_metrics
 
 
 def steps_to_keep(
@@ -42,15 +42,12 @@ def read_scores(path: Path) -> dict[int, float]:
     scores: dict[int, float] = {}
     if not path.exists():
         return scores
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if '"val/loss"' not in line:  # parsing every row of a long run would be slow
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # truncated by a crash
-                continue
-            if row.get("val/loss") is not None:
+            row = parse_metrics(line)  # None: truncated by a crash, or damaged.
+            if row is not None and row.get("val/loss") is not None:
                 scores[row["step"]] = row["val/loss"]
     return scores
 

@@ -18,6 +18,7 @@ import xxhash
 from megarecur.config.run import NO_TOKENIZER, Config
 from megarecur.errors import ConfigError
 from megarecur.files import replace_file
+from megarecur.reading import read_bytes, read_object
 
 ORIGIN = "origin.json"
 NOT_A_FILE = ("bytes", NO_TOKENIZER)
@@ -45,7 +46,7 @@ def identify(path: Path) -> str | None:
     """Return a hash of a file, or of the manifest or index of a corpus; None if none exists."""
     places = [path, path / "manifest.json", path / "index.json"]
     file = next((place for place in places if place.is_file()), None)
-    return None if file is None else xxhash.xxh3_128_hexdigest(file.read_bytes())
+    return None if file is None else xxhash.xxh3_128_hexdigest(read_bytes(file))
 
 
 def relocate(values: dict[str, Any], path: Path) -> None:
@@ -78,7 +79,7 @@ def read_origin(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         if not isinstance(values["hashes"], dict):
             raise TypeError("hashes is no mapping")
         return {"workdir": str(values["workdir"]), "run_dir": str(values["run_dir"]),

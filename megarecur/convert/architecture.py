@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megarecur.config.base import MOST_BLOCKS
+from megarecur.config.mistakes import show_value
 from megarecur.config.model import ModelConfig
 from megarecur.config.run import Config
 
@@ -118,7 +120,13 @@ class Architecture:
                 problems.append(f"{key}: required, but missing; download config.json again")
             elif not isinstance(value, int) or value < 1:
                 problems.append(
-                    f"{key}={value!r}: must be a whole number above 0; download config.json again"
+                    f"{key}={show_value(value)}: must be a whole number above 0; download "
+                    "config.json again"
+                )
+            elif value > (most := MOST_BLOCKS if key == "num_hidden_layers" else 1 << 24):
+                problems.append(
+                    f"{key}={show_value(value)}: is too large, at most {most} is supported; "
+                    "download config.json again"
                 )
         accepted = {
             "architectures": (None, [self.hf_class]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,8 @@ from megarecur.convert.phi import PHI3
 from megarecur.convert.qwen import QWEN2, QWEN3
 from megarecur.convert.vit import VIT
 from megarecur.errors import ConfigError, DataError
+from megarecur.reading import check_inside
+from megarecur.reading import read_json as read_value
 from megarecur.recurrence.inventory import build_inventory
 
 log = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ class SourceModel:
 def read_json(path: Path) -> dict[str, Any]:
     """Read an object from a JSON file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_value(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path}: cannot be read as JSON ({error}); give the folder of a Hugging Face model"
@@ -314,10 +315,13 @@ def find_weights(hf_dir: Path, allow_pickles: bool = False) -> dict[str, Path]:
         if index.is_file():
             table = read_json(index).get("weight_map")
             if not isinstance(table, dict) or not all(
-                isinstance(name, str) and is_inside(name) and name.endswith(ending)
-                for name in table.values()
+                isinstance(name, str) and name.endswith(ending) for name in table.values()
             ):
                 raise DataError(f"{index}: its weight_map does not name files of the folder")
+            try:
+                check_inside(hf_dir, table.values())
+            except ValueError as error:
+                raise DataError(f"{index}: {error}; download it again") from None
             return {tensor: hf_dir / name for tensor, name in table.items()}
     pickles = sorted(p.name for p in hf_dir.glob(f"pytorch_model*{PICKLE}"))
     if pickles and not allow_pickles:
@@ -329,11 +333,6 @@ def find_weights(hf_dir: Path, allow_pickles: bool = False) -> dict[str, Path]:
     raise ConfigError(
         f"{hf_dir}: has no model.safetensors (or model.safetensors.index.json); download it again"
     )
-
-
-def is_inside(name: str) -> bool:
-    """Return whether a path of an index is below its folder."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 class Tensors:

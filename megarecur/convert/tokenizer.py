@@ -18,6 +18,7 @@ from typing import Any
 from megarecur.data.tokenizer import BYTES, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megarecur.errors import DataError
 from megarecur.files import create_file
+from megarecur.reading import read_object
 
 NEVER = -1e6
 """Score of pieces that a unigram search must not choose."""
@@ -101,8 +102,8 @@ def complete_hf_tokenizer(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = read_object(path)
+    except (ValueError, OSError) as error:
         raise DataError(
             f"{path}: is not valid JSON ({error}), so the export would not load it; correct it"
         ) from None
@@ -128,7 +129,7 @@ def end_sentences(folder: Path) -> None:
     paths = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
     if not all(path.is_file() for path in paths):
         return
-    model, values = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    model, values = (read_described(path) for path in paths)
     end = values.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     index = find_token_id(model, end)
@@ -150,6 +151,18 @@ def end_sentences(folder: Path) -> None:
     write_values(values | {"padding_side": "right"}, folder)
 
 
+def read_described(path: Path) -> dict[str, Any]:
+    """Return the object of a tokenizer's JSON file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return read_object(path)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); download it again") from None
+
+
 def write_values(values: dict[str, Any], folder: Path) -> None:
     """Write tokenizer_config.json."""
     content = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
@@ -161,18 +174,24 @@ def find_pad_id(folder: Path) -> int | None:
     paths = [folder / name for name in ("tokenizer_config.json", "tokenizer.json")]
     if not all(path.is_file() for path in paths):
         return None
-    values, model = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    values, model = (read_described(path) for path in paths)
     pad = values.get("pad_token")
     return find_token_id(model, pad.get("content") if isinstance(pad, dict) else pad)
 
 
 def find_token_id(model: dict[str, Any], token: str | None) -> int | None:
     """Return the id of a token in a tokenizer.json; None if unknown."""
-    added = {each["content"]: each["id"] for each in model.get("added_tokens", [])}
-    if token in added:
-        return int(added[token])
-    vocabulary = model.get("model", {}).get("vocab", {})
-    return vocabulary.get(token) if isinstance(vocabulary, dict) else None
+    given = model.get("added_tokens")
+    added = {
+        each.get("content"): each.get("id")
+        for each in (given if isinstance(given, list) else ())
+        if isinstance(each, dict) and isinstance(each.get("content"), str)
+    }
+    inner = model.get("model")
+    vocabulary = inner.get("vocab") if isinstance(inner, dict) else None
+    known = (vocabulary if isinstance(vocabulary, dict) else {}) | added
+    index = known.get(token) if isinstance(token, str) else None
+    return index if isinstance(index, int) else None
 
 
 def from_bytes() -> tuple[Any, dict[str, str]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from bisect import bisect_right
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -241,6 +242,8 @@ class Corpus:
                 f"{self.path / 'index.json'}: holds {self.starts[-1]} tokens, but the manifest has "
                 f"{self.num_tokens}; {MEND}"
             )
+        self._shard_files = [self.path / shard["raw_data"]["basename"] for shard in self.described]
+        self._stats = self._stat_shards()
         # A plain array over the mapped file: slices of np.memmap cost several microseconds.
         self.documents = np.asarray(documents)
         """Start of each document, int64 [num_documents]."""
@@ -292,6 +295,43 @@ class Corpus:
             raise ValueError(f"the offsets of {file.name} point outside")
         return np.frombuffer(content, self.dtype, (end - begin) // self.dtype.itemsize, begin)
 
+    def _stat_shards(self) -> dict[int, os.stat_result]:
+        """Return the state of each shard's file, which must not change while it is mapped."""
+        return {k: os.stat(file) for k, file in enumerate(self._shard_files)}
+
+    def _refuse_change(self, k: int) -> None:
+        """Reject a shard that was cut or rewritten in place since it was mapped.
+
+        Reading beyond the end of a file that was cut would kill the process. A file that was
+        deleted or replaced is still there for those who have mapped it.
+
+        Raises:
+            DataError: the message names the shard.
+        """
+        former = self._stats.get(k)
+        if former is None:
+            return
+        file = self._shard_files[k]
+        try:
+            found = os.stat(file)
+        except OSError:
+            return
+        if not os.path.samestat(found, former):
+            return
+        if found.st_size != former.st_size:
+            what = f"has {found.st_size} bytes instead of {former.st_size}"
+        elif found.st_mtime_ns == former.st_mtime_ns:
+            return
+        elif find_fault(file, self.manifest.files[file.name], hashed=True) is None:
+            self._stats[k] = found  # It was only touched, or copied over itself.
+            return
+        else:
+            what = "was rewritten"
+        raise DataError(
+            f"{file}: {what} while it was read; {MEND}, then run the same command, which resumes "
+            "from the last checkpoint"
+        )
+
     def close(self) -> None:
         """Stop background work; here there is none."""
 
@@ -304,10 +344,12 @@ class Corpus:
                 f"{self.num_tokens}"
             )
         k = min(bisect_right(self.starts, start), len(self.shards)) - 1
+        self._refuse_change(k)
         parts = [self.shards[k][start - self.starts[k] :][:n]]
         missing = n - parts[0].size
         while missing:
             k += 1
+            self._refuse_change(k)
             parts.append(self.shards[k][:missing])
             missing -= parts[-1].size
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -369,6 +369,14 @@ class Loader:
                 "to train from its parameters, set run_dir to another folder and init_from to this "
                 "one, which is for evaluation and generation"
             )
+        sound = isinstance(state.get("samples"), int) and all(
+            isinstance(pair, list) and list(map(type, pair)) == [str, int]
+            for pair in state["sources"]
+        )
+        if not sound:
+            raise DataError(
+                "data.train: the data cursor of this checkpoint is damaged; use another checkpoint"
+            )
         saved = [fingerprint for fingerprint, _ in state["sources"]]
         given = [corpus.fingerprint for corpus in self.corpora]
         if saved != given:

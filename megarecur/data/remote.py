@@ -98,6 +98,10 @@ class RemoteCorpus(Corpus):
         shards = CachedShards(self._files, expected, load, bound, self._verify)
         return shards, [shard["samples"] * CHUNK_TOKENS for shard in described]
 
+    def _stat_shards(self) -> dict[int, os.stat_result]:
+        """Return nothing: shards of a cache are replaced whole, and touched when they are used."""
+        return {}
+
     def check_room(self, num_shards: int) -> None:
         """Reject a limit that cannot hold `num_shards` shards, whichever they are.
 

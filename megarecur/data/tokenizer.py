@@ -30,6 +30,7 @@ from megarecur.config.run import NO_TOKENIZER
 from megarecur.errors import DataError
 from megarecur.files import replace_file
 from megarecur.private import read_inside
+from megarecur.reading import check_links, parse_object, read_bytes, read_json
 
 BYTES = "bytes"
 BEGIN_NAMES = (
@@ -154,7 +155,7 @@ class WordTokenizer(Tokenizer):
     def __init__(self, path: Path, content: bytes) -> None:
         self.name = path.name
         self.fingerprint = xxhash.xxh3_128_hexdigest(content)
-        words = json.loads(content).get("words")
+        words = parse_object(content).get("words")
         if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
             raise DataError(f"{path}: has no list of words; prepare it again")
         self.words = ("<eos>", "<unk>", *words)
@@ -443,10 +444,11 @@ def _read_json(file: Path) -> dict[str, Any]:
         DataError: the file is damaged.
     """
     try:
-        value = json.loads(file.read_bytes())
+        check_links(file.parent, file)
+        value = read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise DataError(
             f"{file}: cannot be read, but names the end of a text ({error}); copy it again, or "
             "remove "
@@ -557,14 +559,14 @@ def _read(path: Path) -> bytes:
         hint = f"; perhaps {path / inside[0]}" if inside else ""
         raise DataError(f"{path}: is a folder; give the tokenizer's file{hint}")
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such tokenizer; make one with `megarecur prep tokenizer`, or give "
             f"the path of a model or tokenizer.json, or `{BYTES}`"
         ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
     if not content:
         raise DataError(f"{path}: is empty; give a sentencepiece model or a tokenizer.json")
     if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

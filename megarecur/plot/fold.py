@@ -5,13 +5,13 @@ Drawn from RUN/fold.json, which `megarecur convert --scheme` writes.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarecur.errors import DataError
 from megarecur.plot.layer_map import ACCENT, INK, SOFT, save
+from megarecur.reading import read_object
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ def plot_fold(run: Path, out: Path | None = None) -> list[Path]:
     """
     path = run / REPORT
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_object(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); fold the model again") from None
     folder = out or run / "plots"

@@ -6,7 +6,6 @@ megarecur plot runs/shallow runs/deep
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -21,6 +20,7 @@ from megarecur.config.run import Config
 from megarecur.errors import DataError
 from megarecur.plan.describe import count_noun, describe_schemes
 from megarecur.plot.layer_map import ACCENT, BLOCK_COLOURS, INK, SOFT, draw_config, save
+from megarecur.reading import parse_metrics
 from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.layer_map import LayerMap
 from megarecur.recurrence.schemes import build_map
@@ -116,11 +116,8 @@ def read_metrics(path: Path) -> list[Row]:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give a run's folder") from None
     merged: dict[int, Row] = {}
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        row = parse_metrics(line)
+        if row is None:
             if number < len(lines) and line.strip():
                 logger.warning("%s: line %d is not a row of metrics, passed over", path, number)
             continue

@@ -107,7 +107,8 @@ def check_vocabulary(config: Config, index: Index, tokenizer: str | None = None)
     """
     assert config.distill is not None
     name = f"{FIELD}={config.distill.teacher}"
-    theirs, ours = index.state["config"]["model"]["vocab_size"], config.model.vocab_size
+    saved = (index.state.get("config") or {}).get("model", {})
+    theirs, ours = saved.get("vocab_size"), config.model.vocab_size
     if theirs != ours:
         raise ConfigError(
             f"{name} has a vocabulary of {theirs}, this run one of {ours}; choose a teacher of the "
@@ -129,7 +130,7 @@ def teacher_config(config: Config, index: Index) -> Config:
             heads.
     """
     assert config.distill is not None
-    values = dict(index.state["config"])
+    values = dict(index.state.get("config") or {})
     values |= {"exits": None, "distill": None, "init_from": None}
     parallel = config.parallel
     values["parallel"] = {
@@ -137,7 +138,7 @@ def teacher_config(config: Config, index: Index) -> Config:
         "context": parallel.context,
         "sequence_parallel": parallel.sequence_parallel,
     }
-    values["data"] = {**values["data"], "seq_length": config.data.seq_length}
+    values["data"] = {**values.get("data", {}), "seq_length": config.data.seq_length}
     own: dict[str, object] = {"offload_activations": False, "compile": False, "recompute": "none"}
     if values["train"]["precision"] != "fp64":  # fp64 sets the parameters' dtype as well; keep it
         precision = config.train.precision

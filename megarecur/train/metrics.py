@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
@@ -11,12 +12,14 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
 
 from megarecur.config.load import to_yaml
 from megarecur.config.run import Config
 from megarecur.files import publish, replace_file
+from megarecur.reading import escape, parse_metrics
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +143,7 @@ class Metrics:
                 replace_file(self.path, self.file.read())
             self.file.close()
             self.file = self.path.open("a+", encoding="utf-8")
-        if is_gone(self.board.path, self.board.file):
+        if self.board.is_gone():
             missing.append(str(self.board.path))
             rows = read_rows(self.path)
             self.board.close()
@@ -211,18 +214,46 @@ class Board:
         from torch.utils.tensorboard import summary
 
         self.make, self.event = summary, Event
-        folder.mkdir(parents=True, exist_ok=True)
+        self.failed = False
         stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self.numbers)}"
         self.path = folder / f"events.out.tfevents.{stamp}"
-        self.file: IO[bytes] = self.path.open("wb")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file: IO[bytes] = self.path.open("wb")
+        except OSError as error:
+            self.give_up(error)
+            return
         self.records = RecordWriter(self.file)
         self.add(file_version="brain.Event:2")
         self.add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
         self.flush()
 
+    def give_up(self, error: OSError) -> None:
+        """Stop writing, because metrics.jsonl has every value; a full disk stays an error.
+
+        Raises:
+            OSError: the disk is full, so that nothing else of the run could be saved either.
+        """
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise error
+        self.failed = True
+        log.warning(
+            "%s: cannot be written (%s); training continues without TensorBoard's files, and "
+            "metrics.jsonl holds every value", self.path, error.strerror,
+        )  # fmt: skip
+
+    def is_gone(self) -> bool:
+        """Return True if the file was deleted or replaced."""
+        return not self.failed and is_gone(self.path, self.file)
+
     def add(self, **fields: Any) -> None:
         """Write an event."""
-        self.records.write(self.event(wall_time=time.time(), **fields).SerializeToString())
+        if self.failed:
+            return
+        try:
+            self.records.write(self.event(wall_time=time.time(), **fields).SerializeToString())
+        except OSError as error:
+            self.give_up(error)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Write a point of a curve."""
@@ -230,7 +261,7 @@ class Board:
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         """Write a text in Markdown."""
-        self.add(step=step, summary=self.make.text(tag, text))
+        self.add(step=step, summary=self.make.text(tag, escape(text)))
 
     def add_histogram_raw(self, tag: str, step: int, **bars: Any) -> None:
         """Write a histogram; see torch.utils.tensorboard.summary.histogram_raw."""
@@ -238,11 +269,21 @@ class Board:
 
     def flush(self) -> None:
         """Flush all events to the operating system."""
-        self.records.flush()
+        if self.failed:
+            return
+        try:
+            self.records.flush()
+        except OSError as error:
+            self.give_up(error)
 
     def close(self) -> None:
         """Close the file."""
-        self.records.close()
+        if self.failed:
+            return
+        try:
+            self.records.close()
+        except OSError as error:
+            self.give_up(error)
 
 
 def is_gone(path: Path, file: IO[Any]) -> bool:
@@ -265,7 +306,9 @@ def put_in_order(folder: Path, now: int) -> None:
     """
     for i, path in enumerate(sorted(folder.glob("events.out.tfevents.*"))):
         stamp, _, rest = path.name.removeprefix("events.out.tfevents.").partition(".")
-        if stamp.isdigit() and int(stamp) >= now:
+        if not (stamp.isascii() and stamp.isdigit() and len(stamp) < 20 and int(stamp) >= now):
+            continue
+        with suppress(OSError):  # Only the order of points that TensorBoard draws depends on it.
             # ~ sorts after hostnames.
             publish(path, folder / f"events.out.tfevents.{now - 1:010d}.~{i:06d}.{rest}")
 
@@ -283,11 +326,8 @@ def read_rows(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     rows, damaged = [], 0
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = parse_metrics(line)
+        if row is not None:
             rows.append(row)
         elif 1 < number < len(lines):  # A crash or the start of reading may truncate these.
             damaged += 1

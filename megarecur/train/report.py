@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megarecur.config.recurrence import Looped
 from megarecur.config.run import Config
-from megarecur.errors import ConfigError, MegarecurError, explain_os_error
+from megarecur.errors import CheckpointError, ConfigError, MegarecurError, explain_os_error
 from megarecur.model.compile import CompiledModel
 from megarecur.model.telemetry import name_measures
 from megarecur.parallel.loss import IGNORED
@@ -162,7 +162,19 @@ class Interval:
         """Resume inside an interval from the state of `carry`.
 
         Each rank gets its own sums; on another mesh, the first rank gets the sums of all ranks.
+
+        Raises:
+            CheckpointError: the state has another form.
         """
+        try:
+            self._restore(carried, mesh)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError):
+            raise CheckpointError(
+                "state.interval of the checkpoint's index.json is not what `carry` writes; resume "
+                "from another checkpoint"
+            ) from None
+
+    def _restore(self, carried: dict[str, Any], mesh: Mesh) -> None:
         self.num_losses = carried.get("num_losses", 0)
         self.depths = [depth and Depth(*depth) for depth in carried.get("depths", [])]
         *seen, queries = carried.get("keys", self.keys)

@@ -24,9 +24,12 @@ from megarecur.errors import CheckpointError, ConfigError
 from megarecur.files import replace_file
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.plan.cost import count_tokens_per_step
+from megarecur.reading import escape, read_json
 from megarecur.recurrence.schemes import build_map
 from megarecur.train.metrics import is_gone
 
+NEEDED = ("config", "tokenizer", "step", "mesh", "order_hash", "data")
+"""Entries of a checkpoint's state that a run resumes from."""
 FOLDERS = ("checkpoints", "logs", "plots")
 """Subfolders created at the start; the writers of other files create their own."""
 
@@ -89,7 +92,13 @@ def check_resume(saved: dict[str, Any], config: Config, tokenizer: str, path: Pa
             step.
         CheckpointError: the tokenizer differs from the run's.
     """
-    former = validate(saved["config"], f"{path}/index.json")
+    missing = [key for key in NEEDED if key not in saved]
+    if missing:
+        raise CheckpointError(
+            f"{path}/index.json: its state lacks {', '.join(missing)}, so that it cannot be "
+            "resumed; use another checkpoint, or start a new run"
+        )
+    former = validate(saved["config"] or {}, f"{path}/index.json")
     changed = changed_fixed_fields(former, config)
     if changed:
         lines = "".join(f"\n  {line}" for line in changed)
@@ -134,8 +143,8 @@ def steps_left_out(run_dir: Path, mesh: Mesh) -> frozenset[int]:
     with same_error(mesh):
         if mesh.rank == 0 and path.exists():
             try:
-                steps = [int(step) for step in json.loads(path.read_text())]
-            except (TypeError, ValueError, RecursionError):
+                steps = [int(step) for step in read_json(path)]
+            except (TypeError, ValueError, OverflowError):
                 raise ConfigError(f"{path}: must be a list of steps such as [41]") from None
     return frozenset(mesh.broadcast_object(steps))
 
@@ -177,10 +186,11 @@ class RunFolder:
         """Lock the lease; returns an error message that names the holder, "" on success."""
         path = self.path / "lease"
         if not self.lock_folder():
-            return describe_holder(path.read_text("utf-8") if path.exists() else "", self.path)
+            text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+            return describe_holder(text, self.path)
         if self.lease is not None:
             self.lease.close()
-        self.lease = path.open("a+", encoding="utf-8")
+        self.lease = path.open("a+", encoding="utf-8", errors="replace")
         return take_lease(self.lease, self.path)
 
     def lock_folder(self) -> bool:
@@ -275,7 +285,7 @@ def take_lease(file: Any, run_dir: Path) -> str:
 
 def describe_holder(text: str, run_dir: Path) -> str:
     """Return the error of a run folder in use, given the text of its lease."""
-    holder = text.strip() or "another process"
+    holder = escape(text[:1000].strip(), keep="") or "another process"
     return (
         f"run_dir={run_dir} is in use by {holder}; "
         "wait for that job, end it, or choose another run_dir"

@@ -30,6 +30,7 @@ from megarecur.parallel.context import WHOLE, ContextParallel
 from megarecur.parallel.head_loss import Target
 from megarecur.parallel.regions import TensorParallel
 from megarecur.parallel.transfer import send
+from megarecur.reading import read_json, read_object
 
 RECORD = "teacher.json"
 BYTES_PER_FILE = 2**28
@@ -113,7 +114,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / RECORD
     try:
-        record = json.loads(path.read_text())
+        record = read_object(path)
     except FileNotFoundError:
         raise DataError(
             f"{folder}: holds no teacher's distributions (no {RECORD}); make or complete them with "
@@ -121,8 +122,15 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); make it anew") from None
-    assert isinstance(record, dict)
     return record
+
+
+def read_begun(path: Path) -> Any:
+    """Return the record of a folder that was begun; None if it cannot be read."""
+    try:
+        return read_json(path)
+    except (ValueError, OSError):
+        return None
 
 
 def check_stored(
@@ -198,7 +206,7 @@ def write_down(
     }
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "begun.json"
-    if begun.exists() and json.loads(begun.read_text()) != record:
+    if begun.exists() and read_begun(begun) != record:
         raise ConfigError(
             f"{folder}: was begun with another config, teacher or top_k; choose another folder, or "
             "delete it"

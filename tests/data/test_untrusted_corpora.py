@@ -328,3 +328,36 @@ def test_offsets_of_a_shard_stay_inside(copy: Path) -> None:
     rewrite(copy, lambda index: None)
     with pytest.raises(DataError, match=r"damaged|holds"):
         Corpus(copy)
+
+
+# ------------------------------------------------------------------------------- while it is read
+
+
+def test_a_shard_that_is_cut_or_rewritten_while_it_is_read_is_named(copy: Path) -> None:
+    corpus = Corpus(copy)
+    expected = corpus.read(0, corpus.num_tokens).copy()
+    shard = copy / "shard.00000.mds"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole)  # The same content is no harm.
+    os.utime(shard, ns=(1, 1))
+    assert (corpus.read(0, 100) == expected[:100]).all()
+    with shard.open("r+b") as file:
+        file.seek(len(whole) // 2)
+        file.write(b"other")
+    os.utime(shard, ns=(2, 2))
+    with pytest.raises(DataError, match=r"shard\.00000\.mds: was rewritten while it was read"):
+        corpus.read(0, 100)
+    os.truncate(shard, 1000)
+    with pytest.raises(DataError, match=r"has 1000 bytes instead of .* while it was read"):
+        corpus.read(16_000, 100)
+    last = corpus.read(corpus.num_tokens - 100, 100)
+    assert (last == expected[-100:]).all()
+
+
+def test_a_corpus_that_is_deleted_or_renamed_is_read_on(copy: Path, tmp_path: Path) -> None:
+    corpus = Corpus(copy)
+    expected = corpus.read(0, corpus.num_tokens).copy()
+    copy.rename(tmp_path / "elsewhere")
+    assert (corpus.read(0, corpus.num_tokens) == expected).all()
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert (corpus.read(0, corpus.num_tokens) == expected).all()
