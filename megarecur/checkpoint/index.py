@@ -107,7 +107,7 @@ class StateRecord(BaseModel):
     interval: dict[str, Any] = {}
     data: dict[str, Any] = {}
     config: ConfigRecord | None = None
-    layer_map: list[Natural] = []
+    layer_map: list[Natural] | dict[str, Any] = []
     mesh: dict[str, Natural] = {}
     order_hash: StrictStr | None = None
     tokenizer: StrictStr | None = None

@@ -90,21 +90,21 @@ def check_resume(saved: dict[str, Any], config: Config, tokenizer: str, path: Pa
     Raises:
         ConfigError: fixed fields have changed, all of which are listed, or the run is past its last
             step.
-        CheckpointError: the tokenizer differs from the run's.
+        CheckpointError: the state is incomplete, or the tokenizer differs from the run's.
     """
-    missing = [key for key in NEEDED if key not in saved]
-    if missing:
-        raise CheckpointError(
-            f"{path}/index.json: its state lacks {', '.join(missing)}, so that it cannot be "
-            "resumed; use another checkpoint, or start a new run"
-        )
-    former = validate(saved["config"] or {}, f"{path}/index.json")
+    former = validate(saved.get("config") or {}, f"{path}/index.json")
     changed = changed_fixed_fields(former, config)
     if changed:
         lines = "".join(f"\n  {line}" for line in changed)
         raise ConfigError(
             f"{path} belongs to a run of another config; set these back, or choose another run_dir "
             f"for a new run (init_from starts it from the parameters of this one):{lines}"
+        )
+    missing = [key for key in NEEDED if key not in saved]
+    if missing:
+        raise CheckpointError(
+            f"{path}/index.json: its state lacks {', '.join(missing)}, so that it cannot be "
+            "resumed; use another checkpoint, or start a new run"
         )
     if saved["tokenizer"] != tokenizer:
         raise CheckpointError(

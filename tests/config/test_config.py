@@ -120,7 +120,7 @@ def test_paths_are_those_of_the_file_without_the_tag_of_a_union(
         ("data.train.7.path=x", "data.train has entries 0 to 1"),
         ("data.train.7=x", "data.train has entries 0 to 1"),
         ("train.steps=[", "the value is not valid YAML"),
-        (f"data.train.{'9' * 5000}=x", "data.train has entries 0 to 1"),
+        (f"data.train.{'9' * 5000}=x", "no key has 5011 characters"),
         ('run_dir="a\\0b"', "the value is not valid YAML"),
         ('run_dir=""', "run_dir='' is too short; give at least 1 character"),
     ],
