@@ -144,7 +144,8 @@ def test_a_file_of_others_is_no_link_to_a_file_of_ours(tmp_path: Path) -> None:
         (folder / "hop").symlink_to(secret)
         (folder / "tokenizer.json").unlink(missing_ok=True)
         (folder / "tokenizer.json").symlink_to(target)
-        with pytest.raises(DataError, match=r"tokenizer.json.* is a link that leads outside its folder, to .*secret"):
+        led = r"tokenizer.json.* is a link that leads outside its folder, to .*secret"
+        with pytest.raises(DataError, match=led):
             read_inside(folder / "tokenizer.json")
 
 

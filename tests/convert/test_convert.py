@@ -204,7 +204,7 @@ def test_shards_may_be_in_a_folder_below(tmp_path: Path) -> None:
     assert torch.equal(tensors_of(tmp_path / "back")[NORM], stored[NORM])
     for name in ("shards/../../part.safetensors", str(shard)):
         index.write_text(json.dumps({"weight_map": dict.fromkeys(stored, name)}))
-        with pytest.raises(DataError, match="leads outside its folder|is no name of a file|is too long"):
+        with pytest.raises(DataError, match="leads outside its folder"):
             convert_hf(source, tmp_path / "again")
 
 
@@ -474,7 +474,7 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         convert_hf(source, tmp_path / "run")
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {NORM: "../elsewhere.safetensors"}}))
-    with pytest.raises(DataError, match="leads outside its folder|is no name of a file|is too long"):
+    with pytest.raises(DataError, match="leads outside its folder"):
         convert_hf(source, tmp_path / "run")
     (source / "part.safetensors").write_bytes(content)
     names = [*load_file(source / "part.safetensors"), "model.layers.0.self_attn.q_proj.weight"]
