@@ -63,8 +63,12 @@ FOREIGN = {
 }
 FOREIGN_MAGIC = [(re.compile(magic, re.DOTALL), text) for magic, text in FOREIGN.items()]
 HEAD_BYTES = 512
-BLOCK_BYTES = 1 << 16
-"""Compressed bytes unpacked at a time; a block of zst zeros grows 30,000 times when unpacked."""
+BLOCK_BYTES = {"gz": 1 << 16, "xz": 1 << 16, "bz2": 1 << 16, "zst": 1 << 12}
+"""Compressed bytes unpacked at a time, by format. The library of zst returns all of their content
+at once, and zeros grow 30,000 times."""
+MOST_GROWTH, FREE_BYTES = 2000, 1 << 28
+"""A file may unpack to `FREE_BYTES`, and beyond that to `MOST_GROWTH` times what was read of it.
+Text grows less than 100 times."""
 PIECE_BYTES = 1 << 20
 BUFFER_BYTES = 1 << 20
 ERRORS = (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, EOFError, MemoryError)
@@ -188,26 +192,34 @@ def unpack(path: Path, file: BinaryIO, kind: str) -> Iterator[bytes]:
     """Yield the decompressed content of a file in pieces.
 
     Raises:
-        DataError: the file is damaged, truncated, or followed by other content.
+        DataError: the file is damaged, truncated, or followed by other content; or it grows as no
+            text does.
     """
-    block = file.read(BLOCK_BYTES)
+    block, grown = file.read(BLOCK_BYTES[kind]), 0
     while block:
         decoder = DECODERS[kind]()
         while True:
             try:
-                yield from _feed(kind, decoder, block)
+                for piece in _feed(kind, decoder, block):
+                    grown += len(piece)
+                    if grown > max(FREE_BYTES, MOST_GROWTH * file.tell()):
+                        raise DataError(
+                            f"{path}: {file.tell()} bytes of it unpack to more than {grown}, as "
+                            "no text does; unpack it beforehand, if it is meant"
+                        )
+                    yield piece
             except ERRORS as error:
                 raise _explain(path, error) from None
             if decoder.eof:
                 break
-            block = file.read(BLOCK_BYTES)
+            block = file.read(BLOCK_BYTES[kind])
             if not block:
                 raise _explain(path, EOFError("it ends before its data does"))
         block = _skip_zeros(path, file, kind, decoder.unused_data)
 
 
 def _feed(kind: str, decoder: Any, block: bytes) -> Iterator[bytes]:
-    """Yield a decoder's output for more bytes, in pieces of bounded size where possible."""
+    """Yield a decoder's output for more bytes, in pieces of bounded size."""
     if kind == "zst":
         yield decoder.decompress(block)
         return
@@ -221,7 +233,7 @@ def _feed(kind: str, decoder: Any, block: bytes) -> Iterator[bytes]:
 def _skip_zeros(path: Path, file: BinaryIO, kind: str, block: bytes) -> bytes:
     """Skip the zero bytes after a member; return the bytes after them, empty at the end of the
     file."""
-    block = block or file.read(BLOCK_BYTES)
+    block = block or file.read(BLOCK_BYTES[kind])
     zeros = 0
     while block and kind != "zst":
         rest = block.lstrip(b"\0")
@@ -229,7 +241,7 @@ def _skip_zeros(path: Path, file: BinaryIO, kind: str, block: bytes) -> bytes:
         if rest:
             block = rest
             break
-        block = file.read(BLOCK_BYTES)
+        block = file.read(BLOCK_BYTES[kind])
     if zeros and (zeros % 4 if kind == "xz" else block):
         raise _explain(path, EOFError(f"{zeros} zero bytes where a {kind} file may have none"))
     return block

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import math
 import re
 import struct
 import tarfile
@@ -53,6 +54,8 @@ TRAIN_FOLDERS, VAL_FOLDERS = (
 )
 IMAGE_KEYS, LABEL_KEYS = ("images", "image", "x", "data"), ("labels", "label", "y", "targets")
 UNIT_BYTES = 1 << 24
+MAX_GROWTH = 1100
+"""Times that gz and zip may grow when unpacked: their method reaches 1,032."""
 UNIT_FILES, UNIT_ROWS = 4096, 8192
 BESIDE = "beside the folders of classes"
 
@@ -431,15 +434,20 @@ def read_idx(path: Path) -> NDArray[Any]:
         DataError: the file is damaged or of another format.
     """
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        zeros, kind, dims = struct.unpack(">HBB", content[:4])
-        if zeros or kind not in IDX_TYPES or not dims:
-            raise ValueError("it does not begin as an IDX file")
-        shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
-        return np.frombuffer(content, IDX_TYPES[kind], offset=4 + 4 * dims).reshape(shape)
-    except (OSError, EOFError, ValueError, zlib.error, struct.error) as error:
+        with open(path, "rb") as packed, gzip.open(packed) as unpacked:
+            file = unpacked if packed.peek(2)[:2] == b"\x1f\x8b" else packed
+            zeros, kind, dims = struct.unpack(">HBB", file.read(4))
+            if zeros or kind not in IDX_TYPES or not dims:
+                raise ValueError("it does not begin as an IDX file")
+            shape = struct.unpack(f">{dims}I", file.read(4 * dims))
+            size = math.prod(shape) * np.dtype(IDX_TYPES[kind]).itemsize
+            if size > MAX_GROWTH * path.stat().st_size:
+                raise ValueError(f"it claims {size} bytes, more than it can hold")
+            content = file.read(size + 1)
+            if len(content) != size:
+                raise ValueError(f"it does not hold the {size} bytes that it claims")
+        return np.frombuffer(content, IDX_TYPES[kind]).reshape(shape)
+    except (OSError, EOFError, ValueError, MemoryError, zlib.error, struct.error) as error:
         raise DataError(f"{path}: is damaged or no IDX file ({error}); copy it again") from None
 
 
@@ -528,8 +536,11 @@ def _load_npz(path: Path, keys: FieldNames) -> tuple[NDArray[Any], NDArray[Any]]
     """Return the pictures and labels of an npz file."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            for member in arrays.zip.infolist():
+                if member.file_size > MAX_GROWTH * path.stat().st_size:
+                    raise ValueError(f"it claims {member.file_size} bytes, more than it can hold")
             pixels, labels = arrays[keys.image], arrays[keys.label]
-    except (OSError, ValueError, zlib.error, EOFError) as error:
+    except (OSError, ValueError, MemoryError, zlib.error, EOFError) as error:
         raise DataError(f"{path}: is damaged ({error}); create it again") from None
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]

@@ -80,6 +80,7 @@ def test_every_field_is_drawn() -> None:
         ({"model": {"norm_eps": 1e-300}}, "model.norm_eps=1e-300 is too small; set"),
         ({"model": {"rope_theta": 1e-9}}, "model.rope_theta=1e-09 is too small; s"),
         ({"optimizer": {"lr": 1e30}}, "optimizer.lr=1e+30 is too large; set it to at most"),
+        ({"optimizer": {"lr": 1e-320}}, "optimizer.lr=1e-320 is too small; set it to at least"),
         ({"alarms": {"window": 10**30}}, "is too large; set it to at most 1000000"),
         ({"data": {"seq_length": "9" * 5000}}, "data.seq_length="),
         ({"recurrence": {"kind": "dense", "num_layers": 10**6}}, "num_layers=1000000 is too large"),

@@ -18,6 +18,7 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megarecur.data_prep import compressed
 from megarecur.data_prep.compressed import open_whole
 from megarecur.data_prep.readers import Reading, find_sources, read_documents
 from megarecur.errors import DataError
@@ -113,6 +114,20 @@ def test_the_longest_window_of_zst(tmp_path: Path) -> None:
     assert zstandard.get_frame_parameters(packed).window_size == 1 << 31
     (tmp_path / "a.jsonl.zst").write_bytes(packed)
     assert list(read_documents(tmp_path / "a.jsonl.zst", Reading())) == [b"far"] * 9
+
+
+def test_content_that_grows_as_no_text_does(tmp_path: Path) -> None:
+    """One kilobyte that unpacks to gigabytes; each piece is small."""
+    compressor, path = zstandard.ZstdCompressor().compressobj(), tmp_path / "a.txt.zst"
+    packed = b"".join(compressor.compress(bytes(1 << 24)) for _ in range(40)) + compressor.flush()
+    path.write_bytes(packed)
+    assert len(packed) < 1 << 17
+    largest = total = 0
+    refused = pytest.raises(DataError, match=r"a.txt.zst: .* unpack to more .* as no text does")
+    with refused, open(path, "rb") as file:
+        for piece in compressed.unpack(path, file, "zst"):
+            largest, total = max(largest, len(piece)), total + len(piece)
+    assert largest <= 1 << 27 and total <= compressed.FREE_BYTES + largest
 
 
 def test_content_larger_than_any_buffer(tmp_path: Path) -> None:

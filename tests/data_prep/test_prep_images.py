@@ -556,3 +556,32 @@ def test_the_command_reports_and_draws(tmp_path: Path, capsys: pytest.CaptureFix
     assert sorted(corpus.labels[first].tolist()) == [0, 1, 2], "each class in turn"
     with pytest.raises(DataError, match=r"is a \.png; name such a file"):
         draw_corpus(out / "train", tmp_path / "sheet.jpg")
+
+
+def test_arrays_that_claim_more_than_they_hold(tmp_path: Path) -> None:
+    """Terabytes in a header take no memory; nor does a file of another length."""
+    shape = struct.pack(">HBB3I", 0, 8, 3, 1 << 31, 1 << 10, 1 << 10)
+    for name, content in {
+        "a-idx3-ubyte": shape + bytes(100),
+        "b-idx3-ubyte.gz": gzip.compress(shape + bytes(100)),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: .*it claims 2251799813685248 bytes"):
+            image_inputs.read_idx(tmp_path / name)
+    small = struct.pack(">HBB3I", 0, 8, 3, 2, 4, 4)
+    for extra in (bytes(31), bytes(33)):
+        (tmp_path / "c-idx3-ubyte").write_bytes(small + extra)
+        with pytest.raises(DataError, match="does not hold the 32 bytes that it claims"):
+            image_inputs.read_idx(tmp_path / "c-idx3-ubyte")
+    (tmp_path / "c-idx3-ubyte").write_bytes(small + bytes(32))
+    assert image_inputs.read_idx(tmp_path / "c-idx3-ubyte").shape == (2, 4, 4)
+    archive = tmp_path / "a.npz"
+    np.savez_compressed(archive, x=np.zeros((4, 8, 8), np.uint8), y=np.zeros(4, np.int64))
+    packed = archive.read_bytes()
+    head = packed[packed.index(b"PK\x01\x02") :]
+    size = struct.unpack("<I", head[24:28])[0]
+    archive.write_bytes(
+        packed.replace(head[20:28], head[20:24] + struct.pack("<I", size + (1 << 31)))
+    )
+    with pytest.raises(DataError, match=r"a.npz: is damaged \(it claims \d+ bytes"):
+        image_inputs._load_npz(archive, FieldNames("x", "y"))
