@@ -29,12 +29,13 @@ def trace_with(config: Config, num_steps: int, fault: str = "") -> Trace:
         batches = data.loader.batch(step)
         if fault == "microbatch dropped" and mesh.rank == mesh.dp - 1:
             batches = [*batches[:-1], batches[0]]
-        result = forward_backward(model, engine, config, batches, step, mesh)
         grad = model.parameters_by_name[SHARED].grad
-        if fault == "shared gradient divided":
-            grad.div_(3)
         if fault == "not finite" and mesh.rank == 0 and step == 1:
-            grad[0, 0] = float("nan")
+            grad[0, 0] = float("nan")  # Backward adds to it; afterwards a bucket may be under way.
+        result = forward_backward(model, engine, config, batches, step, mesh)
+        if fault == "shared gradient divided":
+            engine.reduce()
+            grad.div_(3)
         loss = float(mesh.sum_over_dp(result.losses["loss"].clone()))
         gradients = engine.gradients()
         norm, skipped = engine.step(config.optimizer.lr)

@@ -352,10 +352,12 @@ def test_rings_pair_all_neighbours_once(count) -> None:
 
 def test_shards_of_other_programs_are_looked_for_too(tmp_path) -> None:
     def shard(name: str, packed: bool) -> dict[str, Any]:
-        zipped = {"basename": f"{name}.zstd"} if packed else None
+        zipped = {"basename": f"{name}.zstd", "bytes": 9} if packed else None
         names = {"column_names": ["tokens"], "column_sizes": [None]}
         encodings = {"column_encodings": ["bytes"], "format": "mds"}
-        return {"raw_data": {"basename": name}, "zip_data": zipped, **names, **encodings}
+        raw = {"basename": name, "bytes": 99}
+        kind = {"compression": "zstd"} if packed else {}
+        return {"raw_data": raw, "zip_data": zipped, "samples": 1, **kind, **names, **encodings}
 
     (tmp_path / "0").mkdir()
     entries = [shard("a.mds", False), shard("0/b.mds", True), shard("1/c.mds", False)]

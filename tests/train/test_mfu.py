@@ -109,10 +109,12 @@ def test_mfu_counts_what_the_batches_need() -> None:
 
 def write_corpus(path: Path, starts: list[int], tokens: int) -> None:
     path.mkdir()
+    listed = {"bytes": 0, "xxh64": "0" * 16}
     manifest = Manifest(
         version=1, split="train", tokenizer="bytes", tokenizer_fingerprint="", vocab_size=96,
         eos_id=0, dtype="uint16", num_tokens=tokens, num_documents=len(starts), num_bytes=tokens,
-        duplicates_removed=0, documents_skipped=0, preparation="", sources=[], files={},
+        duplicates_removed=0, documents_skipped=0, preparation="", sources=[],
+        files={"index.json": listed, "documents.npy": listed},
     )  # fmt: skip
     (path / "manifest.json").write_text(json.dumps(asdict(manifest)))
     np.save(path / "documents.npy", np.array(starts, np.int64))
