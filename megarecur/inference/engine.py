@@ -123,7 +123,7 @@ class Engine:
             raise ConfigError("cannot serve:" + "".join(f"\n  {line}" for line in problems))
         self.model, self.config, self.chunk = model, config, chunk
         self.missing = frozenset(missing_ids)
-        self.max_loops = max_loops
+        self.max_loops, self.max_texts = max_loops, max_texts
         if isinstance(config.recurrence, Looped):
             self.max_loops = max_loops or default_depth(config.recurrence).num_loops
         self.counts = Counts()
@@ -136,6 +136,16 @@ class Engine:
             steps = layer_map(config.recurrence, self.max_loops)
             self.passes = Passes(model, steps, num_pages, page_size)
             self.scheduler = Scheduler(self.passes.pool, max_texts, max_rows)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of texts that wait for pages; any thread may read it."""
+        return self.inbox.qsize() + (len(self.scheduler.waiting) if self.passes else 0)
+
+    @property
+    def num_running(self) -> int:
+        """Number of texts that run; any thread may read it."""
+        return len(self.scheduler.running) if self.passes else len(self.plain)
 
     # ------------------------------------------------------------------------------- requests
 
