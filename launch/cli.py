@@ -611,6 +611,49 @@ def generate(
 
 
 @app.command()
+def serve(
+    run: RunPath,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; any but the default is open to others.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")
+    ] = 8000,
+    step: Annotated[
+        int | None, typer.Option(help="Checkpoint to use (default: the newest).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    pages: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pages of 16 tokens for keys and values (default: 16 texts of data.seq_length).",
+        ),
+    ] = None,
+    max_texts: Annotated[int, typer.Option(min=1, help="Max texts that run at a time.")] = 64,
+    max_queue: Annotated[int, typer.Option(min=0, help="Max texts that wait besides.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Max new tokens of a text.")
+    ] = 4096,
+    max_body: Annotated[int, typer.Option(min=1, help="Max bytes of a request's body.")] = 1 << 20,
+    max_depth: Annotated[
+        int | None, typer.Option(help="Max loops of a request (default: the most of training).")
+    ] = None,
+) -> None:
+    """Serve a run over HTTP, by OpenAI's completions API."""
+    from megarecur.serving.service import Limits
+    from megarecur.serving.start import ServeOptions
+    from megarecur.serving.start import serve as serve_run
+
+    options = ServeOptions(
+        host, port, step, device, pages, max_texts, max_depth,
+        Limits(max_queue, max_body, max_new_tokens),
+    )  # fmt: skip
+    if code := serve_run(run, options, lambda line: print(line, flush=True)):
+        raise typer.Exit(code)
+
+
+@app.command()
 def translate(
     run: RunPath,
     source: Annotated[

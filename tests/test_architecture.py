@@ -30,6 +30,7 @@ FLOORS = {
     # Fills engines and models from checkpoints; read by training, inference and conversion.
     "megarecur.checkpoint": 11,
     "megarecur.inference": 12,
+    "megarecur.serving": 13,
     "megarecur.train": 13,
     "megarecur.convert": 14,
     "megarecur.plot": 15,
@@ -58,6 +59,9 @@ OWNERS = {
     "datasets": ("megarecur.data_prep.hub",),
     "datasketch": ("megarecur.data_prep.duplicates",),
     "transformers": ("megarecur.convert.hub_model",),
+    "fastapi": ("megarecur.serving.app",),
+    "starlette": ("megarecur.serving.app",),
+    "uvicorn": ("megarecur.serving.server",),
     "typer": ("megarecur.launch",),
     "rich": ("megarecur.launch", "megarecur.data_prep"),
 }
