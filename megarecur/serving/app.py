@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page.html")
 BODY_SECONDS = 30.0
 """Most seconds in which a body arrives, so that slow clients do not keep connections forever."""
+MOST_DROPPED = 1 << 24
+"""Most bytes beyond the limit that are read from a client before it gets its answer."""
 CLIENT_LEFT = 499
 """Status of an answer whose client left, as nginx counts it."""
 PAGE_HEADERS = {
@@ -164,25 +166,31 @@ async def read_content(request: Request, most: int) -> bytes:
     Raises:
         RequestError: 413 for too many, 408 if they arrive too slowly, 415 for another type.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        # Pages of other sites can send forms and plain text to this server, but no JSON.
-        line = f"Content-Type {kind!r} is not application/json; set it"
-        raise RequestError(415, line)
     too_large = RequestError(413, f"the body has more than {most} bytes; shorten it")
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 18 or int(declared) > most):
+    length = int(declared) if declared.isdecimal() else 0
+    # A client whose connection is closed while it sends sees no answer. So what is beyond the limit
+    # is read as well, within reason, and dropped; a client that expects an answer first gets it.
+    if length > most and ("expect" in request.headers or length > most + MOST_DROPPED):
         raise too_large
-    content = bytearray()
+    content, count = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                content += part
-                if len(content) > most:
+                count += len(part)
+                if count <= most:
+                    content += part
+                elif count > most + MOST_DROPPED:
                     raise too_large
     except TimeoutError:
         line = f"the body did not arrive within {BODY_SECONDS:g} seconds; send it faster"
         raise RequestError(408, line) from None
+    if count > most:
+        raise too_large
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # Pages of other sites can send forms and plain text to this server, but no JSON.
+        raise RequestError(415, f"Content-Type {kind!r} is not application/json; set it")
     return bytes(content)
 
 
@@ -276,7 +284,6 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
         try:
-            service.check_open()
             content = await read_content(request, service.limits.max_body)
             answer = await begin(service, names, read_body(content))
             if answer.body.stream:

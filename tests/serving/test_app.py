@@ -166,20 +166,26 @@ def test_prompts_beyond_learned_positions_are_refused(tmp_path: Path) -> None:
     converse(make_run(tmp_path / "run", RECURRENT, model={"positions": "learned"}), talk)
 
 
-def test_bodies_are_limited_by_header_and_by_count(run: Path) -> None:
+def test_bodies_are_limited_by_header_and_by_count(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megarecur.serving.app.MOST_DROPPED", 500)
+
     async def talk(client: httpx2.AsyncClient, service: Service) -> None:
         sent = 0
 
-        async def parts() -> AsyncIterator[bytes]:
+        async def parts(count: int) -> AsyncIterator[bytes]:
             nonlocal sent
-            for _ in range(100):
+            for _ in range(count):
                 sent += 100
                 yield b" " * 100
 
-        for content in (b" " * 2000, parts()):
+        # More than the limit, and more than is dropped; with a length, and without.
+        for content in (b" " * 1200, b" " * 2000, parts(12), parts(100)):
             answer = await client.post("/v1/completions", content=content, headers=JSON)
             check_error(answer, 413, None, "the body has more than 1000 bytes; shorten it")
-        assert sent == 1100
+            assert answer.headers["Connection"] == "close"
+        assert sent == 1200 + 1600
         kind = {"Content-Type": "text/plain"}
         answer = await client.post("/v1/completions", content=b"{}", headers=kind)
         check_error(answer, 415, None, "'text/plain' is not application/json; set it")

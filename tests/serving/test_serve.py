@@ -213,6 +213,17 @@ def test_a_client_that_leaves_frees_its_pages(served: Served, stream: bool) -> N
     assert after["generated_tokens_total"] - before["generated_tokens_total"] < most
 
 
+def test_a_client_that_sends_too_much_reads_why(served: Served) -> None:
+    with pytest.raises(openai.APIStatusError, match="more than 1048576 bytes; shorten") as error:
+        served.complete("the " * 1_000_000)
+    assert error.value.status_code == 413
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {served.url}\r\nContent-Length: 99999999999"
+    with socket.create_connection(("127.0.0.1", served.port)) as link:
+        link.sendall(f"{head}\r\n\r\n".encode())
+        with link.makefile("rb") as answer:
+            assert answer.readline().startswith(b"HTTP/1.1 413 "), "without waiting for the body"
+
+
 # ----------------------------------------------------------------------------- start and end
 
 
