@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -491,6 +492,34 @@ def evaluate_run(
             "are interpolated.",
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Score on these tasks of lm-evaluation-harness instead, into RUN/scores.jsonl and "
+            "RUN/plots/scores.png.",
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples in front of each question (default: 0).")
+    ] = None,
+    tasks_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of NAME.jsonl (or .xz, .gz, .zst) of each task (default: eval below "
+            "MEGARECUR_DATA, else the harness fetches its data).",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task (default: all).")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="512,1024", help="Perplexity at these lengths of the samples, and by position."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     launch: Annotated[
         Literal["slurm"] | None, typer.Option(help="Submit the evaluation as a Slurm job.")
@@ -501,7 +530,17 @@ def evaluate_run(
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of the job.")] = 0,
 ) -> None:
     """Score a run on its validation corpora: loss, perplexity, bits per byte, early exits; for a
-    task its accuracy, also by class, and its calibration."""
+    task its accuracy, also by class, and its calibration. With --tasks, score it on tasks of
+    lm-evaluation-harness."""
+    corpora = {"--data": bool(data), "--samples": samples > 0}
+    others = {"--draw": draw is not None, "--streaming": streaming,
+              "--image-size": image_size is not None}  # fmt: skip
+    of_tasks = {"--shots": shots is not None, "--tasks-from": tasks_from is not None,
+                "--limit": limit is not None}  # fmt: skip
+    refuse_beside("--tasks", tasks, {**corpora, **others, "--lengths": lengths is not None})
+    refuse_beside("--lengths", lengths, others)
+    if tasks is None and (lonely := [name for name, given in of_tasks.items() if given]):
+        raise ConfigError(f"{', '.join(lonely)}: only for tasks; add --tasks, or omit them")
     if draw is not None and draw.suffix:  # Without one it names a folder.
         check_picture(draw)
     if launch is None and (cluster is not None or gpus):
@@ -510,11 +549,19 @@ def evaluate_run(
         from megarecur.launch.evaluation import submit_evaluation
 
         options = {"step": step, "samples": samples or None, "depth": depth, "draw": draw,
-                   "device": device, "image-size": image_size}  # fmt: skip
+                   "device": device, "image-size": image_size, "tasks": tasks, "shots": shots,
+                   "tasks-from": tasks_from and tasks_from.absolute(), "limit": limit,
+                   "lengths": lengths}  # fmt: skip
         words = [f"--{name}={value}" for name, value in options.items() if value is not None]
         words += [f"--data={path}" for path in data or ()] + ["--streaming"] * streaming
         job = submit_evaluation(run, words, cluster=cluster, gpus=gpus)
         print(f"submitted job {job.job_id}; its output: {job.paths.stdout}")
+        return
+    if tasks is not None:
+        evaluate_tasks(run, tasks, shots or 0, depth, tasks_from, limit, step, device)
+        return
+    if lengths is not None:
+        evaluate_lengths(run, lengths, step, data or (), samples, depth, device)
         return
     from megarecur.launch.classes import Scored, write_scores
     from megarecur.launch.score import score_run
@@ -533,6 +580,53 @@ def evaluate_run(
 
         save(draw_positions(curves), draw)
         print(f"loss by position drawn to {draw}")
+
+
+def evaluate_tasks(
+    run: Path,
+    tasks: str,
+    shots: int,
+    depth: str | None,
+    folder: Path | None,
+    limit: int | None,
+    step: int | None,
+    device: str,
+) -> None:
+    """Score a run on tasks; print and draw the scores."""
+    from megarecur.launch.tasks import draw_picture, draw_table, score_run_on_tasks
+    from megarecur.launch.terminal import note_progress, show
+
+    rows = score_run_on_tasks(
+        run, tasks, shots=shots, depth=depth, folder=folder, limit=limit, step=step,
+        device=device, note=note_progress("scoring"),
+    )  # fmt: skip
+    show(lambda width: draw_table(rows))
+    print(draw_picture(run, rows))
+
+
+def evaluate_lengths(
+    run: Path,
+    lengths: str,
+    step: int | None,
+    data: Sequence[str],
+    samples: int,
+    depth: str | None,
+    device: str,
+) -> None:
+    """Score a run at other lengths of the samples; print and draw the scores."""
+    from megarecur.launch.lengths import draw_pictures, draw_tables, score_lengths
+    from megarecur.launch.terminal import note_progress, show
+
+    found = score_lengths(
+        run, lengths, step=step, data=data, samples=samples, depth=depth, device=device,
+        note=note_progress("scoring"),
+    )  # fmt: skip
+    by_length, by_position = draw_tables(found)
+    show(lambda width: by_length)
+    print()
+    show(lambda width: by_position)
+    for path in draw_pictures(run, found):
+        print(path)
 
 
 @app.command()
@@ -912,6 +1006,13 @@ def parse_steps(text: str) -> list[int]:
     if not all(part.strip().isdecimal() for part in parts):
         raise ConfigError(f"--steps {text}: must be numbers such as 100,200; correct it")
     return [int(part) for part in parts]
+
+
+def refuse_beside(option: str, value: str | None, others: dict[str, bool]) -> None:
+    """Reject options that have no meaning beside another one."""
+    wrong = [name for name, given in others.items() if given]
+    if value is not None and wrong:
+        raise ConfigError(f"{', '.join(wrong)}: not with {option}; omit one or the other")
 
 
 def check_picture(path: Path | None, option: str = "--draw") -> None:

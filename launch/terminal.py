@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 
 from rich.console import Console, RenderableType
+
+from megarecur.progress import Note
 
 PAGE = 100
 """Columns of a page where there is no terminal; what is wider gets the room it needs."""
@@ -33,3 +37,16 @@ def show(draw: Callable[[int], RenderableType]) -> None:
     with console.capture() as captured:
         console.print(content)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def note_progress(phase: str, seconds: float = 5.0) -> Note:
+    """Return a callback that prints progress on stderr, at most once in some seconds."""
+    stream, last = sys.stderr, time.monotonic()
+
+    def note(detail: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            print(f"{phase}: {detail}", file=stream, flush=True)
+
+    return note

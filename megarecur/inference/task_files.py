@@ -7,8 +7,10 @@ llm-foundry (query, choices, gold), which are rewritten into the former.
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ import zstandard
 from megarecur.errors import ConfigError, DataError
 
 Row = dict[str, Any]
+DATA = "MEGARECUR_DATA"
+"""Environment variable that names a folder of data; its `eval` has the files of tasks."""
 SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".jsonl.zst")
 QUERY = ("query", "choices", "gold")
 
@@ -208,6 +212,33 @@ FORMS = {
     ),
 }  # fmt: skip
 """Tasks whose files may have either form; files of other tasks have the harness' own."""
+
+
+def check_harness(option: str) -> None:
+    """Check that lm-evaluation-harness is installed.
+
+    Raises:
+        ConfigError: it is not; the message names the extra.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"{option}: needs lm-evaluation-harness, which is not installed; install it with "
+            "`pip install 'megarecur[eval]'`"
+        )
+
+
+def choose_folder(named: str | Path | None) -> tuple[Path | None, bool]:
+    """Return the folder of tasks' files, and whether it must have all of them.
+
+    Args:
+        named: the folder that the user names; None: `eval` below MEGARECUR_DATA if it exists, else
+            none.
+    """
+    if named is not None:
+        return Path(named), True
+    data = os.environ.get(DATA)
+    folder = Path(data) / "eval" if data else None
+    return (folder if folder is not None and folder.is_dir() else None), False
 
 
 def find_missing(folder: Path, tasks: Sequence[str]) -> None:

@@ -136,7 +136,7 @@ def draw_loss(rows: Sequence[Row], config: Config) -> Figure | None:
     if not tokens and not names:
         return None
     names.sort(key=lambda name: name != "val/loss")
-    figure, (axes,) = _panels(1, width=8.0, height=4.6)
+    figure, (axes,) = new_panels(1, width=8.0, height=4.6)
     if tokens:
         axes.plot(tokens, losses, color=TRAIN_COLOUR, lw=0.8, alpha=0.35)
         axes.plot(tokens, _smooth(losses), color=TRAIN_COLOUR, lw=1.8, label="train")
@@ -154,7 +154,7 @@ def draw_loss(rows: Sequence[Row], config: Config) -> Figure | None:
     axes.xaxis.set_major_formatter(_engineering())
     axes.margins(x=0.04)
     axes.legend(frameon=False)
-    _title(axes, describe_schemes(config))
+    set_title(axes, describe_schemes(config))
     return figure
 
 
@@ -179,15 +179,15 @@ def draw_depths(rows: Sequence[Row]) -> Figure | None:
     left.legend(frameon=False)
     right.set_xlabel("loops")
     right.set_xticks([depth for depth, _ in last])
-    _title(left, "validation loss by depth")
-    _title(right, "at the last evaluation")
+    set_title(left, "validation loss by depth")
+    set_title(right, "at the last evaluation")
     return figure
 
 
 def draw_positions(curves: Mapping[str, Sequence[float]]) -> Figure:
     """Plot loss over the position in the document; a curve's values are for positions 0, 1, 2-3,
     ..."""
-    figure, (axes,) = _panels(1, width=8.0, height=4.6)
+    figure, (axes,) = new_panels(1, width=8.0, height=4.6)
     for i, (name, losses) in enumerate(curves.items()):
         middles = [0.5, *(1.5 * 2**k - 0.5 for k in range(len(losses) - 1))]
         points = [(x, y) for x, y in zip(middles, losses, strict=True) if math.isfinite(y)]
@@ -197,14 +197,14 @@ def draw_positions(curves: Mapping[str, Sequence[float]]) -> Figure:
     axes.set_xlabel("position in the document")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
-    _plain_numbers(axes.xaxis)
-    _title(axes, "validation loss by position")
+    plain_numbers(axes.xaxis)
+    set_title(axes, "validation loss by position")
     return figure
 
 
 def draw_runs(runs: Mapping[str, Sequence[Row]]) -> Figure | None:
     """Plot smoothed training losses, and validation losses, of several runs over tokens."""
-    figure, (axes,) = _panels(1, width=8.0, height=4.6)
+    figure, (axes,) = new_panels(1, width=8.0, height=4.6)
     drawn: list[float] = []
     for i, (name, rows) in enumerate(runs.items()):
         colour = BLOCK_COLOURS[i % len(BLOCK_COLOURS)]
@@ -220,7 +220,7 @@ def draw_runs(runs: Mapping[str, Sequence[Row]]) -> Figure | None:
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_formatter(_engineering())
     axes.legend(frameon=False)
-    _title(axes, "training loss (lines) and validation loss (dots)")
+    set_title(axes, "training loss (lines) and validation loss (dots)")
     return figure
 
 
@@ -229,17 +229,17 @@ def draw_optimizer(rows: Sequence[Row]) -> Figure | None:
     lr, norm = _series(rows, "optim/lr"), _series(rows, "optim/grad_norm")
     if not lr[0] and not norm[0]:
         return None
-    figure, (top, bottom) = _panels(2)
+    figure, (top, bottom) = new_panels(2)
     top.plot(*lr, color=TRAIN_COLOUR, lw=1.6)
-    _title(top, "learning rate")
+    set_title(top, "learning rate")
     top.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     top.set_ylim(bottom=0)
     bottom.plot(*norm, color=SOFT, lw=0.9)
     bottom.plot(norm[0], _smooth(norm[1]), color=INK, lw=1.6)
     if norm[1] and min(norm[1]) > 0:
         bottom.set_yscale("log")
-        _plain_numbers(bottom.yaxis)
-    _title(bottom, "gradient norm before clipping")
+        plain_numbers(bottom.yaxis)
+    set_title(bottom, "gradient norm before clipping")
     _mark_skipped(bottom, rows)
     bottom.set_xlabel("step")
     return figure
@@ -257,13 +257,13 @@ def draw_speed(rows: Sequence[Row]) -> Figure | None:
     panels = [panel for panel in panels if panel[2][0]]
     if not panels:
         return None
-    figure, all_axes = _panels(len(panels), height=1.9 * len(panels) + 0.5)
+    figure, all_axes = new_panels(len(panels), height=1.9 * len(panels) + 0.5)
     for axes, (title, scale, (x, y)) in zip(all_axes, panels, strict=True):
         values = [scale * value for value in y]
         axes.plot(x, values, color=SOFT, lw=0.9)
         axes.plot(x, _smooth(values), color=TRAIN_COLOUR, lw=1.6)
         axes.set_ylim(0, 1.15 * _percentile(values, 0.99) or 1.0)
-        _title(axes, title)
+        set_title(axes, title)
     if panels[0][0].startswith("tokens"):
         all_axes[0].yaxis.set_major_formatter(_engineering())
     all_axes[-1].set_xlabel("step")
@@ -287,11 +287,11 @@ def draw_recurrence(rows: Sequence[Row], steps: LayerMap) -> Figure | None:
         return None
     depth = max(len(values) for _, _, values in grids)
     height = min(max(0.22 * depth, 1.8), 24.0 / len(grids)) + 0.7
-    figure, all_axes = _panels(len(grids), height=height * len(grids))
+    figure, all_axes = new_panels(len(grids), height=height * len(grids))
     for axes, (title, x, values) in zip(all_axes, grids, strict=True):
         _draw_heat(axes, x, values)
         _label_steps(axes, steps)
-        _title(axes, title)
+        set_title(axes, title)
     all_axes[-1].set_xlabel("step")
     return figure
 
@@ -299,7 +299,7 @@ def draw_recurrence(rows: Sequence[Row], steps: LayerMap) -> Figure | None:
 # ---------------------------------------------------------------------------------------- parts
 
 
-def _panels(count: int, width: float = 8.0, height: float = 4.8) -> tuple[Figure, list[Axes]]:
+def new_panels(count: int, width: float = 8.0, height: float = 4.8) -> tuple[Figure, list[Axes]]:
     """Return a new figure with axes one above the other, which share x."""
     from matplotlib.figure import Figure
 
@@ -329,7 +329,8 @@ def _style(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _title(axes: Axes, text: str) -> None:
+def set_title(axes: Axes, text: str) -> None:
+    """Set the title of axes, in the style of all pictures."""
     axes.set_title(text, loc="left", size=11, weight="bold", color=INK)
 
 
@@ -375,7 +376,7 @@ def _engineering() -> Any:
     return EngFormatter(sep="")
 
 
-def _plain_numbers(axis: Any) -> None:
+def plain_numbers(axis: Any) -> None:
     """Label a logarithmic axis with 0.6 instead of 6 x 10^-1."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -429,7 +430,7 @@ def _draw_heat(axes: Axes, x: list[int], values: list[list[float]]) -> None:
     axes.grid(False)
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.015, aspect=14)
     bar.outline.set_visible(False)
-    _plain_numbers(bar.ax.yaxis)
+    plain_numbers(bar.ax.yaxis)
     bar.ax.tick_params(labelsize=8, colors=INK, length=2, which="both")
 
 
