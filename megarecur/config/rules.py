@@ -16,7 +16,12 @@ from megarecur.config.rules_memory import HALTING_RULES, RECOMPUTE_RULES, TEMPOR
 from megarecur.config.rules_model import MODEL_RULES
 from megarecur.config.rules_objective import EXIT_RULES, SMOOTHING_RULES, TASK_RULES
 from megarecur.config.rules_pairs import PAIR_RULES
-from megarecur.config.rules_run import CHECKPOINT_RULES, OPTIMIZER_RULES, PARALLEL_RULES
+from megarecur.config.rules_run import (
+    CHECKPOINT_RULES,
+    EVAL_TASKS_RULES,
+    OPTIMIZER_RULES,
+    PARALLEL_RULES,
+)
 from megarecur.config.run import Config
 
 RULES = (
@@ -34,6 +39,7 @@ RULES = (
     *PARALLEL_RULES,
     *OPTIMIZER_RULES,
     *CHECKPOINT_RULES,
+    *EVAL_TASKS_RULES,
 )
 
 

@@ -31,6 +31,22 @@ class ProfileConfig(Section):
     """Record every process; false: the first one only."""
 
 
+class EvalTasksConfig(Section):
+    """Tasks of lm-evaluation-harness (the extra `eval`) that score the run during training."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of tasks, such as arc_easy."""
+    every: Count = 0
+    """Optimizer steps between scores. 0: score at the end only."""
+    limit: PositiveCount | None = None
+    """Documents of each task, the first ones. Default: all."""
+    shots: Count = 0
+    """Examples in front of each question."""
+    tasks_from: str | None = None
+    """Folder with a file NAME.jsonl (or .jsonl.xz, .gz, .zst) of each task. Default: eval below
+    MEGARECUR_DATA, if the environment names it; other data are fetched by the harness."""
+
+
 class RecomputeLoops(Section):
     """Recompute of some uses of the map."""
 
@@ -101,6 +117,9 @@ class TrainConfig(Section):
     eval_depths: tuple[Blocks, ...] = free(())
     """Additional numbers of loops to evaluate at, for schemes that repeat a group of blocks.
     Default: the config's own alone."""
+    eval_tasks: EvalTasksConfig | None = free(None)
+    """Tasks that score the run during training; the first process scores them, the others wait.
+    Default: none."""
     profile: ProfileConfig | None = free(None)
     """Steps to record with torch's profiler. Default: none."""
     sample_prompts: tuple[str, ...] = free(())

@@ -91,6 +91,7 @@ METRICS = {
     "val/accuracy_by_length/{tokens}": "accuracy by the length of the sample",
     "val/depth_{n}/{metric}": "a validation metric at n loops (train.eval_depths)",
     "val/{corpus}/{metric}": "a validation metric by corpus, if there are several",
+    "task/{name}/{metric}": "a metric of a task of lm-evaluation-harness (train.eval_tasks)",
     "alarms/raised": "alarms raised at this log step",
 }
 """Every key of a row of metrics.jsonl, which is also the tag in TensorBoard; {...} is any text."""

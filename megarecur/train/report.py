@@ -459,10 +459,15 @@ class Report:
         rows = read_rows(self.run_dir / "metrics.jsonl")[-500:] if self.mesh.rank == 0 else []
         return list(self.mesh.broadcast_object(rows))
 
-    def is_validated(self, step: int) -> bool:
-        """Return True, on every rank, if the metrics hold scores of this step; collective."""
+    def is_validated(self, step: int, prefix: str = "val/loss") -> bool:
+        """Return True, on every rank, if the metrics hold scores of this step; collective.
+
+        Args:
+            prefix: beginning of the scores' names.
+        """
         rows = read_rows(self.run_dir / "metrics.jsonl") if self.mesh.rank == 0 else []
-        found = any(row["step"] == step and "val/loss" in row for row in rows)
+        own = [key for row in rows if row["step"] == step for key in row]
+        found = any(key.startswith(prefix) for key in own)
         return bool(self.mesh.max_over_world(int(found)))
 
     def finish(self, text: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Container, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megarecur.checkpoint import checkpoint
 from megarecur.checkpoint.identity import identify, owner_of
@@ -36,6 +37,7 @@ from megarecur.recurrence.schemes import build_map
 from megarecur.train.alarms import Alarms, record_event
 from megarecur.train.compiler import choose_compiler
 from megarecur.train.distill import load_teacher, with_teacher
+from megarecur.train.eval_tasks import PREFIX, load_eval_tasks, score_eval_tasks
 from megarecur.train.evaluate import continue_prompts, validate
 from megarecur.train.flight_recorder import watch_for_hangs
 from megarecur.train.health import check_health
@@ -87,6 +89,10 @@ class Run:
     """Step of the newest checkpoint."""
     validated: int
     """Step of the newest evaluation."""
+    tasks: dict[str, Any]
+    """Tasks of train.eval_tasks, on the first process."""
+    scored: int
+    """Step of the newest scores on tasks."""
     postponed: bool = False
     """Whether a checkpoint is due, but waits for healthy parameters."""
 
@@ -138,6 +144,7 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         if mesh.pp > 1:
             report.note(schedules.describe(*step_to_take(config, mesh, state.step)))
         compiled = CompiledModel(model) if compiling else None
+        tasks = load_eval_tasks(config, mesh)
         profiler = Profiler(config.train.profile, run_dir, mesh)
         resources.callback(profiler.close)
         # What a start has made stays: full collections, which stop all threads, pass over it.
@@ -145,10 +152,12 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         gc.freeze()
         # An earlier job may have ended between saving a step and scoring it.
         validated = state.step if state.step and report.is_validated(state.step) else 0
+        scored = state.step if state.step and report.is_validated(state.step, PREFIX) else 0
         return loop(
             Run(
                 config, mesh, data, schedules, model, engine, teacher, compiled, saver, report,
                 alarms, profiler, beat, stop, left_out, state, state.step, validated,
+                tasks, scored,
             )
         )  # fmt: skip
 
@@ -158,6 +167,8 @@ def loop(run: Run) -> int:
     while True:
         run.saver.poll(run.stop.fail)
         signal = evaluate_if_due(run, run.stop.agreed(run.mesh))
+        if not signal:
+            signal = score_tasks_if_due(run)
         if signal:
             return end_stopped(run, signal)
         if run.state.step >= run.config.train.steps:
@@ -187,6 +198,19 @@ def evaluate_if_due(run: Run, signal: int) -> int:
     run.saver.scored()
     run.validated = state.step
     return signal
+
+
+def score_tasks_if_due(run: Run) -> int:
+    """Score the run on train.eval_tasks if it is due; returns the signal to stop for, 0 if none."""
+    config, state, asked = run.config, run.state, run.config.train.eval_tasks
+    if asked is None or run.scored >= state.step or not is_due(state.step, asked.every, config):
+        return 0
+    run.beat.enter("evaluate", state.step)
+    note = run.beat.note("evaluate", "tasks: ")
+    values = score_eval_tasks(run.model, run.tasks, config, run.mesh, state.step, note)
+    run.report.write(state, values, run.stop)
+    run.scored = state.step
+    return run.stop.agreed(run.mesh)
 
 
 def train_one_step(run: Run) -> StepResult | None:

@@ -289,6 +289,7 @@ FREE = {
     "train.eval_samples",
     "train.eval_bleu",
     "train.eval_depths",
+    "train.eval_tasks",
     "train.profile",
     "train.sample_prompts",
     "train.sample_tokens",

@@ -453,6 +453,20 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         (PAIRS, "train.eval_bleu=8", "parallel.zero_stage=3"),
         ("parallel.zero_stage=2",),
     ),
+    (
+        "train.eval_tasks",
+        "parallel.pipeline",
+        "parallel.tensor",
+        "parallel.context",
+        "parallel.zero_stage",
+    ): (
+        ("train.eval_tasks={tasks: [piqa]}", "parallel.pipeline=2"),
+        ("train.eval_tasks=null",),
+    ),
+    ("train.eval_tasks", "task", "encoder"): (
+        (PAIRS, "train.eval_tasks={tasks: [piqa]}"),
+        ("train.eval_tasks=null",),
+    ),
     ("model.tie", "encoder"): (("model.tie=none",), (PAIRS,)),
     ("model.source_vocab_size", "model.tie", "encoder"): (
         (PAIRS, "model.source_vocab_size=99", "model.tie=all", "model.tie_embeddings=true"),
