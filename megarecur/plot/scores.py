@@ -33,9 +33,9 @@ def draw_scores(rows: Sequence[Row], title: str) -> Figure:
             points = [point for point in points if math.isfinite(point[1])]
             if not points:
                 continue
-            x, y, errors = zip(*points, strict=True)
+            at, y, errors = zip(*points, strict=True)
             # Equal scores of several tasks stay visible side by side.
-            x = [at + 0.03 * (number - (len(tasks) - 1) / 2) for at in x]
+            x = [loops + 0.03 * (number - (len(tasks) - 1) / 2) for loops in at]
             colour = BLOCK_COLOURS[number % len(BLOCK_COLOURS)]
             axes.errorbar(x, y, errors, color=colour, lw=1.4, marker="o", ms=4, capsize=3,
                           label=task)  # fmt: skip
