@@ -215,7 +215,7 @@ def test_memory_counts_one_moment_for_each_matrix() -> None:
             {"parallel": {"zero_stage": 1, "zero_engine": "deepspeed"}},
             "optimizer.muon needs whole matrices, which parallel.zero_stage=1 of",
         ),
-        ({"muon": {"lr": 0}}, "optimizer.muon.lr=0 is too small; set it above 0"),
+        ({"muon": {"lr": 0}}, "optimizer.muon.lr=0 is too small; set it to at least 1e-30"),
         ({"muon": {"adjust_lr": "rms"}}, "optimizer.muon.adjust_lr='rms' is unknown; choose 'orig"),
         ({"muon": {"momentm": 0.9}}, "optimizer.muon.momentm: unknown key; did you mean 'momen"),
     ],
