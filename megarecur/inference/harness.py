@@ -32,7 +32,7 @@ from megarecur.checkpoint.load import load_model, open_tokenizer, special_ids
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.errors import ConfigError
 from megarecur.inference.engine import Engine
-from megarecur.inference.generate import stream_text
+from megarecur.inference.generate import TextStream
 from megarecur.inference.likelihood import (
     Pair,
     find_most_positions,
@@ -266,22 +266,21 @@ class Continued:
     """The text of a request while it is generated."""
 
     def __init__(self, model: HarnessModel, handle: Handle) -> None:
-        self.tokenizer, self.handle = model.scorer.tokenizer, handle
-        self.ids: list[int] = []
-        self.text = ""
+        self.handle, self.text = handle, ""
+        # The text of a token depends on those before it.
+        self.stream = TextStream(model.scorer.tokenizer, handle.request.tokens[-PAGE:])
 
     def read_events(self, stops: Sequence[str]) -> bool:
         """Take new tokens; cancel the request at a stop string. Returns True if it has ended."""
-        ended, before = False, len(self.ids)
+        ended, before = False, self.text
         while not self.handle.events.empty():
             event = self.handle.events.get()
-            ended |= event.finished
             if event.token is not None:
-                self.ids.append(event.token)
-        if len(self.ids) > before:
-            # The text of a token depends on those before it.
-            prompt = self.handle.request.tokens[-PAGE:]
-            self.text = "".join(stream_text(self.tokenizer, prompt, self.ids))
+                self.text += self.stream.add(event.token)
+            if event.finished:
+                self.text += self.stream.end()
+                ended = True
+        if self.text != before:
             found = [place for stop in stops if (place := self.text.find(stop)) >= 0]
             if found:
                 self.text = self.text[: min(found)]

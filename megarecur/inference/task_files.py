@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
 import lzma
 import os
 import zlib
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import zstandard
 
 from megarecur.errors import ConfigError, DataError
+from megarecur.reading import parse_json
 
 Row = dict[str, Any]
 DATA = "MEGARECUR_DATA"
@@ -95,7 +95,7 @@ def read_rows(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise DataError(
                 f"{path}:{number}: is no JSON ({error}); write one object a line"
