@@ -8,16 +8,23 @@ publish(aside, path)                                   only sync and rename
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from platform import node
 from typing import Any, BinaryIO
+
+UNCERTAIN = {errno.EBUSY, errno.EIO, errno.ENOENT, errno.ESTALE}
+"""Errors of a rename on a network file system that may have succeeded, or may succeed later."""
+RENAME_PAUSES = (0.1, 0.5, 2.0)
+"""Seconds before each further attempt to rename."""
 
 
 def aside_of(path: Path, shared: bool = False) -> Path:
@@ -62,8 +69,35 @@ def publish(aside: Path, path: Path) -> None:
     An existing file is replaced. Files inside a folder must be synced by their writers.
     """
     sync(aside)
-    os.rename(aside, path)
+    rename(aside, path)
     sync(path.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or folder as `os.rename`, in spite of a network file system.
+
+    A client that repeats a request after a lost reply reports a rename that succeeded as ENOENT;
+    restarted or busy servers fail with ESTALE, EIO or EBUSY for a while.
+
+    Raises:
+        OSError: the rename failed, after further attempts if they may help.
+    """
+    moved = os.lstat(source)
+    for pause in (*RENAME_PAUSES, None):
+        try:
+            os.rename(source, target)
+            return
+        except OSError as error:
+            if error.errno not in UNCERTAIN:
+                raise
+            if not os.path.lexists(source):
+                with suppress(OSError):
+                    if os.path.samestat(os.lstat(target), moved):
+                        return
+                raise
+            if pause is None:
+                raise
+            time.sleep(pause)
 
 
 def create_anew(path: Path) -> BinaryIO:
@@ -115,7 +149,7 @@ def replace_file(path: Path, data: bytes | str, durable: bool = True) -> None:
     else:
         with create_anew(aside_of(path)) as file:
             file.write(data)
-        os.rename(aside_of(path), path)
+        os.rename(aside_of(path), path)  # not `rename`: the next write comes soon
 
 
 def create_file(path: Path, data: bytes | str) -> None:
@@ -173,9 +207,13 @@ def create_folder(path: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def delete_folder(path: Path, suffix: str = ".tmp") -> None:
-    """Rename a folder and delete it, so that a crash leaves a `.tmp`, never a partial folder."""
+    """Rename a folder and delete it, so that a crash leaves a `.tmp`, never a partial folder.
+
+    Does nothing if it is gone already.
+    """
     doomed = path.with_name(path.name + suffix)
-    if doomed.exists():
+    with suppress(FileNotFoundError):
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        rename(path, doomed)
         shutil.rmtree(doomed)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)

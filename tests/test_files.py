@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,109 @@ def test_a_link_under_the_temporary_name_is_not_written_through(
     files.replace_file(path, "new", durable)
     assert (victim.read_text(), path.read_text()) == ("mine", "new")
     assert not path.is_symlink() and not aside.exists()
+
+
+def fail_rename(
+    monkeypatch: pytest.MonkeyPatch, number: int, times: int, done: bool = False
+) -> list[str]:
+    """Let `os.rename` fail `times` times, after it has renamed if `done`; return its targets."""
+    calls: list[str] = []
+    rename = os.rename
+
+    def fail_first(source: Path, target: Path) -> None:
+        calls.append(Path(target).name)
+        if len(calls) > times:
+            rename(source, target)
+            return
+        if done and len(calls) == 1:
+            rename(source, target)
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "rename", fail_first)
+    monkeypatch.setattr(files, "RENAME_PAUSES", (0.0, 0.0))
+    return calls
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EIO, errno.EBUSY])
+def test_a_rename_that_succeeded_on_the_server_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, folder: bool
+) -> None:
+    """The reply was lost, and the repeated request found nothing to rename."""
+    path = tmp_path / "path"
+    calls = fail_rename(monkeypatch, number, 1, done=True)
+    if folder:
+        with files.create_folder(path) as aside:
+            (aside / "file").write_text("new")
+        path = path / "file"
+    else:
+        path.write_text("old")
+        files.replace_file(path, "new")
+    assert path.read_text() == "new" and len(calls) == 1
+    assert os.listdir(tmp_path) == ["path"]
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "fails"),
+    [
+        (errno.ESTALE, 1, False),
+        (errno.EIO, 2, False),
+        (errno.EBUSY, 3, True),
+        (errno.ENOENT, 1, False),
+        (errno.ENOSPC, 1, True),
+    ],
+)
+def test_a_rename_is_tried_again_while_that_may_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, times: int, fails: bool
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    calls = fail_rename(monkeypatch, number, times)
+    if fails:
+        with pytest.raises(OSError) as caught:
+            files.replace_file(path, "new")
+        assert caught.value.errno == number and path.read_text() == "old"
+    else:
+        files.replace_file(path, "new")
+        assert path.read_text() == "new" and len(calls) == times + 1
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def take_away(path: Path) -> None:
+    """Delete what is about to be renamed, as another process may."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("delete", [take_away, lambda path: None])
+def test_a_folder_that_is_gone_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delete: Callable[[Path], None]
+) -> None:
+    rename, folder = os.rename, tmp_path / "folder"
+    folder.mkdir()
+
+    def delete_first(source: Path, target: Path) -> None:
+        delete(source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", delete_first)
+    files.delete_folder(folder)
+    files.delete_folder(folder)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_another_process_deletes_is_not_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file lies under the final name: it is not taken for the one that was written."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    rename = os.rename
+
+    def delete_first(source: Path, target: Path) -> None:
+        take_away(source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", delete_first)
+    with pytest.raises(FileNotFoundError):
+        files.replace_file(path, "new")
+    assert path.read_text() == "old"
