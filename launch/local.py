@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import select
@@ -26,6 +27,7 @@ from megarecur.launch.reasons import HINTS, OUT_OF_MEMORY, count_oom_kills
 from megarecur.launch.slurm import SlurmError
 from megarecur.launch.submit import refuse_jobs, refuse_processes
 from megarecur.launch.watchdog import Watchdog, wait_for_stacks
+from megarecur.private import SECRET_VARIABLE, make_secret
 from megarecur.train.signals import LAUNCHER_VARIABLE, STACKS_VARIABLE, STOP_SIGNALS
 
 USER_ERROR, STOPPED, FAILED = 2, 3, 1
@@ -142,8 +144,8 @@ class Watch:
 @contextmanager
 def watched(run_dir: Path, profile: ClusterProfile, nproc: int) -> Iterator[Watch]:
     """Watch the processes started in this context."""
-    stacks = run_dir / "logs" / f"local-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    stacks.mkdir(parents=True)
+    name = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    stacks = make_folder(run_dir / "logs" / name)
     os.environ[STACKS_VARIABLE] = str(stacks)
     watch = Watch(run_dir, profile, nproc, stacks)
     # Otherwise the thread would receive, and die of, signals meant for the workers.
@@ -159,6 +161,20 @@ def watched(run_dir: Path, profile: ClusterProfile, nproc: int) -> Iterator[Watc
         with suppress(FileNotFoundError):  # the folder may have been deleted during the run
             if not any(file.stat().st_size for file in stacks.iterdir()):
                 shutil.rmtree(stacks, ignore_errors=True)
+
+
+def make_folder(path: Path) -> Path:
+    """Create a folder and return its path; with a number behind its name if there is one already.
+
+    That takes a clock that was set back, and a container in which process ids repeat.
+    """
+    for number in itertools.count(2):
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            path = path.with_name(f"{path.name.partition('.')[0]}.{number}")
+    raise AssertionError("the count has no end")
 
 
 def ranks_of_children() -> dict[int, int]:
@@ -246,6 +262,9 @@ def launch_local(
             environ[LAUNCHER_VARIABLE] = str(os.getpid())
             stack.callback(environ.pop, LAUNCHER_VARIABLE, None)
             if alone:
+                if SECRET_VARIABLE not in environ:  # Nodes share that of their supervisor.
+                    environ.update(make_secret())
+                    stack.callback(environ.pop, SECRET_VARIABLE, None)
                 environ[STORE_VARIABLE] = str(stack.enter_context(store_file()))
                 stack.callback(environ.pop, STORE_VARIABLE, None)
                 # By default both listen on the interface that the host's name stands for.

@@ -13,6 +13,7 @@ rename it: that takes the sticky bit of /tmp.
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 import tempfile
 from contextlib import suppress
@@ -23,6 +24,18 @@ from megarecur.errors import DataError, MegarecurError
 from megarecur.reading import check_links, read_bytes
 
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+SECRET_VARIABLE = "MEGARECUR_SECRET"
+"""Environment variable with the secret by which the ranks of a job know each other's messages."""
+
+
+def make_secret() -> dict[str, str]:
+    """Return the variable with a new secret; one that is set already is kept.
+
+    Other users cannot read the environment of a process.
+    """
+    return {SECRET_VARIABLE: os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32)}
 
 
 class UnsafeFolder(MegarecurError):

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -35,11 +35,11 @@ from megarecur.checkpoint.index import (
 )
 from megarecur.checkpoint.planning import SavePlanner, Values
 from megarecur.checkpoint.storage import FolderWriter, find_damage, read_chunks
-from megarecur.errors import CheckpointError, MegarecurError
+from megarecur.errors import CheckpointError, MegarecurError, explain_os_error
+from megarecur.parallel.objects import broadcast_object, gather_objects
 from megarecur.parallel.shards import TensorShard, boxes
 from megarecur.parallel.tree import (
     gather_bytes,
-    global_rank,
     group_rank,
     group_size,
     reduce_max,
@@ -352,26 +352,20 @@ def _mismatches(index: Index, shards: dict[str, TensorShard]) -> dict[str, str]:
 
 def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
     """Return the values of all ranks, ordered by rank, on every rank; for errors only."""
-    if group_size(group) == 1:
-        return [value]
-    values: list[Any] = [None] * group_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+    return gather_objects(value, group)
 
 
 def from_first_rank(compute: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Return the result of `compute` on the group's first rank; raise its errors on every rank."""
-    box: list[Any] = [None]
+    own: Any = None
     if group_rank(group) == 0:
         try:
-            box = [compute()]
+            own = compute()
         except (MegarecurError, OSError) as error:
-            box = [error]
-    if group_size(group) > 1:
-        dist.broadcast_object_list(box, global_rank(0, group), group)
-    if isinstance(box[0], OSError):
-        raise CheckpointError(f"{box[0].filename} cannot be read: {box[0].strerror}")
-    if isinstance(box[0], MegarecurError):
-        raise box[0]
-    found: T = box[0]
-    return found
+            own = error
+    found = broadcast_object(own, group=group)
+    if isinstance(found, OSError):
+        raise CheckpointError(f"cannot be read: {explain_os_error(found, 'a checkpoint')}")
+    if isinstance(found, MegarecurError):
+        raise found
+    return cast(T, found)

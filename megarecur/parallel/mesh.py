@@ -31,6 +31,7 @@ from megarecur.errors import MegarecurError, MeshError
 from megarecur.files import raise_file_limit
 from megarecur.parallel.channels import Channels
 from megarecur.parallel.context import ContextParallel
+from megarecur.parallel.objects import broadcast_object, gather_objects
 from megarecur.parallel.regions import TensorParallel
 from megarecur.parallel.tree import reduce_max
 
@@ -70,11 +71,7 @@ class Peers:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every peer's value, in their order."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return gather_objects(value, self.group) if self.size > 1 else [value]
 
     def exchange(self, sent: Tensor, counts: list[int], received: list[int]) -> Tensor:
         """Send the next `counts[i]` elements of a vector to each peer i.
@@ -263,11 +260,7 @@ class Mesh:
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """Return the value of one rank on every rank."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=source, group=self.host_group)
-        return box[0]
+        return broadcast_object(value, source, self.host_group) if self.world > 1 else value
 
     def first_over_world(self, value: T | None) -> T | None:
         """Return the value of the first rank that has one on every rank; None if no rank has.
@@ -312,19 +305,11 @@ class Mesh:
 
     def gather_over_pp(self, value: Any) -> list[Any]:
         """Return the values of this process's pipeline ranks, in their order."""
-        if self.pp == 1:
-            return [value]
-        values: list[Any] = [None] * self.pp
-        dist.all_gather_object(values, value, group=self.pp_group)
-        return values
+        return gather_objects(value, self.pp_group) if self.pp > 1 else [value]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self.host_group)
-        return values
+        return gather_objects(value, self.host_group) if self.world > 1 else [value]
 
 
 @contextmanager

@@ -50,6 +50,7 @@ from megarecur.data.foreign import missing_files
 from megarecur.errors import DataError, MegarecurError, MeshError
 from megarecur.files import replace_file
 from megarecur.parallel.mesh import Mesh, node_name, pick_group
+from megarecur.parallel.objects import broadcast_object
 from megarecur.parallel.tree import gather_bytes
 from megarecur.plan.describe import format_bytes, name_ranks
 from megarecur.progress import WAITING, Note, note_nothing
@@ -229,11 +230,8 @@ def gather_hosts(host: str, mesh: Mesh) -> tuple[list[str], list[str]]:
 
 def tell_all(value: T, mesh: Mesh) -> T:
     """Return rank 0's value on every rank."""
-    if mesh.world == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, group=mesh.save_group)
-    return box[0]
+    found: T = broadcast_object(value, group=mesh.save_group)
+    return found
 
 
 def group_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
