@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megarecur.files import append_row
-from megarecur.launch.folder import find_logs, newest_checkpoint, read_beat, read_text
+from megarecur.launch.folder import Beat, find_logs, newest_checkpoint, read_beat, read_text
 from megarecur.launch.job import LAUNCH_VARIABLE
 from megarecur.launch.slurm import SlurmError, describe_job
 from megarecur.reading import parse_row
@@ -25,7 +25,7 @@ OUTSIDE = ("preempted", "requeued", "outage", "SIGUSR2", "asked to stop")
 RESERVE_BYTES = 1 << 16
 """Bytes reserved on the disk for final records, in case it fills up."""
 KINDS = {"event": str, "attempt": int, "time": int | float, "step": int, "began": int,
-         "nodes": list, "reason": str, "job": str}  # fmt: skip
+         "nodes": list, "reason": str, "job": str, "beat": int | float}  # fmt: skip
 """Types of the event fields that are read from attempts.jsonl."""
 
 
@@ -50,8 +50,10 @@ class Attempt:
     began: int
     """Step of the newest checkpoint at its start."""
     ends: float = 0.0
-    """End of its job, in UNIX seconds."""
+    """End of its job, in seconds of this process's monotonic clock; 0 if unknown."""
     started: float = field(default_factory=time.time)
+    beat: float | None = None
+    """Time in the last heartbeat before it, 0 if there was none; None if unknown."""
     oom_kills: int = 0
     """Processes that the kernel of the batch node killed for memory meanwhile."""
 
@@ -94,15 +96,17 @@ class Record:
         number = 1 + max([*begun, *find_logs(self.run_dir)], default=0)
         name = f"logs/attempt-{number:03}"
         (self.run_dir / name).mkdir(parents=True, exist_ok=True)
-        step = newest_step(self.run_dir)
+        step, last = newest_step(self.run_dir), read_beat(self.run_dir)
+        beat = last.time if last else 0.0
         self.append(
             {"event": "start", "attempt": number, "job": os.environ["SLURM_JOB_ID"],
              "time": time.time(), "nodes": nodes, "step": step, "logs": name,
-             "launch": launch_of_job(), "output": own_output(),
+             "launch": launch_of_job(), "output": own_output(), "beat": beat,
              "batch_node": os.environ.get("SLURMD_NODENAME")}
         )  # fmt: skip
         job = own_job()
-        return Attempt(number, job, nodes, self.run_dir / name, step, end_of(job))
+        logs = self.run_dir / name
+        return Attempt(number, job, nodes, logs, step, end_of(job), beat=beat)
 
     def told(self, attempt: Attempt, why: str = "") -> None:
         """Record that Slurm wants the job to end, and the reason once known; there may be no time
@@ -115,8 +119,8 @@ class Record:
         self.append(
             {"event": "end", "attempt": attempt.number, "time": time.time(),
              "began": attempt.began, "step": newest_step(self.run_dir),
-             "reached": step_reached(self.run_dir, attempt.started),
-             "failing": failing_step(self.run_dir, attempt.started),
+             "reached": step_reached(self.run_dir, attempt),
+             "failing": failing_step(self.run_dir, attempt),
              "reason": outcome.reason, "detail": outcome.detail, "nodes": outcome.nodes,
              "action": action}
         )  # fmt: skip
@@ -168,23 +172,34 @@ def newest_step(run_dir: Path) -> int:
     return newest.step if newest else 0
 
 
-def step_reached(run_dir: Path, since: float) -> int | None:
-    """Return the optimizer steps done, by the run's last heartbeat; None if there is none since
-    then."""
+def beat_of(run_dir: Path, attempt: Attempt) -> Beat | None:
+    """Return the last heartbeat of an attempt; None if it has sent none.
+
+    Heartbeats are told apart by their times, not ordered: the clock may have been set back.
+    """
     beat = read_beat(run_dir)
-    return beat.step if beat and beat.time > since else None
+    if beat is None:
+        return None
+    known = attempt.beat is not None
+    return beat if (beat.time != attempt.beat if known else beat.time > attempt.started) else None
 
 
-def failing_step(run_dir: Path, since: float) -> int | None:
-    """Return the optimizer step (0: the first) at the run's last heartbeat; None if it was in
+def step_reached(run_dir: Path, attempt: Attempt) -> int | None:
+    """Return the optimizer steps done, by an attempt's last heartbeat; None if it has sent none."""
+    beat = beat_of(run_dir, attempt)
+    return beat.step if beat else None
+
+
+def failing_step(run_dir: Path, attempt: Attempt) -> int | None:
+    """Return the optimizer step (0: the first) at an attempt's last heartbeat; None if it was in
     another phase, such as an evaluation."""
-    beat = read_beat(run_dir)
-    return beat.step if beat and beat.time > since and beat.phase == "train" else None
+    beat = beat_of(run_dir, attempt)
+    return beat.step if beat and beat.phase == "train" else None
 
 
-def unsaved_steps(run_dir: Path, since: float) -> str:
+def unsaved_steps(run_dir: Path, attempt: Attempt) -> str:
     """Describe the work of an attempt that was lost."""
-    saved, reached = newest_step(run_dir), step_reached(run_dir, since)
+    saved, reached = newest_step(run_dir), step_reached(run_dir, attempt)
     if reached is None:
         return "before it had started to train"
     if reached <= saved:
@@ -207,9 +222,13 @@ def launch_of_job() -> str | None:
 
 
 def end_of(job: str) -> float:
-    """Return when Slurm will end a job, in UNIX seconds; 0 if unknown."""
+    """Return when Slurm will end a job, by this process's monotonic clock; 0 if unknown.
+
+    Later changes of the machine's time do not move it.
+    """
     with suppress(SlurmError, ValueError):
-        return datetime.fromisoformat(describe_job(job).get("EndTime", "")).timestamp()
+        end = datetime.fromisoformat(describe_job(job).get("EndTime", "")).timestamp()
+        return time.monotonic() + end - time.time()
     return 0.0
 
 

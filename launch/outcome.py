@@ -134,7 +134,7 @@ def explain(
     if by == "time limit":
         return Outcome("out of time", f"save_seconds={spec.profile.save_seconds} did not do")
     if by:
-        return Outcome(by, unsaved_steps(spec.run_dir, attempt.started))
+        return Outcome(by, unsaved_steps(spec.run_dir, attempt))
     cause = cause_of(said, spec, attempt)
     if cause.kind == DISK_FULL:
         return Outcome("bad input", cause.text)
@@ -179,7 +179,7 @@ def ended_by(told: Sequence[int], attempt: Attempt, patience: float = PATIENCE) 
     """
     fields = job_fields(attempt.job, patience)
     state, notice = fields.get("JobState", ""), read_notice(own_output(), attempt.started)
-    if signal.SIGUSR1 in told or state == "TIMEOUT" or 0 < attempt.ends < time.time():
+    if signal.SIGUSR1 in told or state == "TIMEOUT" or 0 < attempt.ends < time.monotonic():
         return "time limit"
     if signal.SIGUSR2 in told:
         return "SIGUSR2"
@@ -262,7 +262,8 @@ def close_lost(record: Record) -> None:
             "killed by Slurm before it could say more",
         )  # fmt: skip
         logs = record.run_dir / row.get("logs", "")
-        lost = Attempt(number, row["job"], row["nodes"], logs, row["step"], started=row["time"])
+        lost = Attempt(number, row["job"], row["nodes"], logs, row["step"], started=row["time"],
+                       beat=row.get("beat"))  # fmt: skip
         record.end(lost, outcome, "stopped" if outcome.reason == "cancelled" else "requeued")
 
 

@@ -18,7 +18,6 @@ ended, `reasons.py` finds the cause of a crash.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -61,7 +60,9 @@ from megarecur.launch.outcome import (
 from megarecur.launch.reasons import count_oom_kills
 from megarecur.launch.slurm import SlurmError, ask, describe_job, expand, step_of
 from megarecur.launch.watchdog import Watchdog, ask_for_stacks
-from megarecur.reading import read_json
+from megarecur.lease import Lease
+from megarecur.private import make_secret
+from megarecur.reading import escape, read_json
 from megarecur.train.heartbeat import EVERY_STEP
 from megarecur.train.signals import STACKS_VARIABLE
 
@@ -126,29 +127,25 @@ def hold(run_dir: Path, patience: float) -> Iterator[None]:
     Raises:
         ConfigError: the other job still holds it after `patience` seconds.
     """
-    with (run_dir / "supervisor.lease").open("a+", encoding="utf-8") as file:
-        until, waited = time.monotonic() + patience, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another job"
-                if time.monotonic() > until:
-                    raise ConfigError(
-                        f"run_dir={run_dir} is in use by {holder}; end that job, "
-                        "or choose another run_dir"
-                    ) from None
-                if not waited:
-                    print(f"waiting for {holder} to leave {run_dir}", flush=True)
-                waited = True
-                time.sleep(1.0)
-        file.seek(0)
-        file.truncate()
-        file.write(f"job {os.environ['SLURM_JOB_ID']} on {socket.gethostname()}")
-        file.flush()
+    folder = run_dir / "launch"  # The ranks lock the run folder itself.
+    folder.mkdir(parents=True, exist_ok=True)
+    lease = Lease(run_dir / "supervisor.lease", folder)
+    until, waited = time.monotonic() + patience, False
+    try:
+        while holder := lease.take(f"job {os.environ['SLURM_JOB_ID']} on {socket.gethostname()}"):
+            holder = escape(holder[:1000], keep="")
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"run_dir={run_dir} is in use by {holder}; end that job, "
+                    "or choose another run_dir"
+                )
+            if not waited:
+                print(f"waiting for {holder} to leave {run_dir}", flush=True)
+            waited = True
+            time.sleep(1.0)
         yield
+    finally:
+        lease.release()
 
 
 def note_signals() -> list[int]:
@@ -191,7 +188,7 @@ def run_attempt(spec: JobSpec, record: Record, attempt: Attempt, told: list[int]
             failed_at = time.monotonic()
         if failed_at and time.monotonic() - failed_at > LAST_WORDS_SECONDS:
             end_step(attempt, process)
-        elif 0 < attempt.ends - spec.profile.save_seconds / 4 < time.time():
+        elif 0 < attempt.ends - spec.profile.save_seconds / 4 < time.monotonic():
             end_step(attempt, process)  # before Slurm ends this process too
         elif not failed_at and (stall := watchdog.stalled()):
             if watchdog.over:
@@ -211,12 +208,13 @@ def run_attempt(spec: JobSpec, record: Record, attempt: Attempt, told: list[int]
 def is_time(number: int, attempt: Attempt, spec: JobSpec) -> bool:
     """Return True if a signal should be forwarded now. Slurm announces the time limit up to a
     minute early; until then the run may continue."""
-    early = attempt.ends - time.time() - spec.profile.save_seconds
+    early = attempt.ends - time.monotonic() - spec.profile.save_seconds
     return number != signal.SIGUSR1 or not 0.0 < early < EARLY_SECONDS
 
 
 def rendezvous(attempt: Attempt) -> dict[str, str]:
-    """Return the variables by which ranks meet: the first node, at a port that is free now."""
+    """Return the variables by which ranks meet: the first node, at a port that is free now, and
+    the secret by which they know each other's messages."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
@@ -224,6 +222,7 @@ def rendezvous(attempt: Attempt) -> dict[str, str]:
         "MASTER_ADDR": attempt.nodes[0],
         "MASTER_PORT": str(port),
         STACKS_VARIABLE: str(attempt.logs),
+        **make_secret(),
     }
 
 
@@ -270,7 +269,7 @@ def choose(
         outcome.detail += f"; {len(before) + 1} times in a row without a newer checkpoint"
         return "given up"
     if outcome.reason in ("crash", "stalled"):
-        failing = failing_step(spec.run_dir, attempt.started)
+        failing = failing_step(spec.run_dir, attempt)
         last = next((row for row in record.ends() if row["reason"] not in OUTSIDE), {})
         if failing is not None and last.get("failing") == failing:
             outcome.detail += f"; step {failing + 1} has failed twice"
@@ -301,12 +300,12 @@ def requeue(spec: JobSpec, ends: float, exclude: Sequence[str], told: Sequence[i
     Slurm ends this process when it requeues; until then this process can still exclude nodes.
     """
     job, began = own_job(), time.time()
-    until = max(ends, began + 60.0) - 2.0
+    until = max(ends, time.monotonic() + 60.0) - 2.0
     while True:
         try:
             signals = len(told)
             fields = describe_job(job)
-            if is_cancelled(fields) and not 0 < ends < time.time():
+            if is_cancelled(fields) and not 0 < ends < time.monotonic():
                 return "cancelled"
             if len(told) > signals:  # It may have been cancelled meanwhile.
                 continue
@@ -325,7 +324,7 @@ def requeue(spec: JobSpec, ends: float, exclude: Sequence[str], told: Sequence[i
             break
         except SlurmError as error:
             print(f"not requeued yet: {error}", flush=True)
-            if time.time() > until:
+            if time.monotonic() > until:
                 return f"not requeued: {error}"
             time.sleep(5.0)
     everyone = [*named(spec.profile.exclude), *exclude]

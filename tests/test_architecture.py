@@ -15,6 +15,7 @@ FLOORS = {
     "megarecur.errors": -1,
     "megarecur.progress": 0,
     "megarecur.files": 0,
+    "megarecur.lease": 0,
     "megarecur.reading": 0,
     "megarecur.private": 1,
     "megarecur.config": 1,

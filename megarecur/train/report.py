@@ -438,6 +438,11 @@ class Report:
     def restore(self) -> None:
         """Recreate deleted files of the run folder, and print a note for each."""
         assert self.metrics is not None
+        if place := self.folder.lease.moved_to():
+            self.note(
+                f"{self.run_dir} was renamed to {place} under the run, which goes on in "
+                f"{self.run_dir}; earlier checkpoints lie in {place}"
+            )
         for path in [*self.folder.restore(), *self.metrics.restore()]:
             self.note(f"{path} was deleted under the run; it is made again")
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -20,18 +19,26 @@ from megarecur.config.load import changed_fixed_fields, to_yaml, validate
 from megarecur.config.locate import record_origin
 from megarecur.config.run import Config
 from megarecur.data.tokenizer import copy_tokenizer_files
-from megarecur.errors import CheckpointError, ConfigError
+from megarecur.errors import (
+    SHORTAGES,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    explain_os_error,
+)
 from megarecur.files import replace_file
+from megarecur.lease import Lease
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.plan.cost import count_tokens_per_step
 from megarecur.reading import escape, read_json
 from megarecur.recurrence.schemes import build_map
-from megarecur.train.metrics import is_gone
 
 NEEDED = ("config", "tokenizer", "step", "mesh", "order_hash", "data")
 """Entries of a checkpoint's state that a run resumes from."""
 FOLDERS = ("checkpoints", "logs", "plots")
 """Subfolders created at the start; the writers of other files create their own."""
+KEPT = ("config.yaml", "origin.json", "identity.json")
+"""Files that are recreated with their content if they are deleted during the run."""
 
 
 @dataclass(frozen=True)
@@ -150,20 +157,14 @@ def steps_left_out(run_dir: Path, mesh: Mesh) -> frozenset[int]:
 
 
 class RunFolder:
-    """The folder of a run; rank 0 leases it and recreates deleted files.
-
-    The lease is a file lock of the operating system on `lease`, and on the folder itself: deleting
-    the file frees the run for no other job. Some network file systems lock no folders; there the
-    file alone counts. Locks end with their process, even if that is killed.
-    """
+    """The folder of a run; rank 0 leases it and recreates deleted files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = ""
-        """Content of config.yaml; empty before it is written."""
-        self.lease: TextIO | None = None
-        self.lock: int | None = None
-        """Descriptor of the folder, locked; None where folders cannot be locked."""
+        self.lease = Lease(path / "lease", path)
+        self.tokenizer = ""
+        self.kept: dict[str, bytes] = {}
+        """Contents of `KEPT` by name; empty before they are written."""
 
     def open(self) -> str:
         """Create the folder and take its lease; returns the reason if that fails, else ""."""
@@ -171,6 +172,8 @@ class RunFolder:
             self.make_folders()
             return self.take_lease()
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, *SHORTAGES):
+                return explain_os_error(error, self.path)
             return (
                 f"run_dir={self.path}: cannot be written ({error.strerror}); choose another run_dir"
             )
@@ -183,40 +186,26 @@ class RunFolder:
         return [str(folder) for folder in missing]
 
     def take_lease(self) -> str:
-        """Lock the lease; returns an error message that names the holder, "" on success."""
-        path = self.path / "lease"
-        if not self.lock_folder():
-            text = path.read_text("utf-8", errors="replace") if path.exists() else ""
-            return describe_holder(text, self.path)
-        if self.lease is not None:
-            self.lease.close()
-        self.lease = path.open("a+", encoding="utf-8", errors="replace")
-        return take_lease(self.lease, self.path)
-
-    def lock_folder(self) -> bool:
-        """Lock the folder, or the one that was made in its place; False if another job has."""
-        if self.lock is not None:
-            if os.path.samestat(os.fstat(self.lock), self.path.stat()):
-                return True
-            os.close(self.lock)
-        self.lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            os.close(self.lock)
-            self.lock = None
-            return not isinstance(error, BlockingIOError)
+        """Take the lease; returns an error message that names the holder, "" on success."""
+        holder = self.lease.take(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        if not holder:
+            return ""
+        return (
+            f"run_dir={self.path} is in use by {escape(holder[:1000], keep='')}; "
+            "wait for that job, end it, or choose another run_dir"
+        )
 
     def write_config(self, config: Config) -> None:
         """Write the resolved config, the origin of its paths, and a copy of the tokenizer.
 
         With these, the folder can be used and the job repeated anywhere.
         """
-        copy_tokenizer_files(config.data.tokenizer, self.path)
+        self.tokenizer = config.data.tokenizer
+        copy_tokenizer_files(self.tokenizer, self.path)
         record_origin(self.path, config)
-        self.config = to_yaml(config)
-        replace_file(self.path / "config.yaml", self.config)
+        replace_file(self.path / "config.yaml", to_yaml(config))
+        files = {name: self.path / name for name in KEPT}
+        self.kept = {name: file.read_bytes() for name, file in files.items() if file.exists()}
 
     def restore(self) -> list[str]:
         """Recreate files deleted during the run; returns the missing paths.
@@ -226,23 +215,21 @@ class RunFolder:
             OSError: a file cannot be created.
         """
         missing = self.make_folders()
-        if self.lease is not None and is_gone(self.path / "lease", self.lease):
-            missing.append(str(self.path / "lease"))
+        if self.lease.is_lost():
+            missing.append(str(self.lease.path))
             if refusal := self.take_lease():
                 raise ConfigError(refusal)
-        path = self.path / "config.yaml"
-        if self.config and not path.exists():
-            missing.append(str(path))
-            replace_file(path, self.config)
+        for name in [name for name in self.kept if not (self.path / name).exists()]:
+            missing.append(str(self.path / name))
+            replace_file(self.path / name, self.kept[name])
+        if str(self.path / "config.yaml") in missing:
+            with suppress(OSError, DataError):  # The original may be gone too.
+                copy_tokenizer_files(self.tokenizer, self.path)
         return missing
 
     def close(self) -> None:
         """Release the lease."""
-        if self.lease is not None:
-            self.lease.close()
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        self.lease.release()
 
 
 @contextmanager
@@ -250,7 +237,7 @@ def open_run(config: Config, mesh: Mesh) -> Iterator[RunFolder]:
     """Create and lease the run folder; rank 0 holds the lease until the context ends.
 
     Raises:
-        ConfigError: another job holds the folder, it cannot be written, or its disk is full.
+        ConfigError: another job holds the folder, or a file of the run cannot be read or written.
     """
     folder = RunFolder(Path(config.run_dir))
     refusal = mesh.broadcast_object(folder.open() if mesh.rank == 0 else "")
@@ -259,34 +246,11 @@ def open_run(config: Config, mesh: Mesh) -> Iterator[RunFolder]:
             raise ConfigError(refusal)
         yield folder
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # It is no file's, but a connection's.
         raise ConfigError(
-            f"run_dir={folder.path}: {error.strerror}; free some space and start again, "
-            "checkpoints already there are untouched"
+            f"{explain_os_error(error, folder.path)}; checkpoints already in {folder.path} are "
+            "untouched"
         ) from None
     finally:
         folder.close()
-
-
-def take_lease(file: Any, run_dir: Path) -> str:
-    """Lock an open lease file; returns an error message that names the holder, "" on success."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        return describe_holder(file.read(), run_dir)
-    file.seek(0)
-    file.truncate()
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-    file.flush()
-    return ""
-
-
-def describe_holder(text: str, run_dir: Path) -> str:
-    """Return the error of a run folder in use, given the text of its lease."""
-    holder = escape(text[:1000].strip(), keep="") or "another process"
-    return (
-        f"run_dir={run_dir} is in use by {holder}; "
-        "wait for that job, end it, or choose another run_dir"
-    )

@@ -26,11 +26,19 @@ from support.configs import make_config
 from megarecur.config.load import to_yaml
 from megarecur.errors import ConfigError, MegarecurError
 from megarecur.launch import attempts, queue
-from megarecur.launch.attempts import Attempt, Outcome, Record, own_job
+from megarecur.launch.attempts import (
+    Attempt,
+    Outcome,
+    Record,
+    failing_step,
+    own_job,
+    step_reached,
+)
 from megarecur.launch.cli import main
 from megarecur.launch.folder import Beat, read_beat, read_submitted
 from megarecur.launch.inputs import View
 from megarecur.launch.job import JobSpec, read_spec, resubmit, script_of
+from megarecur.launch.local import make_folder
 from megarecur.launch.outcome import Listener, close_lost, explain, numbers, read_notice
 from megarecur.launch.profile import ClusterProfile, load_profile, seconds_of
 from megarecur.launch.queue import Queue
@@ -43,6 +51,7 @@ from megarecur.launch.supervise import (
     choose,
     end_leftovers,
     hold,
+    is_time,
     requeue,
     requeue_without_bad_nodes,
 )
@@ -618,6 +627,33 @@ def test_why_an_attempt_ended(tmp_path) -> None:
     assert numbers("[0,3-5]") == [0, 3, 4, 5]
 
 
+def test_a_clock_that_is_set_back_moves_no_limit(tmp_path, monkeypatch) -> None:
+    """The time limit, the heartbeats of an attempt, and the name of a folder of stacks."""
+    record, end = Record(tmp_path), datetime.fromtimestamp(time.time() + 3600.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    described = {"EndTime": end.isoformat(timespec="seconds")}
+    monkeypatch.setattr("megarecur.launch.attempts.describe_job", lambda job: described)
+    beat = {"time": time.time(), "step": 3, "phase": "train"}
+    (tmp_path / "heartbeat.json").write_text(json.dumps(beat))
+    attempt = record.begin(["a"])
+    spec = make_spec(tmp_path)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 86_400.0)
+    assert 3000.0 < attempt.ends - time.monotonic() < 3601.0
+    due = time.monotonic() + spec.profile.save_seconds
+    assert is_time(signal.SIGUSR1, replace(attempt, ends=due), spec)
+    early = replace(attempt, ends=due + 60.0)
+    assert not is_time(signal.SIGUSR1, early, spec), "Slurm sends it up to a minute early"
+    assert step_reached(tmp_path, attempt) is None, "no heartbeat is of this attempt"
+    beat |= {"time": time.time(), "step": 9}
+    (tmp_path / "heartbeat.json").write_text(json.dumps(beat))
+    assert step_reached(tmp_path, attempt) == failing_step(tmp_path, attempt) == 9
+    (lost,) = [row for row in record.rows() if row["event"] == "start"]
+    assert lost["beat"] == attempt.beat
+    folders = {make_folder(tmp_path / "logs" / "local-20261201-030000-7") for _ in range(3)}
+    assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
+
+
 class History:
     """Attempts of a run as its folder records them."""
 
@@ -1028,6 +1064,18 @@ def test_one_job_at_a_time_holds_a_run(tmp_path) -> None:
         hold(tmp_path, 0.5),
     ):
         pass
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"\xff\x1b[2J")])
+def test_a_damaged_lease_lets_no_second_job_in(tmp_path, damage) -> None:
+    with mock.patch.dict(os.environ, SLURM_JOB_ID="17"):
+        with hold(tmp_path, 0.0):
+            damage(tmp_path / "supervisor.lease")
+            with pytest.raises(ConfigError, match="is in use by") as caught, hold(tmp_path, 0.0):
+                pass
+            assert "\x1b" not in str(caught.value)
+        with hold(tmp_path, 0.0):
+            pass
 
 
 def test_the_watchdog_knows_a_stall_from_a_slow_phase(tmp_path) -> None:
