@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megarecur.errors import DataError
+from megarecur.errors import DataError, refuse_shortage
 
 
 @contextmanager
@@ -20,11 +20,13 @@ def explain_os_errors(place: Path, kept: str = "") -> Iterator[None]:
 
     Raises:
         DataError: the disk is full, or a file cannot be read or written.
+        ShortageError: the process lacks descriptors or memory.
     """
     try:
         yield
     except OSError as error:
         file = error.filename or place
+        refuse_shortage(error, file)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             again = "; ".join(["free some space and run again", *([kept] if kept else [])])
             raise DataError(f"{file}: the disk is full; {again}") from None

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from megarecur.errors import SHORTAGES, ConfigError, MegarecurError, refuse_undecodable
+from megarecur.errors import (
+    SHORTAGES,
+    ConfigError,
+    MegarecurError,
+    explain_memory_error,
+    refuse_undecodable,
+)
 from megarecur.launch import prep
 from megarecur.reading import escape
 
@@ -25,8 +31,8 @@ if TYPE_CHECKING:
 
 # A path or disk that the user can fix, reported where no better message was made.
 USERS_ERRNOS = {
-    errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
-    errno.ENOSPC, errno.ENOTDIR, errno.EROFS,
+    errno.EACCES, errno.EBUSY, errno.EDQUOT, errno.EIO, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EROFS, errno.ESTALE,
 }  # fmt: skip
 
 MOST_TOKENS = 1 << 20
@@ -76,6 +82,12 @@ def main() -> None:
             raise
         print(escape(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not (reason := explain_memory_error(error)):
+            raise
+        # Not 2, as a requeued job may get nodes with more memory.
+        print(escape(f"error: {reason}"), file=sys.stderr)
+        sys.exit(1)
 
 
 def for_terminal(text: str) -> str:

@@ -5,6 +5,7 @@ Every message names the path (of a key or file), the value found and the remedy.
 
 import errno
 import os
+import re
 
 
 class MegarecurError(Exception):
@@ -51,13 +52,16 @@ def refuse_undecodable(name: str, text: str) -> None:
 
 def explain_os_error(error: OSError, path: object) -> str:
     """Return a message with the path (`path` if the error has none), the reason and the remedy."""
-    remedy = {
-        errno.ENOSPC: "free some space and start again",
+    remedies = SHORTAGES | {
+        errno.ENOSPC: "free some space, or inodes if only `df -i` shows none, and start again",
         errno.EDQUOT: "free some of the quota and start again",
         errno.EROFS: "mount it for writing, or choose another run_dir",
         errno.EACCES: "make it writable, or choose another run_dir",
         errno.EPERM: "make it writable, or choose another run_dir",
-    }.get(error.errno or 0, "fix the cause and start again")
+        errno.EIO: "check the disk or file server, then start again",
+        errno.ESTALE: "check the file server, then start again",
+    }
+    remedy = remedies.get(error.errno or 0, "fix the cause and start again")
     return f"{error.filename or path}: {error.strerror or error}; {remedy}"
 
 
@@ -86,3 +90,20 @@ def refuse_shortage(error: BaseException, path: object) -> None:
         raise ShortageError(
             f"{path}: cannot be opened ({os.strerror(number)}); {SHORTAGES[number]}"
         ) from None
+
+
+NO_MEMORY = re.compile(r"out of memory|(cannot|can't) allocate memory", re.IGNORECASE)
+"""Words of torch and of the system for an allocation that failed."""
+
+
+def explain_memory_error(error: BaseException) -> str:
+    """Return a message about an allocation that failed, with where it did and the remedy; "" for
+    any other error."""
+    if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+        return ""
+    reason = " ".join(str(error).split()) or "an allocation failed"
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+    return (
+        f"out of memory: {reason}{where}; lower train.micro_batch_size, set train.recompute, or "
+        "raise the limits of memory and address space (ulimit -v, --mem of a job)"
+    )

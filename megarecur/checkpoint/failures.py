@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from megarecur.errors import CheckpointError, MegarecurError
+from megarecur.errors import CheckpointError, MegarecurError, explain_os_error
 from megarecur.parallel.tree import gather_bytes, group_rank, group_size, reduce_max, scatter_bytes
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,12 @@ def one_error(doing: str, group: dist.ProcessGroup | None) -> Iterator[None]:
 
 
 def explain(rank: int, error: Exception) -> str:
-    """Return one rank's error in words, with the remedy for a full disk."""
+    """Return one rank's error in words, with its remedy."""
     if isinstance(error, MegarecurError):
         return str(error)
     if isinstance(error, OSError):
         where = error.filename or f"rank {rank}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"no space left on the disk of {where}: free some, or lower checkpoint.keep_last"
-        return f"{where}: {error.strerror}"
+        return explain_os_error(error, where)
     return f"rank {rank}: {type(error).__name__}: {error}"

@@ -13,6 +13,7 @@ group.
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -30,13 +31,15 @@ from megarecur.checkpoint.checkpoint import SaveHandle, SavePlanner
 from megarecur.checkpoint.mirror import ForeignMirror, Mirror, check_mirror
 from megarecur.checkpoint.retention import read_scores, remove_old
 from megarecur.config.run import Config
-from megarecur.errors import CheckpointError, ConfigError, MegarecurError
+from megarecur.errors import CheckpointError, ConfigError, MegarecurError, explain_os_error
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.parallel.shards import TensorShard
 from megarecur.progress import Note, note_nothing
 
 log = logging.getLogger(__name__)
 
+STILL_OPEN = (errno.EBUSY, errno.ENOTEMPTY, errno.ESTALE)
+"""Errors of deleting a folder in which another process has files open, on network file systems."""
 GRACE_SECONDS = 120.0
 """Seconds that a failing run waits for a running save."""
 ANSWER_SECONDS = 30.0
@@ -140,6 +143,7 @@ class Saver:
         self.staging: Staging | None = None
         self.mirror: Mirror | None = None
         self.newest: Path | None = None
+        """The newest checkpoint: that which was resumed from, or saved since."""
         self.run: str | None = None
         """ID of the run, on rank 0; see `identify`."""
         self.blocked_seconds = self.write_seconds = 0.0
@@ -233,12 +237,19 @@ class Saver:
                 self.root, self.rule, self.scores(), good=self.newest, busy=busy, run=self.run
             )
         except OSError as error:
-            raise CheckpointError(
-                f"{error.filename or self.root}: cannot be deleted or written while old "
-                f"checkpoints are let go ({error.strerror})"
-            ) from None
+            if error.errno not in STILL_OPEN:
+                raise CheckpointError(
+                    f"cannot delete old checkpoints: {explain_os_error(error, self.root)}; new "
+                    "ones are untouched"
+                ) from None
+            log.warning("%s: cannot be deleted yet (%s); the next save tries again",
+                        error.filename or self.root, error.strerror)  # fmt: skip
         if self.mirror is not None:
             self.mirror.start()
+
+    def is_lost(self) -> bool:
+        """Return True if the newest checkpoint of this process was deleted; for rank 0."""
+        return self.newest is not None and not self.newest.exists()
 
     def scores(self) -> dict[int, float]:
         """Return the validation loss by step; empty if the rule does not use it."""

@@ -1,0 +1,105 @@
+"""Disks, file servers and limits that fail under a run: one error that names the file, the reason
+and a remedy, or the run goes on; the newest good checkpoint is still there."""
+
+from __future__ import annotations
+
+import errno
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.configs import make_config
+from support.faults import failing
+
+from megarecur import files
+from megarecur.checkpoint import checkpoint
+from megarecur.config.load import to_yaml
+from megarecur.launch.cli import main
+from megarecur.parallel.mesh import Mesh, annotate_rank_errors
+from megarecur.train import trainer
+
+GOES_ON = ""
+SPACE, LIMIT, SERVER = "free some", "raise the limit of open files", "check the"
+CASES: list[tuple[str, str, int, str, int]] = [
+    # event, path, errno, remedy, step of the newest checkpoint afterwards
+    ("os.mkdir", "run/plots", errno.ENOSPC, SPACE, 0),
+    ("open", "run/lease", errno.EMFILE, LIMIT, 0),
+    ("os.scandir", "bytes/train", errno.EIO, SERVER, 0),
+    ("open", "train/manifest.json", errno.EMFILE, LIMIT, 0),
+    ("os.listdir", "run/checkpoints", errno.EMFILE, LIMIT, 0),
+    ("open", "run/identity.json.tmp", errno.EIO, SERVER, 0),
+    ("open", "run/config.yaml.tmp", errno.EDQUOT, SPACE, 0),
+    ("os.rename", "run/origin.json.tmp", errno.ESTALE, SERVER, 0),
+    ("open", "run/metrics.jsonl", errno.ESTALE, SERVER, 0),
+    ("os.mkdir", "run/tensorboard", errno.EMFILE, GOES_ON, 2),
+    ("open", "run/heartbeat.json.tmp", errno.ENOSPC, GOES_ON, 2),
+    ("os.mkdir", "step-00000002.tmp", errno.ENOSPC, SPACE, 1),
+    ("open", "step-00000002.tmp/*.safetensors", errno.EIO, SERVER, 1),
+    ("open", "step-00000002.tmp/index.json", errno.EMFILE, LIMIT, 1),
+    ("os.rename", "step-00000002.tmp", errno.ESTALE, SERVER, 1),
+    ("open", "latest.tmp", errno.EDQUOT, SPACE, 0),
+    ("os.rename", "step-00000001", errno.EACCES, "make it writable", 2),
+    ("os.rename", "step-00000001", errno.EBUSY, GOES_ON, 2),
+    ("os.rmdir", "step-00000001.tmp", errno.ENOTEMPTY, GOES_ON, 2),
+]  # fmt: skip
+
+
+def write_config(corpus: Path, folder: Path) -> Path:
+    """A run of two steps, which saves after each."""
+    config = make_config(corpus, run_dir=str(folder / "run"), data={"val": []},
+                         train={"steps": 2}, checkpoint={"every": 1, "keep_last": 1})  # fmt: skip
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return folder / "config.yaml"
+
+
+def newest_checkpoint(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 if there is none; all are intact."""
+    found, damaged = checkpoint.find_checkpoint(folder / "run" / "checkpoints")
+    assert not damaged
+    return checkpoint.step_of(found.name) if found else 0
+
+
+@pytest.mark.parametrize(("event", "path", "number", "remedy", "newest"), CASES)
+def test_what_fails_is_named_and_no_checkpoint_is_lost(
+    event: str, path: str, number: int, remedy: str, newest: int,
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["megarecur", "train", str(write_config(corpus, tmp_path))])
+    monkeypatch.setattr(files, "RENAME_PAUSES", (0.0,))
+    with failing(event, path, number, math.inf) as failed, pytest.raises(SystemExit) as ended:
+        main()
+        sys.exit(0)
+    error = capsys.readouterr().err
+    assert failed and "Traceback" not in error
+    if remedy:
+        assert ended.value.code == 2 and error.startswith("error: "), error
+        assert re.search(remedy, error) and Path(failed[0]).name in error, error
+    else:
+        assert not ended.value.code, error
+    assert newest_checkpoint(tmp_path) == newest
+
+
+def test_an_allocation_that_fails_is_one_error(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    forward_backward = trainer.forward_backward
+
+    def run_out(*args: Any) -> Any:
+        if args[4] == 1:
+            with annotate_rank_errors(Mesh(), "F of micro batch 0"):
+                torch.empty(1 << 60, dtype=torch.uint8)
+        return forward_backward(*args)
+
+    monkeypatch.setattr(trainer, "forward_backward", run_out)
+    monkeypatch.setattr(sys, "argv", ["megarecur", "train", str(write_config(corpus, tmp_path))])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and "Traceback" not in error
+    assert re.fullmatch(r"error: out of memory: .*allocate.* \(rank 0 .*micro batch 0\); lower "
+                        r"train\.micro_batch_size, .*\n", error)  # fmt: skip
+    assert newest_checkpoint(tmp_path) == 1
