@@ -16,7 +16,7 @@ from typing import Any
 
 from megarecur.config.load import read_sections
 from megarecur.errors import ConfigError
-from megarecur.reading import parse_object, read_object
+from megarecur.reading import escape, parse_object, read_object
 
 FILES = {
     "config.yaml": "the resolved config; `megarecur train RUN/config.yaml` resumes the run",
@@ -159,6 +159,15 @@ def read_beat(run: Path) -> Beat | None:
         detail = str(found.get("detail", ""))
         return Beat(moment_of(found["time"]), int(found["step"]), str(found["phase"]), detail)
     return None
+
+
+def read_identity(run: Path) -> tuple[str, str]:
+    """Return the ID of a run, and the run that it has its parameters from in words; "" each if it
+    is not recorded."""
+    with suppress(OSError, ValueError):
+        found = read_object(run / "identity.json")
+        return escape(str(found.get("run", ""))), escape(str(found.get("source", "")))
+    return "", ""
 
 
 def read_attempts(run: Path) -> list[PastAttempt]:

@@ -36,6 +36,7 @@ from megarecur.launch.folder import (
     read_beat,
     read_config,
     read_holder,
+    read_identity,
 )
 from megarecur.launch.profile import ClusterProfile
 from megarecur.launch.queue import (
@@ -399,7 +400,10 @@ def _whole(value: Any) -> int | None:
 
 def describe(status: Status) -> list[tuple[str, str]]:
     """Return the lines about one run, as (name, text)."""
-    lines = [("run", str(status.run)), ("state", f"{status.state}: {status.why}")]
+    identity, source = read_identity(status.run)
+    lines = [("run", f"{status.run} (ID {identity})" if identity else str(status.run))]
+    lines += [("source", source)] if source else []
+    lines.append(("state", f"{status.state}: {status.why}"))
     lines.append(("step", _steps(status)))
     if status.loss is not None:
         score = "" if status.val_loss is None else f"  (validation {status.val_loss:.4f})"

@@ -1,7 +1,7 @@
 """Identity of a run, by which it knows its own checkpoints.
 
-    RUN/identity.json                     {"run": ID, "folder": the run folder when it last started}
-    step-XXXXXXXX/index.json              {"state": {"run": ID, ...}, ...}
+    RUN/identity.json             {"run": ID, "folder": the run folder when it last started, ...}
+    step-XXXXXXXX/index.json      {"state": {"run": ID, ...}, ...}
 
 A path says little: a mirror may belong to another run, and a run folder may be a copy. So a run
 deletes only checkpoints that carry its ID, here and in its mirror. A copy of a run folder gets an
@@ -32,14 +32,17 @@ class Identity:
     run: str
     copy_of: str = ""
     """Folder of the original; "" if this folder is no copy, or was known as one before."""
+    source: str = ""
+    """Where the run has its parameters from, in words: another run; "" if it initialized them."""
 
 
-def identify(run_dir: Path, newest: Path | None) -> Identity:
+def identify(run_dir: Path, newest: Path | None, source: str = "") -> Identity:
     """Return the identity of a run folder, and record it; call it while holding the lease.
 
     Args:
         newest: the checkpoint that the run resumes from. A folder without a recorded identity
             continues the run that wrote it, such as one that was fetched from a mirror.
+        source: of a new run, see `Identity`.
 
     Raises:
         ConfigError: the recorded identity is damaged.
@@ -49,12 +52,13 @@ def identify(run_dir: Path, newest: Path | None) -> Identity:
     recorded = _read(file)
     if recorded is None:
         known = owner_of(newest) if newest is not None else None
-        found = Identity(known or uuid.uuid4().hex)
+        found = Identity(known or uuid.uuid4().hex, source=source)
     elif _is_original(Path(recorded["folder"]), run_dir, recorded["run"]):
-        found = Identity(uuid.uuid4().hex, recorded["folder"])
+        copied = f"copied from {recorded['folder']} (run {recorded['run']})"
+        found = Identity(uuid.uuid4().hex, recorded["folder"], copied)
     else:
-        found = Identity(recorded["run"])
-    values = {"run": found.run, "folder": folder}
+        found = Identity(recorded["run"], source=source or recorded.get("source", ""))
+    values = {"run": found.run, "folder": folder, "source": found.source}
     if values != recorded:
         replace_file(file, json.dumps(values, indent=1) + "\n")
     return found
@@ -91,7 +95,8 @@ def _read(file: Path) -> dict[str, str] | None:
         values = {key: found[key] for key in ("run", "folder")}
         if not all(isinstance(value, str) and value for value in values.values()):
             raise TypeError("its values are no texts")
-        return values
+        source = found.get("source", "")
+        return values | {"source": source if isinstance(source, str) else ""}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:

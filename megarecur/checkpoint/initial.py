@@ -21,11 +21,14 @@ log = logging.getLogger(__name__)
 RUN_AT_STEP = re.compile(r"(.+)@([0-9]+)")
 
 
-def load_initial(config: Config, engine: Engine, tokenizer: str, mesh: Mesh) -> None:
+def load_initial(config: Config, engine: Engine, tokenizer: str, mesh: Mesh) -> str:
     """Load the parameters from config.init_from; moments and counters keep their values.
 
     Parameter names are global, so that another layer map over the same blocks can load them
     unchanged.
+
+    Returns:
+        Where the parameters are from, in words: step, run and its ID.
 
     Raises:
         ConfigError: init_from does not name a run folder.
@@ -46,8 +49,8 @@ def load_initial(config: Config, engine: Engine, tokenizer: str, mesh: Mesh) -> 
     parameters = {name: shards[name] for name in build_inventory(config) if name in shards}
     checkpoint.load(path, parameters, group=mesh.save_group, partial=True)
     engine.load(shards)
-    if mesh.rank == 0:
-        log.info("parameters of %s (run %s)", path, owner_in(index.state) or "not recorded")
+    run, step = path.parent.parent.resolve(), checkpoint.step_of(path.name)
+    return f"step {step} of run {run.name} (ID {owner_in(index.state) or 'not recorded'}), {path}"
 
 
 def find_source(source: str, mesh: Mesh, field: str = "init_from") -> Path:

@@ -390,11 +390,12 @@ class Progress:
         self.put("\r\x1b[K" + line + ("" if self.open_line else "\n"))
 
     def put(self, text: str) -> None:
-        """Write text; a closed pipe (`| head`) must not end a run."""
+        """Write text; a closed pipe (`| head`) or terminal must not end a run, and neither must a
+        full disk of its output."""
         try:
             self.stream.write(text)
             self.stream.flush()
-        except BrokenPipeError:
+        except OSError:
             self.stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def note(self, text: str) -> None:

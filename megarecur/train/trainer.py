@@ -94,7 +94,8 @@ class Run:
     scored: int
     """Step of the newest scores on tasks."""
     postponed: bool = False
-    """Whether a checkpoint is due, but waits for healthy parameters."""
+    """Whether a checkpoint is due beside the regular ones: one of these waits for healthy
+    parameters, or was deleted."""
 
 
 def train(config: Config, stop: StopFlag | None = None) -> int:
@@ -128,8 +129,8 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             profile_scales(model, config, data.loader, mesh)
         engine = build_engine(model, config, mesh)
         saver = resources.enter_context(Saver(run_dir, config, mesh, beat.note("save")))
-        state = resume(run_dir, config, data, engine, schedules, mesh, beat.note("start"))
-        origin = identify_run(saver, state, mesh)
+        state, source = resume(run_dir, config, data, engine, schedules, mesh, beat.note("start"))
+        origin = identify_run(saver, state, source, mesh)
         teacher = load_teacher(config, mesh, model.project is not None)
         left_out = steps_left_out(run_dir, mesh)
         saver.prepare(engine.shards())
@@ -259,6 +260,9 @@ def log_and_check(run: Run, result: StepResult) -> list[str]:
     values |= {f"speed/attention/{run.model.attention.backend}": 1.0}
     reasons = run.alarms.check(state.step, values)
     report.write(state, values | {"alarms/raised": len(reasons)}, run.stop)
+    if run.mesh.max_over_world(int(run.mesh.rank == 0 and run.saver.is_lost())):
+        report.note(f"{run.saver.newest} was deleted under the run; another one is saved now")
+        run.postponed = True
     return reasons
 
 
@@ -415,8 +419,11 @@ def resume(
     schedules: Schedules,
     mesh: Mesh,
     note: Note,
-) -> TrainState:
+) -> tuple[TrainState, str]:
     """Load the newest intact checkpoint if there is one, else the initial parameters.
+
+    Returns:
+        The state to start from, and the run that `init_from` has loaded, in words; else "".
 
     Raises:
         ConfigError: a fixed field has changed, or `init_from` does not name a run.
@@ -441,9 +448,9 @@ def resume(
     for message in damaged if mesh.rank == 0 else []:
         log.warning(message)
     if path is None:
-        if config.init_from is not None:
-            load_initial(config, engine, data.tokenizer, mesh)
-        return TrainState()
+        initial = config.init_from is not None
+        source = load_initial(config, engine, data.tokenizer, mesh) if initial else ""
+        return TrainState(), source
     saved = checkpoint.read_state(path)
     state = check_resume(saved, config, data.tokenizer, path)
     data.loader.check_state(saved["data"])
@@ -452,11 +459,15 @@ def resume(
     if mesh.rank == 0 and is_reordered(saved, config, mesh, order_hash(order)):
         log.warning("the pipeline's order of operations is not the one %s was saved with, though "
                     "the mesh is: sums will differ in their last bits", path)  # fmt: skip
-    return state
+    return state, ""
 
 
-def identify_run(saver: Saver, state: TrainState, mesh: Mesh) -> str:
-    """Give the saver the run's identity; collective. Returns which run is resumed, "" if none.
+def identify_run(saver: Saver, state: TrainState, source: str, mesh: Mesh) -> str:
+    """Give the saver the run's identity; collective. Returns which run this is, and whether it is
+    resumed or has its parameters from another.
+
+    Args:
+        source: the run that `init_from` has loaded, in words; "" if it has loaded none.
 
     Raises:
         ConfigError: the recorded identity is damaged, or the mirror belongs to another run.
@@ -466,13 +477,19 @@ def identify_run(saver: Saver, state: TrainState, mesh: Mesh) -> str:
         if mesh.rank == 0:
             path = saver.root / f"step-{state.step:08d}"
             resumed = path.is_dir()
-            found = identify(saver.run_dir, path if resumed else None)
+            found = identify(saver.run_dir, path if resumed else None, source)
             saver.identify(found.run)
+            name = saver.run_dir.resolve().name
             if resumed:
-                text = f"resumes at step {state.step} of run {owner_of(path) or found.run}"
+                saver.newest = path
+                owner = owner_of(path) or found.run
+                text = f"run {name} (ID {owner}) resumes at step {state.step}, from {path}"
+            else:
+                text = f"run {name} (ID {found.run}) starts"
+                text += f" from the parameters of {source}" if source else ""
             if found.copy_of:
-                text += f"; {saver.run_dir} is a copy of {found.copy_of}: now run {found.run}"
-    return text.removeprefix("; ")
+                text += f"; {saver.run_dir} is a copy of {found.copy_of}: now ID {found.run}"
+    return text
 
 
 def has_checkpoints(run_dir: Path, mesh: Mesh) -> bool:

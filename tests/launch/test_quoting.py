@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from support.cluster import on_cluster
+from support.configs import make_config
+from support.runs import losses
 
+from megarecur.config.load import to_yaml
 from megarecur.data_prep.plan import Request
 from megarecur.data_prep.readers import Reading
 from megarecur.errors import ConfigError
@@ -107,3 +114,52 @@ def test_words_for_containers_are_not_split(odd: str) -> None:
     request = Request((odd,), odd, Reading(template="{text}"))
     words = command_of(request, Path(odd), "read", 2, 0, profile)
     assert f"--container-image={odd}" in words and f"--out={odd}" in words
+
+
+# --------------------------------------------------------------------------------- a real cluster
+
+NAME = 'it\'s a "b" $(touch hacked)`touch hacked`;touch hacked #x & y > hacked * ~ $HOME %j é'
+"""Name of a job and of folders, with all that bash, sbatch and Slurm's patterns may take apart."""
+
+
+@on_cluster
+def test_slurm_passes_on_the_literal_text(slurm: Any, tmp_path: Path) -> None:
+    """Through sbatch: the job's name, output, comment and folder; words and variables."""
+    folder = tmp_path / NAME
+    folder.mkdir()
+    words = [sys.executable, "-c", SHOW, *(f"--out={odd}" for odd in ODD)]
+    job = replace(job_in(folder), name=NAME, comment=str(folder))
+    profile = ClusterProfile(
+        environment={f"ODD{i}": odd for i, odd in enumerate(ODD)}, partition="main"
+    )
+    (tmp_path / "script.sh").write_text(render(job, profile, words))
+    number = slurm.submit("script.sh", cwd=tmp_path)
+    slurm.wait(number, "COMPLETED")
+    assert slurm.run("squeue", "-ht", "all", "-o", "%j|%k", "-j", number) == f"{NAME}|{folder}\n"
+    arguments, workdir, environ = json.loads((folder / f"{number}.log").read_text())
+    assert arguments == words[3:] and workdir == str(folder)
+    assert [environ[f"ODD{i}"] for i in range(len(ODD))] == list(ODD)
+    assert not list(tmp_path.rglob("hacked"))
+
+
+@on_cluster
+def test_a_run_of_any_name_is_launched(slurm: Any, corpus: Path, tmp_path: Path) -> None:
+    """Through sbatch, the supervisor and srun, from a folder of any name."""
+    workdir, run = tmp_path / f"work {NAME}", tmp_path / NAME
+    workdir.mkdir()
+    config = make_config(corpus, run_dir=str(run), data={"val": []}, train={"steps": 2})
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ODD": NAME}
+    profile = {"partition": "main", "time": "00:30:00", "environment": environment}
+    (workdir / "config.yaml").write_text(to_yaml(config))
+    (workdir / "profile.yaml").write_text(yaml.safe_dump(profile))
+    said = slurm.run("megarecur", "launch", "config.yaml", "--nodes=2", "--processes-per-node=1",
+                     "--cluster=profile.yaml", cwd=workdir)  # fmt: skip
+    (number,) = re.findall(r"job (\d+)", said)[:1]
+    slurm.wait(number, "COMPLETED")
+    assert list(losses(run)) == [1, 2]
+    assert slurm.run("squeue", "-ht", "all", "-o", "%j|%k", "-j", number) == f"{NAME}|{run}\n"
+    logs = {path.name for path in (run / "logs").rglob("*.log")}
+    assert logs == {f"slurm-{number}.log", "rank-0000.log", "rank-0001.log"}
+    assert "finished" in (run / "attempts.jsonl").read_text()
+    assert f"run: {run} (ID " in slurm.run("megarecur", "status", run)
+    assert not list(tmp_path.rglob("hacked"))

@@ -4,6 +4,7 @@ was missing."""
 import errno
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from unittest import mock
 
 import pytest
 from support.boards import assert_one_line, open_board
+from support.cluster import PATIENCE
 from support.configs import make_config
 
 from megarecur.checkpoint import checkpoint
+from megarecur.checkpoint.identity import identify, owner_of
 from megarecur.errors import ConfigError, explain_os_error
 from megarecur.train import metrics, trainer
 from megarecur.train.metrics import read_rows
@@ -69,6 +72,41 @@ def test_what_was_deleted_is_made_again(whole, corpus, tmp_path, capfd) -> None:
     assert train(config) == FINISHED, "config.yaml and checkpoints are those of the run"
 
 
+def rename(run: Path) -> None:
+    run.rename(run.with_name("renamed"))
+
+
+@pytest.mark.parametrize("disturb", [DELETED["checkpoints"], rename])
+def test_another_checkpoint_follows_at_once_where_one_is_lost(
+    disturb, corpus, tmp_path, capfd
+) -> None:
+    run, renamed = tmp_path / "run", tmp_path / "renamed"
+    config = make_config(corpus, run_dir=str(run), data={"val": []}, train={"steps": 5},
+                         checkpoint={"every": 3, "keep_last": 9})  # fmt: skip
+
+    def lose(run: Path) -> None:
+        wait_for(run / "checkpoints" / "step-00000003")
+        disturb(run)
+
+    assert train_and_disturb(config, {3: lose}) == FINISHED
+    kept = checkpoint.list_checkpoints(run / "checkpoints")
+    assert [checkpoint.step_of(path.name) for path in kept] == [4, 5]
+    said = capfd.readouterr().out
+    assert "step-00000003 was deleted under the run; another one is saved now" in said
+    if disturb is rename:
+        assert f"{run} was renamed to {renamed} under the run, which goes on in {run}" in said
+        first, second = identify(run, None), identify(renamed, None)
+        assert first.run == owner_of(kept[0]) != second.run, "of two runs, one is a copy"
+
+
+def wait_for(path: Path) -> None:
+    """Wait until a checkpoint that is saved beside training is complete."""
+    until = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_what_was_deleted_after_the_last_row_is_made_again(corpus, tmp_path) -> None:
     run = tmp_path / "run"
     config = make_config(corpus, run_dir=str(run), data={"val": []}, train={"steps": 2})
@@ -121,7 +159,8 @@ def test_a_checkpoint_deleted_while_it_is_written_is_written_again(
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [(errno.ENOSPC, "free some space"), (errno.EROFS, "mount it for writing"),
-     (errno.EACCES, "make it writable"), (errno.EIO, "fix the cause")],
+     (errno.EACCES, "make it writable"), (errno.EIO, "check the disk"),
+     (errno.EMFILE, "raise the limit of open files"), (errno.ENOTDIR, "fix the cause")],
 )  # fmt: skip
 def test_an_error_of_the_disk_names_its_remedy(number, remedy, corpus, tmp_path) -> None:
     config = make_config(corpus, run_dir=str(tmp_path), data={"val": []})
