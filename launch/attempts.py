@@ -175,7 +175,8 @@ def newest_step(run_dir: Path) -> int:
 def beat_of(run_dir: Path, attempt: Attempt) -> Beat | None:
     """Return the last heartbeat of an attempt; None if it has sent none.
 
-    Heartbeats are told apart by their times, not ordered: the clock may have been set back.
+    It has another time than the last one before; a later time would need a clock that was never set
+    back.
     """
     beat = read_beat(run_dir)
     if beat is None:

@@ -5,9 +5,9 @@
     lease.release()
 
 A lease is a lock of the operating system on a file, which names its holder, and on a folder:
-deleting the file lets nobody else in. Some network file systems lock no folders; there the file
-alone counts, and its holder should look now and then whether it was deleted (`is_lost`). Locks end
-with their process, even if that is killed. Nothing depends on a clock.
+deleting the file lets no other process in. Some network file systems lock no folders; there the
+file alone counts, and its holder should check now and then whether it was deleted (`is_lost`).
+Locks end with their process, even if that is killed. Nothing depends on a clock.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
+
+ATTEMPTS = 10
+"""Times that a file is opened, if it is deleted before it is locked."""
 
 
 class Lease:
@@ -50,7 +53,7 @@ class Lease:
             with suppress(FileNotFoundError):
                 text = self.path.read_text("utf-8", errors="replace")
             return text.strip() or "another process"
-        while True:
+        for _ in range(ATTEMPTS):
             if self._file is not None:
                 self._file.close()
             self._file = self.path.open("a+", encoding="utf-8", errors="replace")
@@ -61,6 +64,7 @@ class Lease:
                 return self._file.read().strip() or "another process"
             if not self.is_lost():  # else it was deleted between the two calls
                 break
+        assert self._file is not None
         self._file.seek(0)
         self._file.truncate()
         self._file.write(holder)
@@ -78,11 +82,11 @@ class Lease:
 
     def moved_to(self) -> str:
         """Return where the folder lies since it was renamed; "" if it was not, or is not known."""
-        if self._folder is None or self._is_in_place() or not os.fstat(self._folder).st_nlink:
-            return ""
-        with suppress(OSError):
-            return os.readlink(f"/proc/self/fd/{self._folder}")
-        return ""
+        place = ""
+        if self._folder is not None and not self._is_in_place():
+            with suppress(OSError):
+                place = os.readlink(f"/proc/self/fd/{self._folder}")
+        return "" if place.endswith(" (deleted)") else place
 
     def release(self) -> None:
         """Release the lease."""

@@ -33,7 +33,7 @@ class Identity:
     copy_of: str = ""
     """Folder of the original; "" if this folder is no copy, or was known as one before."""
     source: str = ""
-    """Where the run has its parameters from, in words: another run; "" if it initialized them."""
+    """The run that the parameters are from, in words; "" if this run has initialized them."""
 
 
 def identify(run_dir: Path, newest: Path | None, source: str = "") -> Identity:

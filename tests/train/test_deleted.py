@@ -4,7 +4,6 @@ was missing."""
 import errno
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from unittest import mock
 
 import pytest
 from support.boards import assert_one_line, open_board
-from support.cluster import PATIENCE
 from support.configs import make_config
 
 from megarecur.checkpoint import checkpoint
@@ -81,14 +79,11 @@ def test_another_checkpoint_follows_at_once_where_one_is_lost(
     disturb, corpus, tmp_path, capfd
 ) -> None:
     run, renamed = tmp_path / "run", tmp_path / "renamed"
-    config = make_config(corpus, run_dir=str(run), data={"val": []}, train={"steps": 5},
-                         checkpoint={"every": 3, "keep_last": 9})  # fmt: skip
-
-    def lose(run: Path) -> None:
-        wait_for(run / "checkpoints" / "step-00000003")
-        disturb(run)
-
-    assert train_and_disturb(config, {3: lose}) == FINISHED
+    config = make_config(
+        corpus, run_dir=str(run), data={"val": []}, train={"steps": 5},
+        checkpoint={"every": 3, "keep_last": 9, "asynchronous": False},
+    )  # fmt: skip
+    assert train_and_disturb(config, {3: disturb}) == FINISHED
     kept = checkpoint.list_checkpoints(run / "checkpoints")
     assert [checkpoint.step_of(path.name) for path in kept] == [4, 5]
     said = capfd.readouterr().out
@@ -97,14 +92,6 @@ def test_another_checkpoint_follows_at_once_where_one_is_lost(
         assert f"{run} was renamed to {renamed} under the run, which goes on in {run}" in said
         first, second = identify(run, None), identify(renamed, None)
         assert first.run == owner_of(kept[0]) != second.run, "of two runs, one is a copy"
-
-
-def wait_for(path: Path) -> None:
-    """Wait until a checkpoint that is saved beside training is complete."""
-    until = time.monotonic() + PATIENCE
-    while not path.exists():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_what_was_deleted_after_the_last_row_is_made_again(corpus, tmp_path) -> None:

@@ -4,7 +4,9 @@ and a remedy, or the run goes on; the newest good checkpoint is still there."""
 from __future__ import annotations
 
 import errno
+import io
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from megarecur.config.load import to_yaml
 from megarecur.launch.cli import main
 from megarecur.parallel.mesh import Mesh, annotate_rank_errors
 from megarecur.train import trainer
+from megarecur.train.metrics import Progress
 
 GOES_ON = ""
 SPACE, LIMIT, SERVER = "free some", "raise the limit of open files", "check the"
@@ -103,3 +106,18 @@ def test_an_allocation_that_fails_is_one_error(
     assert re.fullmatch(r"error: out of memory: .*allocate.* \(rank 0 .*micro batch 0\); lower "
                         r"train\.micro_batch_size, .*\n", error)  # fmt: skip
     assert newest_checkpoint(tmp_path) == 1
+
+
+class Lost(io.StringIO):
+    """The terminal of a session that is gone."""
+
+    def flush(self) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_terminal_that_is_gone_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Lost())
+    progress = Progress(2)
+    progress.note("said to nobody")
+    progress.note("and again")
+    progress.stream.close()
