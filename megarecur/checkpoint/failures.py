@@ -57,6 +57,9 @@ def explain(rank: int, error: Exception) -> str:
     if isinstance(error, OSError):
         where = error.filename or f"rank {rank}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"no space left on the disk of {where}: free some, or lower checkpoint.keep_last"
+            return (
+                f"no space left on the disk of {where}: free some, or inodes if only `df -i` shows "
+                "none, or lower checkpoint.keep_last"
+            )
         return explain_os_error(error, where)
     return f"rank {rank}: {type(error).__name__}: {error}"

@@ -513,11 +513,12 @@ except CheckpointError as error:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(tmp_path):
+@pytest.mark.parametrize("limit", ["size=1500k", "nr_inodes=7"])
+def test_a_disk_that_is_really_full(tmp_path, limit):
     """On a small tmpfs, in a mount namespace of its own."""
     if not shutil.which("unshare"):
         pytest.skip("needs unshare(1)")
-    inside = f'mount -t tmpfs -o size=1500k none "{tmp_path}" || exit 77; exec "$@"'
+    inside = f'mount -t tmpfs -o {limit} none "{tmp_path}" || exit 77; exec "$@"'
     namespaces = ["unshare", "--mount"] + (["--user", "--map-root-user"] if os.getuid() else [])
     command = [*namespaces, "sh", "-c", inside, "sh", sys.executable, "-c", FULL_DISK_SCRIPT]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=600)
