@@ -49,8 +49,8 @@ class ParallelConfig(Section):
     """Max blocks whose weights are whole at once at zero_stage 3. Blocks that a pass uses again may
     then be gathered again. Default: each is gathered once per pass."""
     bucket_mb: Annotated[float, Field(gt=0.0, le=1 << 20)] = free(25.0)
-    """Megabytes of gradients that zero_stage 0 reduces at once, as soon as their blocks are done in
-    a step's last backward pass."""
+    """Megabytes of gradients that zero_stage 0 reduces at once, as soon as they are complete in a
+    step's last backward pass."""
     reduce_dtype: Literal["fp32", "bf16"] = free("fp32")
     """Dtype in which gradients travel between replicas. bf16 halves the traffic and rounds each
     replica's sum once more."""

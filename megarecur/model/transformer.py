@@ -290,4 +290,6 @@ class Transformer(Parts):
             target: the logits of a teacher, sharded like this model's logits.
         """
         self.residence.enter_ends()
-        return self.objective.terms(x, batch, exits, target)
+        terms = self.objective.terms(x, batch, exits, target)
+        self.residence.leave_head(term.total for term in terms.values())
+        return terms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from megarecur.optim.engine import (
     set_state,
     sum_partial,
 )
-from megarecur.optim.uses import Uses, unit_of
+from megarecur.optim.uses import HEAD, Uses, unit_of
 from megarecur.parallel.mesh import Mesh
 from megarecur.parallel.shards import TensorShard, whole
 from megarecur.recurrence.inventory import check_patterns, is_frozen
@@ -56,8 +57,10 @@ class Departures(Uses):
 
     def complete(self, unit: str) -> None:
         """Reduce the buckets whose units are done, the first ones first."""
-        if self.engine.model.deferred.open is not None:
-            return  # Products of weight gradients are still to come.
+        later = self.engine.model.deferred.open
+        if later is not None:  # Products of weight gradients are still to come.
+            later.append(partial(self.complete, unit))
+            return
         if self.is_last(unit):
             self.done.add(unit)
             for number, bucket in enumerate(self.engine.buckets):
@@ -74,8 +77,8 @@ class PlainEngine:
     """AdamW, and Muon, on whole parameters.
 
     Gradients live in one flat buffer. It is divided into buckets, in the order in which backward
-    passes end with their blocks; each is summed over dp when its blocks are done in the step's last
-    backward pass, while that pass goes on.
+    passes end with their units: the head, blocks, the embedding. Each is summed over dp when its
+    units are done in the step's last backward pass, while that pass goes on.
     """
 
     def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
@@ -131,18 +134,22 @@ class PlainEngine:
 
     def unit(self, name: str) -> str:
         """Return the unit of a parameter."""
+        if name == self.model.tied and self.model.look_up is None:
+            return HEAD  # The embedding looks up the table on another pipeline rank.
         return unit_of(self.model.inventory[name], self.shares_feed_forward)
 
     def divide(self, megabytes: float) -> list[Bucket]:
-        """Return the buckets: the last blocks first, since backward passes end with them first."""
+        """Return the buckets in the order in which backward passes end with them: the head, blocks
+        from the last to the first, the embedding."""
         last = len(self.model.inventory)
         units: dict[str, Bucket] = {}
         for name, parameter in self.trained.items():
-            part = units.setdefault(self.unit(name), Bucket())
+            unit = self.unit(name)
+            part = units.setdefault(unit, Bucket())
             part.names.append(name)
             part.size += parameter.numel()
             block = self.model.inventory[name].block
-            part.place = last if block is None else -block
+            part.place = -last if unit == HEAD else last if block is None else -block
         buckets, most = [Bucket()], megabytes * 1e6 / self.model.master_dtype.itemsize
         for unit, part in sorted(units.items(), key=lambda item: item[1].place):
             if buckets[-1].size >= most:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from megarecur.optim.engine import (
     sum_partial,
 )
 from megarecur.optim.muon import Part
-from megarecur.optim.uses import ENDS, Uses, unit_of
+from megarecur.optim.uses import ENDS, HEAD, Uses, unit_of
 from megarecur.parallel.linear import Weight, is_hollow, make_hollow
 from megarecur.parallel.mesh import Mesh, Peers
 from megarecur.parallel.shards import TensorShard, whole
@@ -215,6 +216,18 @@ class Flat:
         return self.views(found)
 
 
+class Reduction(NamedTuple):
+    """A sum over the shard group that has begun."""
+
+    flat: Flat
+    own: Tensor
+    """This rank's shard of it."""
+    work: Any
+    """What to wait for."""
+    last: bool
+    """Whether nothing more is added to the gradient in this step."""
+
+
 class Gathers(Uses):
     """Gathers units for their uses, and hands completed gradients to the engine."""
 
@@ -283,7 +296,7 @@ class Gathers(Uses):
 
     def enter_ends(self) -> None:
         """Gather what belongs to no block, for the rest of the pass."""
-        for unit in (ENDS, TIED):
+        for unit in (ENDS, TIED, HEAD):
             self.engine.gather(unit)
             self.engine.wait(unit)
 
@@ -299,11 +312,13 @@ class Gathers(Uses):
     def complete(self, unit: str) -> None:
         """Reduce a gradient, if nothing more is added to it."""
         engine = self.engine
-        if engine.model.deferred.open is not None:
-            return  # Products of weight gradients are still to come.
+        later = engine.model.deferred.open
+        if later is not None:  # Products of weight gradients are still to come.
+            later.append(partial(self.complete, unit))
+            return
         last = self.is_last(unit)
         if engine.per_pass or last:
-            engine.reduce_unit(unit)
+            engine.reduce_unit(unit, last)
 
 
 class ShardedEngine:
@@ -364,7 +379,10 @@ class ShardedEngine:
         self.updates = torch.zeros(1, dtype=torch.float32)
         for weight in model.weights():
             weight.sum_in_place = weight.parameter.requires_grad
-        self.pending: list[tuple[Flat, Tensor, Any]] = []
+        self.pending: list[Reduction] = []
+        """Reductions over the shard group that have begun, oldest first."""
+        self.crossing: dict[Flat, Any] = {}
+        """Sums over the shard groups that have begun, and what to wait for."""
         self.reduced = False
         needed = {b: self.units_of(block.weights) for b, block in model.blocks().items()}
         holds = isinstance(model.runner, ChunkedRunner)
@@ -397,7 +415,7 @@ class ShardedEngine:
         sorted_names = sorted(
             self.weights, key=lambda n: self.model.inventory[n].holders(self.mesh.tp)
         )
-        units: dict[str, dict[bool, dict[str, Weight]]] = {ENDS: {}, TIED: {}}
+        units: dict[str, dict[bool, dict[str, Weight]]] = {ENDS: {}, TIED: {}, HEAD: {}}
         for name in self.weights:
             units.setdefault(self.unit(name), {})
         for name in sorted_names:
@@ -491,8 +509,12 @@ class ShardedEngine:
             for flat in self.units[unit]:
                 flat.receive()
 
-    def reduce_unit(self, unit: str) -> None:
-        """Begin to sum the gradient of a unit over the shard group."""
+    def reduce_unit(self, unit: str, last: bool) -> None:
+        """Begin to sum the gradient of a unit over the shard group.
+
+        Args:
+            last: whether nothing more is added to it in this step.
+        """
         for flat in self.units[unit]:
             if flat.gradient is None:
                 continue
@@ -500,16 +522,27 @@ class ShardedEngine:
             sum_partial(trained, self.model)
             started = flat.reduce(self.reduce_dtype or flat.dtype)
             if started is not None:
-                self.pending.append((flat, *started))
+                self.pending.append(Reduction(flat, *started, last))
+            elif last:
+                self.start_crossing(flat)
             while len(self.pending) > MOST_REDUCTIONS:
                 self.finish_reduction()
 
     def finish_reduction(self) -> None:
         """Wait for the oldest reduction, and add its sum."""
-        flat, own, work = self.pending.pop(0)
+        flat, own, work, last = self.pending.pop(0)
         work.wait()
         assert flat.own_gradient is not None
         flat.own_gradient.add_(own)
+        if last:
+            self.start_crossing(flat)
+
+    def start_crossing(self, flat: Flat) -> None:
+        """Begin to sum this rank's shard of a gradient over the shard groups, once per step."""
+        if flat in self.crossing:
+            return
+        assert flat.own_gradient is not None
+        self.crossing[flat] = self.mesh.start_sum_over_groups(flat.own_gradient)
 
     # ------------------------------------------------------------------------------- the engine
 
@@ -541,12 +574,18 @@ class ShardedEngine:
             if table.grad is not None:
                 table.grad += self.mesh.exchange(table.grad, self.model.tied_peer)
         for unit in self.units:
-            self.reduce_unit(unit)
+            self.reduce_unit(unit, last=True)
         sum_partial(self.small, self.model)
         self.mesh.sum_over_dp(self.small_gradients)
         while self.pending:
             self.finish_reduction()
-        self.mesh.sum_over_groups(self.own_gradients)
+        for flat in self.flats():
+            if flat.trained:
+                self.start_crossing(flat)
+        for work in self.crossing.values():
+            if work is not None:
+                work.wait()
+        self.crossing.clear()
         self.reduced = True
 
     def gradients(self) -> dict[str, Tensor]:

@@ -24,7 +24,11 @@ from megarecur.recurrence.inventory import ParameterSpec
 from megarecur.recurrence.layer_map import Step
 
 ENDS = "ends"
-"""The unit of all parameters that belong to no block: they stay present through whole passes."""
+"""The unit of the embedding, and of all other parameters that belong neither to a block nor to the
+head: they stay present through whole passes."""
+HEAD = "head"
+"""The unit of the head, if it shares no table with an embedding. Backward is done with it before
+the first block."""
 
 
 @dataclass
@@ -120,6 +124,12 @@ class Uses(Residence):
             if unit not in later:
                 self.free(unit)
 
+    def leave_head(self, totals: Iterable[Tensor]) -> None:
+        """Watch for the beginning of the head's backward pass."""
+        for total in totals:
+            if total.requires_grad:
+                total.register_hook(self.enter_head_backward)
+
     # ----------------------------------------------------------------------- from backward passes
 
     def begin_backward(self) -> None:
@@ -145,6 +155,15 @@ class Uses(Residence):
             self.receive(self.needed[block])
         self.closing += first
 
+    def enter_head_backward(self, _: Tensor) -> None:
+        """Begin the backward pass of the head; a hook of the gradient of every sum of a loss.
+
+        Autograd runs all products of the head before those of blocks, which were recorded earlier.
+        """
+        if HEAD not in self.closing:
+            self.receive([HEAD])
+            self.closing.append(HEAD)
+
     def end_backward(self) -> None:
         """End a backward pass."""
         self.close()
@@ -168,6 +187,7 @@ class Uses(Residence):
             num_microbatches: the number of micro batches that pass through each.
         """
         self.expected.clear()
+        self.expected[HEAD] = num_microbatches  # Each has one loss, on the rank of the head.
         for steps in stages:
             units = {unit for step in steps if step.grad for unit in self.needed[step.block]}
             self.expected.update(dict.fromkeys(units | {ENDS}, num_microbatches))
@@ -191,6 +211,8 @@ def unit_of(spec: ParameterSpec, shares_feed_forward: bool) -> str:
         shares_feed_forward: whether all blocks use one feed-forward layer, which is then a unit of
             its own.
     """
+    if spec.name.startswith("head."):
+        return HEAD
     if spec.block is None or ".halting." in spec.name:
         return ENDS  # Halting heads are used between the uses of blocks.
     if shares_feed_forward and f"blocks.{spec.block}.feed_forward." in spec.name:

@@ -220,11 +220,12 @@ class Mesh:
             dist.all_reduce(tensor, group=self.shard_group)
         return tensor
 
-    def sum_over_groups(self, tensor: Tensor) -> Tensor:
-        """Sum in place over the groups of replicas that shard state."""
-        if self.dp > self.shards:
-            dist.all_reduce(tensor, group=self.across_group)
-        return tensor
+    def start_sum_over_groups(self, tensor: Tensor) -> Any:
+        """Begin to sum in place over the groups of replicas that shard state; returns what to wait
+        for, None if nothing."""
+        if self.dp == self.shards:
+            return None
+        return dist.all_reduce(tensor, group=self.across_group, async_op=True)
 
     def sum_over_tp(self, tensor: Tensor) -> Tensor:
         """Sum in place over the ranks that share matrices."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -38,6 +38,13 @@ class Residence:
     def enter_ends(self) -> None:
         """Make all weights present that belong to no block, such as embedding and head, for a use
         that begins now."""
+
+    def leave_head(self, totals: Iterable[Tensor]) -> None:
+        """End the use of the head by a loss.
+
+        Args:
+            totals: the loss's sums, watched for the beginning of the head's backward pass.
+        """
 
     def end(self) -> None:
         """End the uses of blocks of a forward pass."""

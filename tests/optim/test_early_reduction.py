@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -16,13 +16,30 @@ SMALL = {"bucket_mb": 0.02}
 """Two blocks of these tests fill a bucket."""
 
 
-def trace_departures(config: Config, num_steps: int) -> tuple[Trace, list[tuple[int, bool]], int]:
-    """(trace, the bucket of each reduction and whether a backward pass was running, buckets)."""
+TABLES = ("embedding.weight", "head.weight")
+
+
+class Departure(NamedTuple):
+    """The beginning of a bucket's reduction."""
+
+    number: int
+    running: bool
+    """Whether a backward pass was running."""
+    tables: list[str]
+    """The embedding and the head, if they are in the bucket."""
+    done: list[str]
+    """Units whose gradients were then complete."""
+
+
+def trace_departures(config: Config, num_steps: int) -> tuple[Trace, list[Departure], int]:
+    """(trace, reductions in order, number of buckets)."""
     built, found = build_on_mesh(config), []
 
     def start(engine: PlainEngine, number: int, run: Any = PlainEngine.start_reduction) -> None:
-        if not engine.buckets[number].left:
-            found.append((number, engine.uses.differentiating))
+        bucket, uses = engine.buckets[number], engine.uses
+        if not bucket.left:
+            tables = [name for name in bucket.names if name in TABLES]
+            found.append(Departure(number, uses.differentiating, tables, sorted(uses.done)))
         run(engine, number)
 
     with mock.patch.object(PlainEngine, "start_reduction", start):
@@ -32,7 +49,7 @@ def trace_departures(config: Config, num_steps: int) -> tuple[Trace, list[tuple[
 
 CASES = [
     # scheme, tensor, processes, sections
-    ("cycle", 1, 2, {"model": {"dropout": 0.1}}),
+    ("cycle", 1, 2, {"model": {"dropout": 0.1, "tie_embeddings": False}}),
     ("dense", 1, 4, {"train": {"recompute": True, "global_batch_size": 16}}),
     ("loop", 2, 4, {**SEQUENCE, "model": {"num_kv_heads": 1}}),
     ("custom", 1, 2, {"train": {"precision": "fp64"}}),
@@ -52,21 +69,51 @@ def test_buckets_leave_early_and_change_nothing(
     compare(traces[0][0], reference(config, 4), *((1e-11, 1e-11) if exact else (2e-6, 2e-5)))
     for _, found, buckets in traces:
         assert buckets > 1 and len(found) == 4 * buckets  # Each leaves once per step.
-        early = [number for number, running in found if running]
-        # Embedding and head, in the last bucket, are done when the backward pass is.
+        early = [left.number for left in found if left.running]
+        # The embedding, in the last bucket, is done when the backward pass is.
         assert len(early) >= 4 * (buckets - 1)
-    of_replicas = [[number for number, _ in found] for _, found, _ in traces]
+    of_replicas = [[left.number for left in found] for _, found, _ in traces]
     step = config.parallel.pipeline * tensor
     assert all(of_replicas[rank] == of_replicas[rank % step] for rank in range(processes))
 
 
+ALL = ["block 0", "block 1", "block 2"]
+SPLIT = {"pipeline": 2, "placement": [0, 0, 1], "split_backward": False}
+
+
+@pytest.mark.parametrize(
+    ("tied", "extra", "expected"),
+    [
+        (False, {}, [[("head.weight", ["head"]), ("embedding.weight", [*ALL, "ends", "head"])]]),
+        # Both uses of a tied table must be done.
+        (True, {}, [[("embedding.weight", [*ALL, "ends", "head"])]]),
+        # They are on two ranks, and the head's rank is done with its use first.
+        (True, SPLIT, [[("embedding.weight", [*ALL[:2], "ends"])],
+                       [("embedding.weight", ["head"])]]),
+    ],
+)  # fmt: skip
+def test_the_head_leaves_when_it_is_done(world, corpus, tied, extra, expected) -> None:
+    pipeline = extra.get("pipeline", 1)
+    config = config_of(
+        corpus, "dense", 1, model={"tie_embeddings": tied}, parallel={**SMALL, **extra}
+    )
+    traces = world(2 * pipeline).run(trace_departures, config, 1)
+    found = [[(left.tables[0], left.done) for left in all_ if left.tables] for _, all_, _ in traces]
+    assert found == expected * 2
+
+
 def test_postponed_products_delay_the_reduction(world, corpus) -> None:
-    """With zero-bubble orders the products of weight gradients come after the backward pass."""
+    """With zero-bubble orders the products of weight gradients come after the backward pass; each
+    bucket leaves when the last of its own is done."""
     parallel = {**SMALL, "pipeline": 2, "order": "interleaved_zero_bubble"}
     train = {"micro_batch_size": 1, "global_batch_size": 8}
     config = config_of(corpus, "block_recurrence", 1, parallel=parallel, train=train)
-    found = world(4).run(trace_departures, config, 3)[0][0]
-    compare(found, reference(config, 3))
+    traces = world(4).run(trace_departures, config, 3)
+    compare(traces[0][0], reference(config, 3))
+    for rank, (_, departures, buckets) in enumerate(traces):
+        first, last = departures[0], departures[buckets - 1]
+        assert len(first.done) < len(last.done), "the first bucket waits for no other"
+        assert last.done == [f"block {rank % 2}", "ends", *["head"] * (rank % 2)]
 
 
 def leave_too_early(config: Config) -> Trace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -21,12 +22,14 @@ from support.engines import (
     trace_compiled,
     trace_maps,
 )
-from support.harness import WorldError, compare
-from support.meshes import later, mesh_of
+from support.harness import Trace, WorldError, compare
+from support.meshes import build_on_mesh, later, mesh_of, reference, trace_steps
+from torch import Tensor
 
 from megarecur.config.run import Config
 from megarecur.optim.sharded import Flat
 from megarecur.parallel import linear
+from megarecur.parallel.mesh import Mesh
 from megarecur.plan.cost import estimate_memory
 from megarecur.recurrence.schemes import build_map
 
@@ -126,6 +129,48 @@ def test_lower_stages_gather_once_per_step(world, corpus, stage) -> None:
         f"gather {unit}" for unit in ("block 0", "block 1", "block 2", "ends")
     ]
     assert found.count("reduce block 1") == (1 if stage == 1 else 4)
+
+
+def trace_crossings(config: Config) -> tuple[Trace, list[tuple[str, bool]]]:
+    """(trace of two steps; the units whose shards are summed over groups, in order, and whether a
+    backward pass was running)."""
+    built, found = build_on_mesh(config), []
+    engine = built[2]
+    units = {flat.own_gradient.data_ptr(): unit for unit, flats in engine.units.items()
+             for flat in flats}  # fmt: skip
+
+    def start(mesh: Mesh, shard: Tensor, run=Mesh.start_sum_over_groups) -> Any:
+        found.append((units[shard.data_ptr()], engine.uses.differentiating))
+        return run(mesh, shard)
+
+    with mock.patch.object(Mesh, "start_sum_over_groups", start):
+        return trace_steps(built, 2), found
+
+
+@pytest.mark.parametrize(
+    ("stage", "parallel", "order", "late"),
+    [
+        # A unit leaves when its reduce-scatter is waited for; two of those may be pending.
+        (3, {"shard_group": 2}, ["head", "block 2", "block 1", "block 0", "ends"], 2),
+        (1, {"shard_group": 1}, ["head", "block 2", "block 1", "block 0", "ends"], 0),
+        later(
+            1,
+            {"shard_group": 1, "pipeline": 2, "placement": [0, 0, 1], "split_backward": False},
+            ["head", "block 2"],
+            0,
+        ),
+    ],
+)
+def test_sums_over_groups_begin_during_backward(
+    world, corpus, stage, parallel, order, late
+) -> None:
+    config = engine_config(
+        corpus, "dense", stage, 1, "native", model={"tie_embeddings": False}, parallel=parallel
+    )
+    traces = world(4).run(trace_crossings, config)
+    compare(traces[0][0], reference(config, 2), 2e-6, 2e-5)
+    early = [(unit, place < len(order) - late) for place, unit in enumerate(order)]
+    assert traces[-1][1] == early * 2
 
 
 CYCLE = {"recurrence": {"kind": "cycle", "num_blocks": 8, "depth": 16}, "train": {
