@@ -161,6 +161,14 @@ def plan(
     pipeline: Annotated[
         int | None, typer.Option(min=1, help="Pipeline ranks (default: search).")
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Context-parallel ranks (default: search; the config's with --tensor and "
+            "--pipeline).",
+        ),
+    ] = None,
     zero: Annotated[
         int | None,
         typer.Option(
@@ -193,7 +201,7 @@ def plan(
     resolved = with_vocab_size(load_config(config, overrides or ()))
     from megarecur.launch.plan import plan_config
 
-    found = plan_config(resolved, world_size, tensor, pipeline, zero, hardware)
+    found = plan_config(resolved, world_size, tensor, pipeline, context, zero, hardware)
     if out is not None:
         from megarecur.plot.layer_map import save
         from megarecur.plot.timeline import draw_plan

@@ -70,7 +70,8 @@ def describe_search(found: Search, world: int, own: Layout | None = None) -> Ren
         parts.append(Text("\nrejected layouts", "bold"))
         reasons = Table(box=None, padding=(0, 1, 0, 2), header_style="dim")
         reasons.add_column("layouts", justify="right")
-        reasons.add_column("tensor x pipeline")
+        contexts = any(layout.context > 1 for f in found.families for layout in f.layouts)
+        reasons.add_column("tensor x pipeline" + " x context" * contexts)
         reasons.add_column("")
         for family in found.families:
             reasons.add_row(str(len(family.layouts)), family.name, Text(family.reason, "dim"))

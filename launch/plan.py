@@ -26,10 +26,21 @@ def plan_config(
     world: int,
     tensor: int | None,
     pipeline: int | None,
+    context: int | None,
     zero_stage: int | None,
     hardware: str | None,
 ) -> LayoutPlan:
     """Print the plan of a layout, or the best ones; return the (best) plan.
+
+    Args:
+        config: with its vocabulary resolved.
+        world: number of ranks.
+        tensor: tensor-parallel ranks; None: any.
+        pipeline: pipeline ranks; None: any.
+        context: ranks that share a sequence; None: any, or the config's if tensor and pipeline are
+            given.
+        zero_stage: ZeRO stage; None: the config's, or in a search the first one that fits.
+        hardware: name or file of the hardware; None: by train.device.
 
     Raises:
         ConfigError, MeshError, PlacementError: the config cannot be planned, or no layout fits.
@@ -37,13 +48,13 @@ def plan_config(
     cluster = load_cluster(hardware or default_hardware(config), "--hardware ")
     seen = see_corpora(config)
     if tensor and pipeline:
-        (size,) = list_layouts(world, tensor, pipeline, config.parallel.context)
+        (shape,) = list_layouts(world, tensor, pipeline, context or config.parallel.context)
         stage = config.parallel.zero_stage if zero_stage is None else zero_stage
-        layout = Layout(*size, stage, config.parallel.context)
+        layout = shape._replace(zero_stage=stage)
         found = complete(make_draft(config, layout, cluster, seen=seen))
         show(lambda width: describe_plan(found, width))
         return found
-    return search_layouts(config, cluster, world, tensor, pipeline, zero_stage, seen)
+    return search_layouts(config, cluster, world, tensor, pipeline, context, zero_stage, seen)
 
 
 def search_layouts(
@@ -52,6 +63,7 @@ def search_layouts(
     world: int,
     tensor: int | None,
     pipeline: int | None,
+    context: int | None,
     zero_stage: int | None,
     seen: Seen | None,
 ) -> LayoutPlan:
@@ -63,6 +75,7 @@ def search_layouts(
             world,
             tensor=tensor,
             pipeline=pipeline,
+            context=context,
             zero_stage=zero_stage,
             seen=seen,
             report=report,

@@ -166,6 +166,8 @@ class RankState:
     """Seconds of compute and collectives for one micro batch."""
     collectives: float
     """Seconds of `work` spent in collectives of tensor parallelism."""
+    exchanges: float
+    """Seconds of `work` spent in exchanges of heads over context ranks."""
     traffic: Traffic
     reduction: float
     """Seconds to reduce the rank's gradients over the replicas."""
@@ -783,6 +785,7 @@ def count_ranks(
     link = cluster.link(layout.copies, layout.tensor * layout.pipeline, layout.world)
     inside = cluster.link(layout.tensor, 1, layout.world)
     collective = inside.reduce_time(collective_bytes(config), layout.tensor)
+    exchange = time_exchange(config, layout, cluster)
     ranks = []
     for rank, own in enumerate(by_rank):
         stages = tuple(stage for stage in walk if stage.rank == rank)
@@ -790,8 +793,8 @@ def count_ranks(
         specs = [*own, inventory["embedding.weight"]] if copied else own
         state = _count_state(config, specs, stages, layout)
         messages = _count_messages(config, walk, stages, layout)
-        exchanged = sum(sum(count_exchanges(config, stage)) for stage in stages)
-        exchanged *= count_microbatches(config, layout) * exchange_bytes(config)
+        exchanges = sum(sum(count_exchanges(config, stage)) for stage in stages)
+        exchanged = exchanges * count_microbatches(config, layout) * exchange_bytes(config)
         sent, seconds = _reduce(config, specs, layout, link)
         muon = cost_muon(config, specs, *_muon_peers(config, layout, cluster), cluster)
         trained = held((s for s in specs if not is_frozen(config.optimizer, s.name)), layout.tensor)
@@ -810,6 +813,7 @@ def count_ranks(
                 **state,
                 work=work,
                 collectives=sum(sum(count_collectives(config, s)) for s in stages) * collective,
+                exchanges=exchanges * exchange,
                 traffic=Traffic(*messages, sent, tied, exchanged, muon.sent),
                 reduction=seconds,
                 update=_update_time(config, trained, layout, cluster) + muon.seconds,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
+from megarecur.config.rules_run import CONTEXT_RULES
 from megarecur.config.run import Config
 from megarecur.errors import ConfigError, MegarecurError
 from megarecur.plan.cluster import Cluster
@@ -58,12 +59,14 @@ class Family:
     @property
     def name(self) -> str:
         """Their sizes: each value, or the range from least to largest."""
+        contexts = {layout.context for layout in self.layouts}
+        shared = "" if contexts == {1} else f" x {_span(contexts)}"
         pairs = sorted({layout[:2] for layout in self.layouts})
         if len(pairs) <= 4:
-            return ", ".join(f"{tensor} x {pipeline}" for tensor, pipeline in pairs)
+            return ", ".join(f"{tensor} x {pipeline}{shared}" for tensor, pipeline in pairs)
         tensor = _span({layout.tensor for layout in self.layouts})
         pipeline = _span({layout.pipeline for layout in self.layouts})
-        return f"{tensor} x {pipeline}"
+        return f"{tensor} x {pipeline}{shared}"
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,9 @@ class Search:
 
 def list_layouts(
     world: int, tensor: int | None = None, pipeline: int | None = None, context: int = 1
-) -> Iterator[tuple[int, int, int]]:
-    """Return all (tensor, pipeline, data) whose product with `context` is the world size, with
-    given sizes fixed.
+) -> Iterator[Layout]:
+    """Yield all layouts, without ZeRO, whose sizes multiply to the world size, with given sizes
+    fixed.
 
     Raises:
         ConfigError: the given sizes do not divide the world size.
@@ -96,7 +99,34 @@ def list_layouts(
     world //= context
     for tp in [tensor] if tensor else _divisors(world // (pipeline or 1)):
         for pp in [pipeline] if pipeline else _divisors(world // tp):
-            yield tp, pp, world // (tp * pp)
+            yield Layout(tp, pp, world // (tp * pp), context=context)
+
+
+def list_contexts(config: Config, ranks: int) -> list[int]:
+    """Return the divisors of a number of ranks by which sequences of the config can be cut, if
+    tensor parallelism cuts no heads."""
+    found = []
+    for context in _divisors(ranks):
+        parallel = config.parallel.model_copy(update={"tensor": 1, "context": context})
+        cut = config.model_copy(update={"parallel": parallel})
+        if not any(rule.explain(cut) for rule in CONTEXT_RULES):
+            found.append(context)
+    return found
+
+
+def _list_all(
+    config: Config, world: int, tensor: int | None, pipeline: int | None, context: int | None
+) -> list[Layout]:
+    """Return the layouts of a search. Those whose context ranks do not divide the heads of a
+    tensor-parallel rank are left out, if other contexts are searched."""
+    if context is not None:
+        return list(list_layouts(world, tensor, pipeline, context))
+    heads = config.model.num_heads
+    found = list(list_layouts(world, tensor, pipeline))
+    for shared in list_contexts(config, world // ((tensor or 1) * (pipeline or 1)))[1:]:
+        each = list_layouts(world, tensor, pipeline, shared)
+        found += [layout for layout in each if heads % (layout.tensor * shared) == 0]
+    return found
 
 
 def search(
@@ -106,6 +136,7 @@ def search(
     *,
     tensor: int | None = None,
     pipeline: int | None = None,
+    context: int | None = None,
     zero_stage: int | None = None,
     keep: int = 10,
     seen: Seen | None = None,
@@ -117,6 +148,7 @@ def search(
         config: with its vocabulary resolved.
         tensor: tensor-parallel ranks; None means any.
         pipeline: pipeline ranks; None means any.
+        context: ranks that share a sequence; None means any.
         zero_stage: ZeRO stage; None means the config's, or the first higher one with which a layout
         fits.
         keep: how many layouts to return.
@@ -124,16 +156,16 @@ def search(
         report: called with the number of finished layouts and the total.
 
     Raises:
-        ConfigError: `tensor` and `pipeline` do not divide the world.
+        ConfigError: the given sizes do not divide the world.
     """
     stages = range(config.parallel.zero_stage, 4) if zero_stage is None else [zero_stage]
     lost: Losses = defaultdict(list)
-    sizes = list(list_layouts(world, tensor, pipeline, config.parallel.context))
+    layouts = _list_all(config, world, tensor, pipeline, context)
     placements: dict[int, Placement] = {}  # by number of pipeline ranks
     drafts: list[tuple[Draft, Iterator[Draft]]] = []  # the first ZeRO stage, then higher ones
-    for done, size in enumerate(sizes):
-        report(done, 2 * len(sizes))
-        fitting = _draft_stages(config, cluster, size, stages, placements, lost, seen)
+    for done, layout in enumerate(layouts):
+        report(done, 2 * len(layouts))
+        fitting = _draft_stages(config, cluster, layout, stages, placements, lost, seen)
         first = next(fitting, None)
         if first is not None:
             drafts.append((first, fitting))
@@ -141,7 +173,7 @@ def search(
     best: list[LayoutPlan] = []
     simulated = effort = 0
     for done, (first, others) in enumerate(drafts):
-        report(len(sizes) + done, len(sizes) + len(drafts))
+        report(len(layouts) + done, len(layouts) + len(drafts))
         beaten = len(best) == keep and first.least_time >= best[-1].step_time
         if beaten or simulated == MOST_PLANS:
             _note_slow(first, best, lost)
@@ -166,13 +198,13 @@ def search(
         best = sorted([*best, plan], key=lambda plan: plan.step_time)
         if len(best) > keep:
             _note_slow(best.pop().draft, best, lost)
-    return Search(tuple(best), _join_families(lost), len(sizes), simulated)
+    return Search(tuple(best), _join_families(lost), len(layouts), simulated)
 
 
 def _draft_stages(
     config: Config,
     cluster: Cluster,
-    size: tuple[int, int, int],
+    shape: Layout,
     stages: Sequence[int],
     placements: dict[int, Placement],
     lost: Losses,
@@ -182,7 +214,7 @@ def _draft_stages(
     closest: Draft | None = None
     fits = False
     for stage in stages:
-        layout = Layout(*size, stage, config.parallel.context)
+        layout = shape._replace(zero_stage=stage)
         if stage == 2 and layout.pipeline > 1 and stage != stages[0]:
             continue  # It saves nothing over stage 1.
         try:
@@ -242,6 +274,7 @@ def _note_slow(candidate: Draft, best: list[LayoutPlan], lost: Losses) -> None:
     microbatches, ranks = candidate.num_microbatches, candidate.ranks
     spent = {
         "collectives of tensor parallelism": microbatches * max(r.collectives for r in ranks),
+        "exchange of heads over context ranks": microbatches * max(r.exchanges for r in ranks),
         "reduction of gradients over the replicas": candidate.reduction_time,
     }
     mean = microbatches * sum(rank.work for rank in ranks) / len(ranks)

@@ -40,7 +40,7 @@ from megarecur.plan.predict import (
     count_stage_flops,
     make_draft,
 )
-from megarecur.plan.search import MOST_PLANS, list_layouts, search
+from megarecur.plan.search import MOST_PLANS, list_contexts, list_layouts, search
 from megarecur.plan.simulate import choose_order
 from megarecur.plot.layer_map import save
 from megarecur.plot.timeline import COLOURS, draw_plan
@@ -422,9 +422,9 @@ def test_the_search_finds_what_trying_everything_finds() -> None:
     )
     cluster = PRESETS["h100"].model_copy(update={"ranks_per_node": 2})
     tried = []
-    for size in list_layouts(8):
+    for layout in (layout for n in (1, 2, 4, 8) for layout in list_layouts(8, context=n)):
         try:
-            draft = make_draft(config, Layout(*size), cluster)
+            draft = make_draft(config, layout, cluster)
         except MegarecurError:
             continue
         plan = complete(draft)
@@ -432,12 +432,49 @@ def test_the_search_finds_what_trying_everything_finds() -> None:
         assert max(plan.memory) >= draft.least_memory
         tried.append(plan)
     tried.sort(key=lambda plan: plan.step_time)
+    assert {plan.layout.context for plan in tried} == {1, 2, 4}
     for keep in (1, 3, 10):
         found = search(config, cluster, 8, keep=keep)
         assert [p.layout for p in found.best] == [p.layout for p in tried[:keep]]
         lost = [layout for family in found.families for layout in family.layouts]
         assert len(found.best) + len(lost) == found.layouts == len({*lost}) + len(found.best)
         assert found.simulated <= len(tried)
+
+
+def test_long_sequences_are_shared_if_that_pays() -> None:
+    """Two samples on 8 ranks: what is left is to cut them, or their matrices."""
+    batch = {"global_batch_size": 2, "micro_batch_size": 1, "precision": "bf16"}
+    config = sized_config("dense", train=batch, data={"seq_length": 4096})
+    fast = PRESETS["h100"]
+    slow = fast.model_copy(update={"node": fast.node.model_copy(update={"latency_us": 1e6})})
+    found = search(config, fast, 8, tensor=1, pipeline=1)
+    assert [plan.layout for plan in found.best] == [Layout(1, 1, 2, context=4)]
+    half, quarter = (complete(make_draft(config, Layout(1, 1, 2, context=n), fast)) for n in (2, 4))
+    assert quarter.activations[0] == pytest.approx(half.activations[0] / 2, rel=0.15)
+    (rank,) = found.best[0].draft.ranks
+    assert 0.0 < rank.exchanges < rank.work
+    priced = search(config, slow, 2, keep=1, pipeline=1)
+    assert priced.best[0].layout == Layout(1, 1, 2)
+    (family,) = (f for f in priced.families if "exchange of heads over context" in f.reason)
+    assert family.layouts == (Layout(1, 1, 1, context=2),) and family.name == "1 x 1 x 2"
+    fixed = search(config, fast, 8, context=2)
+    assert {plan.layout.context for plan in fixed.best} == {2}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sections", "expected"),
+    [
+        ("dense", {}, [1, 2, 4]),
+        ("dense", {"data": {"seq_length": 6}}, [1, 2]),
+        ("dense", {"model": {"num_heads": 12, "num_kv_heads": 4, "hidden_size": 48}}, [1, 2, 4]),
+        ("dense", {"recurrence": {"kind": "universal", "depth": 2,
+                                      "halting": {"mode": "token"}}}, [1]),
+    ],
+)  # fmt: skip
+def test_sequences_are_cut_as_the_rules_allow(
+    scheme: str, sections: dict[str, Any], expected: list[int]
+) -> None:
+    assert list_contexts(sized_config(scheme, **sections), 8) == expected
 
 
 def test_layouts_that_do_not_fit_take_zero_or_say_by_how_much() -> None:
@@ -448,7 +485,7 @@ def test_layouts_that_do_not_fit_take_zero_or_say_by_how_much() -> None:
     def with_memory(num_bytes: int) -> Cluster:
         return IDEAL.model_copy(update={"memory_gb": (num_bytes + 1) / 1e9, "usable_memory": 1.0})
 
-    options: dict[str, Any] = {"tensor": 1, "pipeline": 1}
+    options: dict[str, Any] = {"tensor": 1, "pipeline": 1, "context": 1}
     assert search(config, with_memory(plain), 4, **options).best[0].layout.zero_stage == 0
     assert search(config, with_memory(shared), 4, **options).best[0].layout.zero_stage == 1
     nothing = search(config, with_memory(shared), 4, zero_stage=0, **options)
@@ -485,7 +522,8 @@ def test_a_search_simulates_few_of_many_layouts() -> None:
         model={"num_heads": 8, "num_kv_heads": 8},
     )
     found = search(config, PRESETS["h100"], 4096, keep=2)
-    assert found.layouts == 91 and found.simulated <= 10 and len(found.best) == 2
+    assert found.layouts == 91 + 33 + 21 + 10  # context 1, 2, 4, 8
+    assert found.simulated <= 10 and len(found.best) == 2
 
 
 def large(blocks: int, depth: int) -> Config:
@@ -504,7 +542,7 @@ def large(blocks: int, depth: int) -> Config:
 @pytest.mark.parametrize(("blocks", "depth"), [(64, 128), (16, 256)])
 def test_thousands_of_ranks_take_few_simulations(blocks: int, depth: int) -> None:
     found = search(large(blocks, depth), PRESETS["h100"], 4096)
-    assert found.layouts == 91 and found.best
+    assert found.layouts == 273 and found.best
     assert found.simulated <= MOST_PLANS
     assert all(plan.fits for plan in found.best)
 
@@ -532,7 +570,7 @@ def test_a_search_ranks_and_explains(capsys: pytest.CaptureFixture[str], tmp_pat
         capsys, "plan", *WITH_VOCABULARY, "--hardware", "a100", "--out", picture
     )
     assert code == 0, err
-    assert "best of 6 layouts of 4 ranks" in out and "rejected layouts" in out
+    assert "best of 10 layouts of 4 ranks" in out and "rejected layouts" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -540,6 +578,7 @@ def test_a_search_ranks_and_explains(capsys: pytest.CaptureFixture[str], tmp_pat
     ("arguments", "part"),
     [
         (["--tensor", 3], "--world-size 4 is not a multiple of tensor=3"),
+        (["--context", 3], "tensor=1 x pipeline=1 x context=3 = 3; choose a multiple of 3"),
         (["--pipeline", 4, "--tensor", 2], "tensor=2 x pipeline=4 = 8; choose a multiple of 8"),
         (["--tensor", 1, "--pipeline", 1], "train.global_batch_size=8 does not divide into 4 repl"),
         (["--hardware", "none"], "--hardware none: is none of cpu, a100"),
@@ -569,7 +608,7 @@ def test_a_world_that_nothing_fits_exits_with_2(
         str(PRESETS["cpu"].model_dump(exclude={"name"}, exclude_none=True) | {"memory_gb": 1e-6})
     )
     code, out, err = megarecur(capsys, "plan", *WITH_VOCABULARY, "--hardware", cluster)
-    assert code == 2 and "none of its 6 layouts can run this config on tiny" in err
+    assert code == 2 and "none of its 10 layouts can run this config on tiny" in err
     assert "no layout of 4 ranks fits" in out and "too much" in out
     code, out, _ = megarecur(
         capsys, "plan", *WITH_VOCABULARY, "--hardware", cluster, "--tensor", 2, "--pipeline", 1
@@ -611,7 +650,10 @@ def test_many_micro_batches_are_drawn_in_part() -> None:
 
 
 def test_layouts_of_a_world_have_what_is_given() -> None:
-    assert list(list_layouts(4, pipeline=2)) == [(1, 2, 2), (2, 2, 1)]
-    assert list(list_layouts(4, tensor=2)) == [(2, 1, 2), (2, 2, 1)]
-    assert list(list_layouts(12, pipeline=4)) == [(1, 4, 3), (3, 4, 1)]
-    assert all(tp * pp * dp == 12 for tp, pp, dp in list_layouts(12))
+    assert list(list_layouts(4, pipeline=2)) == [Layout(1, 2, 2), Layout(2, 2, 1)]
+    assert list(list_layouts(4, tensor=2)) == [Layout(2, 1, 2), Layout(2, 2, 1)]
+    assert list(list_layouts(12, pipeline=4)) == [Layout(1, 4, 3), Layout(3, 4, 1)]
+    assert list(list_layouts(8, 2, 2, 2)) == [Layout(2, 2, 1, context=2)]
+    assert all(
+        layout.world == 12 for context in (1, 3) for layout in list_layouts(12, None, None, context)
+    )
