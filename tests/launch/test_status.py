@@ -21,6 +21,10 @@ from support.commands import megarecur
 
 from megarecur.launch import status
 from megarecur.launch.slurm import describe_job
+from megarecur.parallel.mesh import Mesh
+from megarecur.progress import WAITING
+from megarecur.train.heartbeat import Heartbeat
+from megarecur.train.waiting import RankReport
 
 ROW = {
     "step": 40,
@@ -118,6 +122,21 @@ def test_a_run_at_work(tmp_path, slurm, capsys) -> None:
     assert said["restarts"] == "2 (time limit, crash)"
     assert "vn1 vn2, checkpoints 20-40: crash: vn1, rank 2: exit code 1; res" in said["attempt 2"]
     assert said["attempt 3"].endswith("checkpoints 20-: running") and "note" not in said
+
+
+@pytest.mark.parametrize("phase", ["evaluate", "save", "start"])
+def test_ranks_that_wait_in_a_long_phase_are_named(tmp_path, slurm, capsys, phase) -> None:
+    """In evaluation, saving, and the health check of a start."""
+    run = make_run(tmp_path / "run", start(1, 700), beat=(2.0, phase))
+    slurm(squeue_line(run))
+    for rank in range(4):
+        beat = Heartbeat(run, speaks=False)
+        beat.enter(phase, 47)
+        beat.advance(phase, "part 3 of 9" if rank == 2 else WAITING)
+        RankReport(beat, run, Mesh(4, rank=rank)).look(beat.since + 60)
+    note = tell(capsys, run)["note"]
+    assert note.startswith("over 60 s in this phase: rank 2 on ") and "(part 3 of 9)" in note
+    assert note.endswith("; ranks 0-1, 3 wait")
 
 
 STATES: dict[str, tuple[str | None, list[Any], tuple[float, str] | None, str, str]] = {

@@ -7,9 +7,13 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import torch
+
+from megarecur.checkpoint.checkpoint import write
 from megarecur.launch.folder import Beat
 from megarecur.launch.waiting import describe_waiting, read_reports
 from megarecur.parallel.mesh import Mesh
+from megarecur.parallel.shards import whole
 from megarecur.progress import REPORTS, WAITING
 from megarecur.train import waiting
 from megarecur.train.heartbeat import Heartbeat
@@ -71,6 +75,12 @@ def test_the_rank_that_others_wait_for_is_named(tmp_path) -> None:
     assert "rank 1 sent no report, and may hang or be past it; ranks 0, 3 wait" in tell(
         tmp_path, "save"
     )
+
+
+def test_a_rank_that_has_written_its_part_of_a_checkpoint_waits(tmp_path) -> None:
+    notes: list[str] = []
+    write(tmp_path, 1, {"a": whole(torch.zeros(2))}, {}, note=notes.append)
+    assert notes[-1] == WAITING and len(notes) > 1
 
 
 def test_where_none_waits_the_one_with_the_least_progress_is_behind(tmp_path) -> None:

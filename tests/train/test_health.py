@@ -19,6 +19,7 @@ from megarecur.config.run import Config
 from megarecur.config.train import HealthConfig
 from megarecur.errors import DataError, MegarecurError, MeshError
 from megarecur.parallel.mesh import Mesh, agree_on_devices, build_mesh
+from megarecur.progress import WAITING
 from megarecur.train import health
 from megarecur.train.health import Figures, check_health, find_faults, find_slow, ring_rounds
 from megarecur.train.trainer import FINISHED, train
@@ -250,21 +251,25 @@ def test_training_begins_with_it(world, corpus, tmp_path) -> None:
     assert json.loads((tmp_path / "run" / "health.json").read_text())["nodes"].keys() == {*PAIR}
 
 
-def hang(config: Config, seconds: float) -> str:
-    """Check with a patience that rank 1 overdraws."""
+def hang(config: Config) -> str:
+    """Check with a patience that rank 1 overdraws: it hangs until rank 0 has given up."""
+    store, over = dist.distributed_c10d._get_default_store(), f"{config.run_dir}: over"
     group = dist.new_group(backend="gloo")
     mesh = replace(build_mesh(config, torch.device("cpu")), save_group=group)
+    place, notes = (Path(config.run_dir), mesh, PAIR[mesh.rank]), list[str]()
     with pytest.MonkeyPatch.context() as patch:
         if mesh.rank == 1:
-            patch.setattr(health, "measure_device", lambda *_: time.sleep(seconds))
+            patch.setattr(health, "measure_device", lambda *_: store.wait([over]))
         with pytest.raises(MeshError) as caught:
-            check_health(config, Path(config.run_dir), mesh, PAIR[mesh.rank], patience=0.5)
+            check_health(config, *place, patience=0.5, note=notes.append)
+    store.set(over, "")
+    assert notes == [WAITING], "`status` tells by it who waits"
     return str(caught.value)
 
 
 def test_a_process_that_hangs_is_named(world, corpus, tmp_path) -> None:
     config = make_config(corpus, run_dir=str(tmp_path), health={"min_free_disk_gb": 0})
-    first, second = world(2).run(hang, config, 1.0)
+    first, second = world(2).run(hang, config)
     assert first.startswith("vn2 (rank 1): did not finish the health check in 0.5 s")
     assert second == first
 

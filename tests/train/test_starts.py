@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 import torch.distributed as dist
 from support.configs import make_config
 
+from megarecur.config.load import load_config
 from megarecur.config.run import Config
-from megarecur.errors import MeshError
+from megarecur.errors import ConfigError, MeshError
 from megarecur.parallel import mesh
 from megarecur.parallel.mesh import agree_on_devices, reserve_descriptors
 from megarecur.train import trainer
@@ -85,3 +87,28 @@ def test_too_few_descriptors_are_one_error_on_every_rank(monkeypatch) -> None:
     assert errors[0] == errors[1]
     assert "vn7 (rank 0): RLIMIT_NOFILE=300 is too low: rank 0 of 1024 needs 2304" in errors[0]
     assert "ulimit -n 2304" in errors[0]
+
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["parallel={zero_stage: 1, shard_group: 3}"], "shard_group=3 does not divide the 2 repl"),
+        (["parallel.context=2", "model.num_heads=3", "model.num_kv_heads=3"],
+         "parallel.context=2 does not divide the 3 head(s)"),
+        (["optimizer.muon={}", "parallel={zero_stage: 1, zero_engine: deepspeed}"],
+         "optimizer.muon needs whole matrices"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_cannot_be_is_one_error_on_every_rank(
+    monkeypatch, overrides, fault, rank
+) -> None:
+    """Before any process group is made: no rank waits for another."""
+    place = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises((ConfigError, MeshError), match=re.escape(fault)):  # exit code 2
+        train(load_config(QUICKSTART, overrides))
