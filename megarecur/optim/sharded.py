@@ -223,7 +223,7 @@ class Reduction(NamedTuple):
     own: Tensor
     """This rank's shard of it."""
     work: Any
-    """What to wait for."""
+    """The handle of the collective."""
     last: bool
     """Whether nothing more is added to the gradient in this step."""
 
