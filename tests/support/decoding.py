@@ -11,6 +11,7 @@ from megarecur.inference.cache import Cache
 from megarecur.inference.generate import next_logits
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh
+from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.plan.schedule import Schedules
 
 VOCAB = 53
@@ -20,6 +21,7 @@ def build_decoder(
     recurrence: dict[str, Any],
     adapters: dict[str, Any] | None = None,
     precision: str = "fp32",
+    tp: TensorParallel = ALONE,
     **model: Any,
 ) -> Transformer:
     """A small model whose logits are far enough apart for a wrong key to change the tokens."""
@@ -40,7 +42,7 @@ def build_decoder(
             "precision": precision,
         },
     }
-    return Transformer(validate(values, "test"))
+    return Transformer(validate(values, "test"), tp=tp)
 
 
 def disturb(model: Transformer) -> Transformer:
@@ -48,8 +50,11 @@ def disturb(model: Transformer) -> Transformer:
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.parameters_by_name.items():
         if any(part in name for part in ("lora", "signal", "norm", "loops")):
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            parameter.data += 0.3 * noise.to(parameter.dtype)
+            shard = model.shard(name, parameter.data)
+            noise = torch.randn(shard.global_shape, generator=generator, dtype=torch.float32)
+            for offset, sizes, own in shard.chunks:
+                part = tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))
+                own += 0.3 * noise[part].to(own.dtype)
     for weight in model.weights():
         weight.refresh()
     return model
