@@ -23,18 +23,29 @@ LOOPS_OF_PAGE = (
 )
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[tuple[Browser, Served]]:
-    """The page of a server, ready for input."""
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, Served]]:
+    """A server, and a browser at its page."""
     program = find_browser()
     if program is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is on the PATH")
-    server = Served(make_run(tmp_path / "tiny", RECURRENT), "--device", "cpu")
-    page = Browser(program, tmp_path / "profile", f"{server.url}/")
-    page.wait_until("document.querySelectorAll('.key').length === 3", SECONDS)
+    folder = tmp_path_factory.mktemp("page")
+    server = Served(make_run(folder / "tiny", RECURRENT), "--device", "cpu")
+    page = Browser(program, folder / "profile", f"{server.url}/")
     yield page, server
     page.close()
     assert server.end() == (0, "")
+
+
+@pytest.fixture
+def browser(opened: tuple[Browser, Served]) -> tuple[Browser, Served]:
+    """The page of a server, loaded anew and ready for input."""
+    page, server = opened
+    page.evaluate("window.before = true")
+    page.call("Page.navigate", url=f"{server.url}/")
+    ready = "document.querySelectorAll('.key').length === 3"
+    page.wait_until(f"!window.before && {ready}", SECONDS)
+    return opened
 
 
 def fill(page: Browser, **values: object) -> None:
