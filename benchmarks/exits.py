@@ -58,7 +58,7 @@ def read_window(model: Transformer, window: torch.Tensor, row: Row) -> None:
     """Score every token after the prompt of a window [S + 1]."""
     loops, mesh = cut_loops(model.config, None), Mesh()
     forward, cache = Schedules(model.config).forward(), Cache(len(window))
-    row.most = len(loops)
+    row.most = len(loops.loops)
     next_logits(model, mesh, forward, window[None, :PROMPT], cache)
     began = time.perf_counter()
     for position in range(PROMPT, len(window) - 1):

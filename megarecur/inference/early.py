@@ -4,6 +4,9 @@ A new token runs loop after loop. After each loop except the last, the final nor
 a distribution, and a rule decides whether the token exits with it. Later tokens also attend to it
 in the skipped loops: their keys and values come from the hidden state with which it exited, as if
 that were the input of each skipped step (Schuster et al. 2022, CALM). The prompt runs all loops.
+A coda runs before the head whenever a distribution is asked for, on the state after that loop
+(Geiping et al. 2025, Huginn); its keys and values are those of the last time, with which the token
+exits.
 """
 
 from __future__ import annotations
@@ -11,23 +14,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
-from megarecur.config.objective import ExitConfig
-from megarecur.config.recurrence import Looped
-from megarecur.config.rules import find_conflicts
-from megarecur.config.rules_objective import EXIT_RULES
 from megarecur.config.run import Config
 from megarecur.errors import ConfigError
 from megarecur.inference.cache import Cache, context_after
+from megarecur.inference.visits import count_coda, mark_loops, refuse_exits
 from megarecur.model.runner import Runner
 from megarecur.model.transformer import Transformer
-from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.layer_map import LayerMap
-from megarecur.recurrence.schemes import layer_map, mark_exits
 
 Kind = Literal["confidence", "kl", "entropy"]
 RULES: tuple[Kind, ...] = get_args(Kind)
@@ -95,32 +93,30 @@ def refuse_rule(rule: ExitRule, config: Config, num_loops: int | None) -> str:
         return f"exit_threshold={rule.threshold} must be a number of at least 0"
     if rule.kind == "confidence" and not 0.0 < rule.threshold <= 1.0:
         return f"exit_threshold={rule.threshold} is a probability; it must be above 0, at most 1"
-    if config.temporal is not None:
-        return (
-            "exit: a token that exits early would not be written to the temporal memory as "
-            "trained; "
-            "omit exit"
-        )
-    if num_loops == 1:
-        return "exit: depth 1 has no earlier loop to exit after; omit exit"
-    with_exits = config.model_copy(update={"exits": ExitConfig()})
-    return "; ".join(find_conflicts(with_exits, EXIT_RULES))
+    return refuse_exits(config, num_loops)
 
 
-def cut_loops(config: Config, num_loops: int | None) -> list[LayerMap]:
+class Loops(NamedTuple):
+    """The map of a model with exits."""
+
+    loops: list[LayerMap]
+    """The steps of each loop; those of a prelude are part of the first."""
+    coda: LayerMap
+    """The steps after all loops, which run after an exit too."""
+
+
+def cut_loops(config: Config, num_loops: int | None) -> Loops:
     """Return the map, cut after each loop."""
-    recurrence = config.recurrence
-    if isinstance(recurrence, Looped):
-        num_loops = num_loops or default_depth(recurrence).num_loops
-    steps = mark_exits(layer_map(recurrence, num_loops))
-    ends = [0, *(i + 1 for i, step in enumerate(steps) if step.exit), len(steps)]
-    return [steps[a:b] for a, b in pairwise(ends)]
+    steps = mark_loops(config.recurrence, num_loops)
+    coda = len(steps) - count_coda(config.recurrence)
+    ends = [0, *(i + 1 for i, step in enumerate(steps) if step.exit), coda]
+    return Loops([steps[a:b] for a, b in pairwise(ends)], steps[coda:])
 
 
 @torch.no_grad()
 def early_logits(
     model: Transformer,
-    loops: list[LayerMap],
+    cut: Loops,
     tokens_11: Tensor,
     cache: Cache,
     rule: ExitRule,
@@ -131,12 +127,13 @@ def early_logits(
     exits."""
     ctx = context_after(model, tokens_11, cache, seed, samples_1)
     reads: dict[str, Tensor] = {}
-    before_V = None
+    before_V, (loops, coda) = None, cut
     with model.tp.whole_sequences():
         x = model.embed(tokens_11, ctx)
         for number, steps in enumerate(loops, 1):
             x, _ = model.run(steps, x, ctx, reads)
-            logits_1V = model.all_logits(x)[:, 0]
+            left = model.run(coda, x, ctx, reads)[0] if coda else x
+            logits_1V = model.all_logits(left)[:, 0]
             if number == len(loops):
                 break
             log_p_V = logits_1V[0].to(torch.promote_types(logits_1V.dtype, torch.float32))

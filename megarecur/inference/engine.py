@@ -10,8 +10,8 @@ ring's block, prelude, coda) for all items that wait for it, whatever their loop
 position: continuous depth-wise batching (Bae et al. 2025, section 3.4). `step` runs one pass.
 Requests may be submitted and cancelled by any thread; one thread steps.
 
-Models that keep no keys and values per token (halting, temporal memory) are served by `generate`,
-one token of each request at a step, without batches.
+Models that keep no keys and values of every token (halting, temporal memory) are served one token
+at a step, without batches (`plain.PlainTexts`), under the same limits.
 
 Shapes: R rows, S rows of an item, D hidden, V vocabulary.
 """
@@ -19,8 +19,8 @@ Shapes: R rows, S rows of an item, D hidden, V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import cast
 
@@ -30,9 +30,11 @@ from torch import Tensor
 from megarecur.config.recurrence import Looped
 from megarecur.errors import ConfigError
 from megarecur.inference.early import Kind, decide_exits
-from megarecur.inference.generate import check_options, choose, generate
+from megarecur.inference.generate import check_options, choose
 from megarecur.inference.passes import Item, Passes
+from megarecur.inference.plain import PlainTexts
 from megarecur.inference.request import (
+    Counts,
     Event,
     Handle,
     Reason,
@@ -49,35 +51,6 @@ from megarecur.inference.visits import Group
 from megarecur.model.transformer import Transformer
 from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.schemes import layer_map
-
-
-@dataclass
-class Counts:
-    """Counts of an engine's work."""
-
-    passes: int = 0
-    rows: int = 0
-    """Rows of all passes."""
-    tokens: int = 0
-    """New tokens."""
-    loops: int = 0
-    """Sum of the loops after which they were chosen."""
-    drafted: int = 0
-    accepted: int = 0
-
-    @property
-    def acceptance(self) -> float:
-        """Share of drafted tokens that full depth confirmed."""
-        return self.accepted / self.drafted if self.drafted else 0.0
-
-
-@dataclass
-class Plain:
-    """A text that `generate` continues."""
-
-    ids: Iterator[int]
-    left: int
-    """Number of tokens that may still follow."""
 
 
 class Engine:
@@ -124,14 +97,17 @@ class Engine:
         self.model, self.config, self.chunk = model, config, chunk
         self.missing = frozenset(missing_ids)
         self.max_loops, self.max_texts = max_loops, max_texts
+        self.usual_loops: int | None = None
+        """Loops of a request without a depth, if the scheme has loops."""
         if isinstance(config.recurrence, Looped):
-            self.max_loops = max_loops or default_depth(config.recurrence).num_loops
+            self.usual_loops = default_depth(config.recurrence).num_loops
+            self.max_loops = max_loops or self.usual_loops
         self.counts = Counts()
         self.inbox: SimpleQueue[Handle] = SimpleQueue()
         self.lock, self.number = threading.Lock(), 0
-        self.plain: dict[Handle, Plain] = {}
-        """Texts that `generate` continues."""
+        self.num_pages, self.page_size = num_pages, page_size
         self.passes: Passes | None = None
+        self.plain = PlainTexts(model, max_texts, num_pages, page_size, self.missing)
         if config.halting is None and config.temporal is None and not self.refuse_model():
             steps = layer_map(config.recurrence, self.max_loops)
             self.passes = Passes(model, steps, num_pages, page_size)
@@ -140,12 +116,12 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Number of texts that wait for pages; any thread may read it."""
-        return self.inbox.qsize() + (len(self.scheduler.waiting) if self.passes else 0)
+        return self.inbox.qsize() + len((self.scheduler if self.passes else self.plain).waiting)
 
     @property
     def num_running(self) -> int:
         """Number of texts that run; any thread may read it."""
-        return len(self.scheduler.running) if self.passes else len(self.plain)
+        return len((self.scheduler if self.passes else self.plain).running)
 
     # ------------------------------------------------------------------------------- requests
 
@@ -177,28 +153,21 @@ class Engine:
             problems.append(refuse_exit(request.exit, self.config, request.num_loops))
         if request.draft is not None:
             problems.append(refuse_draft(request, self.config))
-        plain = self.config.halting is not None or self.config.temporal is not None
-        if plain and (request.exit or request.draft):
-            problems.append("exit and draft need keys and values of every token; omit them")
-        scored = request.logprobs is not None or request.score_prompt
-        if plain and scored:
-            problems.append("logprobs need keys and values of every token; omit them")
         if request.logprobs is not None and request.logprobs < 0:
             problems.append(f"logprobs={request.logprobs} must be at least 0; raise it")
-        loops, most = request.num_loops, self.max_loops
+        loops, most = request.num_loops or self.usual_loops, self.max_loops
         if loops is not None and most is not None and loops > most:
             problems.append(
                 f"depth {loops}: the engine has room for {most} loops; set the depth to at most "
                 f"{most}, or raise max_loops"
             )
-        if self.passes is not None and request.max_new_tokens > 0:
-            pool = self.passes.pool
-            needed = count_pages(request.most_tokens, pool.page_size)
-            if needed > pool.num_pages:
+        if request.max_new_tokens > 0:
+            needed = count_pages(request.most_tokens, self.page_size)
+            if needed > self.num_pages:
                 problems.append(
                     f"{len(request.tokens)} tokens of prompt and max_new_tokens="
                     f"{request.max_new_tokens} need {needed} pages, more than num_pages="
-                    f"{pool.num_pages}; shorten the request, or raise num_pages"
+                    f"{self.num_pages}; shorten the request, or raise num_pages"
                 )
         check_options(
             self.config, request.tokens, request.max_new_tokens, request.temperature,
@@ -214,13 +183,9 @@ class Engine:
             except Empty:
                 break
             if self.passes is None:
-                ids = self.continue_plainly(handle.request)
-                self.plain[handle] = Plain(ids, handle.request.max_new_tokens)
+                self.plain.receive(handle)
             else:
                 self.scheduler.wait(self.begin(handle))
-        for handle in [handle for handle in self.plain if handle.cancelled.is_set()]:
-            del self.plain[handle]
-            handle.events.put(Event(reason="cancelled"))
         if self.passes is not None:
             for text in [*self.scheduler.waiting, *self.scheduler.running]:
                 if text.handle.cancelled.is_set():
@@ -257,7 +222,7 @@ class Engine:
         """Run one pass; returns False if there was nothing to do."""
         self.receive()
         if self.passes is None:
-            return self.step_plainly()
+            return self.plain.step(self.counts)
         scheduler = self.scheduler
         scheduler.admit()
         for text in sorted(scheduler.running, key=lambda text: text.handle.number):
@@ -307,27 +272,31 @@ class Engine:
 
     def advance(self, texts: Sequence[Text]) -> None:
         """Decide what follows a pass: exits, new tokens, or the next pass."""
+        skipping = list[tuple[Text, Item]]()
+        for text in texts:
+            if text.mode != "verify":
+                self.turn(text, skipping)
         logits = self.read_logits(texts)
         self.score_prompts(logits)
         leaving = self.find_leaving(texts, logits)
         complete = dict[Text, int]()
-        skipping = list[tuple[Text, Item]]()
         for text in texts:
             item = find_item(text)
-            loops = item.visits[item.index - 1].exit
-            if text.mode == "draft":
+            if item.index < len(item.visits) or text.mode == "draft":
                 continue
-            if item.index == len(item.visits):
-                complete[text] = text.route.num_loops
-                if text.trail:
-                    complete[text] = self.consult_oracle(text, logits, skipping)
-            elif text in leaving:
-                complete[text] = text.exits[item.positions[-1]] = loops
-                skipping.append((text, item))
-            elif loops:
-                rows = [i for i, p in enumerate(item.positions) if text.exits.get(p) == loops]
-                if rows and self.part(text, rows, skipping):
-                    complete[text] = loops
+            if text.held is not None:
+                held, text.held = text.held, None
+                if text not in leaving:
+                    text.item = held
+                    del logits[text]
+                    continue
+                text.left = count_loops(held)
+                skipping.append((text, held))
+            if text.trail and not text.left and self.consult_oracle(text, logits, skipping):
+                continue
+            complete[text] = text.left or text.route.num_loops
+            if text.left:
+                text.exits[item.positions[-1]] = text.left
         self.fill(skipping)
         chosen = self.choose_tokens(logits, complete)
         for text, tokens in chosen.items():
@@ -339,6 +308,27 @@ class Engine:
             if count is not None and tokens:
                 scores = score_tokens(logits[text], tokens, count, self.missing)
             self.complete(text, loops, tokens, scores)
+
+    def turn(self, text: Text, skipping: list[tuple[Text, Item]]) -> None:
+        """Send tokens that may exit after a pass to the visits after the loops: a drafted token, a
+        new one that leaves or is judged, and known ones that left here before."""
+        item, request, after = find_item(text), text.request, text.route.coda
+        loops = count_loops(item)
+        if text.mode == "draft":
+            assert request.draft is not None
+            if loops == request.draft.loops:
+                text.shallow.append(item)
+                text.item = send(item, after)
+        elif request.exit is None or not text.num_new:
+            return
+        elif item.positions[-1] == len(text.tokens) - 1:
+            if loops and request.exit.kind != "loop":
+                text.held, text.item = item, send(item, after)
+            elif loops and loops == request.exit.threshold:
+                text.left, text.item = loops, send(item, after)
+                skipping.append((text, item))
+        elif loops or item.index == after:
+            self.part(text, loops, skipping)
 
     def read_logits(self, texts: Sequence[Text]) -> dict[Text, Tensor]:
         """Return logits [S, V] of the rows that need them now, by text."""
@@ -370,19 +360,20 @@ class Engine:
                 del logits[text]
 
     def find_leaving(self, texts: Sequence[Text], logits: dict[Text, Tensor]) -> set[Text]:
-        """Return the texts whose new token exits now, by its logits."""
-        leaving, judged = set[Text](), dict[tuple[Kind, float, bool], list[Text]]()
+        """Return the texts whose new token, which is judged now, exits by its logits."""
+        leaving = set[Text]()
+        judged = dict[tuple[Kind, float, bool], list[Text]]()
         for text in texts:
-            item, rule = find_item(text), text.request.exit
-            if rule is None or text not in logits or item.index == len(item.visits):
+            rule, held = text.request.exit, text.held
+            if rule is None or held is None or text not in logits:
                 continue
-            if rule.kind == "loop":
-                leaving.add(text)
-            elif rule.kind == "oracle":
-                text.trail.append((replace(item, reads=dict(item.reads)), logits[text][-1]))
+            if rule.kind == "oracle":
+                text.trail.append((replace(held, reads=dict(held.reads)), logits[text][-1]))
             else:
-                key = rule.kind, rule.threshold, text.before_V is not None
-                judged.setdefault(key, []).append(text)
+                kind = cast(Kind, rule.kind)
+                judged.setdefault((kind, rule.threshold, text.before_V is not None), []).append(
+                    text
+                )
         for (kind, threshold, has_before), group in judged.items():
             logits_BV = torch.stack([logits[text][-1] for text in group])
             wide = torch.promote_types(logits_BV.dtype, torch.float32)
@@ -399,28 +390,42 @@ class Engine:
 
     def consult_oracle(
         self, text: Text, logits: dict[Text, Tensor], skipping: list[tuple[Text, Item]]
-    ) -> int:
-        """Return the first loop whose likeliest token is that of all loops. If it is not the last,
-        its logits replace those of all loops, and the token skips the loops after it."""
+    ) -> bool:
+        """Let a new token that has run all loops exit after the first loop whose likeliest token is
+        that of all loops, if there is an earlier one.
+
+        Returns True if visits after the loops have to run again, for its keys and values there.
+        """
         likeliest = int(logits[text][-1].argmax())
         for item, logits_V in text.trail:
             if int(logits_V.argmax()) == likeliest:
-                loops = item.visits[item.index - 1].exit
-                text.exits[item.positions[-1]] = loops
-                logits[text] = logits_V[None]
+                text.left = count_loops(item)
                 skipping.append((text, item))
-                return loops
-        return text.route.num_loops
+                if text.route.coda == len(item.visits):
+                    logits[text] = logits_V[None]
+                    break
+                del logits[text]
+                text.item = send(item, text.route.coda)
+                return True
+        return False
 
-    def part(self, text: Text, rows: Sequence[int], skipping: list[tuple[Text, Item]]) -> bool:
-        """Let known tokens of a text's item leave that left here before; returns True if no other
-        is left. So a preempted text is recomputed at the depths that it had."""
+    def part(self, text: Text, loops: int, skipping: list[tuple[Text, Item]]) -> None:
+        """Part the known tokens of a text's item that left here before from the others, until those
+        have left too or run all loops. So a preempted text is recomputed at the depths it had."""
         item = find_item(text)
-        skipping.append((text, item.select(rows)))
-        others = [i for i in range(len(item.positions)) if i not in rows]
-        if others:
-            text.item = item.select(others)
-        return not others
+        leaves = [bool(loops) and text.exits.get(p) == loops for p in item.positions]
+        if any(leaves):
+            rows = [i for i, each in enumerate(leaves) if each]
+            text.parted.append(item.select(rows))
+            skipping.append((text, text.parted[-1]))
+        others = [i for i, each in enumerate(leaves) if not each]
+        if others and item.index < text.route.coda:
+            if any(leaves):
+                text.item = item.select(others)
+        elif text.parted:
+            rest = [item] if others else []
+            text.item = send(join_items([*text.parted, *rest]), text.route.coda)
+            text.parted.clear()
 
     def fill(self, skipping: Sequence[tuple[Text, Item]]) -> None:
         """Fill the keys and values of the visits that items skip."""
@@ -429,7 +434,7 @@ class Engine:
         for text, item in skipping:
             assert text.request.exit is not None
             last = {s.block: s.loop_index for v in item.visits[: item.index] for s in v.steps}
-            for index in range(item.index, len(item.visits)):
+            for index in range(item.index, text.route.coda):
                 key = text.request.exit.fill, item.visits[index].group
                 found.setdefault(key, []).append((replace(item, index=index), last))
         for (kind, _), pairs in found.items():
@@ -479,9 +484,8 @@ class Engine:
 
     def propose(self, text: Text, token: int) -> None:
         """Take a drafted token: draft the next one, or verify all of them from where they are."""
-        request, item = text.request, find_item(text)
+        request = text.request
         assert request.draft is not None
-        text.shallow.append(item)
         text.proposals.append(token)
         left = request.max_new_tokens - text.num_new
         text.item = None
@@ -504,9 +508,7 @@ class Engine:
             # The first token that differs is the one that full depth chooses after the others.
             tokens = tokens[: agreed + 1]
             text.computed = begin + len(tokens)
-        text.item, text.before_V = None, None
-        for kept in (text.trail, text.shallow, text.proposals):
-            kept.clear()
+        text.forget_item()
         for token, score in zip(tokens, scores, strict=False):
             if token in text.request.eos_ids:
                 self.end(text, "stop")
@@ -524,32 +526,6 @@ class Engine:
                 return
         self.scheduler.publish(text)
 
-    # ------------------------------------------------------------------------------ plain path
-
-    def continue_plainly(self, request: Request) -> Iterator[int]:
-        """Return the ids that continue a text of a model without keys and values per token."""
-        return generate(
-            self.model, request.tokens, max_new_tokens=request.max_new_tokens,
-            temperature=request.temperature, top_k=request.top_k, top_p=request.top_p,
-            seed=request.seed, sample=request.sample, eos_ids=request.eos_ids,
-            missing_ids=self.missing, num_loops=request.num_loops,
-            use_cache=self.config.halting is None,
-        )  # fmt: skip
-
-    def step_plainly(self) -> bool:
-        """Continue every text by one token."""
-        for handle, plain in list(self.plain.items()):
-            token = next(plain.ids, None)
-            if token is None:
-                del self.plain[handle]
-                handle.events.put(Event(reason="stop"))
-                continue
-            plain.left -= 1
-            handle.events.put(Event(token, 0, None if plain.left else "length"))
-            if not plain.left:
-                del self.plain[handle]
-        return bool(self.plain)
-
 
 def find_item(text: Text) -> Item:
     """Return the item of a text that has one."""
@@ -557,34 +533,38 @@ def find_item(text: Text) -> Item:
     return text.item
 
 
+def count_loops(item: Item) -> int:
+    """Return the number of loops after the last visit of an item, if tokens may exit there; else
+    0."""
+    return item.visits[item.index - 1].exit
+
+
+def send(item: Item, index: int) -> Item:
+    """Return a copy of an item at another visit."""
+    return replace(item, index=index, reads=dict(item.reads))
+
+
 def count_read(text: Text) -> int:
     """Return the number of last rows of a text's item whose logits are needed now."""
-    item, request = find_item(text), text.request
-    exit_, at_end = item.visits[item.index - 1].exit, item.index == len(item.visits)
-    if request.score_prompt and not text.num_new:
-        return len(item.positions) if at_end else 0
-    if text.mode == "draft":
-        assert request.draft is not None
-        return int(exit_ == request.draft.loops)
-    if text.mode == "verify":
-        return len(item.positions) if at_end else 0
-    if item.positions[-1] < len(text.tokens) - 1:
+    item = find_item(text)
+    if item.index < len(item.visits):
         return 0
-    if at_end:
-        return 1
-    rule = request.exit
-    if not exit_ or rule is None or not text.num_new:
-        return 0
-    return int(rule.kind != "loop" or exit_ == rule.threshold)
+    scored = text.request.score_prompt and not text.num_new
+    if scored or text.mode == "verify":
+        return len(item.positions)
+    return int(text.mode == "draft" or item.positions[-1] == len(text.tokens) - 1)
 
 
 def join_items(items: Sequence[Item]) -> Item:
-    """Return consecutive items of one text at the same visit as one item."""
+    """Return items of one text, which have left the same loops or run all, as one item in the order
+    of positions."""
     names = items[0].reads
-    return replace(
+    joined = replace(
         items[0],
         tokens=[token for item in items for token in item.tokens],
         positions=[position for item in items for position in item.positions],
         x_SD=torch.cat([cast(Tensor, item.x_SD) for item in items]),
         reads={name: torch.cat([item.reads[name] for item in items]) for name in names},
     )
+    order = sorted(range(len(joined.positions)), key=joined.positions.__getitem__)
+    return joined if order == list(range(len(order))) else joined.select(order)

@@ -83,7 +83,7 @@ def generate(
     check_options(
         model.config, tokens, max_new_tokens, temperature, top_k, top_p, num_loops, refusal
     )
-    loops = cut_loops(model.config, num_loops) if exit_rule is not None else []
+    loops = cut_loops(model.config, num_loops) if exit_rule is not None else None
     missing = torch.tensor(sorted({*missing_ids} - {*eos_ids}), dtype=torch.long)
     missing = missing.to(mesh.device)
     scheduled = (schedules or Schedules(model.config)).forward(num_loops)
@@ -95,7 +95,7 @@ def generate(
         new_1S = tokens_1S
         for position in range(len(tokens), len(tokens) + max_new_tokens):
             logits_1V: Tensor | None
-            if exit_rule is not None and cache is not None and cache.length:
+            if exit_rule and loops and cache is not None and cache.length:
                 logits_1V = early_logits(model, loops, new_1S, cache, exit_rule, seed, sample_1)
             else:
                 logits_1V = next_logits(model, mesh, scheduled, new_1S, cache, seed, sample_1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megarecur.config.run import Config
 from megarecur.inference.early import ExitRule, refuse_rule
-from megarecur.inference.visits import Route, can_exit, cut_visits
+from megarecur.inference.visits import Route, cut_visits, refuse_exits
 
 ExitKind = Literal["confidence", "kl", "entropy", "loop", "oracle"]
 Fill = Literal["state", "share"]
@@ -142,9 +142,29 @@ class Handle:
                 return
 
 
+@dataclass
+class Counts:
+    """Counts of an engine's work."""
+
+    passes: int = 0
+    rows: int = 0
+    """Rows of all passes."""
+    tokens: int = 0
+    """New tokens."""
+    loops: int = 0
+    """Sum of the loops after which they were chosen."""
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafted tokens that full depth confirmed."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
 def find_route(config: Config, num_loops: int | None) -> Route:
     """Return the visits of a request."""
-    return cut_visits(config.recurrence, num_loops, can_exit(config))
+    return cut_visits(config.recurrence, num_loops, not refuse_exits(config, num_loops))
 
 
 def refuse_exit(exit_: Exit, config: Config, num_loops: int | None) -> str:
@@ -155,7 +175,7 @@ def refuse_exit(exit_: Exit, config: Config, num_loops: int | None) -> str:
     if exit_.fill not in get_args(Fill):
         return f"fill={exit_.fill} is none of {', '.join(get_args(Fill))}; choose one"
     if kind in ("loop", "oracle"):
-        if refusal := refuse_rule(ExitRule("entropy", 0.0), config, num_loops):
+        if refusal := refuse_exits(config, num_loops):
             return refusal
         most = find_route(config, num_loops).num_loops
         if kind == "loop" and threshold not in range(1, most + 1):
@@ -170,8 +190,8 @@ def refuse_draft(request: Request, config: Config) -> str:
     assert draft is not None
     if request.exit is not None:
         return "draft with exit: a draft is verified at full depth; omit one of the two"
-    if refusal := refuse_rule(ExitRule("entropy", 0.0), config, request.num_loops):
-        return refusal.replace("exit", "draft")
+    if refusal := refuse_exits(config, request.num_loops):
+        return refusal.replace("exit:", "draft:").replace("omit exit", "omit draft")
     most = find_route(config, request.num_loops).num_loops - 1
     if not 1 <= draft.loops <= most:
         return f"draft.loops={draft.loops} must be from 1 to {most}, less than all loops"

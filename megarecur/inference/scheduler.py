@@ -47,6 +47,12 @@ class Text:
     """Kind of the item: known tokens, a drafted one, or drafted ones at full depth."""
     waited: int = 0
     """Number of the pass at which the item began to wait."""
+    held: Item | None = None
+    """The new token after an earlier loop, while its copy runs to the head to be judged."""
+    left: int = 0
+    """Number of loops after which the new token has exited; 0: it has not."""
+    parted: list[Item] = field(default_factory=list)
+    """Known tokens that exited before the others of their item, and wait for them."""
     before_V: Tensor | None = None
     """Log probabilities after the previous loop, for exits by divergence."""
     trail: list[tuple[Item, Tensor]] = field(default_factory=list)
@@ -65,6 +71,12 @@ class Text:
     def num_new(self) -> int:
         """Number of new tokens."""
         return len(self.tokens) - len(self.request.tokens)
+
+    def forget_item(self) -> None:
+        """Forget the tokens that are on their way through the map."""
+        self.item, self.held, self.before_V, self.left = None, None, None, 0
+        for kept in (self.parted, self.trail, self.shallow, self.proposals):
+            kept.clear()
 
     def extend_digests(self, count: int, page_size: int) -> None:
         """Hash the first `count` pages, which are full."""
@@ -193,10 +205,8 @@ class Scheduler:
             self.pool.release(page)
         for digest in text.digests:
             self.forget(text, digest)
-        text.pages, text.item, text.before_V, text.computed = [], None, None, 0
-        text.published = 0
-        for kept in (text.trail, text.shallow, text.proposals):
-            kept.clear()
+        text.pages, text.computed, text.published = [], 0, 0
+        text.forget_item()
 
     def next_batch(self, patience: int) -> list[Text]:
         """Return the texts whose items run next: those that wait for the group for which most wait,

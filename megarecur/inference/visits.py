@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from megarecur.config.objective import ExitConfig
-from megarecur.config.recurrence import Looped, RecurrenceConfig
-from megarecur.config.rules import find_conflicts
-from megarecur.config.rules_objective import EXIT_RULES
+from megarecur.config.recurrence import (
+    Cycle,
+    Loop,
+    Looped,
+    RecurrenceConfig,
+    Ring,
+    Universal,
+)
 from megarecur.config.run import Config
 from megarecur.recurrence.depth import default_depth
 from megarecur.recurrence.layer_map import LayerMap
@@ -31,7 +35,7 @@ class Visit:
     steps: LayerMap
     group: Group
     exit: int = 0
-    """Number of loops after which the final norm and head may be applied here; 0: not here."""
+    """Number of loops that have run here, if a token may exit after them; 0: it may not."""
 
     @property
     def loop(self) -> int:
@@ -46,10 +50,9 @@ class Route:
     visits: tuple[Visit, ...]
     num_loops: int
     """Number of loops, if the model can exit after one; else 1."""
-
-    def find_exit(self, loops: int) -> int:
-        """Return the index of the visit after which `loops` loops have run."""
-        return next(i for i, visit in enumerate(self.visits) if visit.exit == loops)
+    coda: int
+    """Index of the visit after the last loop, which tokens that exit run too; the number of visits
+    if nothing follows the loops."""
 
 
 def list_glued(recurrence: RecurrenceConfig) -> frozenset[tuple[int, int]]:
@@ -63,10 +66,45 @@ def list_glued(recurrence: RecurrenceConfig) -> frozenset[tuple[int, int]]:
     return frozenset((a, b) for a, b in pairs if after[a] == {b} and before[b] == {a} and a != b)
 
 
-def can_exit(config: Config) -> bool:
-    """Return True if the model has loops after which a token may exit."""
-    with_exits = config.model_copy(update={"exits": ExitConfig()})
-    return config.temporal is None and not list(find_conflicts(with_exits, EXIT_RULES))
+def refuse_exits(config: Config, num_loops: int | None = None) -> str:
+    """Return why no token can exit after an earlier loop of a model; "" if it can.
+
+    Args:
+        num_loops: loops of the repeated group, if the scheme has one; None: the trained number.
+    """
+    kind = config.recurrence.kind
+    if config.temporal is not None:
+        return (
+            "exit: a token that exits early would not be written to the temporal memory as "
+            "trained; omit exit"
+        )
+    if config.halting is not None:
+        return (
+            f"exit: recurrence.halting.mode={config.halting.mode} decides itself how many steps "
+            "a token runs; omit exit"
+        )
+    if not isinstance(config.recurrence, Cycle | Ring | Universal | Looped):
+        return (
+            f"exit: recurrence.kind={kind} has no loops to exit after; omit exit, or use a run of "
+            "kind cycle, ring, universal, block_recurrence or loop"
+        )
+    if num_loops == 1:
+        return "exit: depth 1 has no earlier loop to exit after; omit exit"
+    if not any(step.exit for step in mark_loops(config.recurrence, num_loops)):
+        return "exit: recurrence runs one loop, which has no earlier one to exit after; omit exit"
+    return ""
+
+
+def count_coda(recurrence: RecurrenceConfig) -> int:
+    """Return the number of blocks that run once after all loops."""
+    return recurrence.coda if isinstance(recurrence, Loop) else 0
+
+
+def mark_loops(recurrence: RecurrenceConfig, num_loops: int | None) -> LayerMap:
+    """Return the map with an exit after every loop but the last; arguments as of `cut_visits`."""
+    if isinstance(recurrence, Looped):
+        num_loops = num_loops or default_depth(recurrence).num_loops
+    return mark_exits(layer_map(recurrence, num_loops), count_coda(recurrence))
 
 
 @lru_cache(maxsize=256)
@@ -77,15 +115,15 @@ def cut_visits(recurrence: RecurrenceConfig, num_loops: int | None, exits: bool)
         num_loops: loops of the repeated group, if the scheme has one; None: the trained number.
         exits: mark the visits after which a token may exit.
     """
-    if isinstance(recurrence, Looped):
-        num_loops = num_loops or default_depth(recurrence).num_loops
-    glued, steps = list_glued(recurrence), layer_map(recurrence, num_loops)
-    steps = mark_exits(steps) if exits else steps
-    visits, begin = list[Visit](), 0
+    glued, steps = list_glued(recurrence), mark_loops(recurrence, num_loops)
+    visits, begin, coda = list[Visit](), 0, len(steps) - count_coda(recurrence)
     for i, step in enumerate(steps, 1):
-        if i < len(steps) and not step.exit and (step.block, steps[i].block) in glued:
+        leaves = exits and step.exit
+        if i < len(steps) and not leaves and (step.block, steps[i].block) in glued:
             continue
         own, begin = steps[begin:i], i
-        exit_ = step.loop_index + 1 if step.exit else 0
+        exit_ = step.loop_index + 1 if leaves else 0
         visits.append(Visit(own, tuple(s.block for s in own), exit_))
-    return Route(tuple(visits), 1 + max(visit.exit for visit in visits))
+    after = sum(visit.steps[0] in steps[coda:] for visit in visits)
+    num_loops = 1 + max(visit.exit for visit in visits)
+    return Route(tuple(visits), num_loops, len(visits) - after)

@@ -73,14 +73,15 @@ def encoder_map(config: Config, depth: Depth | int | None = None) -> LayerMap:
 
 
 @lru_cache(maxsize=256)
-def mark_exits(steps: LayerMap) -> LayerMap:
+def mark_exits(steps: LayerMap, coda: int = 0) -> LayerMap:
     """Add an exit after every loop except the last, where the loop carries gradient.
 
-    Kinds with exits have no coda, so each loop ends with the last block.
+    Args:
+        coda: number of last blocks that run once after all loops.
     """
-    end = max(step.block for step in steps)
+    end, last = max(step.block for step in steps) - coda, len(steps) - coda - 1
     return tuple(
-        replace(step, exit=step.grad and step.block == end and position + 1 < len(steps))
+        replace(step, exit=step.grad and step.block == end and position < last)
         for position, step in enumerate(steps)
     )
 

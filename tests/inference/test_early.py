@@ -11,7 +11,7 @@ from support.decoding import build_decoder
 
 from megarecur.errors import ConfigError
 from megarecur.inference.cache import Cache
-from megarecur.inference.early import ExitRule, cut_loops, early_logits, make_rule
+from megarecur.inference.early import ExitRule, Loops, cut_loops, early_logits, make_rule
 from megarecur.inference.generate import generate, next_logits
 from megarecur.parallel.mesh import Mesh
 from megarecur.plan.schedule import Schedules
@@ -20,6 +20,7 @@ SCHEMES: list[dict[str, Any]] = [
     {"kind": "cycle", "num_blocks": 2, "depth": 6},
     {"kind": "block_recurrence", "num_blocks": 2, "num_loops": 3},
     {"kind": "loop", "prelude": 1, "core": 1, "coda": 0, "num_loops": 3},
+    {"kind": "loop", "prelude": 1, "core": 2, "coda": 2, "num_loops": 3, "injection": "linear"},
 ]
 PROMPT = [1, 5, 2, 7]
 
@@ -75,7 +76,7 @@ def test_skipped_loops_keep_what_the_hidden_state_would_make(
             parameter.data += 0.3 * torch.randn(parameter.shape)
     config, mesh, cache = model.config, Mesh(), Cache()
     next_logits(model, mesh, Schedules(config).forward(), torch.tensor([PROMPT]), cache)
-    loops, states, reads = cut_loops(config, None), [], {}
+    (loops, coda), states, reads = cut_loops(config, None), [], {}
     whole = model.runner.forward
 
     def record(*args: Any) -> torch.Tensor:
@@ -85,10 +86,12 @@ def test_skipped_loops_keep_what_the_hidden_state_would_make(
 
     rule = ExitRule("kl", 99.0)
     with mock.patch.object(model.runner, "forward", record):
-        early_logits(model, loops, torch.tensor([[3]]), cache, rule)
+        early_logits(model, Loops(loops, coda), torch.tensor([[3]]), cache, rule)
     assert rule.loops == [2] and cache.length == len(PROMPT) + 1
+    # A coda runs after each loop that ran.
+    entered = states[2 if coda else 1]
     for step in loops[2]:
-        block, x = model.runner.blocks[str(step.block)], states[1]
+        block, x = model.runner.blocks[str(step.block)], entered
         if step.reads:
             x = block.inject(x, reads[step.reads[0]])
         adapter = block.adapters[step.loop_index] if adapters else None
@@ -102,14 +105,16 @@ def test_skipped_loops_keep_what_the_hidden_state_would_make(
                 weight = weight + delta.b.parameter @ delta.a.parameter
             expected = (x @ weight.t())[0, 0].detach()
             torch.testing.assert_close(values[0, len(PROMPT)].flatten(), expected)
-    every = {(step.block, step.loop_index) for steps in loops for step in steps}
+    every = {(step.block, step.loop_index) for steps in (*loops, coda) for step in steps}
     assert set(cache.entries) == every
 
 
 def test_mistakes_are_told() -> None:
     looped, dense = build_decoder(SCHEMES[1]), build_decoder({"kind": "dense", "num_layers": 2})
+    once = build_decoder({"kind": "cycle", "num_blocks": 2, "depth": 2})
     for model, rule, options, told in (
         (dense, ExitRule("kl", 0.1), {}, "kind=dense has no loops"),
+        (once, ExitRule("kl", 0.1), {}, "recurrence runs one loop, which has no earlier one"),
         (looped, ExitRule("confidence", 1.5), {}, "exit_threshold=1.5 is a probability"),
         (looped, ExitRule("entropy", -1.0), {}, "exit_threshold=-1.0"),
         (looped, ExitRule("entropy", 1.0), {"use_cache": False}, "needs the cache"),

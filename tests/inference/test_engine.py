@@ -253,32 +253,6 @@ def test_other_threads_submit_and_read() -> None:
     assert [texts[number] for number in range(6)] == [alone(model, r) for r in requests]
 
 
-@pytest.mark.parametrize(
-    ("recurrence", "sections"),
-    [
-        ({"kind": "universal", "depth": 3, "halting": {"mode": "token"}}, {}),
-    ],
-)
-def test_models_without_keys_per_token_are_served_plainly(recurrence, sections) -> None:
-    model = build_decoder(recurrence, **sections)
-    engine = Engine(model)
-    requests = [Request(tokens=(1, i), max_new_tokens=3 + i, temperature=0.0) for i in range(2)]
-    handles = [engine.submit(request) for request in requests]
-    cancelled = engine.submit(requests[0])
-    engine.step()
-    cancelled.cancel()
-    engine.run()
-    for request, handle in zip(requests, handles, strict=True):
-        events = list(handle)
-        expected = generate(
-            model, request.tokens, max_new_tokens=request.max_new_tokens, temperature=0.0,
-            use_cache=False,
-        )  # fmt: skip
-        assert [event.token for event in events] == list(expected)
-        assert events[-1].reason == "length"
-    assert [event.reason for event in cancelled] == [None, "cancelled"]
-
-
 def test_mistakes_are_reported_together() -> None:
     engine = Engine(build("dense"), num_pages=2, page_size=4)
     with pytest.raises(ConfigError) as found:
@@ -287,6 +261,8 @@ def test_mistakes_are_reported_together() -> None:
         assert text in str(found.value)
     with pytest.raises(ConfigError, match=r"depth 9: the engine has room for 3 loops"):
         Engine(build("loop")).submit(Request(tokens=(1,), max_new_tokens=1, num_loops=9))
+    with pytest.raises(ConfigError, match=r"depth 3: the engine has room for 1 loops"):
+        Engine(build("loop"), max_loops=1).submit(Request(tokens=(1,), max_new_tokens=1))
     with pytest.raises(ConfigError, match=r"num_pages=0 must be at least 1(\n|.)*chunk=-1"):
         Engine(build("dense"), num_pages=0, chunk=-1)
 

@@ -23,7 +23,13 @@ MODELS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
     ({"kind": "cycle", "num_blocks": 2, "depth": 5}, None),
     ({"kind": "block_recurrence", "num_blocks": 2, "num_loops": 3}, {"rank": 3}),
     ({"kind": "loop", "prelude": 1, "core": 1, "coda": 0, "num_loops": 3}, None),
-]
+    ({"kind": "loop", "prelude": 1, "core": 2, "coda": 2, "num_loops": 3, "injection": "linear",
+      "final_norm_after_core": True, "initial_state": "random"}, {"rank": 3}),
+    ({"kind": "ring", "depth": 3, "level_rank": 2, "feed_forward_rank": 3}, None),
+    ({"kind": "universal", "depth": 3}, None),
+]  # fmt: skip
+CODA = 5
+"""The model with a coda."""
 PROMPTS = [(1, 5, 2, 7), (9,), (3, 3, 8, 1, 4, 4)]
 
 
@@ -79,8 +85,9 @@ def test_an_exit_at_a_loop_always_exits_there(recurrence, adapters) -> None:
     assert ids(serve(Engine(model), exit=Exit("loop", 2))[0]) == text
 
 
-def test_neighbours_with_other_rules_change_nothing() -> None:
-    model = build(*MODELS[1])
+@pytest.mark.parametrize("number", [1, CODA])
+def test_neighbours_with_other_rules_change_nothing(number: int) -> None:
+    model = build(*MODELS[number])
     rules = [None, Exit("loop", 1), Exit("entropy", 1.6), Exit("loop", 2, "share"),
              Exit("oracle"), Exit("confidence", 0.5, "share")]  # fmt: skip
     alone = []
@@ -135,10 +142,11 @@ def test_skipped_loops_are_filled(recurrence, adapters, fill) -> None:
     assert len(list(handle)) == 6
 
 
-def test_the_oracle_exits_where_the_likeliest_token_is_that_of_all_loops() -> None:
+@pytest.mark.parametrize("number", [0, CODA])
+def test_the_oracle_exits_where_the_likeliest_token_is_that_of_all_loops(number: int) -> None:
     """Greedy texts begin as those of full depth, up to the first token that attends to another one
     that left."""
-    model = build(*MODELS[0])
+    model = build(*MODELS[number])
     full = serve(Engine(model))
     found = serve(Engine(model), exit=Exit("oracle"))
     loops = [event.loops for events in found for event in events]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from support.decoding import build_decoder, disturb
 from support.harness import World
@@ -75,9 +74,7 @@ def compare(mine: Score | None, wanted: Score | None) -> None:
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_two_ranks_give_the_texts_of_one_process(
-    world: Callable[[int], World], name: str
-) -> None:
+def test_two_ranks_give_the_texts_of_one_process(world: Callable[[int], World], name: str) -> None:
     """Texts, scores and preemptions, with exits, drafts and a cancelled request; each rank holds
     the pages of its own heads."""
     requests = [*REQUESTS, *(EARLY if name == "cycle" else []), REQUESTS[1]]

@@ -100,7 +100,3 @@ def test_invalid_scores_are_rejected() -> None:
     engine = Engine(build(*MODELS[0]))
     with pytest.raises(ConfigError, match=r"logprobs=-1 must be at least 0; raise it"):
         engine.submit(Request(tokens=(1,), max_new_tokens=1, logprobs=-1))
-    halting = {"kind": "universal", "depth": 3, "halting": {"mode": "global"}}
-    engine = Engine(build_decoder(halting, positions="xpos"))
-    with pytest.raises(ConfigError, match="logprobs need keys and values of every token; omit"):
-        engine.submit(Request(tokens=(1,), max_new_tokens=1, score_prompt=True))

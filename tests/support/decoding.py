@@ -22,6 +22,7 @@ def build_decoder(
     adapters: dict[str, Any] | None = None,
     precision: str = "fp32",
     tp: TensorParallel = ALONE,
+    temporal: dict[str, Any] | None = None,
     **model: Any,
 ) -> Transformer:
     """A small model whose logits are far enough apart for a wrong key to change the tokens."""
@@ -33,6 +34,7 @@ def build_decoder(
         "model": shape | {"vocab_size": VOCAB, "init_std": 0.2} | model,
         "recurrence": recurrence,
         "adapters": adapters,
+        "temporal": temporal,
         "data": {"train": [{"path": "unused"}], "tokenizer": "bytes", "seq_length": 160},
         "optimizer": {"lr": 1e-3},
         "train": {
