@@ -57,17 +57,6 @@ def find_decay(c: Config) -> Mapping[str, object]:
     return {"decay": decay, "least": least} if least > c.train.steps else {}
 
 
-def shares_model(c: Config) -> Mapping[str, object]:
-    """Return the setting by which several processes share a model, if tasks score the run."""
-    if c.train.eval_tasks is None:
-        return {}
-    parallel = c.parallel
-    sizes = {name: getattr(parallel, name) for name in ("pipeline", "tensor", "context")}
-    shared = [f"parallel.{name}={size}" for name, size in sizes.items() if size > 1]
-    shared += ["parallel.zero_stage=3"] * (parallel.zero_stage == 3)
-    return {"shared": shared[0]} if shared else {}
-
-
 def rolls_back_too_far(c: Config) -> bool:
     """Return True if an alarm may find no checkpoint from before the last log step."""
     saving = c.checkpoint
@@ -271,14 +260,6 @@ OPTIMIZER_RULES = (
     ),
 )
 EVAL_TASKS_RULES = (
-    Rule(
-        keys=("train.eval_tasks", "parallel.pipeline", "parallel.tensor", "parallel.context",
-              "parallel.zero_stage"),
-        when=shares_model,
-        reason="train.eval_tasks with {shared}: the first process scores tasks, and must hold the "
-        "whole model",
-        remedy="leave eval_tasks out and score checkpoints with `megarecur eval --tasks`",
-    ),
     Rule(
         keys=("train.eval_tasks", "task", "encoder"),
         when=lambda c: (

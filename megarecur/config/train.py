@@ -118,8 +118,7 @@ class TrainConfig(Section):
     """Additional numbers of loops to evaluate at, for schemes that repeat a group of blocks.
     Default: the config's own alone."""
     eval_tasks: EvalTasksConfig | None = free(None)
-    """Tasks that score the run during training; the first process scores them, the others wait.
-    Default: none."""
+    """Tasks that score the run during training, by all processes. Default: none."""
     profile: ProfileConfig | None = free(None)
     """Steps to record with torch's profiler. Default: none."""
     sample_prompts: tuple[str, ...] = free(())

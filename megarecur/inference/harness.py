@@ -31,15 +31,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megarecur.checkpoint.load import load_model, open_tokenizer, special_ids
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.errors import ConfigError
-from megarecur.inference.engine import Engine
-from megarecur.inference.generate import TextStream
-from megarecur.inference.likelihood import (
-    Pair,
-    find_most_positions,
-    refuse_scoring,
-    score_continuations,
-)
-from megarecur.inference.request import Handle, Request, count_pages
+from megarecur.inference.answers import Advance, Answers
+from megarecur.inference.likelihood import Pair, find_most_positions, refuse_scoring
+from megarecur.inference.request import Request
 from megarecur.inference.task_files import FORMS, find_missing, find_task_file, read_task
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import pick_device
@@ -54,22 +48,28 @@ MOST_NEW = 256
 """Maximum number of new tokens where a task names none, as in the harness' other models."""
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names under which tasks limit the number of new tokens."""
-PAGE = 16
-TEXTS = 32
-"""Maximum number of texts that are generated at a time."""
 
 
 @dataclass(frozen=True)
 class Scorer:
     """A model with its tokenizer, as tasks need it."""
 
-    model: Transformer
-    tokenizer: Tokenizer
+    answers: Answers
     bos_id: int | None
     """Id in front of every text; None if there is none."""
     eos_ids: tuple[int, ...]
     step: int
     """Optimizer step of the parameters."""
+
+    @property
+    def model(self) -> Transformer:
+        """The model, or this rank's part of it."""
+        return self.answers.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer."""
+        return self.answers.tokenizer
 
 
 def open_scorer(run: str | Path, step: int | None = None, device: str = "auto") -> Scorer:
@@ -81,7 +81,8 @@ def open_scorer(run: str | Path, step: int | None = None, device: str = "auto") 
     model, loaded = load_model(run, step, pick_device(device))
     tokenizer = open_tokenizer(loaded)
     bos_id, eos_ids = special_ids(loaded, tokenizer)
-    return Scorer(model, tokenizer, bos_id, tuple(eos_ids), loaded.state["step"])
+    answers = Answers(model, tokenizer)
+    return Scorer(answers, bos_id, tuple(eos_ids), loaded.state["step"])
 
 
 @register_model("megarecur")
@@ -169,21 +170,26 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # The harness has no anno
         **kwargs: object,
     ) -> list[tuple[float, bool]]:
         pairs = [Pair(tuple(context), tuple(rest)) for _, context, rest in requests]
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            self.note(f"{done} of {len(pairs)} texts")
-
-        found = score_continuations(
-            self.scorer.model, pairs, num_loops=self.depth, most_positions=self.most_positions,
-            batch_size=self.batch_size, batch_tokens=self.batch_tokens, advance=advance,
+        found = self.scorer.answers.score(
+            pairs, self.count_texts(len(pairs)), num_loops=self.depth,
+            most_positions=self.most_positions, batch_size=self.batch_size,
+            batch_tokens=self.batch_tokens,
         )  # fmt: skip
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, tuple(answer))
         return [(answer.log_likelihood, answer.is_greedy) for answer in found]
+
+    def count_texts(self, total: int) -> Advance:
+        """Return a function that notes how many of `total` requests are answered."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.note(f"{done} of {total} texts")
+
+        return advance
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -210,23 +216,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # The harness has no anno
             ConfigError: the maximum number of new tokens leaves no position for the context.
         """
         asked = [make_request(self, *request.args) for request in requests]
-        config, model = self.scorer.model.config, self.scorer.model
-        most = max((request.most_tokens for request, _ in asked), default=1)
-        engine = Engine(
-            model, num_pages=TEXTS * count_pages(most, PAGE), page_size=PAGE, max_texts=TEXTS,
-            max_loops=self.depth,
-            missing_ids=self.scorer.tokenizer.missing_ids(config.model.vocab_size or 0),
-        )  # fmt: skip
-        running = {engine.submit(request): stops for request, stops in asked}
-        handles, texts = list(running), {handle: Continued(self, handle) for handle in running}
-        busy = True
-        while busy:
-            busy = engine.step()
-            for handle, stops in list(running.items()):
-                if texts[handle].read_events(stops):
-                    del running[handle]
-                    self.note(f"{len(handles) - len(running)} of {len(handles)} texts")
-        return [texts[handle].text for handle in handles]
+        return self.scorer.answers.continue_texts(asked, self.count_texts(len(asked)))
 
 
 def make_request(
@@ -260,33 +250,6 @@ def make_request(
         num_loops=model.depth,
     )
     return request, [until] if isinstance(until, str) else [stop for stop in until if stop]
-
-
-class Continued:
-    """The text of a request while it is generated."""
-
-    def __init__(self, model: HarnessModel, handle: Handle) -> None:
-        self.handle, self.text = handle, ""
-        # The text of a token depends on those before it.
-        self.stream = TextStream(model.scorer.tokenizer, handle.request.tokens[-PAGE:])
-
-    def read_events(self, stops: Sequence[str]) -> bool:
-        """Take new tokens; cancel the request at a stop string. Returns True if it has ended."""
-        ended, before = False, self.text
-        while not self.handle.events.empty():
-            event = self.handle.events.get()
-            if event.token is not None:
-                self.text += self.stream.add(event.token)
-            if event.finished:
-                self.text += self.stream.end()
-                ended = True
-        if self.text != before:
-            found = [place for stop in stops if (place := self.text.find(stop)) >= 0]
-            if found:
-                self.text = self.text[: min(found)]
-                self.handle.cancel()
-                return True
-        return ended
 
 
 # ------------------------------------------------------------------------------------------ tasks

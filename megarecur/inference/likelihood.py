@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.errors import ConfigError
+from megarecur.inference.generate import run_forward
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.loss import IGNORED
-from megarecur.plan.schedule import Schedules
+from megarecur.parallel.mesh import Mesh
+from megarecur.plan.schedule import Scheduled, Schedules
 from megarecur.recurrence.depth import refuse_depth
-from megarecur.recurrence.layer_map import LayerMap
 
 
 class Pair(NamedTuple):
@@ -79,19 +79,24 @@ def score_continuations(
     batch_size: int = 64,
     batch_tokens: int = 8192,
     advance: Callable[[int], object] = lambda done: None,
+    mesh: Mesh | None = None,
+    schedules: Schedules | None = None,
 ) -> list[Likelihood]:
-    """Return the log-likelihoods of continuations, in the order of `pairs`.
+    """Return the log-likelihoods of continuations, in the order of `pairs`; collective.
 
     Long texts are scored first. Pairs of equal input, such as choices of one token, share a row.
+    Replicas score different batches, which do not depend on their number.
 
     Args:
-        model: the whole model, in one process.
+        model: this rank's part; all ranks pass the same pairs and options.
         num_loops: loops to run instead of the trained number, if the scheme repeats a group.
         most_positions: maximum number of tokens that the model reads; a longer context is cut from
             the left. None: `find_most_positions`.
         batch_size: maximum number of samples of a batch.
         batch_tokens: maximum number of tokens of a batch of several samples, padding included.
-        advance: called with the number of pairs that a batch has scored.
+        advance: called with the number of pairs that a batch of each replica has scored.
+        mesh: the ranks; None: one process.
+        schedules: the walks of the run; None builds them.
 
     Raises:
         ConfigError: the model predicts no text, the depth has no parameters, or a continuation is
@@ -101,12 +106,18 @@ def score_continuations(
     if refusal := refuse_scoring(config, num_loops):
         raise ConfigError(f"cannot score text: {refusal}")
     limit = most_positions or find_most_positions(config)
-    steps = Schedules(config).forward(num_loops).steps
+    mesh = mesh or Mesh(device=next(model.parameters()).device)
+    scheduled = (schedules or Schedules(config)).forward(num_loops)
     found: dict[int, Likelihood] = {}
-    for rows in split_batches(pairs, limit, batch_size, batch_tokens):
-        scored = score_rows(model, steps, rows, pairs)
-        found |= scored
-        advance(len(scored))
+    batches = list(split_batches(pairs, limit, batch_size, batch_tokens))
+    for first in range(0, len(batches), mesh.dp):
+        # Those of a context have no positions of their own here, so they are replicas too.
+        group = batches[first : first + mesh.dp]
+        # A replica without a batch repeats one: ZeRO 3 gathers weights on all ranks at once.
+        found |= score_rows(model, mesh, scheduled, group[mesh.dp_rank % len(group)], pairs)
+        advance(sum(len(own) for rows in group for _, own in rows))
+    for others in mesh.gather_objects(found):
+        found |= others
     return [found[number] for number in range(len(pairs))]
 
 
@@ -141,28 +152,30 @@ def split_batches(
 
 
 def score_rows(
-    model: Transformer, steps: LayerMap, rows: Rows, pairs: Sequence[Pair]
+    model: Transformer, mesh: Mesh, scheduled: Scheduled, rows: Rows, pairs: Sequence[Pair]
 ) -> dict[int, Likelihood]:
-    """Return the log-likelihoods of a batch by the numbers of their pairs."""
-    device = next(model.parameters()).device
-    batch = pad_rows([tokens for tokens, _ in rows]).to(device)
-    ctx = model.context(batch, step=0, training=False)
-    reads: dict[str, Tensor] = {}
-    x, _ = model.run(steps, model.enter(batch.tokens_BS, ctx, reads), ctx, reads)
-    # The head runs only where continuations are predicted.
-    counts = [max(len(pairs[number].continuation) for number in own) for _, own in rows]
-    read = [
-        x[row, len(tokens) - count : len(tokens)]
-        for row, ((tokens, _), count) in enumerate(zip(rows, counts, strict=True))
-    ]
-    logits_NV = model.all_logits(torch.cat(read)[None])[0]
+    """Return the log-likelihoods of a batch by the numbers of their pairs, on the pipeline rank of
+    the head; nothing on the others."""
+    batch = pad_rows([tokens for tokens, _ in rows]).to(mesh.device)
+    with model.tp.whole_sequences():
+        ctx = model.context(batch, step=0, training=False, whole=True)
+        x = run_forward(model, mesh, scheduled, batch.tokens_BS, ctx)
+        if x is None:
+            return {}
+        # The head runs only where continuations are predicted.
+        counts = [max(len(pairs[number].continuation) for number in own) for _, own in rows]
+        read = [
+            x[row, len(tokens) - count : len(tokens)]
+            for row, ((tokens, _), count) in enumerate(zip(rows, counts, strict=True))
+        ]
+        logits_NV = model.all_logits(torch.cat(read)[None])[0]
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
     found = {}
     for (_, own), logits_SV in zip(rows, logits_NV.split(counts), strict=True):
         log_p_SV = logits_SV.log_softmax(-1, dtype=wide)
         likeliest_S = log_p_SV.argmax(-1)
         for number in own:
-            ids = torch.tensor(pairs[number].continuation, device=device)
+            ids = torch.tensor(pairs[number].continuation, device=mesh.device)
             log_p_S = log_p_SV[-len(ids) :].gather(1, ids[:, None])
             greedy = bool((likeliest_S[-len(ids) :] == ids).all())
             found[number] = Likelihood(float(log_p_S.sum(dtype=torch.float64)), greedy)

@@ -21,6 +21,7 @@ from megarecur.model.runner import ChunkedRunner, initial_site
 from megarecur.model.saved import saving
 from megarecur.model.telemetry import Telemetry
 from megarecur.model.temporal import Carried, build_chunks
+from megarecur.parallel.context import WHOLE
 from megarecur.parallel.head_loss import Target
 from megarecur.parallel.loss import LossTerm
 from megarecur.parallel.random import draw_keys, dropout
@@ -39,10 +40,12 @@ class Transformer(Parts):
         telemetry: Telemetry | None = None,
         states: list[Tensor] | None = None,
         drawn: Mapping[int, Tensor] | None = None,
+        whole: bool = False,
     ) -> Context:
         """Return the context of a micro batch.
 
         Args:
+            whole: let every context-parallel rank compute all positions.
             drawn: words of random keys on the device (`draw_keys`), if they were drawn before.
             telemetry: measures the steps of the map, if given.
             states: list to which the output of every step is appended, if given.
@@ -59,7 +62,8 @@ class Transformer(Parts):
         given = self._surroundings(batch, always) | options
         if self.config.temporal is not None:
             return build_chunks(self.config, batch.positions_BS, self.dtype, **given)
-        ctx = build_context(self.config.model, batch.positions_BS, self.dtype, cp=self.cp, **given)
+        cp = WHOLE if whole else self.cp
+        ctx = build_context(self.config.model, batch.positions_BS, self.dtype, cp=cp, **given)
         if batch.source is None:
             return ctx
         # Each stack counts its own tokens, so the recorders differ.

@@ -208,7 +208,9 @@ def score_tasks_if_due(run: Run) -> int:
         return 0
     run.beat.enter("evaluate", state.step)
     note = run.beat.note("evaluate", "tasks: ")
-    values = score_eval_tasks(run.model, run.tasks, config, run.mesh, state.step, note)
+    values = score_eval_tasks(
+        run.model, run.tasks, config, run.mesh, run.schedules, state.step, note
+    )
     run.report.write(state, values, run.stop)
     run.scored = state.step
     return run.stop.agreed(run.mesh)

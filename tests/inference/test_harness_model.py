@@ -12,6 +12,7 @@ from support.once import make_once
 from megarecur.checkpoint.load import load_model
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import ConfigError, DataError
+from megarecur.inference.answers import Answers
 from megarecur.inference.generate import generate
 from megarecur.inference.likelihood import Pair, score_continuations
 
@@ -201,7 +202,7 @@ def test_runs_that_predict_no_text_are_refused(model: HarnessModel, tmp_path: Pa
         HarnessModel(run=tmp_path)
     dense, _ = load_model(write_dense(tmp_path))
     with pytest.raises(ConfigError, match=r"recurrence\.kind=dense has no loops"):
-        HarnessModel(depth=2, scorer=Scorer(dense, TOKENIZER, None, (256,), 7))
+        HarnessModel(depth=2, scorer=Scorer(Answers(dense, TOKENIZER), None, (256,), 7))
 
 
 def write_dense(folder: Path) -> Path:

@@ -453,16 +453,6 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         (PAIRS, "train.eval_bleu=8", "parallel.zero_stage=3"),
         ("parallel.zero_stage=2",),
     ),
-    (
-        "train.eval_tasks",
-        "parallel.pipeline",
-        "parallel.tensor",
-        "parallel.context",
-        "parallel.zero_stage",
-    ): (
-        ("train.eval_tasks={tasks: [piqa]}", "parallel.pipeline=2"),
-        ("train.eval_tasks=null",),
-    ),
     ("train.eval_tasks", "task", "encoder"): (
         (PAIRS, "train.eval_tasks={tasks: [piqa]}"),
         ("train.eval_tasks=null",),
