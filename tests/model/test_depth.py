@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -375,20 +376,31 @@ def test_evaluation_by_depth_in_training_and_on_the_command_line(corpus, tmp_pat
         evaluate_run(tmp_path / "run", depth="0,x", samples=0, device="cpu")
 
 
-def test_losses_by_position_add_up(corpus, tmp_path) -> None:
+def test_losses_by_position_are_means_of_tokens(corpus, tmp_path) -> None:
     """Position 0 of a document is predicted from nothing before it; the parts make the whole."""
     config = with_vocab_size(make_config(corpus, "loop", data={"seq_length": 64}), 257)
     part = open_corpus(corpus / "val", "bytes", ByteTokenizer().fingerprint)
-    score = evaluate_corpus(Transformer(config), part, config, Mesh())
+    model = Transformer(config)
+    score = evaluate_corpus(model, part, config, Mesh())
     assert len(score.by_position) == 8 and math.isnan(score.by_position[7])
-    batches = validation_batches(part, seq_length=64, micro_batch_size=2)
-    counts = [0] * 8
-    for batch in batches:
-        for position in batch.positions_BS[batch.labels_BS != IGNORED].tolist():
-            counts[position.bit_length()] += 1
-    assert sum(counts) == score.tokens
-    whole = sum(n * loss for n, loss in zip(counts, score.by_position, strict=True) if n)
-    assert whole / score.tokens == pytest.approx(score.loss, rel=1e-9)
+    found: list[list[float]] = [[] for _ in range(8)]
+    for batch in validation_batches(part, seq_length=64, micro_batch_size=2):
+        ctx = model.context(batch, step=0, training=False)
+        with torch.no_grad():
+            x, _ = model.run(
+                layer_map(config.recurrence), model.embed(batch.tokens_BS, ctx), ctx, {}
+            )
+            log_p_BSV = model.all_logits(x).log_softmax(-1)
+        counted_BS = batch.labels_BS != IGNORED
+        ids_N = batch.labels_BS[counted_BS]
+        losses_N = -log_p_BSV[counted_BS].gather(-1, ids_N[:, None])[:, 0]
+        positions_N = batch.positions_BS[counted_BS]
+        for position, loss in zip(positions_N.tolist(), losses_N.tolist(), strict=True):
+            found[position.bit_length()].append(loss)
+    assert sum(map(len, found)) == score.tokens
+    means = [sum(losses) / len(losses) for losses in found[:7]]
+    assert list(score.by_position[:7]) == pytest.approx(means, rel=1e-5)
+    assert sum(map(sum, found)) / score.tokens == pytest.approx(score.loss, rel=1e-5)
 
 
 def test_depths_of_schemes_without_loops_are_refused() -> None:

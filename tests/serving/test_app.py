@@ -140,10 +140,12 @@ def test_bad_input_is_one_clear_error_each(run: Path) -> None:
     ("recurrence", "body", "message"),
     [
         ({"kind": "cycle", "num_blocks": 2, "depth": 4}, {"depth": 2}, "has no loops; omit the de"),
-        ({"kind": "dense", "num_layers": 2}, {"exit": {"kind": "confidence"}}, "exits"),
-        ({"kind": "dense", "num_layers": 2}, {"draft": {}}, "draft"),
-        ({"kind": "universal", "depth": 3, "halting": {"mode": "global"}}, {"logprobs": 1},
-         "logprobs need keys and values of every token; omit them"),
+        ({"kind": "dense", "num_layers": 2}, {"exit": {"kind": "confidence"}},
+         "kind=dense has no loops to exit after; omit exit"),
+        ({"kind": "dense", "num_layers": 2}, {"draft": {}},
+         "draft: recurrence.kind=dense has no loops to exit after; omit draft"),
+        ({"kind": "universal", "depth": 3, "halting": {"mode": "global"}},
+         {"exit": {"kind": "confidence"}}, "halting.mode=global decides itself"),
     ],
 )  # fmt: skip
 def test_what_a_model_lacks_is_refused(
@@ -151,8 +153,10 @@ def test_what_a_model_lacks_is_refused(
 ) -> None:
     async def talk(client: httpx2.AsyncClient, service: Service) -> None:
         check_error(await post(client, **body), 400, None, message)
-        answer = (await post(client, max_tokens=3, temperature=0)).json()
-        assert answer["usage"]["completion_tokens"] in range(4)
+        answer = (await post(client, max_tokens=3, temperature=0, logprobs=1, echo=True)).json()
+        usage, scores = answer["usage"], answer["choices"][0]["logprobs"]["token_logprobs"]
+        assert usage["completion_tokens"] in range(4) and len(scores) == usage["total_tokens"]
+        assert scores[0] is None and all(score < 0.0 for score in scores[1:])
 
     positions = {"positions": "xpos"} if "halting" in recurrence else {}
     converse(make_run(tmp_path / "run", recurrence, model=positions), talk)
