@@ -45,6 +45,14 @@ class Boundaries:
         edges: NDArray[np.int32] = self.cu_seqlens.numpy()
         return edges[: self.count + 1]
 
+    def lengths_within(self, span: int) -> NDArray[np.int64]:
+        """Return the tokens of each document, cut every `span` positions of its sample."""
+        if span >= self.length:
+            return np.diff(self.edges).astype(np.int64)
+        samples = np.arange(self.batch) * self.length
+        cuts = samples[:, None] + np.arange(0, self.length, span)
+        return np.diff(np.unique(np.concatenate((self.edges, cuts.ravel()))))
+
     def to(self, device: torch.device | str) -> Boundaries:
         """Return the boundaries with their copy on a device."""
         return replace(self, on_device=send(self.cu_seqlens, device))

@@ -8,7 +8,7 @@ Sizes are in parameters, FLOPs per token, bytes.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
@@ -242,10 +242,11 @@ def count_pairs(length: int, causal: bool, window: int | None = None) -> int:
 def count_seen(config: Config, lengths: Iterable[int]) -> Seen:
     """Return the keys that queries see over documents of these lengths, or parts of documents that
     attention sees by themselves."""
-    lengths, model = list(lengths), config.model
-    tokens = max(sum(lengths), 1)
+    # A global batch may have 100,000 documents, but few lengths.
+    counts, model = Counter(lengths), config.model
+    tokens = max(sum(length * count for length, count in counts.items()), 1)
     full, sliding = (
-        sum(count_pairs(length, model.causal, window) for length in lengths) / tokens
+        sum(count_pairs(length, model.causal, window) * n for length, n in counts.items()) / tokens
         for window in (None, model.sliding_window)
     )
     return Seen(full, sliding)

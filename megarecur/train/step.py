@@ -235,11 +235,9 @@ def count_keys(config: Config, batches: Sequence[MicroBatch]) -> tuple[float, ..
     lengths: list[int] = []
     for batch in batches:
         rows, length = batch.tokens_BS.shape
-        edges = batch.boundaries or whole_samples(rows, length, torch.device("cpu"))
+        documents = batch.boundaries or whole_samples(rows, length, torch.device("cpu"))
         span = length if config.temporal is None else config.temporal.chunk_length
-        for start in range(0, length, span):
-            part = edges if span >= length else edges.narrow(start, min(start + span, length))
-            lengths += np.diff(part.edges).tolist()
+        lengths += documents.lengths_within(span).tolist()
     seen = count_seen(config, lengths)
     found = [seen.full * sum(lengths), seen.sliding * sum(lengths)]
     sources = [(batch.source, batch.tokens_BS.shape[1]) for batch in batches if batch.source]

@@ -51,6 +51,11 @@ def test_parts_of_boundaries_are_those_of_the_parts(documents_BS: Tensor, chosen
     start = chosen.draw(st.integers(0, length - 1))
     stop = chosen.draw(st.integers(start + 1, length))
     assert_same(found.narrow(start, stop), count_boundaries(documents_BS[:, start:stop]))
+    spans = [slice(first, first + stop) for first in range(0, length, stop)]
+    pieces = [
+        len(list(run)) for row in documents_BS.tolist() for span in spans for run in runs(row[span])
+    ]
+    assert found.lengths_within(stop).tolist() == pieces
     rows = torch.tensor(chosen.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=5)))
     assert_same(found.select(rows), count_boundaries(documents_BS[rows]))
 

@@ -20,6 +20,7 @@ from megarecur.data.corpus import Manifest
 from megarecur.data.loader import MicroBatch
 from megarecur.launch.configs import measure_documents, see_corpora
 from megarecur.model.transformer import Transformer
+from megarecur.plan import cost
 from megarecur.plan.cost import Seen, count_flops, count_pairs, count_seen, see_samples
 from megarecur.recurrence.schemes import build_map
 from megarecur.train.report import Report
@@ -62,6 +63,22 @@ def test_the_documents_of_batches_are_counted() -> None:
         sum(count_pairs(n, True) for n in (16, 16, 2, 5, 9, 16))
     )
     assert count_keys(config, []) == (0.0,) * 5
+
+
+def test_documents_of_equal_length_are_counted_once(monkeypatch) -> None:
+    """A global batch may have 100,000 documents; Python runs for each length, not for each."""
+    counted: list[int] = []
+
+    def count(length: int, causal: bool, window: int | None = None) -> int:
+        counted.append(length)
+        return count_pairs(length, causal, window)
+
+    monkeypatch.setattr(cost, "count_pairs", count)
+    config = make_config(scheme="dense", model=WINDOW, data={"seq_length": 16})
+    full, sliding, *_ = count_keys(config, [make_batch([5, 11] * 50, (50, 16))] * 3)
+    assert full == pytest.approx(150 * (count_pairs(5, True) + count_pairs(11, True)))
+    assert sliding == pytest.approx(150 * (count_pairs(5, True, 4) + count_pairs(11, True, 4)))
+    assert sorted(counted) == [5, 5, 11, 11]
 
 
 def test_pairs_of_sentences_are_counted() -> None:
