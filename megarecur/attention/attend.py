@@ -7,16 +7,14 @@ head i // (N / M); no backend but the oracle repeats keys.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megarecur.attention.dense import attend_dense
+from megarecur.attention.fused import attend_fused
 from megarecur.attention.operation import Kernel, attend_documents
 from megarecur.attention.scores import Drop, Scores
 from megarecur.attention.segments import Task
 from megarecur.attention.visibility import Visibility
-from megarecur.errors import ConfigError
 
 
 def attend(
@@ -29,9 +27,13 @@ def attend(
         scores: how scores are computed.
         seen: which keys each query sees.
         drop: dropout of attention weights, if any.
+
+    Raises:
+        ConfigError: on CUDA, no fused kernel supports these tensors (`attend_fused`).
     """
     if seen.queries is None or seen.keys is None:
-        return attend_dense(qkv, scores, seen.mask, seen.causal, drop)
+        allows_math = seen.backend == "dense"
+        return attend_dense(qkv, scores, seen.mask, seen.causal, drop, allows_math)
     is_fused = drop is None and scores.softcap is None
     # A graph must not read `is_plain`, or batches of single documents would need a second one.
     if is_fused and not torch.compiler.is_compiling() and seen.is_plain:
@@ -57,30 +59,6 @@ def attend(
 
 
 def attend_plain(qkv: tuple[Tensor, Tensor, Tensor], scores: Scores, is_causal: bool) -> Tensor:
-    """Return the mixed values of samples that are one document each, by torch's fused attention.
-
-    Raises:
-        ConfigError: on CUDA, no fused kernel supports these tensors.
-    """
+    """Return the mixed values of samples that are one document each, by torch's fused attention."""
     q, k, v = (t.transpose(1, 2) for t in qkv)
-    grouped = q.shape[1] != k.shape[1]
-
-    def run() -> Tensor:
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=scores.scale, enable_gqa=grouped
-        )
-        return out.transpose(1, 2)
-
-    if q.device.type != "cuda":
-        return run()
-    try:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
-            return run()
-    except RuntimeError as error:
-        if "No available kernel" not in str(error):
-            raise
-        raise ConfigError(
-            f"train.attention: no fused kernel of torch supports {q.dtype} with {q.shape[1]} query "
-            f"heads and {k.shape[1]} key heads of {q.shape[3]} on this GPU; set train.attention to "
-            "flex or segments, or to dense to allow the slow MATH kernel"
-        ) from error
+    return attend_fused(q, k, v, None, is_causal, scores.scale).transpose(1, 2)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megarecur.attention.fused import attend_fused
 from megarecur.attention.scores import Drop, Scores
 from megarecur.parallel.random import dropout
 
@@ -19,6 +20,7 @@ def attend_dense(
     mask: Tensor | None,
     is_causal: bool,
     drop: Drop | None,
+    allows_math: bool = False,
 ) -> Tensor:
     """Return the mixed values [B, S, N, H].
 
@@ -28,11 +30,17 @@ def attend_dense(
         mask: added to scores; broadcasts to [B, N, S, K].
         is_causal: if True and there is no mask, a query sees keys up to its own position.
         drop: dropout of attention weights, if any.
+        allows_math: let torch use its slow MATH kernel on CUDA.
+
+    Raises:
+        ConfigError: on CUDA, no fused kernel supports these tensors, and `allows_math` is False.
     """
     q, k, v = (t.transpose(1, 2) for t in qkv)
     groups = q.shape[1] // k.shape[1]
     mask = None if mask is None else mask.to(q.dtype)
     if drop is None and scores.softcap is None:
+        if not allows_math:
+            return attend_fused(q, k, v, mask, is_causal, scores.scale).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=is_causal, scale=scores.scale, enable_gqa=groups > 1
         )

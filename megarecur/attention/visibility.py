@@ -44,7 +44,8 @@ class Visibility:
     is_plain: bool = False
     """Whether torch's fused attention needs neither mask nor documents."""
     backend: Backend = "segments"
-    """The code that attends by documents."""
+    """The code that attends by documents. dense: a mask may let torch use its MATH kernel on CUDA;
+    otherwise generation, which always has masks, raises an error instead."""
     block_mask: BlockMask | None = None
     """Blocks of visible pairs, for the backend flex."""
 
@@ -94,7 +95,7 @@ def see_whole(
 ) -> Visibility:
     """Return the visibility in which every query of a sample sees all keys of the sample."""
     if backend == "dense":
-        return Visibility()
+        return Visibility(backend=backend)
     of_queries, of_keys = (whole_samples(batch, length, device) for length in (queries, keys))
     is_plain = has_plain_kernel(backend, device)
     return see_documents(of_queries, of_keys, backend, device, is_plain=is_plain)

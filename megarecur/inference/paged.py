@@ -47,6 +47,7 @@ class Rows:
         tables: the pages of each text, at least up to its last row.
         positions: the positions of the rows of each text, ascending.
         loops: the loop of each text, ascending.
+        allows_math: let torch use its slow MATH kernel on CUDA.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Rows:
         tables: Sequence[Tensor],
         positions: Sequence[Sequence[int]],
         loops: Sequence[int],
+        allows_math: bool = False,
     ) -> None:
         device, size = pool.keys.device, pool.page_size
-        self.pool, self.slopes_N = pool, slopes_N
+        self.pool, self.slopes_N, self.allows_math = pool, slopes_N, allows_math
         counts = [len(own) for own in positions]
         flat = [position for own in positions for position in own]
         self.positions_T = torch.tensor(flat, device=device)
@@ -180,7 +182,8 @@ class WindowedRows:
             q_BSNH = own_TNH.view(*bucket.positions_BS.shape, *q_TNH.shape[1:])
             k_BKMH, v_BKMH = rows.gather(bucket, block, dtype)
             mask = rows.mask(bucket, self.window, dtype)
-            mixed = attend_rows(q_BSNH, k_BKMH, v_BKMH, scores, mask).reshape(own_TNH.shape)
+            mixed = attend_rows(q_BSNH, k_BKMH, v_BKMH, scores, mask, rows.allows_math)
+            mixed = mixed.reshape(own_TNH.shape)
             if bucket.rows_T is None:
                 return mixed[None]
             out_TNH[bucket.rows_T] = mixed
@@ -188,16 +191,21 @@ class WindowedRows:
 
 
 def attend_rows(
-    q_BSNH: Tensor, k_BKMH: Tensor, v_BKMH: Tensor, scores: Scores, mask: Tensor
+    q_BSNH: Tensor,
+    k_BKMH: Tensor,
+    v_BKMH: Tensor,
+    scores: Scores,
+    mask: Tensor,
+    allows_math: bool = False,
 ) -> Tensor:
     """Return the mixed values [B, S, N, H], of keys hidden by a mask [B, 1 or N, S, K]."""
     batch, queries, heads, dim = q_BSNH.shape
     groups = heads // k_BKMH.shape[2]
     if queries > 1 or groups == 1:
-        return attend_dense((q_BSNH, k_BKMH, v_BKMH), scores, mask, False, None)
+        return attend_dense((q_BSNH, k_BKMH, v_BKMH), scores, mask, False, None, allows_math)
     # The queries of a key head see the same keys, so they serve as its queries.
     q_BGMH = q_BSNH.view(batch, -1, groups, dim).transpose(1, 2)
     if mask.shape[1] > 1:
         mask = mask.view(batch, -1, groups, mask.shape[-1])
-    mixed = attend_dense((q_BGMH, k_BKMH, v_BKMH), scores, mask, False, None)
+    mixed = attend_dense((q_BGMH, k_BKMH, v_BKMH), scores, mask, False, None, allows_math)
     return mixed.transpose(1, 2).reshape(q_BSNH.shape)

@@ -198,7 +198,7 @@ class Passes:
             return replace(self.last, levels_1TD=self.encode_levels(self.last.rows))
         rows = Rows(
             self.pool, self.step_of, self.slopes_N, [item.table for item in items],
-            [item.positions for item in items], loops,
+            [item.positions for item in items], loops, self.model.attention.backend == "dense",
         )  # fmt: skip
         positions_1T = rows.positions_T[None]
         lengths_1T = None

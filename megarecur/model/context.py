@@ -331,11 +331,13 @@ class MaskBuilder:
     documents_BS: Tensor | None
     slopes_N: Tensor | None
     device: torch.device
+    backend: Backend
 
     def see(self, window: int | None) -> Visibility:
         """Return the visibility of blocks with a window, or without one (None)."""
         mask = self.build(window)
-        return Visibility(self.model.causal and mask is None and self.past == 0, mask)
+        is_causal = self.model.causal and mask is None and self.past == 0
+        return Visibility(is_causal, mask, backend=self.backend)
 
     def build(self, window: int | None) -> Tensor | None:
         """Return the additive mask; None if causality suffices or every token sees all."""
@@ -415,7 +417,9 @@ def build_context(
         first = (tp.rank * cp.size + cp.rank) * heads
         slopes_N = send(alibi_slopes(model.num_heads)[first:][:heads], device)
     if cache is not None or backend == "dense":
-        see = MaskBuilder(model, past, length, dtype, documents_BS, slopes_N, device).see
+        see = MaskBuilder(
+            model, past, length, dtype, documents_BS, slopes_N, device, backend
+        ).see  # fmt: skip
     else:
         documents = boundaries or (
             whole_samples(batch, length, device)
@@ -493,7 +497,7 @@ def see_source(
     if backend == "dense":
         mask = torch.zeros(batch, 1, 1, keys, dtype=dtype, device=device)
         mask.masked_fill_(source.documents_BS[:, None, None] < 0, float("-inf"))
-        return Visibility(mask=mask)
+        return Visibility(mask=mask, backend=backend)
     edges = (source.boundaries or count_boundaries(source.documents_BS)).edges
     starts = np.arange(batch) * keys
     lengths = edges[edges.searchsorted(starts) + 1] - starts

@@ -281,8 +281,8 @@ def separate_documents(
             allowed_BCM = torch.stack((carried_BC, ~carried_BC), -1).repeat_interleave(
                 num_slots, -1
             )
-            reads = Visibility(mask=additive(allowed_BCM[:, None], dtype))
-            writes = Visibility(mask=additive(written_BC[:, None, None], dtype))
+            reads = Visibility(mask=additive(allowed_BCM[:, None], dtype), backend=backend)
+            writes = Visibility(mask=additive(written_BC[:, None, None], dtype), backend=backend)
         else:
             reads = see_memory(carried_BC, num_slots, backend)
             writes = see_written(written_BC, num_slots, backend)

@@ -44,8 +44,8 @@ def test_backends_equal_dense(backend, dtype, softcap, slopes, key_heads, window
         torch.randn(B, S, heads, H, device=device).to(dtype)
         for heads in (N, key_heads, key_heads, N)
     )
-    found = []
-    for view, own in ((seen, dtype), (Visibility(mask=mask), torch.float64)):
+    found, oracle = [], Visibility(mask=mask, backend="dense")
+    for view, own in ((seen, dtype), (oracle, torch.float64)):
         leaves = [t.to(own).requires_grad_() for t in (q, k, v)]
         out = attend(tuple(leaves), Scores(0.125, softcap), view, None)
         found.append((out.detach(), *torch.autograd.grad(out, leaves, grad.to(own))))
