@@ -14,12 +14,14 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from support.pairs import make_pair_batch
+from support.models import VOCABULARY, LargestTensor
+from support.pairs import collate, make_pair_batch, pair_config
+from support.pairs import run as run_pairs
+from support.pictures import make_pictures, picture_config
+from support.pictures import run as run_pictures
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megarecur.attention import flex, segments, varlen
 from megarecur.attention.attend import attend
@@ -30,6 +32,7 @@ from megarecur.attention.scores import Drop, Scores
 from megarecur.attention.segments import Task
 from megarecur.attention.visibility import Visibility, make_window, see_documents
 from megarecur.model.context import see_source
+from megarecur.model.transformer import Transformer
 from megarecur.parallel.random import key_words
 
 CPU = torch.device("cpu")
@@ -366,22 +369,6 @@ def test_varlen_makes_no_scores_under_fake_tensors(monkeypatch) -> None:
 # ------------------------------------------------------------------------------------------ memory
 
 
-class LargestTensor(TorchDispatchMode):
-    """The elements of the largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        made = function(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(made) if isinstance(t, Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return made
-
-
 @pytest.mark.parametrize(
     "changes",
     [{}, {"window": 100}, {"slopes": True}, {"softcap": 2.0}, {"rate": 0.2}, {"causal": False},
@@ -390,18 +377,43 @@ class LargestTensor(TorchDispatchMode):
 )  # fmt: skip
 @pytest.mark.parametrize("packed", [True, False])
 def test_no_tensor_has_a_score_of_all_pairs(changes: dict[str, Any], packed: bool) -> None:
-    S = 2048
+    S = 1280  # S x S elements are more than those of a block of scores.
     numbers = torch.arange(S) // 200 if packed else torch.zeros(S, dtype=torch.int64)
     layout = Layout(numbers.expand(2, S), 4, 2, 8, **{"causal": True, "window": 0, "slopes": False,
                     "softcap": None, "rate": 0.0, **changes})  # fmt: skip
     with LargestTensor() as seen:
         differentiate(layout, visible(layout), torch.float32)
     assert 0 < seen.elements < S * S
+    if changes:
+        return
     with LargestTensor() as seen:
         differentiate(
             layout, Visibility(mask=layout.oracle_mask(torch.float32, None)), torch.float32
         )
     assert seen.elements >= S * S
+
+
+@pytest.mark.parametrize("attention", ["auto", "dense"])
+def test_no_encoder_decoder_has_a_score_of_all_pairs(attention: str) -> None:
+    """Of long sentences of unequal lengths: both stacks, and the decoder's look at the encoder."""
+    S, whole = 384, torch.arange(385) % VOCABULARY
+    layers = {"kind": "dense", "num_layers": 1}
+    config = pair_config(layers, layers, "fp32", train={"attention": attention},
+                         model={"max_positions": S})  # fmt: skip
+    batch = collate([whole[:S], whole[:200]], [whole[:150], whole])
+    with LargestTensor() as seen:
+        run_pairs(Transformer(config), batch, training=True)
+    assert (seen.elements >= S * S) == (attention == "dense")
+
+
+def test_no_model_of_pictures_has_a_score_of_all_pairs() -> None:
+    config = picture_config(
+        {"kind": "dense", "num_layers": 1}, "fp32", task={"image_size": 32}, model={"dropout": 0.1}
+    )
+    S = config.num_positions
+    with LargestTensor() as seen:
+        run_pictures(Transformer(config), make_pictures(config, 1), training=True)
+    assert 0 < seen.elements < S * S
 
 
 def test_varlen_knows_where_the_keys_that_it_reads_end() -> None:

@@ -14,6 +14,7 @@ from support import configs
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from megarecur.config.run import Config
@@ -162,6 +163,22 @@ class LiveStorages(TorchDispatchMode):
     def count_bytes(self) -> int:
         """Bytes of the storages that are alive."""
         return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+class LargestTensor(TorchDispatchMode):
+    """The elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(made) if isinstance(t, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return made
 
 
 def step_once(config: Config, batch: Any = None) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from support.configs import make_config
+from support.pairs import make_pair_batch, pair_config
+from support.pictures import make_pictures, picture_config
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from megarecur.attention.plan import Choice
 from megarecur.config.run import Config
+from megarecur.data.loader import MicroBatch
 from megarecur.data.open import open_data
 from megarecur.launch.check import describe_waits
 from megarecur.model.transformer import Transformer
@@ -106,16 +110,20 @@ def caller() -> str:
     return "?"
 
 
-def take_steps(config: Config, device: torch.device, attention: str | None) -> tuple[Waits, ...]:
-    """Return the waits of each of two steps; on the CPU, their updates included."""
-    data, mesh = open_data(config, Mesh()), Mesh(device=device)
-    config = data.config
+def take_steps(
+    config: Config, device: torch.device, attention: str | None, made: Sequence[MicroBatch] = ()
+) -> tuple[Waits, ...]:
+    """Return the waits of each of two steps over `made`, or over micro batches of the config's
+    corpus; on the CPU, their updates included."""
+    data, mesh = None if made else open_data(config, Mesh()), Mesh(device=device)
+    config = config if data is None else data.config
     model = Transformer(config, device)
     if attention is not None:
         model.attention = Choice(attention, "the test's")  # type: ignore[arg-type]
     engine, seen = PlainEngine(model, config, mesh), []
     for step in range(2):
-        batches = [batch.to(device) for batch in data.loader.batch(step)]
+        read = made if data is None else data.loader.batch(step)
+        batches = [batch.to(device) for batch in read]
         with Waits() as waits:
             result = forward_backward(model, engine, config, batches, step, mesh, step == 1)
             engine.reduce() if device == META else engine.step(1e-3)
@@ -163,6 +171,23 @@ def test_nothing_waits_before_the_norm(corpus, monkeypatch, case) -> None:
     assert first.found == second.found == {}
     assert second.sent.pop("_to_copy in model.context.build_context", 0) in (0, 2)  # ALiBi's slopes
     assert second.sent == {TABLE: 1} and first.sent[TABLE] == 1
+
+
+@pytest.mark.parametrize("case", ["pairs", "pictures"])
+def test_other_inputs_wait_for_nothing_before_the_norm(monkeypatch, case) -> None:
+    """Sentences with padding, which the decoder looks at, and pictures with labels of classes."""
+    model = {"dropout": 0.1}
+    if case == "pairs":
+        layers = {"kind": "cycle", "num_blocks": 1, "depth": 2}
+        config, made = pair_config(layers, layers, "fp32", model=model), [make_pair_batch(3)] * 2
+    else:
+        config = picture_config(precision="fp32", model=model)
+        made = [make_pictures(config, 2)] * 2
+    assert find_waits(config) == []
+    monkeypatch.setattr(engines, "build_optimizers", lambda *args: [])
+    first, second = take_steps(config, META, "varlen", made)
+    assert first.found == second.found == {}
+    assert second.sent[TABLE] == 1
 
 
 def test_tables_of_segments_are_sent(corpus, monkeypatch) -> None:
