@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 from megarecur.data.corpus import read_manifest
 from megarecur.data.fit import IMAGE
 from megarecur.data.images import ImageCorpus
-from megarecur.data.pictures import decode
 from megarecur.errors import DataError
 from megarecur.files import replace_file
 
@@ -45,7 +44,7 @@ def draw_corpus(path: str | Path, file: Path, seed: int = 1) -> None:
     for place, number in enumerate(numbers):
         left = GAP + place % COLUMNS * step
         top = GAP + TEXT + GAP + place // COLUMNS * height
-        picture = fit(decode(corpus.pictures.read(number), corpus.channels))
+        picture = fit(corpus.picture(number))
         sheet.paste(picture, (left, top + CELL - picture.height))
         name = shorten(corpus.classes[int(corpus.labels[number])], font)
         pen.text((left, top + CELL), name, fill="black", font=font)

@@ -21,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from megarecur.data.corpus import hash_file
+from megarecur.data.mapped_files import hash_file
 from megarecur.data_prep.tables import columns_of
 from megarecur.errors import ConfigError, DataError
 from megarecur.reading import read_object

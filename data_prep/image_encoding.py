@@ -16,11 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps
 
+from megarecur.data.pictures import open_picture, refuse_bomb
 from megarecur.errors import ConfigError
 
-MOST_PIXELS = 89_478_485
-"""Pixels above which a picture is refused, before it is decoded: Pillow's limit (256 MiB of RGB
-pixels of 3 bytes)."""
 QUALITY = 95
 KEPT_MODES = ("1", "L", "RGB", "P")
 UNSAFE = ("EPS", "WMF", "PDF", "MPEG")
@@ -102,29 +100,16 @@ def encode_picture(source: bytes | NDArray[Any], encoding: Encoding) -> Picture:
             warnings.simplefilter("ignore")  # Pillow's, of tags that it cannot read.
             if isinstance(source, np.ndarray):
                 return _encode(Image.fromarray(np.ascontiguousarray(source)), b"", encoding)
-            with Image.open(BytesIO(source), formats=readable_formats()) as image:
-                _refuse_bomb(image.size)
+            with open_picture(source, readable_formats()) as image:
                 image.load()
                 return _encode(image, source, encoding)
     except DamagedPicture:
         raise
-    except Image.DecompressionBombError:
-        raise DamagedPicture(_explain_bomb("more pixels")) from None
     except Image.UnidentifiedImageError:
         raise DamagedPicture("it is no picture of a known format") from None
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to.
         reason = str(error) or type(error).__name__
         raise DamagedPicture(reason.replace("\n", " ")) from None
-
-
-def _refuse_bomb(size: tuple[int, int]) -> None:
-    width, height = size
-    if width * height > MOST_PIXELS:
-        raise DamagedPicture(_explain_bomb(f"{width:,} x {height:,} pixels"))
-
-
-def _explain_bomb(size: str) -> str:
-    return f"a decompression bomb: {size}, above the limit of {MOST_PIXELS:,}"
 
 
 def _encode(image: Image.Image, content: bytes, encoding: Encoding) -> Picture:
@@ -136,7 +121,9 @@ def _encode(image: Image.Image, content: bytes, encoding: Encoding) -> Picture:
     kept = kept and upright is image
     flat = flatten(upright, encoding.background)
     if encoding.resize is not None and min(flat.size) != encoding.resize:
-        flat, kept = flat.resize(size_of_short_side(flat.size, encoding.resize), BILINEAR), False
+        size = size_of_short_side(flat.size, encoding.resize)
+        refuse_bomb(size)
+        flat, kept = flat.resize(size, BILINEAR), False
     grey = flat.mode == "L"
     measured = flat
     if encoding.channels is not None:

@@ -35,7 +35,7 @@ from megarecur.data_prep.listing import EXCLUDED, Listing, list_folder
 from megarecur.data_prep.readers import find_sources, refuse_empty
 from megarecur.data_prep.tables import BINARY_SUFFIXES, TableShape, read_arrow, read_shape
 from megarecur.errors import DataError
-from megarecur.reading import parse_json
+from megarecur.reading import MAX_BYTES, find_inside, parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ def read_unit(unit: Unit, mistakes: Mistakes) -> Iterator[Row]:
     """
     if unit.kind == "pictures":
         for path, label in zip(unit.files, unit.labels, strict=True):
-            yield str(path), path.read_bytes(), label
+            yield str(path), read_picture(path), label
     elif unit.kind == "table":
         yield from _read_table(unit, mistakes)
     elif unit.kind == "tar":
@@ -299,6 +299,19 @@ def read_unit(unit: Unit, mistakes: Mistakes) -> Iterator[Row]:
             images, labels = _load_npz(path, unit.keys)
         for i in range(unit.begin, unit.end):
             yield f"{path}: picture {i + 1}", images[i], to_label(labels[i])
+
+
+def read_picture(path: Path) -> bytes:
+    """Return the content of a file that holds one picture.
+
+    Raises:
+        DataError: it is no regular file, or has more than reading.MAX_BYTES.
+        OSError: it cannot be read.
+    """
+    try:
+        return read_bytes(path)
+    except ValueError as error:
+        raise DataError(f"{path}: is no picture ({error}); remove it") from None
 
 
 def to_label(value: Any) -> str:
@@ -409,13 +422,12 @@ def _read_table(unit: Unit, mistakes: Mistakes) -> Iterator[Row]:
 
 
 def _read_beside(table: Path, name: Any) -> bytes | None:
-    """Return the content of a file that a table names instead of holding it."""
+    """Return the content of a file that a table names instead of holding it; None if it is missing,
+    or is not below the table's folder."""
     text = name.decode(errors="replace") if isinstance(name, bytes) else name
-    if not text:
-        return None
     try:
-        return (table.parent / text).read_bytes()
-    except OSError:
+        return read_bytes(find_inside(table.parent, text))
+    except (OSError, ValueError):
         return None
 
 
@@ -577,11 +589,13 @@ def _read_tar(unit: Unit, mistakes: Mistakes) -> Iterator[Row]:
                 if key != held:
                     yield from _sample(path, held, sample, unit.keys, mistakes)
                     held, sample = key, {}
+                if (size := sum(map(len, sample.values())) + member.size) > MAX_BYTES:
+                    raise ValueError(f"{key!a:.80} claims {size} bytes")
                 file = archive.extractfile(member)
                 assert file is not None
                 sample[suffix.lower()] = file.read()
             yield from _sample(path, held, sample, unit.keys, mistakes)
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path}: is damaged or no tar file ({error}); copy it again") from None
 
 

@@ -33,8 +33,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from megarecur.config.run import NO_TOKENIZER
-from megarecur.data.corpus import MANIFEST_VERSION, Manifest, hash_file, read_manifest
+from megarecur.data.corpus import MANIFEST_VERSION, Manifest, read_manifest
 from megarecur.data.fit import IMAGE
+from megarecur.data.mapped_files import hash_file
 from megarecur.data.pictures import COLUMNS
 from megarecur.data.tokenizer import BYTES
 from megarecur.data_prep.disk import explain_os_errors
@@ -58,9 +59,11 @@ from megarecur.data_prep.shards import (
     resume_or_restart,
 )
 from megarecur.data_prep.tasks import LABELS, is_made
+from megarecur.data_prep.work_files import name_damage
 from megarecur.data_prep.workers import Workers
 from megarecur.errors import ConfigError, DataError
 from megarecur.files import open_replacement, publish
+from megarecur.reading import parse_json
 
 DAMAGED = "damaged"
 WORK_FORMAT = 1
@@ -346,19 +349,20 @@ def read_pictures(task: ReadTask) -> int:
 
 def load_index(target: Path, split: str) -> Index:
     """Return the index that `read_pictures` wrote."""
-    with np.load(target.with_suffix(".npz"), allow_pickle=False) as held:
+    file = target.with_suffix(".npz")
+    with name_damage(file), np.load(file, allow_pickle=False) as held:
         return Index(
             target=target,
             split=split,
-            labels=json.loads(str(held["labels"])),
+            labels=parse_json(str(held["labels"])),
             sizes=held["sizes"],
             hashes=held["hashes"],
             shapes_N2=held["shapes"],
             grey=held["grey"],
             sums_N3=held["sums"],
             squares_N3=held["squares"],
-            notes=json.loads(str(held["notes"])),
-            mistakes=json.loads(str(held["mistakes"])),
+            notes=parse_json(str(held["notes"])),
+            mistakes=parse_json(str(held["mistakes"])),
             num_mistakes=int(held["num_mistakes"]),
         )
 

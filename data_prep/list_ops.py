@@ -23,6 +23,8 @@ MOST_IN_VAIN = 20_000_000
 """Consecutive draws without a new tree after which drawing stops."""
 DEEPEST = 200
 """Maximum depth, because drawing recurses."""
+LONGEST = 1 << 20
+"""Maximum tokens of a tree that is not bounded: some distributions grow without end."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ def draw_tree(rng: random.Random, trees: Trees) -> tuple[list[str], int] | None:
         tokens.append(operator)
         if most is not None and len(tokens) > most:
             raise _TooLong
+        if len(tokens) > LONGEST:
+            raise DataError(
+                f"--max-args {trees.max_args} with --max-depth {trees.max_depth} gives trees of "
+                f"more than {LONGEST} tokens; lower one, or set --max-length"
+            )
         values = [grow(depth + 1) for _ in range(count)]
         tokens.append("]")
         return apply(operator, values)

@@ -52,9 +52,11 @@ from megarecur.data_prep.shards import (
     write_chunks,
 )
 from megarecur.data_prep.tasks import is_made
+from megarecur.data_prep.work_files import name_damage
 from megarecur.data_prep.workers import Workers
 from megarecur.errors import ConfigError, DataError
 from megarecur.files import open_replacement, publish
+from megarecur.reading import parse_json, read_object
 
 SPLITS = ("test", "val", "train")
 """train is last: if it exists, everything exists."""
@@ -281,8 +283,9 @@ def read_once(
         notes.tell()
         with open_replacement(record, shared=True) as file:
             file.write(json.dumps({split: asdict(found) for split, found in kept.items()}).encode())
-    found = json.loads(record.read_bytes())
-    return {split: Kept(**found[split]) for split in plan.splits}
+    with name_damage(record):
+        found = read_object(record)
+        return {split: Kept(**found[split]) for split in plan.splits}
 
 
 def count_all(
@@ -411,7 +414,8 @@ def tokenise_pairs(task: PairTask) -> int:
     import zstandard
 
     tokenizer, filters = _load_once(task.tokenizer), task.filters
-    pairs = json.loads(zstandard.ZstdDecompressor().decompress(task.text.read_bytes()))
+    with name_damage(task.text):
+        pairs = parse_json(zstandard.ZstdDecompressor().decompress(task.text.read_bytes()))
     end = np.array([tokenizer.eos_id], tokenizer.dtype)
     ids, lengths = [np.empty(0, tokenizer.dtype)], []
     bytes_2 = np.zeros(2, np.int64)
@@ -446,7 +450,7 @@ def _load_once(path: str) -> Tokenizer:
 
 def _load(path: Path) -> tuple[NDArray[Any], int, NDArray[Any]]:
     """Return the tokens of each document, the bytes of text and the tokens of a part."""
-    with open(path, "rb") as file:
+    with name_damage(path), open(path, "rb") as file:
         lengths, bytes_2, tokens = (np.load(file) for _ in range(3))
     return lengths, int(bytes_2.sum()), tokens
 
@@ -454,7 +458,7 @@ def _load(path: Path) -> tuple[NDArray[Any], int, NDArray[Any]]:
 def _load_counts(path: Path) -> tuple[NDArray[Any], Counter[str]]:
     """Return the bytes of sources and of targets of a part, and the pairs that the filters of
     tokens left out."""
-    with open(path, "rb") as file:
+    with name_damage(path), open(path, "rb") as file:
         _, bytes_2, _, counts = (np.load(file) for _ in range(4))
     return bytes_2, Counter(dict(zip(REASONS, counts.tolist(), strict=True)))
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from megarecur.data.corpus import Manifest, read_manifest
 from megarecur.data.images import ImageCorpus
-from megarecur.data.pictures import decode
 from megarecur.data_prep.disk import explain_os_errors
 from megarecur.data_prep.grey import WORDS, spell, to_grey
 from megarecur.data_prep.images import ImageRequest, make_plan, prepare_images
@@ -78,7 +77,7 @@ def prepare_grey(
 def read_grey(corpus: ImageCorpus) -> Iterator[Picture]:
     """Yield the pictures of a corpus as grey values, with their classes."""
     for number in range(corpus.num_samples):
-        pixels = np.asarray(decode(corpus.pictures.read(number), corpus.channels))
+        pixels = np.asarray(corpus.picture(number))
         yield (pixels if pixels.ndim == 2 else to_grey(pixels)), int(corpus.labels[number])
 
 

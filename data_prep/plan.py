@@ -20,8 +20,10 @@ from megarecur.data_prep.duplicates import check_library
 from megarecur.data_prep.hub import HubShard
 from megarecur.data_prep.readers import WHOLE_FILES, Reading, Source, find_sources, hash_of, size_of
 from megarecur.data_prep.tables import CSV_DELIMITERS
+from megarecur.data_prep.work_files import name_damage
 from megarecur.errors import DataError
 from megarecur.files import open_replacement
+from megarecur.reading import parse_object, read_object
 
 SMALLEST_PART, LARGEST_PART = 1 << 18, 1 << 22
 log = logging.getLogger(__name__)
@@ -180,12 +182,18 @@ def read_record(file: Path, request: Request) -> tuple[PrepPlan, str]:
         DataError: there is no record, or it has another request or tokenizer.
     """
     try:
-        record = json.loads(file.read_bytes())
+        with name_damage(file):
+            record = read_object(file)
     except FileNotFoundError:
         raise DataError(
             f"{file}: missing: this work is finished, was restarted or was never submitted; "
             "submit it again"
         ) from None
+    with name_damage(file):
+        return _open_record(file, record, request)
+
+
+def _open_record(file: Path, record: dict[str, Any], request: Request) -> tuple[PrepPlan, str]:
     asked, own = record["request"], _plain(request)
     if changed := [key for key in own if own[key] != asked.get(key)]:
         key = changed[0]
@@ -211,7 +219,7 @@ def read_record(file: Path, request: Request) -> tuple[PrepPlan, str]:
 
 def _plain(request: Request) -> dict[str, Any]:
     """Return a request as JSON restores it."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(request)))
+    plain: dict[str, Any] = parse_object(json.dumps(asdict(request)))
     plain["inputs"] = [os.path.normpath(i) for i in request.inputs]
     return plain
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from megarecur.data.corpus import hash_file
+from megarecur.data.mapped_files import hash_file
 from megarecur.data_prep.compressed import open_whole, plain_suffix
 from megarecur.data_prep.hub import PREFIX, HubShard, digest_again, find_shards, read_shard
 from megarecur.data_prep.listing import (
@@ -38,12 +38,12 @@ from megarecur.data_prep.tables import (
     fill,
     is_mds,
     look_up,
-    parse_json,
     read_arrow,
     read_csv,
     read_mds,
 )
 from megarecur.errors import DataError, refuse_undecodable
+from megarecur.reading import parse_lenient
 
 log = logging.getLogger(__name__)
 
@@ -396,7 +396,7 @@ def _read_json_lines(
             yield place, None
             continue
         try:
-            row = parse_json(checked.decode())
+            row = parse_lenient(checked.decode())
         except ValueError as error:
             if hole := HOLE.search(line):
                 raise DataError(

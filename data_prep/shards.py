@@ -41,10 +41,11 @@ from megarecur.data.corpus import (
     MANIFEST_VERSION,
     Manifest,
     check_files,
-    hash_file,
     read_manifest,
     write_manifest,
 )
+from megarecur.data.mapped_files import hash_file
+from megarecur.data.shard_index import read_index
 from megarecur.data.tokenizer import (
     BYTES,
     CONFIG_FILE,
@@ -64,9 +65,11 @@ from megarecur.data_prep.readers import (
     hash_again,
     read_documents,
 )
+from megarecur.data_prep.work_files import name_damage
 from megarecur.data_prep.workers import Workers
 from megarecur.errors import DataError
 from megarecur.files import open_replacement, publish, sync
+from megarecur.reading import parse_object, read_object
 
 SHARD_BYTES = 1 << 26
 DROPPED, TRAIN, VAL = 0, 1, 2
@@ -230,7 +233,8 @@ def assemble(
     files = [target.with_suffix(".tokens") for target in part_targets(read, decision)]
     notes = Notes()
     for task in read:
-        notes.merge(json.loads(str(_load_index(task, "notes")[0])))
+        with name_damage(task.target.with_suffix(".npz")):
+            notes.merge(parse_object(str(_load_index(task, "notes")[0])))
     notes.tell()
     # train is last: if it exists, everything exists
     for split in reversed(plan.splits):
@@ -504,7 +508,7 @@ def _hash_written(folder: Path) -> dict[str, dict[str, Any]]:
         for file in sorted(folder.iterdir())
     }
     # This finds a disk that filled up, or failed, between the writer's buffer and the file.
-    for shard in json.loads((folder / "index.json").read_bytes())["shards"]:
+    for shard in read_index(folder):
         name, expected = shard["raw_data"]["basename"], shard["raw_data"]["hashes"]["xxh64"]
         if contents[name]["xxh64"] != expected:
             raise DataError(f"{folder / name}: was not written as intended; check the disk")
@@ -545,7 +549,9 @@ def decide_once(plan: PrepPlan, partial: Path, read: Sequence[ReadTask]) -> Deci
 
 def read_decision(partial: Path) -> Decision:
     """Return the recorded decision."""
-    return Decision(**json.loads((partial / "decision.json").read_bytes()))
+    file = partial / "decision.json"
+    with name_damage(file):
+        return Decision(**read_object(file))
 
 
 def refuse_missing(files: Sequence[Path], phase: str) -> None:
@@ -559,7 +565,8 @@ def refuse_missing(files: Sequence[Path], phase: str) -> None:
 
 def _load_index(task: ReadTask, *keys: str) -> tuple[Any, ...]:
     """Return some arrays from the index of a task of the first phase."""
-    with np.load(task.target.with_suffix(".npz")) as index:
+    file = task.target.with_suffix(".npz")
+    with name_damage(file), np.load(file) as index:
         return tuple(index[key] for key in keys)
 
 
@@ -608,7 +615,8 @@ def part_tasks(
     """
     wanted = None if chosen is None else set(chosen)
     targets = iter(enumerate(part_targets(read, decision)))
-    fates = np.load(partial / "fates.npy", mmap_mode="r")
+    with name_damage(partial / "fates.npy"):
+        fates = np.load(partial / "fates.npy", mmap_mode="r")
     tasks, sizes = [], []
     begin = 0
     for task, num_documents, part_sizes in zip(
@@ -655,7 +663,7 @@ def _group_small(sizes: Sequence[int], most: int) -> Iterator[slice]:
 
 def _load_tokens(path: Path, split: str) -> tuple[NDArray[Any], int, NDArray[Any]]:
     """Return tokens of each document, bytes of text and tokens of a part, of one split."""
-    with open(path, "rb") as file:
+    with name_damage(path), open(path, "rb") as file:
         arrays = [np.load(file) for _ in range(6)]
     lengths, num_bytes, tokens = arrays[:3] if split == "train" else arrays[3:]
     return lengths, int(num_bytes), tokens

@@ -7,8 +7,6 @@ A row is a mapping of fields; its text is one field of it, or a template filled 
 from __future__ import annotations
 
 import csv
-import json
-import re
 import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megarecur.errors import DataError
+from megarecur.reading import parse_json
 
 BINARY_SUFFIXES = (".parquet", ".arrow")
 MDS_SUFFIX = ".mds"
@@ -26,9 +25,6 @@ CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ROWS_AT_ONCE = 1024
 MISSING = object()
 """Placeholder for a field that a row lacks."""
-DEEPEST_JSON = 100
-CLOSERS = {"[": "]", "{": "}"}
-JSON_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[][{}]', re.DOTALL)
 """Strings, to ignore the brackets inside them, and brackets."""
 
 
@@ -83,63 +79,6 @@ def fill(template: str, values: Mapping[str, Any], place: str) -> str:
         raise DataError(
             f"{place}: a field of --template is nested too deeply; name one within it"
         ) from None
-
-
-def parse_json(text: str) -> Any:
-    """Parse JSON with numbers of any length and any depth of nesting.
-
-    An integer with more digits than Python converts keeps its digits. Values deeper than
-    DEEPEST_JSON, which are not read, become null.
-
-    Raises:
-        ValueError: the text is not JSON.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # too many digits
-        return json.loads(text, parse_int=_to_int)
-    except RecursionError:
-        return json.loads(_cut_depth(text), parse_int=_to_int)
-
-
-@dataclass(frozen=True)
-class LongInteger:
-    """An integer with more digits than Python converts."""
-
-    digits: str
-
-    def __str__(self) -> str:
-        return self.digits
-
-
-def _to_int(digits: str) -> int | LongInteger:
-    try:
-        return int(digits)
-    except ValueError:
-        return LongInteger(digits)
-
-
-def _cut_depth(text: str) -> str:
-    """Return a JSON text with null for values deeper than DEEPEST_JSON; brackets must pair."""
-    kept, closers, end = [], "", 0
-    for token in JSON_BRACKETS.finditer(text):
-        mark = token[0]
-        if mark in CLOSERS:
-            if len(closers) == DEEPEST_JSON:
-                kept.append(text[end : token.start()])
-            closers += CLOSERS[mark]
-        elif mark in "]}":
-            if not closers.endswith(mark):
-                raise ValueError(f"{mark!r} at character {token.start()} closes nothing")
-            closers = closers[:-1]
-            if len(closers) == DEEPEST_JSON:
-                kept.append("null")
-                end = token.end()
-    if closers:
-        raise ValueError(f"{len(closers)} brackets are not closed")
-    return "".join([*kept, text[end:]])
 
 
 def read_csv(
@@ -378,7 +317,7 @@ def read_shape(path: Path) -> TableShape:
         raise _explain_arrow(path, error) from None
     features: Any = {}
     with suppress(ValueError, KeyError, TypeError):
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
     types = {field.name: str(field.type) for field in schema}
     return TableShape(types, features if isinstance(features, dict) else {}, groups)
 

@@ -25,7 +25,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megarecur.data.corpus import CHUNK_TOKENS, COLUMN, Manifest, hash_file, read_manifest
+from megarecur.data.corpus import CHUNK_TOKENS, COLUMN, Manifest, read_manifest
+from megarecur.data.mapped_files import hash_file
 from megarecur.data.tokenizer import (
     BYTES,
     CONFIG_FILE,

@@ -6,7 +6,6 @@ RUN/plots/scores.png    scores by depth
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +27,7 @@ from megarecur.launch.score import parse_depths
 from megarecur.plot.layer_map import save
 from megarecur.plot.scores import draw_scores
 from megarecur.progress import Note, note_nothing
+from megarecur.reading import parse_row, read_bytes
 from megarecur.recurrence.depth import default_depth
 
 if TYPE_CHECKING:
@@ -135,15 +135,25 @@ def show_number(value: float) -> str:
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of scores.jsonl; truncated lines are skipped."""
-    rows = []
+    """Return the rows of scores.jsonl; damaged lines are skipped."""
+    rows: list[dict[str, Any]] = []
     with suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    rows.append(row)
+        for line in read_bytes(path).decode(errors="replace").splitlines():
+            row = parse_row(line)
+            if row is not None and _is_score(row):
+                rows.append(row)
     return rows
+
+
+def _is_score(row: dict[str, Any]) -> bool:
+    """Return True if the entries of a row that are drawn have the types of `describe_score`."""
+    number = (int, float, type(None))
+    return (
+        all(isinstance(row.get(key), str) for key in ("task", "metric"))
+        and all(type(row.get(key)) in number for key in ("value", "stderr", "shots", "limit"))
+        and type(row.get("depth")) in (int, type(None))
+        and type(row.get("step")) is int
+    )
 
 
 def draw_picture(run_dir: Path, rows: Sequence[dict[str, Any]]) -> Path:

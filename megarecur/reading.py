@@ -3,11 +3,14 @@
     read_json(path)              one value; limits of size, depth and digits
     parse_json(line)             the same for bytes or text
     parse_metrics(line)          a row of metrics.jsonl, or None
+    parse_lenient(line)          a line of a corpus
     read_bytes(path)             a regular file, no larger than a limit
     find_inside(folder, name)    the path of a name that a file in `folder` gives
     check_inside(folder, names)  the same check of many names
+    open_tensors(path)           a safetensors file, whose header claims no more than it holds
     decompress(kind, ...)        pieces of a compressed file, up to the size that its index promises
     escape(text)                 text without control characters
+    escape_logs()                the same for warnings on stderr
 
 Every function raises ValueError for content that is wrong and OSError for a file that cannot be
 read. A process that lacks descriptors or memory gets ShortageError instead: the file is then not at
@@ -19,11 +22,14 @@ from __future__ import annotations
 import bz2
 import errno
 import json
+import logging
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -150,6 +156,68 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+DEEPEST_JSON = 100
+CLOSERS = {"[": "]", "{": "}"}
+JSON_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[][{}]', re.DOTALL)
+
+
+def parse_lenient(text: str) -> Any:
+    """Return the value of a line of a corpus: numbers of any length, any depth, keys that repeat.
+
+    An integer with more digits than Python converts keeps its digits. Values deeper than
+    DEEPEST_JSON, which are not read, become null.
+
+    Raises:
+        ValueError: the text is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # too many digits
+        return json.loads(text, parse_int=_to_int)
+    except RecursionError:
+        return json.loads(_cut_depth(text), parse_int=_to_int)
+
+
+@dataclass(frozen=True)
+class LongInteger:
+    """An integer with more digits than Python converts."""
+
+    digits: str
+
+    def __str__(self) -> str:
+        return self.digits
+
+
+def _to_int(digits: str) -> int | LongInteger:
+    try:
+        return int(digits)
+    except ValueError:
+        return LongInteger(digits)
+
+
+def _cut_depth(text: str) -> str:
+    """Return a JSON text with null for values deeper than DEEPEST_JSON; brackets must pair."""
+    kept, closers, end = [], "", 0
+    for token in JSON_BRACKETS.finditer(text):
+        mark = token[0]
+        if mark in CLOSERS:
+            if len(closers) == DEEPEST_JSON:
+                kept.append(text[end : token.start()])
+            closers += CLOSERS[mark]
+        elif mark in "]}":
+            if not closers.endswith(mark):
+                raise ValueError(f"{mark!r} at character {token.start()} closes nothing")
+            closers = closers[:-1]
+            if len(closers) == DEEPEST_JSON:
+                kept.append("null")
+                end = token.end()
+    if closers:
+        raise ValueError(f"{len(closers)} brackets are not closed")
+    return "".join([*kept, text[end:]])
+
+
 # -------------------------------------------------------------------------------------------- names
 
 
@@ -231,6 +299,38 @@ def check_links(folder: Path, path: Path) -> None:
         if parent.name == "snapshots" and real.is_relative_to(parent.parent / "blobs"):
             return
     raise ValueError(f"{str(path)!a} is a link that leads outside its folder, to {str(real)!a}")
+
+
+# ------------------------------------------------------------------------------------- safetensors
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file as `safe_open(path, "pt")` does.
+
+    Raises:
+        ValueError: its header claims more than the file holds, here or while tensors are read.
+        OSError: it cannot be read.
+        ShortageError: the process lacks descriptors or memory.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("is no regular file")
+        with open(path, "rb", buffering=0) as file:
+            claimed = int.from_bytes(file.read(8), "little")
+        if found.st_size < 8 or claimed > found.st_size - 8:
+            raise ValueError(f"its header claims {claimed} bytes, and the file has {found.st_size}")
+        # The library checks that the tensors of the header cover the rest of the file.
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except (OSError, MemoryError) as error:
+        refuse_shortage(error, path)
+        raise
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
 
 
 # ------------------------------------------------------------------------------------- compression
@@ -355,6 +455,17 @@ def escape(text: str, keep: str = "\n\t") -> str:
         c if c in keep or c.isprintable() or c in SPACES else c.encode("unicode_escape").decode()
         for c in text
     )
+
+
+def escape_logs() -> None:
+    """Escape the log records that go to stderr for lack of other handlers."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_EscapedRecord())
+
+
+class _EscapedRecord(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escape(super().format(record))
 
 
 SPACES = "\u00a0\u200b\u200c\u200d\u2009\u202f\u3000\ufeff\u00ad"

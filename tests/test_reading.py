@@ -7,6 +7,7 @@ import errno
 import gzip
 import io
 import json
+import logging
 import os
 import resource
 import subprocess
@@ -26,8 +27,11 @@ from megarecur.reading import (
     check_name,
     decompress,
     escape,
+    escape_logs,
     find_inside,
+    open_tensors,
     parse_json,
+    parse_lenient,
     parse_metrics,
     parse_row,
     read_bytes,
@@ -233,3 +237,68 @@ def test_shortages_have_remedies() -> None:
     refuse_shortage(FileNotFoundError(2, "x"), "path")
     with pytest.raises(ShortageError, match=r"path: cannot be opened .* free memory"):
         refuse_shortage(MemoryError(), "path")
+
+
+def test_logged_warnings_are_escaped() -> None:
+    escape_logs()
+    assert logging.lastResort is not None
+    record = logging.LogRecord("x", logging.WARNING, "", 1, "%s is odd", ("a\x1b[2Jb",), None)
+    assert logging.lastResort.format(record) == "a\\x1b[2Jb is odd"
+
+
+def test_lines_of_corpora_may_be_odd_but_not_endless() -> None:
+    assert parse_lenient('{"a": 1, "a": 2}') == {"a": 2}
+    assert str(parse_lenient("9" * 5000)) == "9" * 5000
+    deep = parse_lenient('{"a": ' + "[" * 200_000 + "]" * 200_000 + ', "b": 1}')
+    assert deep["b"] == 1
+
+
+# ------------------------------------------------------------------------------------- safetensors
+
+
+def tensor_file(header: bytes, data: bytes = b"", claimed: int | None = None) -> bytes:
+    size = len(header) if claimed is None else claimed
+    return size.to_bytes(8, "little") + header + data
+
+
+def describe(shape: list[int], end: int) -> bytes:
+    return json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
+
+
+HOSTILE_TENSORS = {
+    "empty": b"",
+    "short": b"\x01\x00",
+    "header of terabytes": tensor_file(b"{}", claimed=1 << 42),
+    "header beyond the file": tensor_file(b"{}", claimed=90_000_000),
+    "largest header": tensor_file(b"{}", claimed=(1 << 64) - 1),
+    "tensor of terabytes": tensor_file(describe([1 << 40], 1 << 42), bytes(16)),
+    "overflow": tensor_file(describe([1 << 62, 4], 16), bytes(16)),
+    "cut": tensor_file(describe([4], 16), bytes(12)),
+    "deep": tensor_file(b'{"a":' + b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_TENSORS)
+def test_a_tensor_file_claims_no_more_than_it_holds(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(HOSTILE_TENSORS[kind])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 36, limits[1]))
+        with pytest.raises(ValueError, match="header"), open_tensors(file):
+            pytest.fail("it was opened")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_tensor_file_is_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ValueError, match="is no regular file"), open_tensors(path):
+            pytest.fail("it was opened")
+    file = tmp_path / "sound.safetensors"
+    file.write_bytes(tensor_file(describe([4], 16), bytes(16)))
+    with open_tensors(file) as tensors:
+        assert tensors.get_slice("a").get_shape() == [4]
+        with pytest.raises(ValueError), open_tensors(file) as again:
+            again.get_slice("missing")

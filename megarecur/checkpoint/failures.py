@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megarecur.errors import CheckpointError, MegarecurError, explain_os_error
 from megarecur.parallel.tree import gather_bytes, group_rank, group_size, reduce_max, scatter_bytes
+from megarecur.reading import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,9 @@ def one_error(doing: str, group: dist.ProcessGroup | None) -> Iterator[None]:
             logger.error("%s", doing, exc_info=failure)  # our bug: keep the traceback
         vanished = isinstance(failure, FileNotFoundError)
         own = json.dumps([explain(group_rank(group), failure), vanished]).encode()
-    found = [json.loads(part) for part in gather_bytes(own, group) if part]
+    found = [parse_json(part) for part in gather_bytes(own, group) if part]
     merged = json.dumps(["; ".join(sorted({text for text, _ in found})), any(v for _, v in found)])
-    text, vanished = json.loads(scatter_bytes([merged.encode()] * group_size(group), group))
+    text, vanished = parse_json(scatter_bytes([merged.encode()] * group_size(group), group))
     kind = VanishedCheckpoint if vanished else CheckpointError
     raise kind(f"{doing}: {text}" if doing else text) from None
 

@@ -21,6 +21,7 @@ from typing import Any
 from megarecur.checkpoint.index import read_index
 from megarecur.errors import CheckpointError, ConfigError
 from megarecur.files import replace_file
+from megarecur.reading import read_object
 
 FILE = "identity.json"
 
@@ -91,7 +92,7 @@ def owner_in(state: dict[str, Any]) -> str | None:
 def _read(file: Path) -> dict[str, str] | None:
     """Return the recorded identity of a run folder; None if it has none."""
     try:
-        found = json.loads(file.read_bytes())
+        found = read_object(file)
         values = {key: found[key] for key in ("run", "folder")}
         if not all(isinstance(value, str) and value for value in values.values()):
             raise TypeError("its values are no texts")
@@ -99,7 +100,7 @@ def _read(file: Path) -> dict[str, str] | None:
         return values | {"source": source if isinstance(source, str) else ""}
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{file}: is damaged ({error}); delete it, the run then takes its identity from its "
             "newest checkpoint"

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from megarecur.errors import CheckpointError, refuse_shortage
 from megarecur.parallel.shards import tiling_fault
-from megarecur.reading import parse_json
+from megarecur.reading import parse_json, read_bytes
 
 VERSION = 1
 # Functions that convert an index of version N to version N + 1, by N.
@@ -47,6 +47,8 @@ class DamagedCheckpoint(CheckpointError):
 
 
 Natural = Annotated[StrictInt, Field(ge=0, lt=1 << 63)]
+Id = Annotated[StrictInt, Field(ge=-1, lt=1 << 31)]
+"""Id of a token; -1 stands for none in some folders of Hugging Face."""
 Step = Annotated[StrictInt, Field(ge=0, le=99_999_999)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 FileName = Annotated[
@@ -94,6 +96,17 @@ class ConfigRecord(BaseModel):
     train: dict[str, Any] = {}
 
 
+class OriginRecord(BaseModel):
+    """The record of the Hugging Face folder that a model was converted from."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    bos_token_id: Id | None = None
+    eos_token_id: Id | list[Id] | None = None
+    pad_token_id: Id | None = None
+    dtypes: dict[str, Literal["float32", "bfloat16", "float16"]] = {}
+
+
 class StateRecord(BaseModel):
     """Types of the state's entries, each of which only some checkpoints have."""
 
@@ -111,7 +124,7 @@ class StateRecord(BaseModel):
     mesh: dict[str, Natural] = {}
     order_hash: StrictStr | None = None
     tokenizer: StrictStr | None = None
-    hugging_face: dict[str, Any] = {}
+    hugging_face: OriginRecord = OriginRecord()
     versions: dict[str, Any] = {}
 
 
@@ -142,8 +155,8 @@ def read_index(path: Path) -> Index:
         CheckpointError: the format version is not supported.
     """
     digest = unseal(path / "index.xxh3")
-    with readable(path / "index.json"), open(path / "index.json", "rb") as file:
-        body = file.read(MAX_INDEX_BYTES)
+    with readable(path / "index.json"):
+        body = read_bytes(path / "index.json", MAX_INDEX_BYTES)
     if xxhash.xxh3_128_hexdigest(body) != digest:
         raise DamagedCheckpoint(f"{path / 'index.json'}: checksum mismatch with index.xxh3")
     if digest not in _LAST_READ:
@@ -250,6 +263,8 @@ def readable(path: Path | str) -> Iterator[None]:
     except OSError as error:
         refuse_shortage(error, path)
         raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path} {error}") from None
 
 
 def seal(text: str) -> bytes:
@@ -259,8 +274,8 @@ def seal(text: str) -> bytes:
 
 def unseal(path: Path) -> str:
     """Read a line written by `seal`. Raises DamagedCheckpoint if it is missing or altered."""
-    with readable(path), open(path, "rb") as file:
-        line = file.read(4096)
+    with readable(path):
+        line = read_bytes(path, 4096)
     text = line.rpartition(b" ")[0].decode("ascii", "replace")
     if seal(text) != line:
         raise DamagedCheckpoint(f"{path}: checksum mismatch")

@@ -11,7 +11,6 @@ needed, since object stores have none.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -31,6 +30,7 @@ from megarecur.config.checkpoint import CheckpointConfig
 from megarecur.errors import CheckpointError, ConfigError
 from megarecur.files import aside_of, delete_folder, publish
 from megarecur.progress import Note, note_nothing
+from megarecur.reading import parse_object
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +117,9 @@ class Place:
             CheckpointError: the index is damaged, so that this cannot be known.
         """
         try:
-            return owner_in(json.loads(self.files.cat_file(self.path(name, "index.json")))["state"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            index = parse_object(self.files.cat_file(self.path(name, "index.json")))
+            return owner_in(index["state"])
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(
                 f"{self.url}/{name}/index.json: is damaged, so that its run is not known; delete "
                 "this checkpoint, or choose another mirror"

@@ -133,6 +133,7 @@ class ChunkReader:
         chunk's shape and dtype.
         """
         dtype, size = DTYPES[self._index.tensors[name].dtype], chunk.bytes[1] - chunk.bytes[0]
+        self.open(chunk.file)  # Compares the size that the index claims before it is allocated.
         if target is None:
             target = self._room(size).view(dtype).view(chunk.shape)
         self._fill(name, chunk, blocks_of(_bytes_of(target)))

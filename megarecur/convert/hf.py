@@ -150,7 +150,7 @@ def write_run(
             "layer_map": config.recurrence.model_dump(mode="json"),
             "tokenizer": fingerprint,
             "versions": {"megarecur": version("megarecur"), "torch": torch.__version__},
-            "hugging_face": origin | {k: values.get(k) for k in (*SPECIAL_TOKENS, PADDING)},
+            "hugging_face": origin | read_special_ids(values, hf_dir / "config.json"),
         }
         create_file(aside / "config.yaml", to_yaml(config))
         shards, read = make(config, source)
@@ -523,6 +523,20 @@ def write_tensors(
             write_all(file, stored.numpy().data, path)
         file.seek(8 + find_mark(text))
         write_all(file, digest.hexdigest().encode(), path)
+
+
+def read_special_ids(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the ids of special tokens in config.json, None for those that it lacks.
+
+    Raises:
+        ConfigError: a value is no id.
+    """
+    found = {key: values.get(key) for key in (*SPECIAL_TOKENS, PADDING)}
+    for key, value in found.items():
+        ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        if not all(i is None or (type(i) is int and -1 <= i < 1 << 31) for i in ids):
+            raise ConfigError(f"{path}: {key}={value!a:.80} is no id of a token; correct it")
+    return found
 
 
 def special_tokens(run: Run) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megarecur.config.load import validate
@@ -25,7 +24,7 @@ from megarecur.convert.phi import PHI3
 from megarecur.convert.qwen import QWEN2, QWEN3
 from megarecur.convert.vit import VIT
 from megarecur.errors import ConfigError, DataError
-from megarecur.reading import check_inside
+from megarecur.reading import check_inside, open_tensors
 from megarecur.reading import read_json as read_value
 from megarecur.recurrence.inventory import build_inventory
 
@@ -372,9 +371,9 @@ def open_weights(path: Path) -> Iterator[Tensors]:
         yield Tensors(load_pickle(path))
         return
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             yield Tensors(file)
-    except (SafetensorError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise DataError(f"{path}: cannot be read ({error}); download it again") from None
 
 
@@ -391,4 +390,12 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: cannot be read ({line}); download it again") from None
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise DataError(f"{path}: does not map names to tensors; download it again")
+    size = path.stat().st_size
+    for name, tensor in found.items():
+        # A pickle may describe a tensor of any shape over a few bytes.
+        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > size:
+            raise DataError(
+                f"{path}: {name!a:.80} claims {list(tensor.shape)} {tensor.dtype}, more than the "
+                f"file's {size} bytes; download it again"
+            )
     return found

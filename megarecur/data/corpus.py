@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 
 from megarecur.config.run import NO_TOKENIZER
 from megarecur.data.manifest_facts import find_manifest_fault
+from megarecur.data.mapped_files import MappedFiles, find_fault
 from megarecur.data.shard_index import read_index
 from megarecur.errors import DataError, refuse_shortage
 from megarecur.reading import check_inside, parse_json, read_bytes
@@ -222,9 +222,11 @@ class Corpus:
         hashed = set(names[part::num_parts]) if verify else set()
         self._check_files(hashed)
         self.described = self._read_index()
+        self._mapped = MappedFiles(self._find_rewriting)
+        self._starts_file = self.path / "documents.npy"
         try:
             self.shards, sizes = self._open_shards(self.described)
-            documents = np.load(self.path / "documents.npy", mmap_mode="r")
+            documents = np.load(self._mapped.add(self._starts_file), mmap_mode="r")
             if documents.dtype != np.int64 or documents.shape != (self.num_documents,):
                 raise ValueError(
                     f"documents.npy holds {documents.dtype} {list(documents.shape)} instead of "
@@ -235,7 +237,7 @@ class Corpus:
             # The damaged file's hash is compared by another process, or by none.
             raise DataError(f"{self.path}: damaged ({error}); {MEND}") from None
         if "documents.npy" in hashed:
-            _check_starts(self.path / "documents.npy", documents, self.num_tokens)
+            _check_starts(self._starts_file, documents, self.num_tokens)
         self.starts = [0, *accumulate(sizes)]
         if self.starts[-1] < self.num_tokens:
             raise DataError(
@@ -243,10 +245,18 @@ class Corpus:
                 f"{self.num_tokens}; {MEND}"
             )
         self._shard_files = [self.path / shard["raw_data"]["basename"] for shard in self.described]
-        self._stats = self._stat_shards()
         # A plain array over the mapped file: slices of np.memmap cost several microseconds.
-        self.documents = np.asarray(documents)
-        """Start of each document, int64 [num_documents]."""
+        self._documents = np.asarray(documents)
+
+    @property
+    def documents(self) -> NDArray[Any]:
+        """Start of each document, int64 [num_documents].
+
+        Raises:
+            DataError: its file was cut or rewritten since it was mapped.
+        """
+        self._mapped.refuse_change(self._starts_file)
+        return self._documents
 
     @property
     def bytes_per_label(self) -> float:
@@ -288,49 +298,22 @@ class Corpus:
         """Return the tokens of one shard: samples lie side by side after the sample offsets and a
         header."""
         file = self.path / shard["raw_data"]["basename"]
-        content = np.memmap(file, np.uint8, "r")
+        content = np.memmap(self._mapped.add(file), np.uint8, "r")
         offsets = content[4 : 4 + 4 * (shard["samples"] + 1)].view(np.uint32)
         begin, end = int(offsets[0]), int(offsets[-1])
         if not begin <= end <= content.size:
             raise ValueError(f"the offsets of {file.name} point outside")
         return np.frombuffer(content, self.dtype, (end - begin) // self.dtype.itemsize, begin)
 
-    def _stat_shards(self) -> dict[int, os.stat_result]:
-        """Return the state of each shard's file, which must not change while it is mapped."""
-        return {k: os.stat(file) for k, file in enumerate(self._shard_files)}
+    def _find_rewriting(self, file: Path) -> str | None:
+        """Return what is wrong with the content of a mapped file whose time changed."""
+        return find_fault(file, self.manifest.files[file.name], hashed=True)
 
-    def _refuse_change(self, k: int) -> None:
-        """Reject a shard that was cut or rewritten in place since it was mapped.
-
-        Reading beyond the end of a file that was cut would kill the process. A file that was
-        deleted or replaced is still there for those who have mapped it.
-
-        Raises:
-            DataError: the message names the shard.
-        """
-        former = self._stats.get(k)
-        if former is None:
-            return
-        file = self._shard_files[k]
-        try:
-            found = os.stat(file)
-        except OSError:
-            return
-        if not os.path.samestat(found, former):
-            return
-        if found.st_size != former.st_size:
-            what = f"has {found.st_size} bytes instead of {former.st_size}"
-        elif found.st_mtime_ns == former.st_mtime_ns:
-            return
-        elif find_fault(file, self.manifest.files[file.name], hashed=True) is None:
-            self._stats[k] = found  # It was only touched, or copied over itself.
-            return
-        else:
-            what = "was rewritten"
-        raise DataError(
-            f"{file}: {what} while it was read; {MEND}, then run the same command, which resumes "
-            "from the last checkpoint"
-        )
+    def _shard(self, k: int) -> NDArray[Any]:
+        """Return the tokens of a shard, which must be as it was when it was mapped."""
+        shard = self.shards[k]  # It may be fetched and mapped only now.
+        self._mapped.refuse_change(self._shard_files[k])
+        return shard
 
     def close(self) -> None:
         """Stop background work; here there is none."""
@@ -344,13 +327,11 @@ class Corpus:
                 f"{self.num_tokens}"
             )
         k = min(bisect_right(self.starts, start), len(self.shards)) - 1
-        self._refuse_change(k)
-        parts = [self.shards[k][start - self.starts[k] :][:n]]
+        parts = [self._shard(k)[start - self.starts[k] :][:n]]
         missing = n - parts[0].size
         while missing:
             k += 1
-            self._refuse_change(k)
-            parts.append(self.shards[k][:missing])
+            parts.append(self._shard(k)[:missing])
             missing -= parts[-1].size
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -370,27 +351,3 @@ def _check_starts(file: Path, starts_D: NDArray[Any], num_tokens: int) -> None:
             f"{file}: document {number} starts at {int(starts_D[number])}, and the next or the end "
             f"of the corpus lies before it; {MEND}"
         )
-
-
-def find_fault(file: Path, expected: Mapping[str, Any], hashed: bool) -> str | None:
-    """Return what is wrong with a file's size and, if `hashed`, its hash; None if nothing is."""
-    try:
-        if file.stat().st_size != expected["bytes"]:
-            return f"has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if hashed and hash_file(file) != expected["xxh64"]:
-            return "does not match its hash: it is damaged"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        refuse_shortage(error, file)
-        return f"cannot be read ({error.strerror})"
-    return None
-
-
-def hash_file(path: Path) -> str:
-    """Return the xxh64 of a file, as MDS writes it."""
-    digest = xxhash.xxh64()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -149,7 +149,6 @@ class Decoders:
 
     Args:
         folders: the corpora, by their place in the mixture.
-        names: names of the shards of each.
         mean: mean of each channel, of values in [0, 1].
         std: standard deviation of each channel.
         seed: seed of the augmentation.
@@ -159,7 +158,6 @@ class Decoders:
     def __init__(
         self,
         folders: Sequence[Path],
-        names: Sequence[Sequence[str]],
         shards: Sequence[PictureShards],
         recipe: Recipe,
         mean: Sequence[float],
@@ -170,7 +168,7 @@ class Decoders:
     ) -> None:
         self.recipe, self.seed, self.num_workers = recipe, seed, workers
         self.folders = [str(folder.resolve()) for folder in folders]
-        self.names = [list(own) for own in names]
+        self.files = [own.facts for own in shards]
         self.decoder = Decoder([str(folder) for folder in folders], shards, recipe, seed)
         scale = 1.0 / (255.0 * np.array(std))
         self._scale_C11 = scale.astype(np.float32)[:, None, None]
@@ -258,7 +256,7 @@ class Decoders:
             file.truncate(size)
             self._memory = mmap.mmap(file.fileno(), size)
             start = Start(
-                self.folders, self.names, self.recipe, self.seed, file.fileno(), slots,
+                self.folders, self.files, self.recipe, self.seed, file.fileno(), slots,
                 self.rows_per_slot,
             )  # fmt: skip
             self._workers = [Worker(start) for _ in range(self.num_workers)]

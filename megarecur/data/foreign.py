@@ -34,6 +34,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megarecur.data.corpus import Corpus, read_manifest
+from megarecur.data.mapped_files import MappedFiles
 from megarecur.data.shard_index import MEND, read_index
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.data.torchvision_stub import make_torchvision_importable
@@ -176,6 +177,9 @@ class ForeignCorpus(Corpus):
         if part == 0:
             self._say_what_is_unusual(entries, verify)
         self._shards = self._find_files(entries, hashed)
+        self._mapped = MappedFiles(self._find_rewriting)
+        for shard in self._shards:
+            self._mapped.add(shard.file)
         with ThreadPoolExecutor() as pool:
             lengths = list(pool.map(MdsShard.lengths, self._shards))
         counts = np.concatenate(lengths)
@@ -190,15 +194,15 @@ class ForeignCorpus(Corpus):
             ends = list(pool.map(lambda k: self._scan(k, fixed), scanned))
         if fixed:
             starts = np.concatenate([[0], np.concatenate(ends) + 1])
-            self.documents = starts[starts < self.num_tokens]
-            if self.documents.size < 2 and part == 0:
+            self._documents = starts[starts < self.num_tokens]
+            if self._documents.size < 2 and part == 0:
                 log.warning(
                     "%s: its rows hold no end of document (id %d): they are read as one document",
                     self.path, self.eos_id,
                 )  # fmt: skip
         else:
-            self.documents = self.starts_of_samples[:-1][counts > 0]
-        self.num_documents = self.documents.size
+            self._documents = self.starts_of_samples[:-1][counts > 0]
+        self.num_documents = self._documents.size
         self._rows = _open_rows(self._shards)
         self._sample = lru_cache(CACHED_SAMPLES)(self._decode)
 
@@ -277,8 +281,25 @@ class ForeignCorpus(Corpus):
         """Return the shard of a sample."""
         return int(self._first_samples.searchsorted(number, "right")) - 1
 
+    @property
+    def documents(self) -> NDArray[Any]:
+        """Start of each document, int64 [num_documents]."""
+        return self._documents
+
+    def _find_rewriting(self, file: Path) -> str | None:
+        """Return what is wrong with a shard whose time changed, as far as its hash tells."""
+        raw = next(s.entry["raw_data"] for s in self._shards if s.file == file)
+        if not raw.get("hashes"):
+            return "has no hash"
+        try:
+            _compare(file, raw, hashed=True)
+        except DataError as error:
+            return str(error)
+        return None
+
     def _decode(self, number: int) -> NDArray[Any]:
         """Return the ids of one sample, in the corpus's type."""
+        self._mapped.refuse_change(self._shards[self._shard_of(number)].file)
         try:
             value = self._rows[number][self.column]
             ids = np.frombuffer(value, np.int64) if isinstance(value, bytes) else value.reshape(-1)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from megarecur.attention.documents import whole_samples
 from megarecur.config.images import NO_AUGMENTATION, ImagesConfig
@@ -30,7 +31,8 @@ from megarecur.data.corpus import Corpus
 from megarecur.data.decoding import Decoders, Request
 from megarecur.data.fit import IMAGE, check_fit, find_size_misfits
 from megarecur.data.loader import MicroBatch
-from megarecur.data.pictures import PictureShards, Recipe, check_columns
+from megarecur.data.picture_worker import explain_picture
+from megarecur.data.pictures import PictureShards, Recipe, check_columns, decode
 from megarecur.data.samples import TaskBatch, TaskCorpus, TaskLoader
 from megarecur.errors import DataError, MegarecurError
 from megarecur.parallel.loss import IGNORED
@@ -63,9 +65,20 @@ class ImageCorpus(TaskCorpus):
         """Map the shards, and return them with the number of pictures of each."""
         for shard in described:
             check_columns(shard)
-        self.shard_names = [str(shard["raw_data"]["basename"]) for shard in described]
-        self.pictures = PictureShards([self.path / name for name in self.shard_names])
+        names = [str(shard["raw_data"]["basename"]) for shard in described]
+        self.pictures = PictureShards(self.path, {n: self.manifest.files[n] for n in names})
         return self.pictures.shards, self.pictures.sizes
+
+    def picture(self, number: int) -> Image.Image:
+        """Return a decoded picture, in mode L or RGB.
+
+        Raises:
+            DataError: it cannot be decoded, or its shard changed.
+        """
+        try:
+            return decode(self.pictures.read(number), self.channels)
+        except (ValueError, IndexError) as error:
+            raise explain_picture(self.path, number, error) from None
 
     def read(self, start: int, n: int) -> NDArray[Any]:
         """Refuse to read tokens.
@@ -153,7 +166,6 @@ def make_decoders(
     )
     return Decoders(
         [corpus.path for corpus in corpora],
-        [corpus.shard_names for corpus in corpora],
         [corpus.pictures for corpus in corpora],
         recipe,
         images.mean or tuple(corpora[0].mean),

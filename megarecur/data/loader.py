@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 BLOCK_SAMPLES = 4096
 PREFETCH_DEPTH = 2
+MOST_SAMPLES = 1 << 53
+"""Samples that a run can have read; numbers of doubles are exact below it."""
 
 
 @dataclass(frozen=True)
@@ -369,7 +371,9 @@ class Loader:
                 "to train from its parameters, set run_dir to another folder and init_from to this "
                 "one, which is for evaluation and generation"
             )
-        sound = isinstance(state.get("samples"), int) and all(
+        samples = state.get("samples")
+        sound = type(samples) is int and 0 <= samples <= MOST_SAMPLES
+        sound = sound and all(
             isinstance(pair, list) and list(map(type, pair)) == [str, int]
             for pair in state["sources"]
         )

@@ -77,9 +77,10 @@ class PairCorpus(Corpus):
         return source, target
 
     def _sentence(self, document: int, most: int) -> NDArray[Any]:
-        begin = int(self.documents[document])
+        starts = self.documents
+        begin = int(starts[document])
         last = document + 1 == self.num_documents
-        end = self.num_tokens if last else int(self.documents[document + 1])
+        end = self.num_tokens if last else int(starts[document + 1])
         if end - begin <= most:
             return self.read(begin, end - begin)
         return np.append(self.read(begin, most - 1), np.array(self.eos_id, self.dtype))

@@ -16,17 +16,19 @@ import mmap
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megarecur.data.mapped_files import REMEDY
 from megarecur.data.pictures import Draws, PictureShards, Recipe, write_pixels
-from megarecur.errors import DataError
+from megarecur.errors import DataError, MegarecurError
+from megarecur.reading import parse_object
 
 IGNORED_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """Signals that Slurm or a terminal sends to all processes of a job; the loader decides what
@@ -39,8 +41,8 @@ class Start:
 
     folders: Sequence[str]
     """Corpora, by their place in the mixture."""
-    shards: Sequence[Sequence[str]]
-    """Names of the shards of each corpus."""
+    shards: Sequence[Mapping[str, Mapping[str, Any]]]
+    """Bytes and xxh64 of the shards of each corpus."""
     recipe: Recipe
     seed: int
     memory: int
@@ -57,7 +59,7 @@ class Start:
 def read_start(file: BinaryIO) -> Start:
     """Read the first message."""
     (length,) = np.frombuffer(file.read(8), np.int64).tolist()
-    values = json.loads(file.read(length))
+    values = parse_object(file.read(length))
     recipe = values.pop("recipe")
     recipe |= {name: tuple(recipe[name]) for name in ("scale", "ratio")}
     return Start(recipe=Recipe(**recipe), **values)
@@ -91,12 +93,16 @@ class Decoder:
             drawn = self.draws[source].of(number, epoch) if self.recipe.training else ()
             try:
                 write_pixels(self.shards[source].read(number), self.recipe, drawn, out_CHW)
-            except (OSError, SyntaxError, ValueError, IndexError, EOFError) as error:
-                raise DataError(
-                    f"{self.folders[source]}: picture {number:,} cannot be read: {error}; set "
-                    "data.verify to true to find damaged files, and prepare the corpus again with "
-                    "`megarecur prep images`"
-                ) from None
+            except (OSError, ValueError, IndexError) as error:
+                raise explain_picture(self.folders[source], number, error) from None
+
+
+def explain_picture(folder: object, number: int, error: Exception) -> DataError:
+    """Return an error that names a picture that cannot be decoded."""
+    return DataError(
+        f"{folder}: picture {number:,} cannot be read: {error}; set data.verify to true to find "
+        "damaged files, and prepare the corpus again with `megarecur prep images`"
+    )
 
 
 def slot_array(
@@ -111,12 +117,15 @@ def slot_array(
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """Decode what is requested until the requests end."""
     start = read_start(requests)
-    paths = [
-        [Path(folder) / name for name in names]
-        for folder, names in zip(start.folders, start.shards, strict=True)
-    ]
-    shards = [PictureShards(files) for files in paths]
-    decoder = Decoder(start.folders, shards, start.recipe, start.seed)
+    decoder, unusable = None, b""
+    try:
+        shards = [
+            PictureShards(Path(folder), files)
+            for folder, files in zip(start.folders, start.shards, strict=True)
+        ]
+        decoder = Decoder(start.folders, shards, start.recipe, start.seed)
+    except (OSError, ValueError, IndexError) as error:  # Since the loader opened them.
+        unusable = f"the shards of {', '.join(start.folders)} changed ({error}); {REMEDY}".encode()
     memory = mmap.mmap(start.memory, 0)
     slots = [
         slot_array(memory, slot, start.recipe, start.rows_per_slot) for slot in range(start.slots)
@@ -124,11 +133,12 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     while len(head := requests.read(16)) == 16:
         slot, count = np.frombuffer(head, np.int64).tolist()
         rows_R3 = np.frombuffer(requests.read(24 * count), np.int64).reshape(count, 3)
-        problem = b""
+        problem = unusable
         try:
-            decoder.write(rows_R3, slots[slot][:count])
-        except DataError as error:
-            problem = str(error).encode()
+            if decoder is not None:
+                decoder.write(rows_R3, slots[slot][:count])
+        except MegarecurError as error:
+            problem = str(error).encode(errors="replace")
         replies.write(np.array([slot, len(problem)], np.int64).tobytes() + problem)
         replies.flush()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -24,9 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
+from megarecur.data.mapped_files import MappedFiles, find_fault
+from megarecur.errors import refuse_shortage
+
 COLUMNS = {"image": "bytes", "label": "int32"}
 """Columns of the shards: JPEG or PNG, and the class."""
 FORMATS = ("JPEG", "PNG")
+MAX_PIXELS = 89_478_485
+"""Maximum pixels of a picture, stored or resized: 256 MiB in RGB. Pillow only warns above it; it
+refuses twice as many."""
 TRIES = 10
 """Attempts of RandomResizedCrop at a window inside the picture."""
 FLIP, OPERATION, MAGNITUDE, SIGN, ROW, COLUMN, WINDOWS = range(7)
@@ -64,18 +70,24 @@ class PictureShards:
     """The encoded pictures of a corpus, mapped into memory.
 
     Args:
-        files: the shards, in order, of columns COLUMNS.
+        folder: of the shards.
+        files: bytes and xxh64 of each shard, of columns COLUMNS, in order.
 
     Raises:
         ValueError, IndexError, OSError: a shard is damaged, or cannot be read.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+        self.facts = files
         self.shards: list[NDArray[np.uint8]] = []
         self.offsets: list[NDArray[np.uint32]] = []
-        for file in files:
+        self._files = [folder / name for name in files]
+        self._mapped = MappedFiles(lambda file: find_fault(file, files[file.name], hashed=True))
+        for file in self._files:
+            if fault := find_fault(file, files[file.name], hashed=False):
+                raise ValueError(f"{file} {fault}")
             # A plain array over the mapped file: slices of np.memmap cost several microseconds.
-            content = np.asarray(np.memmap(file, np.uint8, "r"))
+            content = np.asarray(np.memmap(self._mapped.add(file), np.uint8, "r"))
             count = int(content[:4].view(np.uint32)[0])
             self.offsets.append(content[4 : 8 + 4 * count].view(np.uint32))
             self.shards.append(content)
@@ -83,8 +95,14 @@ class PictureShards:
         self.starts = np.cumsum([0, *self.sizes])
 
     def read(self, number: int) -> bytes:
-        """Return the content of a picture."""
+        """Return the content of a picture.
+
+        Raises:
+            DataError: the shard was cut or rewritten since it was mapped.
+            IndexError: there is no such picture.
+        """
         k = int(self.starts.searchsorted(number, "right")) - 1
+        self._mapped.refuse_change(self._files[k])
         place = number - int(self.starts[k])
         begin = int(self.offsets[k][place])
         # A sample is the size of its only column of variable size, then its columns.
@@ -107,14 +125,47 @@ def decode(content: bytes, channels: int) -> Image.Image:
     """Return a decoded picture in mode L (1 channel) or RGB (3).
 
     Raises:
-        OSError, SyntaxError, ValueError: the content is damaged.
+        ValueError: the content is damaged, or has too many pixels.
     """
-    image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
-    mode = "L" if channels == 1 else "RGB"
-    if image.mode != mode:
-        return image.convert(mode)
-    image.load()
+    try:
+        image = open_picture(content)
+        mode = "L" if channels == 1 else "RGB"
+        if image.mode != mode:
+            return image.convert(mode)
+        image.load()
+        return image
+    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to.
+        refuse_shortage(error, "a picture")
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def open_picture(content: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open a picture, which is not decoded yet.
+
+    Raises:
+        ValueError: its header claims more than MAX_PIXELS.
+        Exception: Pillow's own, of content that is no picture.
+    """
+    try:
+        image: Image.Image = Image.open(BytesIO(content), formats=formats)
+    except Image.DecompressionBombError:
+        raise ValueError(f"a decompression bomb: more than {MAX_PIXELS:,} pixels") from None
+    refuse_bomb(image.size)
     return image
+
+
+def refuse_bomb(size: tuple[int, int]) -> None:
+    """Reject a picture of more than MAX_PIXELS before it is decoded or resized.
+
+    Raises:
+        ValueError: with its size.
+    """
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"a decompression bomb: {width:,} x {height:,} pixels, above the limit of "
+            f"{MAX_PIXELS:,}"
+        )
 
 
 class Draws:
@@ -270,6 +321,7 @@ def cut_centre(image: Image.Image, size: int, resize: int) -> Image.Image:
         width, height = (
             resize if side == short else int(resize * side / short) for side in image.size
         )
+        refuse_bomb((width, height))
         image = image.resize((width, height), BILINEAR)
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image.crop((left, top, left + size, top + size))

@@ -29,7 +29,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from megarecur.data.corpus import CHUNK_TOKENS, Corpus, find_fault, read_manifest
+from megarecur.data.corpus import CHUNK_TOKENS, Corpus, read_manifest
+from megarecur.data.mapped_files import find_fault
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.errors import ConfigError, DataError
 from megarecur.files import publish
@@ -98,9 +99,9 @@ class RemoteCorpus(Corpus):
         shards = CachedShards(self._files, expected, load, bound, self._verify)
         return shards, [shard["samples"] * CHUNK_TOKENS for shard in described]
 
-    def _stat_shards(self) -> dict[int, os.stat_result]:
+    def _find_rewriting(self, file: Path) -> str | None:
         """Return nothing: shards of a cache are replaced whole, and touched when they are used."""
-        return {}
+        return None
 
     def check_room(self, num_shards: int) -> None:
         """Reject a limit that cannot hold `num_shards` shards, whichever they are.

@@ -69,18 +69,30 @@ class TaskCorpus(Corpus):
         """True if labels are later tokens, which only a causal model does not see."""
         self.sides = 2 if self.kind == "pair" else 1
         try:
-            self.labels = np.asarray(np.load(self.path / LABELS, mmap_mode="r"))
+            file = self._mapped.add(self.path / LABELS)
+            self._labels = np.asarray(np.load(file, mmap_mode="r"))
         except (ValueError, OSError) as error:
             raise DataError(f"{self.path / LABELS}: damaged ({error}); {MEND}") from None
         expected = self.num_tokens if self.kind == "token" else self.num_samples
-        if self.labels.shape != (expected,) or self.num_documents != self.sides * self.num_samples:
-            raise DataError(f"{self.path / LABELS}: has {self.labels.shape} labels; {MEND}")
+        if self._labels.shape != (expected,) or self.num_documents != self.sides * self.num_samples:
+            raise DataError(f"{self.path / LABELS}: has {self._labels.shape} labels; {MEND}")
+
+    @property
+    def labels(self) -> NDArray[Any]:
+        """The class of each sample, or of each token of the stream.
+
+        Raises:
+            DataError: its file was cut or rewritten since it was mapped.
+        """
+        self._mapped.refuse_change(self.path / LABELS)
+        return self._labels
 
     def document(self, number: int, most: int) -> tuple[NDArray[Any], int]:
         """Return (at most `most` ids, start in the stream) of a document."""
-        begin = int(self.documents[number])
+        starts = self.documents
+        begin = int(starts[number])
         last = number + 1 == self.num_documents
-        end = self.num_tokens if last else int(self.documents[number + 1])
+        end = self.num_tokens if last else int(starts[number + 1])
         return self.read(begin, min(end - begin - 1, most)), begin
 
 

@@ -6,7 +6,6 @@ llm-foundry (query, choices, gold), which are rewritten into the former.
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import lzma
 import os
@@ -18,12 +17,22 @@ from typing import Any, NamedTuple
 import zstandard
 
 from megarecur.errors import ConfigError, DataError
-from megarecur.reading import parse_json
+from megarecur.reading import ZSTD_WINDOW, parse_json, read_bytes
 
 Row = dict[str, Any]
+UNREADABLE = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
 DATA = "MEGARECUR_DATA"
 """Environment variable that names a folder of data; its `eval` has the files of tasks."""
 SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".jsonl.zst")
+MAX_BYTES = 1 << 28
+"""Maximum size of a task's file, packed or not. The harness' own are below 2^24."""
+BLOCK_BYTES = 1 << 12
+"""Packed bytes that are unpacked at a time; zst grows zeros 30,000 times."""
+DECODERS: dict[str, Callable[[], Any]] = {
+    ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 30),
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj(),
+}
 QUERY = ("query", "choices", "gold")
 
 
@@ -88,7 +97,7 @@ def read_rows(path: Path) -> list[Row]:
         text = unpack(path).decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 ({error}); convert it") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({error}); restore the file") from None
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -109,22 +118,27 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def unpack(path: Path) -> bytes:
-    """Return the content of a file, decompressed by its suffix. A truncated file is an error."""
-    packed = path.read_bytes()
-    if path.suffix == ".xz":
-        return lzma.decompress(packed)
-    if path.suffix == ".gz":
-        return gzip.decompress(packed)
-    if path.suffix != ".zst":
+    """Return the content of a file, decompressed by its suffix. A truncated file is an error.
+
+    Raises:
+        ValueError: it has more than MAX_BYTES, packed or not.
+    """
+    packed = read_bytes(path, MAX_BYTES)
+    if path.suffix not in DECODERS:
         return packed
-    parts = []
-    while packed:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        parts.append(frame.decompress(packed))
-        if not frame.eof:
-            raise EOFError("it ends inside a frame")
-        packed = frame.unused_data
-    return b"".join(parts)
+    content, member = bytearray(), None
+    for at in range(0, len(packed), BLOCK_BYTES):
+        block = packed[at : at + BLOCK_BYTES]
+        while block := block if member else block.lstrip(b"\0"):  # Tapes end in zeros.
+            member = member or DECODERS[path.suffix]()
+            content += member.decompress(block)
+            if len(content) > MAX_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_BYTES} bytes")
+            block = member.unused_data if member.eof else b""
+            member = None if member.eof else member
+    if member is not None:
+        raise EOFError("it ends inside a frame")
+    return bytes(content)
 
 
 # ------------------------------------------------------------------------------- llm-foundry

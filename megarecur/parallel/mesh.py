@@ -34,6 +34,7 @@ from megarecur.parallel.context import ContextParallel
 from megarecur.parallel.objects import broadcast_object, gather_objects
 from megarecur.parallel.regions import TensorParallel
 from megarecur.parallel.tree import reduce_max
+from megarecur.reading import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -582,7 +583,7 @@ def agree_on_devices(store: Any, rank: int, world: int, kind: str, problem: str)
     store.set(f"device/{rank}", json.dumps([node_name(), kind, problem]))
     if rank == 0:
         answers = store.multi_get([f"device/{other}" for other in range(world)])
-        said = [json.loads(answer) for answer in answers]
+        said = [parse_json(answer) for answer in answers]
         store.set("device/verdict", judge_devices(said))
     verdict = store.get("device/verdict").decode()
     if not verdict:

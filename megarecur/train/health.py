@@ -54,6 +54,7 @@ from megarecur.parallel.objects import broadcast_object
 from megarecur.parallel.tree import gather_bytes
 from megarecur.plan.describe import format_bytes, name_ranks
 from megarecur.progress import WAITING, Note, note_nothing
+from megarecur.reading import parse_json, parse_object
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ def conclude(
 def gather(figures: Figures, mesh: Mesh) -> list[Figures]:
     """Return the figures of all ranks on rank 0; empty elsewhere."""
     parts = gather_bytes(json.dumps(asdict(figures)).encode(), mesh.save_group)
-    return [Figures(**json.loads(part)) for part in parts]
+    return [Figures(**parse_object(part)) for part in parts]
 
 
 def gather_hosts(host: str, mesh: Mesh) -> tuple[list[str], list[str]]:
@@ -262,7 +263,7 @@ def wait_for_all(hosts: Sequence[str], mesh: Mesh, patience: float) -> None:
     else:
         try:  # Rank 0 may have begun to wait later, by as much as its patience.
             store.wait([f"{place}/late"], timedelta(seconds=2 * patience))
-            late = json.loads(store.get(f"{place}/late"))
+            late = parse_json(store.get(f"{place}/late"))
         except RuntimeError:
             late = [0]
     if not late:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarecur.config.base import MOST_STEPS
 from megarecur.config.recurrence import Looped
 from megarecur.config.run import Config
 from megarecur.errors import CheckpointError, ConfigError, MegarecurError, explain_os_error
@@ -168,6 +169,10 @@ class Interval:
         """
         try:
             self._restore(carried, mesh)
+            loops = [number for depth in self.depths for number in depth or ()]
+            sound = all(type(value) in (int, float) for value in (self.num_losses, *self.keys))
+            if not sound or any(type(n) is not int or not 0 <= n <= MOST_STEPS for n in loops):
+                raise TypeError("a value is no number, or no depth")
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError):
             raise CheckpointError(
                 "state.interval of the checkpoint's index.json is not what `carry` writes; resume "

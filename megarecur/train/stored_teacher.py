@@ -17,20 +17,20 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from megarecur.batch import Batch
 from megarecur.config.run import Config
-from megarecur.data.corpus import Corpus, find_fault, hash_file
+from megarecur.data.corpus import Corpus
 from megarecur.data.loader import Loader, MicroBatch
+from megarecur.data.mapped_files import find_fault, hash_file
 from megarecur.errors import ConfigError, DataError
 from megarecur.files import replace_file
 from megarecur.parallel.context import WHOLE, ContextParallel
 from megarecur.parallel.head_loss import Target
 from megarecur.parallel.regions import TensorParallel
 from megarecur.parallel.transfer import send
-from megarecur.reading import read_json, read_object
+from megarecur.reading import open_tensors, read_json, read_object
 
 RECORD = "teacher.json"
 BYTES_PER_FILE = 2**28
@@ -95,9 +95,16 @@ class StoredTeacher:
         """Read the ids and log-probabilities [P, k] of this context rank's positions of a
         sample."""
         number, row = divmod(sample, self.per_file)
-        with safe_open(self.folder / file_name(number), "pt") as file:
-            whole = (file.get_slice(name)[row] for name in ("ids", "log_probs"))
-            ids, log_probs = (self.cp.own(values, dim=0) for values in whole)
+        path = self.folder / file_name(number)
+        try:
+            with open_tensors(path) as file:
+                whole = (file.get_slice(name)[row] for name in ("ids", "log_probs"))
+                ids, log_probs = (self.cp.own(values, dim=0) for values in whole)
+        except (OSError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{path}: cannot be read ({error}); delete it and run `megarecur prep teacher` "
+                "again"
+            ) from None
         return ids.to(torch.int64), log_probs
 
 
@@ -227,9 +234,12 @@ def write_down(
 
 
 def len_of(path: Path) -> int:
-    """Return the number of samples in a file."""
-    with safe_open(path, "pt") as file:
-        return int(file.get_slice("ids").get_shape()[0])
+    """Return the number of samples in a file; 0 if it is damaged."""
+    try:
+        with open_tensors(path) as file:
+            return int(file.get_slice("ids").get_shape()[0])
+    except (ValueError, IndexError):
+        return 0
 
 
 def write_samples(

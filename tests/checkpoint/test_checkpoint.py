@@ -46,8 +46,16 @@ from megarecur.checkpoint.checkpoint import (
     save,
     verify,
 )
-from megarecur.checkpoint.index import MIGRATIONS, seal, unseal
+from megarecur.checkpoint.index import (
+    MIGRATIONS,
+    DamagedCheckpoint,
+    StateRecord,
+    read_index,
+    seal,
+    unseal,
+)
 from megarecur.checkpoint.retention import remove_old
+from megarecur.checkpoint.storage import ChunkReader
 from megarecur.config.checkpoint import CheckpointConfig
 from megarecur.errors import CheckpointError
 from megarecur.parallel.shards import tiling_fault
@@ -550,3 +558,65 @@ def test_retention_never_removes_the_newest_good_one(tmp_path):
     remove_old(tmp_path, CheckpointConfig(keep_last=1))
     assert names(tmp_path) == ["latest", "step-00000002", "step-00000004"]
     assert find_checkpoint(tmp_path)[0] == tmp_path / "step-00000002"
+
+
+WRONG = [None, True, -1, 1.5, 1 << 70, "x", [], [1], {}, {"a": 1}]
+FREE = {
+    "order_hash": (None, "x"), "tokenizer": (None, "x"), "config": (None, {}, {"a": 1}),
+    "interval": ({}, {"a": 1}), "data": ({}, {"a": 1}), "versions": ({}, {"a": 1}),
+    "mesh": ({}, {"a": 1}), "layer_map": ([], [1], {}, {"a": 1}),
+    "hugging_face": ({}, {"a": 1}),
+}  # fmt: skip
+"""Values among WRONG that an entry of the state may have."""
+NESTED = {
+    ("hugging_face", "eos_token_id"): (None, -1, [], [1]),
+    ("hugging_face", "bos_token_id"): (None, -1),
+    ("hugging_face", "pad_token_id"): (None, -1),
+    ("hugging_face", "dtypes"): ({},),
+    ("config", "model"): ({}, {"a": 1}), ("config", "data"): ({}, {"a": 1}),
+    ("config", "train"): ({}, {"a": 1}),
+}  # fmt: skip
+
+
+def test_no_entry_of_the_state_has_a_wrong_type(tmp_path):
+    """As a crafted checkpoint has it, with checksums that fit."""
+    save_steps(tmp_path, 1)
+    path = tmp_path / "step-00000001"
+    index = json.loads((path / "index.json").read_text())
+    places = {(key,): FREE.get(key, ()) for key in StateRecord.model_fields} | NESTED
+    for keys, free in places.items():
+        for wrong in WRONG:
+            inner = {keys[1]: wrong} if len(keys) == 2 else wrong
+            index["state"] = {"step": 1, keys[0]: inner}
+            rewrite_index(path, json.dumps(index).encode())
+            if any(type(wrong) is type(value) and wrong == value for value in free):
+                assert read_state(path)[keys[0]] == inner
+                continue
+            with pytest.raises(CheckpointError, match=rf"index\.json: .*{keys[-1]}"):
+                read_state(path)
+
+
+def test_no_chunk_is_allocated_before_its_file_is_measured(tmp_path):
+    """An index that claims terabytes fails by the size of the file."""
+    save_steps(tmp_path, 1)
+    path = tmp_path / "step-00000001"
+    index = json.loads((path / "index.json").read_text())
+    name, huge, digest = "rank-00000.safetensors", 1 << 45, "0" * 16
+    index["files"] = {name: {"bytes": 8 + huge, "header_bytes": 8, "header_xxh3": digest}}
+    chunk = {"offset": [0], "shape": [huge], "file": name, "bytes": [8, 8 + huge], "xxh3": digest}
+    index["tensors"] = {"mask": {"dtype": "U8", "shape": [huge], "chunks": [chunk]}}
+    rewrite_index(path, json.dumps(index).encode())
+    found = read_index(path)
+    damage = pytest.raises(DamagedCheckpoint, match=r"rank-00000\.safetensors: \d+ bytes long")
+    with ChunkReader(path, found) as reader, damage:
+        reader.read("mask", found.tensors["mask"].chunks[0])
+
+
+def test_a_pipe_in_place_of_an_index_does_not_hang(tmp_path):
+    save_steps(tmp_path, 1)
+    path = tmp_path / "step-00000001"
+    for name in ("index.json", "index.xxh3"):
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        with pytest.raises(DamagedCheckpoint, match="is no regular file"):
+            read_index(path)

@@ -29,7 +29,7 @@ from megarecur.data.images import (
     with_statistics,
 )
 from megarecur.data.open import build_loader, open_sources, read_in_order
-from megarecur.data.pictures import NUM_DRAWS, Draws, PictureShards, Recipe, write_pixels
+from megarecur.data.pictures import NUM_DRAWS, Draws, Recipe, write_pixels
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.data_prep.images import ImageRequest, prepare_images
@@ -302,6 +302,7 @@ def test_a_killed_worker_is_one_error_and_none_is_left_behind(corpus: Path) -> N
 
 
 def test_workers_end_with_a_loader_that_is_killed(corpus: Path) -> None:
+    facts = {"shard.00000.mds": read_manifest(corpus / "train").files["shard.00000.mds"]}
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
@@ -309,9 +310,9 @@ def test_workers_end_with_a_loader_that_is_killed(corpus: Path) -> None:
         "from megarecur.data.decoding import Decoders\n"
         "from megarecur.data.pictures import PictureShards, Recipe\n"
         f"folder = Path({str(corpus / 'train')!r})\n"
-        "shards = PictureShards([folder / 'shard.00000.mds'])\n"
+        f"shards = PictureShards(folder, {facts!r})\n"
         "recipe = Recipe(size=8, channels=3, training=True)\n"
-        "d = Decoders([folder], [['shard.00000.mds']], [shards], recipe, [0.0] * 3, [1.0] * 3,\n"
+        "d = Decoders([folder], [shards], recipe, [0.0] * 3, [1.0] * 3,\n"
         "             seed=1, workers=2)\n"
         "d.finish(d.request(np.zeros((8, 3), np.int64)))\n"
         "assert 'torch' not in sys.modules, 'workers start quickly'\n"
@@ -344,7 +345,7 @@ def test_damage_that_no_hash_was_compared_for_names_the_picture(
 ) -> None:
     corpus = make_corpus(tmp_path)
     shard = corpus / "train/shard.00000.mds"
-    shards = PictureShards([shard])
+    shards = ImageCorpus(corpus / "train", verify=False).pictures
     begin = int(shards.offsets[0][5])
     with open(shard, "r+b") as file:
         file.seek(begin + 12)

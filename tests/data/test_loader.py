@@ -261,6 +261,21 @@ def test_a_state_without_a_cursor_is_refused(corpora: list[Corpus]) -> None:
         make(corpora).check_state({})
 
 
+def test_a_cursor_of_wrong_types_is_refused(corpora: list[Corpus]) -> None:
+    loader = make(corpora)
+    sound = loader.state(3)
+    loader.check_state(sound)
+    wrong = [None, True, -1, 1.5, 1 << 70, "x", [], {}, [1], [["x"]], [[1, "x"]], [["x", "y"]]]
+    for key in ("samples", "sources"):
+        for value in wrong:
+            with pytest.raises(DataError, match=r"data\.train: "):
+                loader.check_state(sound | {key: value})
+    fingerprint = sound["sources"][0][0]
+    for pair in ([fingerprint, 1.5], [fingerprint, True], [fingerprint], fingerprint, None):
+        with pytest.raises(DataError, match="the data cursor of this checkpoint is damaged"):
+            loader.check_state(sound | {"sources": [pair, *sound["sources"][1:]]})
+
+
 def test_a_batch_the_world_cannot_divide_is_refused(corpora: list[Corpus]) -> None:
     with pytest.raises(ConfigError, match=r"global_batch_size=8 .* 3 .*a multiple of 12"):
         make(corpora, dp_size=3)

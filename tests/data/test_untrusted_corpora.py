@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,9 +22,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from megarecur.data.corpus import Corpus, hash_file, read_manifest, write_manifest
-from megarecur.data.foreign import missing_files
+from megarecur.data.corpus import Corpus, read_manifest, write_manifest
+from megarecur.data.foreign import ForeignCorpus, missing_files
 from megarecur.data.formats import open_corpus
+from megarecur.data.mapped_files import hash_file
 from megarecur.data.remote import RemoteCorpus
 from megarecur.data.shard_index import read_index
 from megarecur.data.tokenizer import load_tokenizer
@@ -352,6 +354,49 @@ def test_a_shard_that_is_cut_or_rewritten_while_it_is_read_is_named(copy: Path) 
         corpus.read(16_000, 100)
     last = corpus.read(corpus.num_tokens - 100, 100)
     assert (last == expected[-100:]).all()
+
+
+def test_starts_that_are_cut_while_they_are_read_are_named(copy: Path) -> None:
+    corpus = Corpus(copy)
+    os.truncate(copy / "documents.npy", 0)  # Reading it would kill the process.
+    with pytest.raises(DataError, match=r"documents\.npy: has 0 bytes instead of .* while it was"):
+        int(corpus.documents[3])
+
+
+def test_a_cached_shard_that_is_cut_while_it_is_read_is_named(copy: Path, tmp_path: Path) -> None:
+    with closing(RemoteCorpus(tmp_path / "cache", str(copy))) as corpus:
+        corpus.read(0, 10)
+        os.utime(tmp_path / "cache" / "shard.00000.mds")  # As every use of a cache does.
+        corpus.read(0, 10)
+        os.truncate(tmp_path / "cache" / "shard.00000.mds", 0)
+        with pytest.raises(DataError, match=r"shard\.00000\.mds: has 0 bytes instead of"):
+            corpus.read(0, 10)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_foreign_shard_that_is_rewritten_while_it_is_read_is_named(
+    copy: Path, hashed: bool
+) -> None:
+    for name in ("manifest.json", "documents.npy"):
+        (copy / name).unlink()
+    shard = copy / "shard.00000.mds"
+    index = json.loads((copy / "index.json").read_text())
+    for entry in index["shards"] if not hashed else []:
+        entry["raw_data"]["hashes"] = {}
+    (copy / "index.json").write_text(json.dumps(index))
+    corpus = read(copy)
+    assert isinstance(corpus, ForeignCorpus) and corpus.read(0, 10).size == 10
+    os.utime(shard, ns=(1, 1))
+    if hashed:  # Its hash tells that it was only touched.
+        corpus._sample.cache_clear()
+        assert corpus.read(0, 10).size == 10
+        with shard.open("r+b") as file:
+            file.seek(-1000, os.SEEK_END)
+            file.write(b"other")
+        os.utime(shard, ns=(2, 2))
+    corpus._sample.cache_clear()
+    with pytest.raises(DataError, match=r"shard\.00000\.mds: was rewritten while it was read"):
+        corpus.read(0, 10)
 
 
 def test_a_corpus_that_is_deleted_or_renamed_is_read_on(copy: Path, tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from pyarrow import parquet
 from support.image_corpora import draw_pixels, encode, write_folders
 from typer.testing import CliRunner
 
+from megarecur.data import pictures
 from megarecur.data.images import ImageCorpus
 from megarecur.data.pictures import decode
-from megarecur.data_prep import image_encoding, image_inputs
+from megarecur.data_prep import image_inputs
 from megarecur.data_prep.contact_sheet import choose, draw_corpus
 from megarecur.data_prep.image_encoding import DamagedPicture, Encoding, encode_picture
 from megarecur.data_prep.image_inputs import FieldNames
@@ -331,7 +332,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(
         encode_picture(bomb(60_000, 2000), Encoding())
     with pytest.raises(DamagedPicture, match="a decompression bomb"):
         encode_picture(bomb(60_000, 60_000), Encoding())
-    monkeypatch.setattr(image_encoding, "MOST_PIXELS", 63)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 63)
     with pytest.raises(DamagedPicture, match="8 x 8 pixels"):
         encode_picture(encode(PIXELS[0]), Encoding())
 

@@ -12,6 +12,7 @@ import pytest
 import zstandard
 
 from megarecur.errors import ConfigError, DataError
+from megarecur.inference import task_files
 from megarecur.inference.task_files import FORMS, find_missing, find_task_file, read_task
 
 CHOICES = {"query": "Question: Is it?", "choices": ["so", "not so"], "gold": 1}
@@ -141,3 +142,21 @@ def test_the_files_on_hand_are_read(task: str, data_dir: Path) -> None:
     assert path is not None
     rows = read_task(task, path)
     assert len(rows) > 1000 and all(set(FORMS[task].fields) <= set(row) for row in rows)
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst"])
+def test_a_file_that_unpacks_without_end_is_refused(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = {".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    monkeypatch.setattr(task_files, "MAX_BYTES", 1 << 20)
+    path = tmp_path / f"piqa.jsonl{suffix}"
+    row = b'{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n'
+    path.write_bytes(pack(row + b" " * (1 << 20)))
+    with pytest.raises(DataError, match=rf"piqa\.jsonl{suffix}: cannot be read .*more than"):
+        task_files.read_rows(path)
+    path.write_bytes(pack(row) + pack(row))
+    assert len(task_files.read_rows(path)) == 2
+    path.write_bytes(pack(row)[:-3])
+    with pytest.raises(DataError, match="cannot be read"):
+        task_files.read_rows(path)

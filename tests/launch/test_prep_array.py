@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarecur.data.corpus import hash_file
+from megarecur.data.mapped_files import hash_file
 from megarecur.data_prep import array
 from megarecur.data_prep.array import begin, plan_remaining_work, run_task, share
 from megarecur.data_prep.plan import Request

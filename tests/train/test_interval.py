@@ -12,6 +12,7 @@ from support.configs import make_config
 
 from megarecur.checkpoint import checkpoint
 from megarecur.config.run import Config
+from megarecur.errors import CheckpointError
 from megarecur.parallel.mesh import Mesh
 from megarecur.train.metrics import read_rows
 from megarecur.train.report import Interval, StepResult
@@ -124,3 +125,20 @@ def test_sums_on_another_mesh_are_all_on_the_first_rank() -> None:
         # A replica without a share takes part in the same reductions.
         assert second.losses == {"z": 0.0, "loss": 0.0}
         assert second.sources is not None and not torch.any(second.sources)
+
+
+def test_an_interval_of_wrong_types_is_refused() -> None:
+    """As a crafted checkpoint has it."""
+    sound = {"num_losses": 1, "depths": [[2, 1, 0, 0]], "keys": [1.0] * 6, "mesh": [1, 1],
+             "ranks": [{"losses": {"loss": 1.5}}]}  # fmt: skip
+    Interval().restore(sound, Mesh())
+    wrong = [None, True, "x", "1", [], {}, ["x"], [["x"]], [[1]], [{"losses": {"loss": "x"}}],
+             [{"losses": [1]}], [{"losses": {"loss": 1.0}, "sources": "x"}], [None],
+             [[1 << 40, 1]]]  # fmt: skip
+    sound_too = {"depths": ([], {}, [None])}
+    for key in ("num_losses", "depths", "keys", "ranks"):
+        for value in wrong:
+            if value in sound_too.get(key, ()):
+                continue
+            with pytest.raises(CheckpointError, match=r"state\.interval"):
+                Interval().restore(sound | {key: value}, Mesh())
