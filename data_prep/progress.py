@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from megarecur.data_prep.console import EscapingConsole
+
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -16,7 +18,7 @@ class ProgressReport:
     """The progress of each phase of some work, with its rate and the time left."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or EscapingConsole(stderr=True)
         self.bar: Progress | None = None
 
     @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 from megarecur.data_prep.progress import ProgressReport, report_phase
 from megarecur.errors import DataError
+from megarecur.reading import escape_logs
 
 
 class Workers:
@@ -111,7 +112,11 @@ class Workers:
 
 
 def end_with_parent() -> None:
-    """End this worker when its parent has ended; it would wait for tasks forever."""
+    """End this worker when its parent has ended; it would wait for tasks forever.
+
+    Its warnings are escaped as those of its parent are.
+    """
+    escape_logs()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

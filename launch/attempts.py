@@ -16,6 +16,7 @@ from typing import Any
 from megarecur.files import append_row
 from megarecur.launch.folder import Beat, find_logs, newest_checkpoint, read_beat, read_text
 from megarecur.launch.job import LAUNCH_VARIABLE
+from megarecur.launch.output import say
 from megarecur.launch.slurm import SlurmError, describe_job
 from megarecur.reading import parse_row
 
@@ -79,7 +80,7 @@ class Record:
         try:
             append_row(self.path, row)
         except OSError as error:
-            print(f"{self.path}: {error.strerror}; {json.dumps(row)}", flush=True)
+            say(f"{self.path}: {error.strerror}; {json.dumps(row)}", flush=True)
             if self.reserve.exists():
                 self.reserve.unlink()
                 self.append(row)
@@ -126,14 +127,14 @@ class Record:
         )  # fmt: skip
         detail = f": {outcome.detail}" if outcome.detail else ""
         done = "" if action == "done" else f"; {action}"
-        print(f"attempt {attempt.number}: {outcome.reason}{detail}{done}", flush=True)
+        say(f"attempt {attempt.number}: {outcome.reason}{detail}{done}", flush=True)
 
     def revise(self, attempt: Attempt, action: str) -> None:
         """Record that the planned action after an attempt's end was not taken."""
         self.append(
             {"event": "revised", "attempt": attempt.number, "time": time.time(), "action": action}
         )
-        print(f"attempt {attempt.number}: {action}", flush=True)
+        say(f"attempt {attempt.number}: {action}", flush=True)
 
     def ends(self) -> list[dict[str, Any]]:
         """Return how attempts ended, the latest first."""

@@ -34,11 +34,13 @@ from megarecur.config.rules_attention import Backend
 from megarecur.data_prep.progress import ProgressReport
 from megarecur.errors import ConfigError, MegarecurError, MeshError
 from megarecur.files import replace_file
+from megarecur.launch.output import say
 from megarecur.model.norm import RMSNorm
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import pick_device
 from megarecur.plan.cluster import PRESETS, Cluster, Precision
 from megarecur.plan.cost import count_pairs
+from megarecur.reading import read_json
 
 DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64,
@@ -120,7 +122,7 @@ def bench_hardware(out: Path, device: str = "auto", ranks: int | None = None) ->
     heading = "".join(f"# {line}\n" for line in ("Written by `megarecur bench hardware`.", *notes))
     text = heading + yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     replace_file(out, text)
-    print(text, end="")
+    say(text, end="")
     return cluster
 
 
@@ -326,7 +328,7 @@ def measure_link(ranks: int, kind: str) -> dict[str, float]:
                 f"--ranks {ranks}: the processes could not communicate ({last}); measure one rank "
                 "with --ranks 1"
             ) from None
-        small, large = json.loads(Path(folder, "seconds.json").read_text())
+        small, large = read_json(Path(folder, "seconds.json"))
     rounds = 2 * (ranks - 1).bit_length()
     sent = 2 * (ranks - 1) / ranks * (MESSAGE_MIB << 20)
     bandwidth = sent / max(large - small, 1e-9) / 1e9

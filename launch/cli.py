@@ -24,7 +24,18 @@ from megarecur.errors import (
     refuse_undecodable,
 )
 from megarecur.launch import prep
-from megarecur.reading import escape
+from megarecur.launch.limits import (
+    MAX_COUNT,
+    MAX_LOCAL,
+    MAX_RANKS,
+    MAX_SEED,
+    MAX_SHOTS,
+    MAX_SIDE,
+    MAX_STEP,
+    MAX_TOKENS,
+)
+from megarecur.launch.output import say
+from megarecur.reading import escape_logs
 
 if TYPE_CHECKING:
     pass
@@ -35,7 +46,6 @@ USERS_ERRNOS = {
     errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EROFS, errno.ESTALE,
 }  # fmt: skip
 
-MOST_TOKENS = 1 << 20
 """Maximum tokens of a continuation, whose cache is allocated at its start."""
 
 app = typer.Typer(
@@ -63,24 +73,23 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             # A terminal without UTF-8 shows unsupported characters as `?`.
             stream.reconfigure(errors="replace")
+    escape_logs()
     # The library does not support an option with an optional value.
     if sys.argv[1:2] == ["launch"]:
         sys.argv = ["--dry-run=print" if word == "--dry-run" else word for word in sys.argv]
     try:
         app()
     except MegarecurError as error:
-        print(escape(f"error: {error}"), file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno in SHORTAGES:
             place = f"{error.filename}: " if error.filename is not None else ""
-            print(
-                escape(f"error: {place}{error.strerror}; {SHORTAGES[error.errno]}"), file=sys.stderr
-            )
+            say(f"error: {place}{error.strerror}; {SHORTAGES[error.errno]}", file=sys.stderr)
             sys.exit(2)
         if error.errno not in USERS_ERRNOS or error.filename is None:
             raise
-        print(escape(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
+        say(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not (reason := explain_memory_error(error)):
@@ -90,17 +99,12 @@ def main() -> None:
         sys.exit(1)
 
 
-def for_terminal(text: str) -> str:
-    """Return text without control characters if it goes to a terminal, which would obey them."""
-    return escape(text) if sys.stdout.isatty() else text
-
-
 def print_version(wanted: bool) -> None:
     """Print the version and exit, if --version is given."""
     if wanted:
         from importlib.metadata import version
 
-        print(f"megarecur {version('megarecur')}")
+        say(f"megarecur {version('megarecur')}")
         raise typer.Exit
 
 
@@ -142,12 +146,12 @@ def check(
     unchecked = check_early(resolved)
     show(lambda width: describe(resolved, width))
     for line in unchecked:
-        print(f"not checked: {line}")
+        say(f"not checked: {line}")
     if draw is not None:
         from megarecur.plot.layer_map import draw_config, save
 
         save(draw_config(resolved), draw)
-        print(f"\nlayer map drawn to {draw}")
+        say(f"\nlayer map drawn to {draw}")
 
 
 @app.command()
@@ -156,10 +160,11 @@ def plan(
     world_size: Annotated[int, typer.Option(min=1, max=1 << 20, help="Number of ranks.")],
     overrides: Overrides = None,
     tensor: Annotated[
-        int | None, typer.Option(min=1, help="Tensor-parallel ranks (default: search).")
+        int | None,
+        typer.Option(max=MAX_RANKS, min=1, help="Tensor-parallel ranks (default: search)."),
     ] = None,
     pipeline: Annotated[
-        int | None, typer.Option(min=1, help="Pipeline ranks (default: search).")
+        int | None, typer.Option(max=MAX_RANKS, min=1, help="Pipeline ranks (default: search).")
     ] = None,
     context: Annotated[
         int | None,
@@ -207,7 +212,7 @@ def plan(
         from megarecur.plot.timeline import draw_plan
 
         save(draw_plan(found), out)
-        print(f"\norder drawn to {out}")
+        say(f"\norder drawn to {out}")
 
 
 @bench.callback()
@@ -222,7 +227,9 @@ def hardware(
     ranks: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes that share the machine (default: one for each GPU, or one)."
+            max=MAX_LOCAL,
+            min=1,
+            help="Processes that share the machine (default: one for each GPU, or one).",
         ),
     ] = None,
 ) -> None:
@@ -237,7 +244,7 @@ def schema() -> None:
     """Print the JSON Schema of a config, with which editors complete and explain keys."""
     from megarecur.config.json_schema import write_schema
 
-    print(write_schema(), end="")
+    say(write_schema(), end="")
 
 
 # ------------------------------------------------------------------------------------- training
@@ -271,14 +278,21 @@ def launch_processes(
     config: ConfigPath,
     overrides: Overrides = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this machine, without Slurm.")
+        int | None,
+        typer.Option(max=MAX_LOCAL, min=1, help="Processes on this machine, without Slurm."),
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of a Slurm job.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(max=MAX_RANKS, min=1, help="Nodes of a Slurm job.")
+    ] = None,
     gpus_per_node: Annotated[
-        int, typer.Option(min=0, help="GPUs of each node, and processes unless these are given.")
+        int,
+        typer.Option(
+            max=MAX_LOCAL, min=0, help="GPUs of each node, and processes unless these are given."
+        ),
     ] = 0,
     processes_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Processes of each node, where there are no GPUs.")
+        int | None,
+        typer.Option(max=MAX_LOCAL, min=1, help="Processes of each node, where there are no GPUs."),
     ] = None,
     cluster: Annotated[
         str | None,
@@ -306,7 +320,8 @@ def launch_processes(
         typer.Option(metavar="KEY.SUB=A,B", help="A run for each value: one array of jobs."),
     ] = None,
     at_once: Annotated[
-        int | None, typer.Option(help="Max concurrent runs of a sweep (default: all).")
+        int | None,
+        typer.Option(max=MAX_RANKS, help="Max concurrent runs of a sweep (default: all)."),
     ] = None,
     failed_only: Annotated[
         bool,
@@ -390,9 +405,14 @@ def verify(
     config: ConfigPath,
     overrides: Overrides = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="Processes (default: tensor x pipeline x context).")
+        int | None,
+        typer.Option(
+            max=MAX_LOCAL, min=1, help="Processes (default: tensor x pipeline x context)."
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 3,
+    steps: Annotated[
+        int, typer.Option(max=MAX_STEP, min=1, help="Optimizer steps to compare.")
+    ] = 3,
     small: Annotated[
         bool, typer.Option("--small", help="Narrow and short; same blocks, heads and mesh.")
     ] = False,
@@ -443,9 +463,11 @@ def logs(
         bool, typer.Option("--follow", "-f", help="Follow new lines until the run is done.")
     ] = False,
     attempt: Annotated[
-        int | None, typer.Option(min=1, help="Attempt to show (default: the newest).")
+        int | None, typer.Option(max=MAX_STEP, min=1, help="Attempt to show (default: the newest).")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="Rank to show (default: all).")] = None,
+    rank: Annotated[
+        int | None, typer.Option(max=MAX_RANKS, min=0, help="Rank to show (default: all).")
+    ] = None,
 ) -> None:
     """Print the output of a Slurm run's ranks, each line with its rank in front."""
     from megarecur.launch.logs import show_logs
@@ -471,17 +493,17 @@ def plot(
 
     several = len(runs) > 1
     for path in plot_runs(runs, out or Path("plots")) if several else plot_run(runs[0], out):
-        print(path)
+        say(path)
 
 
 @app.command("eval")
 def evaluate_run(
     run: RunPath,
     step: Annotated[
-        int | None, typer.Option(help="Checkpoint to use (default: the newest).")
+        int | None, typer.Option(max=MAX_STEP, help="Checkpoint to use (default: the newest).")
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=0, help="Samples of each corpus (default: 0, all).")
+        int, typer.Option(max=MAX_COUNT, min=0, help="Samples of each corpus (default: 0, all).")
     ] = 0,
     data: Annotated[
         list[str] | None, typer.Option(help="Corpora to use instead of the config's data.val.")
@@ -507,6 +529,7 @@ def evaluate_run(
     image_size: Annotated[
         int | None,
         typer.Option(
+            max=MAX_SIDE,
             min=1,
             help="Height and width of the pictures (default: those of training); learned positions "
             "are interpolated.",
@@ -521,7 +544,8 @@ def evaluate_run(
         ),
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, help="Examples in front of each question (default: 0).")
+        int | None,
+        typer.Option(max=MAX_SHOTS, min=0, help="Examples in front of each question (default: 0)."),
     ] = None,
     tasks_from: Annotated[
         Path | None,
@@ -532,7 +556,8 @@ def evaluate_run(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents of each task (default: all).")
+        int | None,
+        typer.Option(max=MAX_COUNT, min=1, help="Documents of each task (default: all)."),
     ] = None,
     lengths: Annotated[
         str | None,
@@ -547,7 +572,7 @@ def evaluate_run(
     cluster: Annotated[
         str | None, typer.Option(metavar="NAME|FILE", help="The job's profile.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs of the job.")] = 0,
+    gpus: Annotated[int, typer.Option(max=MAX_LOCAL, min=0, help="GPUs of the job.")] = 0,
 ) -> None:
     """Score a run on its validation corpora: loss, perplexity, bits per byte, early exits; for a
     task its accuracy, also by class, and its calibration. With --tasks, score it on tasks of
@@ -575,7 +600,7 @@ def evaluate_run(
         words = [f"--{name}={value}" for name, value in options.items() if value is not None]
         words += [f"--data={path}" for path in data or ()] + ["--streaming"] * streaming
         job = submit_evaluation(run, words, cluster=cluster, gpus=gpus)
-        print(f"submitted job {job.job_id}; its output: {job.paths.stdout}")
+        say(f"submitted job {job.job_id}; its output: {job.paths.stdout}")
         return
     if tasks is not None:
         evaluate_tasks(run, tasks, shots or 0, depth, tasks_from, limit, step, device)
@@ -591,15 +616,15 @@ def evaluate_run(
     for line in score_run(
         run, step, data or (), samples, depth, streaming, curves, device, image_size, draw, scored
     ):
-        print(line)
+        say(line)
     if draw is not None and scored:
-        print("\n".join(map(str, write_scores(draw, scored))))
+        say("\n".join(map(str, write_scores(draw, scored))))
     elif draw is not None and curves is not None:
         from megarecur.plot.layer_map import save
         from megarecur.plot.run import draw_positions
 
         save(draw_positions(curves), draw)
-        print(f"loss by position drawn to {draw}")
+        say(f"loss by position drawn to {draw}")
 
 
 def evaluate_tasks(
@@ -621,7 +646,7 @@ def evaluate_tasks(
         device=device, note=note_progress("scoring"),
     )  # fmt: skip
     show(lambda width: draw_table(rows))
-    print(draw_picture(run, rows))
+    say(draw_picture(run, rows))
 
 
 def evaluate_lengths(
@@ -643,10 +668,10 @@ def evaluate_lengths(
     )  # fmt: skip
     by_length, by_position = draw_tables(found)
     show(lambda width: by_length)
-    print()
+    say()
     show(lambda width: by_position)
     for path in draw_pictures(run, found):
-        print(path)
+        say(path)
 
 
 @app.command()
@@ -654,17 +679,21 @@ def generate(
     run: RunPath,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Text to continue.")],
     max_new_tokens: Annotated[
-        int, typer.Option(max=MOST_TOKENS, help="Maximum number of new tokens.")
+        int, typer.Option(max=MAX_TOKENS, help="Maximum number of new tokens.")
     ] = 200,
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")
     ] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(max=MAX_COUNT, help="Choose among the k likeliest tokens.")
+    ] = None,
     top_p: Annotated[
         float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of all samples.")] = 1,
-    samples: Annotated[int, typer.Option(min=1, help="Continuations to write.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all samples.")] = 1,
+    samples: Annotated[
+        int, typer.Option(max=MAX_TOKENS, min=1, help="Continuations to write.")
+    ] = 1,
     depth: Annotated[
         int | None, typer.Option(help="Loops to run instead of the trained number.")
     ] = None,
@@ -680,7 +709,7 @@ def generate(
         bool, typer.Option("--cache/--no-cache", help="Keep keys and values, or recompute them.")
     ] = True,
     step: Annotated[
-        int | None, typer.Option(help="Checkpoint to use (default: the newest).")
+        int | None, typer.Option(max=MAX_STEP, help="Checkpoint to use (default: the newest).")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -714,14 +743,14 @@ def generate(
             exit_rule=rule,
         )
         if samples > 1:
-            print(f"--- sample {sample + 1} of {samples}")
-        print(for_terminal(text), end="", flush=True)
+            say(f"--- sample {sample + 1} of {samples}")
+        say(text, end="", flush=True)
         for piece in stream_text(tokenizer, prompt, ids):
-            print(for_terminal(piece), end="", flush=True)
-        print()
+            say(piece, end="", flush=True)
+        say()
     if rule is not None and rule.loops:
         mean = sum(rule.loops) / len(rule.loops)
-        print(f"{mean:.2f} loops a token, over {len(rule.loops)} tokens", file=sys.stderr)
+        say(f"{mean:.2f} loops a token, over {len(rule.loops)} tokens", file=sys.stderr)
 
 
 @app.command()
@@ -734,22 +763,29 @@ def serve(
         int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")
     ] = 8000,
     step: Annotated[
-        int | None, typer.Option(help="Checkpoint to use (default: the newest).")
+        int | None, typer.Option(max=MAX_STEP, help="Checkpoint to use (default: the newest).")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     pages: Annotated[
         int | None,
         typer.Option(
+            max=MAX_COUNT // 16,
             min=1,
             help="Pages of 16 tokens for keys and values (default: 16 texts of data.seq_length).",
         ),
     ] = None,
-    max_texts: Annotated[int, typer.Option(min=1, help="Max texts that run at a time.")] = 64,
-    max_queue: Annotated[int, typer.Option(min=0, help="Max texts that wait besides.")] = 256,
+    max_texts: Annotated[
+        int, typer.Option(max=MAX_TOKENS, min=1, help="Max texts that run at a time.")
+    ] = 64,
+    max_queue: Annotated[
+        int, typer.Option(max=MAX_TOKENS, min=0, help="Max texts that wait besides.")
+    ] = 256,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST_TOKENS, help="Max new tokens of a text.")
+        int, typer.Option(min=1, max=MAX_TOKENS, help="Max new tokens of a text.")
     ] = 4096,
-    max_body: Annotated[int, typer.Option(min=1, help="Max bytes of a request's body.")] = 1 << 20,
+    max_body: Annotated[
+        int, typer.Option(max=MAX_COUNT, min=1, help="Max bytes of a request's body.")
+    ] = 1 << 20,
     max_depth: Annotated[
         int | None, typer.Option(help="Max loops of a request (default: the most of training).")
     ] = None,
@@ -763,7 +799,7 @@ def serve(
         host, port, step, device, pages, max_texts, max_depth,
         Limits(max_queue, max_body, max_new_tokens),
     )  # fmt: skip
-    if code := serve_run(run, options, lambda line: print(line, flush=True)):
+    if code := serve_run(run, options, lambda line: say(line, flush=True)):
         raise typer.Exit(code)
 
 
@@ -798,11 +834,13 @@ def translate(
         bool, typer.Option("--sample", help="Draw translations instead of searching.")
     ] = False,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(max=MAX_COUNT, help="Choose among the k likeliest tokens.")
+    ] = None,
     top_p: Annotated[
         float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of all samples.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all samples.")] = 1,
     prefix: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Beginnings of the translations, one a line."),
@@ -827,12 +865,12 @@ def translate(
         Path | None,
         typer.Option(metavar="FILE", help="Draw a line's cross-attention: .png or .svg."),
     ] = None,
-    draw_line: Annotated[int, typer.Option(help="Number of the line to draw.")] = 1,
+    draw_line: Annotated[int, typer.Option(max=MAX_COUNT, help="Number of the line to draw.")] = 1,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep keys and values, or recompute them.")
     ] = True,
     step: Annotated[
-        int | None, typer.Option(help="Checkpoint to use (default: the newest).")
+        int | None, typer.Option(max=MAX_STEP, help="Checkpoint to use (default: the newest).")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -866,12 +904,12 @@ def translate(
         draw_line if draw is not None else None,
     )  # fmt: skip
     for line in done.lines if out is None else ():
-        print(for_terminal(line))
+        say(line)
     for line in done.summary:
-        print(line, file=sys.stdout if out is not None else sys.stderr)
+        say(line, file=sys.stdout if out is not None else sys.stderr)
     if draw is not None:
         translation.draw_line(done, options, draw_line, draw)
-        print(f"cross-attention drawn to {draw}", file=sys.stderr)
+        say(f"cross-attention drawn to {draw}", file=sys.stderr)
 
 
 @app.command()
@@ -891,18 +929,26 @@ def convert(
         ),
     ] = None,
     loops: Annotated[
-        int | None, typer.Option(help="Uses of each shared block; with loop, of the core.")
+        int | None,
+        typer.Option(max=MAX_RANKS, help="Uses of each shared block; with loop, of the core."),
     ] = None,
     layers: Annotated[
         int | None,
-        typer.Option(metavar="K", help="Make a plain model of K of its layers, without sharing."),
+        typer.Option(
+            max=MAX_RANKS,
+            metavar="K",
+            help="Make a plain model of K of its layers, without sharing.",
+        ),
     ] = None,
     init: Annotated[
         str | None,
         typer.Option(help="Initialisation of blocks: stepwise, average, lower, upper or random."),
     ] = None,
     lora_rank: Annotated[
-        int | None, typer.Option(help="Rank of the adapters of each loop (default: no adapters).")
+        int | None,
+        typer.Option(
+            max=MAX_SIDE, help="Rank of the adapters of each loop (default: no adapters)."
+        ),
     ] = None,
     lora_init: Annotated[str | None, typer.Option(help="svd (of the residual) or zero.")] = None,
     norms: Annotated[
@@ -921,7 +967,8 @@ def convert(
         bool, typer.Option("--strict", help="Reject loops that do not divide the layers.")
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of random choices and Gaussian values.")
+        int | None,
+        typer.Option(min=0, max=MAX_SEED, help="Seed of random choices and Gaussian values."),
     ] = None,
 ) -> None:
     """Make a run folder from a Hugging Face model; with --scheme, fold it into shared blocks."""
@@ -939,7 +986,7 @@ def convert(
         raise ConfigError(f"{names}: fold a model, which also needs --scheme (or --layers)")
     from megarecur.convert.hf import convert_hf
 
-    print(convert_hf(hf_dir, to, allow_pickles=allow_pickles))
+    say(convert_hf(hf_dir, to, allow_pickles=allow_pickles))
 
 
 def fold(hf_dir: Path, to: Path, scheme: str, given: dict[str, Any], allow_pickles: bool) -> None:
@@ -957,10 +1004,10 @@ def fold(hf_dir: Path, to: Path, scheme: str, given: dict[str, Any], allow_pickl
         hf_dir, to, options, allow_pickles=allow_pickles,
         progress=lambda total: progress.phase("folding", total), advance=progress.advance,
     )  # fmt: skip
-    print((to / "fold.txt").read_text(encoding="utf-8"))
+    say((to / "fold.txt").read_text(encoding="utf-8"))
     for path in plot_fold(to):
-        print(path)
-    print(made)
+        say(path)
+    say(made)
 
 
 @app.command()
@@ -968,7 +1015,8 @@ def merge(
     run: RunPath,
     out: Annotated[Path, typer.Option(metavar="RUN2", help="Run folder to make.")],
     last: Annotated[
-        int | None, typer.Option(metavar="N", help="Average the newest N checkpoints.")
+        int | None,
+        typer.Option(max=MAX_STEP, metavar="N", help="Average the newest N checkpoints."),
     ] = None,
     steps: Annotated[
         str | None, typer.Option(metavar="100,200", help="Average the checkpoints of these steps.")
@@ -979,7 +1027,7 @@ def merge(
     from megarecur.data_prep.progress import ProgressReport
 
     progress = ProgressReport()
-    print(
+    say(
         merge_checkpoints(
             run, out, last=last, steps=None if steps is None else parse_steps(steps),
             progress=lambda total: progress.phase("averaging", total), advance=progress.advance,
@@ -1006,7 +1054,7 @@ def export(
         str | None, typer.Option(help="float32, bfloat16 or float16 (default: as trained).")
     ] = None,
     step: Annotated[
-        int | None, typer.Option(help="Checkpoint to export (default: the newest).")
+        int | None, typer.Option(max=MAX_STEP, help="Checkpoint to export (default: the newest).")
     ] = None,
 ) -> None:
     """Write a run's model in another format."""
@@ -1014,7 +1062,7 @@ def export(
 
     if to != "hf":
         raise ConfigError(f"--to {to}: the format must be hf")
-    print(export_hf(run, out, unrolled=unrolled, step=step, dtype=dtype))
+    say(export_hf(run, out, unrolled=unrolled, step=step, dtype=dtype))
 
 
 # --------------------------------------------------------------------------------------- shared

@@ -20,6 +20,7 @@ from megarecur.data.foreign import is_foreign, missing_files
 from megarecur.data.tokenizer import load_tokenizer
 from megarecur.errors import ConfigError, DataError, MegarecurError
 from megarecur.launch.folder import newest_checkpoint
+from megarecur.launch.output import say
 from megarecur.launch.profile import ClusterProfile
 from megarecur.plan.cluster import load_cluster
 from megarecur.plan.describe import resolve_vocab_size
@@ -122,7 +123,7 @@ def profile_matters(problems: Sequence[str] | dict[str, None]) -> bool:
 def print_unchecked(lines: Sequence[str]) -> None:
     """Print the inputs that could not be checked."""
     for line in lines:
-        print(f"not checked: {line}", file=sys.stderr)
+        say(f"not checked: {line}", file=sys.stderr)
 
 
 def look_at(config: Config, view: View, found: Findings) -> None:

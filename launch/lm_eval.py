@@ -11,6 +11,7 @@ import sys
 
 from megarecur.errors import MegarecurError
 from megarecur.inference.task_files import check_harness
+from megarecur.launch.output import say
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
 
         cli_evaluate()
     except MegarecurError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

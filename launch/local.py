@@ -21,6 +21,7 @@ from megarecur.files import raise_file_limit
 from megarecur.launch.configs import load_run_config
 from megarecur.launch.folder import read_beat
 from megarecur.launch.inputs import check_inputs, print_unchecked
+from megarecur.launch.output import say
 from megarecur.launch.profile import ClusterProfile, load_profile
 from megarecur.launch.queue import live_jobs
 from megarecur.launch.reasons import HINTS, OUT_OF_MEMORY, count_oom_kills
@@ -118,7 +119,7 @@ class Watch:
             self.warned = False
         elif not self.warned:
             self.warned = True
-            print(
+            say(
                 f"warning: stopped by a signal: {named}; `kill -CONT` lets it go on, else the run "
                 f"ends in {STOPPED_SECONDS - WARN_SECONDS:.0f} s",
                 file=sys.stderr,
@@ -133,7 +134,7 @@ class Watch:
                 os.kill(pid, signal.SIGQUIT)
         silent = wait_for_stacks(self.stacks, self.nproc)
         named = ", ".join(f"rank {rank} ({describe_process(workers.get(rank))})" for rank in silent)
-        print(
+        say(
             f"error: {stall}; {f'silent: {named}' if silent else 'every rank answered'}; "
             f"stacks in {self.stacks}",
             file=sys.stderr,
@@ -277,7 +278,7 @@ def launch_local(
         codes_of = {rank: (end.pid, end.exitcode) for rank, end in error.failures.items()}
         kills = describe_kills(codes_of, count_oom_kills() - oom_kills)
         for line in [] if told() else kills or ends.describe(codes_of):
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            say(f"error: {line}", file=sys.stderr, flush=True)
         # The agent sends SIGTERM to workers that end later than the first.
         codes = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}
         return codes.pop() if codes in ({USER_ERROR}, {STOPPED}) else 1

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from megarecur.errors import ConfigError
 from megarecur.launch.folder import check_run, find_logs, read_attempts, read_beat
+from megarecur.launch.output import say
 
 ROUND_SECONDS = 0.5
 QUIET_SECONDS = 2.0
@@ -229,7 +230,7 @@ def emit(lines: Iterator[str]) -> bool:
     """Print lines; return True if there were any."""
     printed = False
     for line in lines:
-        print(line)
+        say(line)
         printed = True
     sys.stdout.flush()
     return printed
@@ -237,4 +238,4 @@ def emit(lines: Iterator[str]) -> bool:
 
 def note(text: str) -> None:
     """Print a message to stderr that is not a rank's output."""
-    print(f"--- {text}", file=sys.stderr, flush=True)
+    say(f"--- {text}", file=sys.stderr, flush=True)

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
 from megarecur.config.run import Config
+from megarecur.data_prep.console import EscapingConsole
 from megarecur.errors import ConfigError
 from megarecur.launch.configs import see_corpora
 from megarecur.launch.layout import describe_plan, describe_search
@@ -103,7 +102,7 @@ def default_hardware(config: Config) -> str:
 def shown_progress() -> Iterator[Callable[[int, int], None]]:
     """Yield a progress report of a search: a changing line on a terminal, otherwise one every few
     seconds."""
-    console = Console(stderr=True, highlight=False)
+    console = EscapingConsole(stderr=True)
     last = time.monotonic()
     status = console.status("planning") if console.is_terminal else None
 

@@ -11,6 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from megarecur.errors import ConfigError
+from megarecur.launch.limits import (
+    MAX_COUNT,
+    MAX_LOCAL,
+    MAX_RANKS,
+    MAX_SEED,
+    MAX_SHOTS,
+    MAX_TOKENS,
+)
+from megarecur.launch.output import say
 
 if TYPE_CHECKING:
     from megarecur.data.corpus import Manifest
@@ -97,9 +106,9 @@ def tokenizer(
         float, typer.Option(min=0.98, max=1.0, help="Share of characters kept.")
     ] = 0.9995,
     sample_bytes: Annotated[
-        int, typer.Option(min=0, help="Maximum bytes of training text (0: all).")
+        int, typer.Option(max=MAX_SEED, min=0, help="Maximum bytes of training text (0: all).")
     ] = 8 << 20,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 1,
+    seed: Annotated[int, typer.Option(max=MAX_SEED, min=0, help="Seed of the sample.")] = 1,
     pad: Annotated[
         bool, typer.Option(help="Add a padding token (id 3), which `prep pairs` needs.")
     ] = False,
@@ -123,7 +132,7 @@ def tokenizer(
         pad=pad,
         progress=ProgressReport(),
     )
-    print(path)
+    say(path)
 
 
 @app.command()
@@ -150,19 +159,22 @@ def shards(
             metavar="TOKEN", help="End-of-document token, by name or id (default: the tokenizer's)."
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes (default: 0, one per core).")] = 0,
+    workers: Annotated[
+        int, typer.Option(max=MAX_LOCAL, min=0, help="Processes (default: 0, one per core).")
+    ] = 0,
     launch: Annotated[
         Literal["slurm"] | None, typer.Option(help="Run as Slurm jobs, with the options below.")
     ] = None,
     tasks: Annotated[
-        int | None, typer.Option(min=1, help="Tasks that each phase is divided into.")
+        int | None,
+        typer.Option(max=MAX_RANKS, min=1, help="Tasks that each phase is divided into."),
     ] = None,
     cluster: Annotated[
         str | None,
         typer.Option(metavar="PROFILE", help="Profile of configs/cluster, or a YAML file."),
     ] = None,
     at_once: Annotated[
-        int | None, typer.Option(min=1, help="Max concurrent tasks (default: all).")
+        int | None, typer.Option(max=MAX_RANKS, min=1, help="Max concurrent tasks (default: all).")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the scripts of the jobs; submit nothing.")
@@ -195,17 +207,17 @@ def shards(
             request, out, tasks, cluster=cluster, at_once=at_once, workers=workers, dry_run=dry_run
         )
         if not todo:
-            print(f"{out}: is prepared")
+            say(f"{out}: is prepared")
         return
     if phase is not None:
         from megarecur.data_prep.array import run_task
 
         assert tasks is not None
         number, started = workers or cores(), time.monotonic()
-        print(f"{phase}: task {task} of {tasks} in {number} processes", flush=True)
+        say(f"{phase}: task {task} of {tasks} in {number} processes", flush=True)
         made = run_task(request, out, phase, task, tasks, workers=number, progress=ProgressReport())
         report(made, out)
-        print(f"{phase}: task {task} has finished in {time.monotonic() - started:.1f} s")
+        say(f"{phase}: task {task} has finished in {time.monotonic() - started:.1f} s")
         return
     from megarecur.data_prep.shards import prepare_shards
 
@@ -280,7 +292,9 @@ def pairs(
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Drop pairs of train with more tokens on a side (default: off)."),
+        typer.Option(
+            max=MAX_TOKENS, help="Drop pairs of train with more tokens on a side (default: off)."
+        ),
     ] = None,
     deduplicate: Annotated[bool, typer.Option(help="Keep equal pairs of train once.")] = False,
     drop_identical: Annotated[
@@ -293,7 +307,9 @@ def pairs(
             help="Token that ends sentences, by name or id (default: the tokenizer's).",
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes (default: 0, one per core).")] = 0,
+    workers: Annotated[
+        int, typer.Option(max=MAX_LOCAL, min=0, help="Processes (default: 0, one per core).")
+    ] = 0,
     quoting: Annotated[Quoting, typer.Option(help=QUOTING)] = "auto",
     errors: Annotated[Errors, typer.Option(help=ERRORS)] = "fail",
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help=EXCLUDE)] = None,
@@ -330,7 +346,7 @@ def pairs(
     for split, manifest in made.items():
         held = manifest.task or {}
         dropped = describe_dropped(held["dropped"])
-        print(
+        say(
             f"{out / split}: {held['num_pairs']:,} pairs, {held['source_tokens']:,} source and "
             f"{held['target_tokens']:,} target tokens, up to {held['longest_source']} and "
             f"{held['longest_target']} in a sentence; dropped: {dropped or 'none'}"
@@ -349,7 +365,7 @@ def task(
     ] = None,
     *,
     out: Annotated[Path, typer.Option(help="The folder to make: DIR/train, DIR/val, tests.")],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all draws.")] = 1,
+    seed: Annotated[int, typer.Option(max=MAX_SEED, min=0, help="Seed of all draws.")] = 1,
     train: Annotated[
         int | None,
         typer.Option(max=MOST_SAMPLES, help="Samples to draw; of logic, before they are divided."),
@@ -370,20 +386,27 @@ def task(
     ] = None,
     variant: Annotated[str | None, typer.Option(help="listops, of train and val: d20.")] = None,
     max_depth: Annotated[
-        int | None, typer.Option(help="listops, instead of the variant's.")
+        int | None, typer.Option(max=MAX_SHOTS, help="listops, instead of the variant's.")
     ] = None,
-    max_args: Annotated[int | None, typer.Option(help="listops, instead of the variant's.")] = None,
-    min_length: Annotated[int | None, typer.Option(help="listops: tokens at least.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="listops: tokens at most.")] = None,
+    max_args: Annotated[
+        int | None, typer.Option(max=MAX_SHOTS, help="listops, instead of the variant's.")
+    ] = None,
+    min_length: Annotated[
+        int | None, typer.Option(max=MAX_TOKENS, help="listops: tokens at least.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(max=MAX_TOKENS, help="listops: tokens at most.")
+    ] = None,
     length: Annotated[
         int | None, typer.Option(max=1 << 20, help="flip_flop: symbols of a string; 512.")
     ] = None,
     p_ignore: Annotated[float | None, typer.Option(help="flip_flop: p_i of train; 0.8.")] = None,
     contour_length: Annotated[
-        int | None, typer.Option(help="pathfinder: dashes of a contour; 14.")
+        int | None, typer.Option(max=MAX_SHOTS, help="pathfinder: dashes of a contour; 14.")
     ] = None,
     train_operators: Annotated[
-        int | None, typer.Option(help="logic: maximum operators in train (default: 6).")
+        int | None,
+        typer.Option(max=MAX_SHOTS, help="logic: maximum operators in train (default: 6)."),
     ] = None,
     text_key: Annotated[
         list[str] | None, typer.Option(help="labelled: field of the text; twice for pairs.")
@@ -427,7 +450,7 @@ def task(
     for split, manifest in prepare_task(request, out, ProgressReport()).items():
         made = manifest.task or {}
         most = max(made["of_classes"]) / sum(made["of_classes"])
-        print(
+        say(
             f"{out / split}: {made['num_samples']} samples, {len(made['classes'])} classes (the "
             f"largest {100 * most:.1f} %), up to {made['longest']} tokens"
         )
@@ -489,7 +512,9 @@ def images(
             "Long Range Arena's Image has them."
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes (default: 0, one per core).")] = 0,
+    workers: Annotated[
+        int, typer.Option(max=MAX_LOCAL, min=0, help="Processes (default: 0, one per core).")
+    ] = 0,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help=EXCLUDE)] = None,
 ) -> None:
     """Make corpora of labelled pictures; the same command resumes after an interruption.
@@ -520,20 +545,20 @@ def images(
         made = prepare_grey(request, out, workers=workers, progress=ProgressReport())
         for split, manifest in made.items():
             held = manifest.task or {}
-            print(
+            say(
                 f"{out / split}: {held['num_samples']:,} pictures of {held['longest']:,} pixels, "
                 f"{len(held['classes'])} classes"
             )
         return
     made = prepare_images(request, out, workers=workers, progress=ProgressReport())
     for split, manifest in made.items():
-        print(f"{out / split}: {describe_corpus(manifest)}")
+        say(f"{out / split}: {describe_corpus(manifest)}")
 
 
 @app.command()
 def inspect(
     corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A folder of shards.")],
-    samples: Annotated[int, typer.Option(min=0, help="Documents to decode.")] = 3,
+    samples: Annotated[int, typer.Option(max=MAX_TOKENS, min=0, help="Documents to decode.")] = 3,
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer, if it is not found automatically.")
     ] = None,
@@ -549,7 +574,7 @@ def inspect(
 
     if draw is not None:
         draw_corpus(corpus, draw)
-        print(draw)
+        say(draw)
     found = inspect_corpus(corpus, num_samples=samples, tokenizer=tokenizer)
     show(lambda _: render_inspection(found))
 
@@ -574,7 +599,9 @@ def teacher(
         typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of the config."),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("data/teacher"),
-    top_k: Annotated[int, typer.Option(min=1, help="Tokens to store per position.")] = 64,
+    top_k: Annotated[
+        int, typer.Option(max=MAX_COUNT, min=1, help="Tokens to store per position.")
+    ] = 64,
 ) -> None:
     """Store a teacher's predictions on all samples of a run, for distill.stored."""
     from megarecur.config.load import load_config
@@ -608,13 +635,13 @@ def teacher(
             lambda done: progress.advance(done * top_k * ENTRY_BYTES, done),
         )
     data.close()
-    print(f"{out}: the {top_k} likeliest tokens of {tokens} positions; use distill.stored={out}")
+    say(f"{out}: the {top_k} likeliest tokens of {tokens} positions; use distill.stored={out}")
 
 
 def report(manifests: dict[str, Manifest], out: Path) -> None:
     """Print one line per corpus."""
     for name, manifest in manifests.items():
-        print(
+        say(
             f"{out / name}: {manifest.num_documents} documents, {manifest.num_tokens} tokens, "
             f"{manifest.num_bytes / manifest.num_tokens:.2f} bytes per token"
         )

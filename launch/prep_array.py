@@ -26,6 +26,7 @@ from megarecur.errors import DataError
 from megarecur.files import replace_file
 from megarecur.launch.draft import Draft
 from megarecur.launch.job import SNAPSHOT, snapshot_name, write_snapshot
+from megarecur.launch.output import say
 from megarecur.launch.profile import ClusterProfile, load_profile
 from megarecur.launch.script import Job, render
 from megarecur.launch.slurm import SlurmError, ask, cancel, submit
@@ -87,7 +88,7 @@ def submit_preparation(
         work, after = plan_remaining_work(request, out, tasks), None
         for phase, numbers in work.items():
             if numbers:
-                print(f"# {phase}.sh\n{script(phase, numbers, after)}")
+                say(f"# {phase}.sh\n{script(phase, numbers, after)}")
                 after = f"JOB_OF_{phase.upper()}"
         return bool(work)
     if shutil.which("sbatch") is None:
@@ -109,7 +110,7 @@ def _submit(work: dict[Phase, list[int]], out: Path, script: Script, code: Path)
         write_snapshot(code, draft)
         for phase, numbers in work.items():
             if not numbers:
-                print(f"{phase}: finished")
+                say(f"{phase}: finished")
                 continue
             after = list(jobs.values())[-1] if jobs else None
             plain = folder / f"{phase}.sh"
@@ -118,14 +119,14 @@ def _submit(work: dict[Phase, list[int]], out: Path, script: Script, code: Path)
             draft.write(as_submitted, script(phase, numbers, after))
             jobs[phase] = submit(as_submitted)
             count = f", {len(numbers)} tasks" if phase in ARRAYS else ""
-            print(f"{phase}: job {jobs[phase]}{count}{f', after {after}' if after else ''}")
+            say(f"{phase}: job {jobs[phase]}{count}{f', after {after}' if after else ''}")
         replace_file(folder / "jobs.json", json.dumps(jobs))
     except BaseException:
         for job in jobs.values():
             cancel(job)
         draft.undo()
         raise
-    print(f"scripts and logs: {folder}; after a failure, the same command submits what is missing")
+    say(f"scripts and logs: {folder}; after a failure, the same command submits what is missing")
 
 
 def refuse_while_queued(out: Path) -> None:

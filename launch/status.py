@@ -38,6 +38,7 @@ from megarecur.launch.folder import (
     read_holder,
     read_identity,
 )
+from megarecur.launch.output import say
 from megarecur.launch.profile import ClusterProfile
 from megarecur.launch.queue import (
     GOING,
@@ -507,7 +508,7 @@ def print_table(found: Sequence[Status], console: Console) -> None:
 
 def _plain(console: Console, line: str) -> None:
     """Print one line without wrapping."""
-    print(" ".join(line.splitlines()), file=console.file)
+    say(" ".join(line.splitlines()), file=console.file)
 
 
 def _steps(status: Status) -> str:

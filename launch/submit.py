@@ -34,6 +34,7 @@ from megarecur.launch.job import (
     snapshot_name,
     write_job,
 )
+from megarecur.launch.output import say
 from megarecur.launch.profile import ClusterProfile, load_profile, seconds_of
 from megarecur.launch.queue import ENDING_SECONDS, TASKS_FILE, QueuedJob, live_jobs, wait_for_ends
 from megarecur.launch.slurm import NoAnswer, SlurmError, cancel, check, submit
@@ -141,7 +142,7 @@ def launch_slurm(path: Path, overrides: Sequence[str], options: LaunchOptions) -
     """
     launch = prepare(path, overrides, options)
     if launch is None:
-        print("every point of the sweep has finished, is in the queue, or was never launched")
+        say("every point of the sweep has finished, is in the queue, or was never launched")
         return
     runs = [spec.run_dir for spec in launch.specs]
 
@@ -151,9 +152,9 @@ def launch_slurm(path: Path, overrides: Sequence[str], options: LaunchOptions) -
     if options.dry_run is not None:
         old = ask() if options.replace or options.after else []
         script = launch.script(depend_on(old, options))
-        print(script, end="")
+        say(script, end="")
         if options.dry_run == "check":
-            print(check(script))
+            say(check(script))
         return
     refuse_processes(runs)
     with drafting(launch.base / "launch") as draft:
@@ -177,11 +178,11 @@ def launch_slurm(path: Path, overrides: Sequence[str], options: LaunchOptions) -
         draft.keep()
         launch.publish(job)
     many = f": {len(runs)} runs" if launch.points else ""
-    print(f"submitted job {job}{many}")
+    say(f"submitted job {job}{many}")
     if options.replace and old:
-        print(f"cancelled {', '.join(each.label for each in old)}; waiting until they are gone")
+        say(f"cancelled {', '.join(each.label for each in old)}; waiting until they are gone")
         take_over(job, old, ask)
-    print(f"watch it: megarecur status {launch.base}")
+    say(f"watch it: megarecur status {launch.base}")
 
 
 def prepare(path: Path, overrides: Sequence[str], options: LaunchOptions) -> Launch | None:
@@ -404,6 +405,6 @@ def take_over(job: str, old: Sequence[QueuedJob], ask: Callable[[], list[QueuedJ
                 cancel(each.label)
         cancelled |= {each.label for each in left}
         if time.monotonic() > until:
-            print(f"job {job} starts when Slurm has cleaned up after them")
+            say(f"job {job} starts when Slurm has cleaned up after them")
             return
         time.sleep(0.5)

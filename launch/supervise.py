@@ -57,6 +57,7 @@ from megarecur.launch.outcome import (
     named,
     notices,
 )
+from megarecur.launch.output import say
 from megarecur.launch.reasons import count_oom_kills
 from megarecur.launch.slurm import SlurmError, ask, describe_job, expand, step_of
 from megarecur.launch.watchdog import Watchdog, ask_for_stacks
@@ -95,7 +96,7 @@ def supervise(job_folder: Path) -> int:
         record.keep_reserve()
         close_lost(record)
         if len(record.failures()) > spec.profile.retries:
-            print(f"given up: too many ends without a newer checkpoint, see {record.path}")
+            say(f"given up: too many ends without a newer checkpoint, see {record.path}")
             return 1
         nodes = expand(os.environ["SLURM_JOB_NODELIST"])
         if len(nodes) != spec.nodes:
@@ -140,7 +141,7 @@ def hold(run_dir: Path, patience: float) -> Iterator[None]:
                     "or choose another run_dir"
                 )
             if not waited:
-                print(f"waiting for {holder} to leave {run_dir}", flush=True)
+                say(f"waiting for {holder} to leave {run_dir}", flush=True)
             waited = True
             time.sleep(1.0)
         yield
@@ -313,7 +314,7 @@ def requeue(spec: JobSpec, ends: float, exclude: Sequence[str], told: Sequence[i
                 launch = launch_of_job() or job
                 forget_job()
                 new = resubmit(spec, job, exclude, launch)
-                print(f"submitted anew as job {new}", flush=True)
+                say(f"submitted anew as job {new}", flush=True)
                 return ""
             if not is_requeued(fields):  # Slurm requeues by itself when a node fails.
                 ask("scontrol", "requeue", job)
@@ -323,7 +324,7 @@ def requeue(spec: JobSpec, ends: float, exclude: Sequence[str], told: Sequence[i
                 return "cancelled"
             break
         except SlurmError as error:
-            print(f"not requeued yet: {error}", flush=True)
+            say(f"not requeued yet: {error}", flush=True)
             if time.monotonic() > until:
                 return f"not requeued: {error}"
             time.sleep(5.0)
@@ -355,9 +356,9 @@ def requeue_without_bad_nodes(
     if not set(exclude) & set(nodes) or not spec.profile.requeue or rows[-1]["event"] == "moved":
         return False
     record.append({"event": "moved", "time": time.time(), "exclude": exclude})
-    print(f"requeued at once, to exclude {', '.join(exclude)}", flush=True)
+    say(f"requeued at once, to exclude {', '.join(exclude)}", flush=True)
     if undone := requeue(spec, 0.0, exclude, told):
-        print(undone, flush=True)
+        say(undone, flush=True)
     return undone in ("", "cancelled")
 
 

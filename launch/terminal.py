@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from rich.console import Console, RenderableType
 
+from megarecur.data_prep.console import EscapingConsole
+from megarecur.launch.output import say
 from megarecur.progress import Note
 
 PAGE = 100
@@ -17,8 +19,8 @@ UNBOUNDED = 100_000
 
 def make_console() -> Console:
     """Return the terminal; elsewhere a page of 100 columns."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PAGE)
+    console = EscapingConsole()
+    return console if console.is_terminal else EscapingConsole(width=PAGE)
 
 
 def show(draw: Callable[[int], RenderableType]) -> None:
@@ -36,7 +38,7 @@ def show(draw: Callable[[int], RenderableType]) -> None:
     console.width = max(PAGE, console.measure(content, options=options).maximum)
     with console.capture() as captured:
         console.print(content)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    say("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def note_progress(phase: str, seconds: float = 5.0) -> Note:
@@ -47,6 +49,6 @@ def note_progress(phase: str, seconds: float = 5.0) -> Note:
         nonlocal last
         if time.monotonic() - last >= seconds:
             last = time.monotonic()
-            print(f"{phase}: {detail}", file=stream, flush=True)
+            say(f"{phase}: {detail}", file=stream, flush=True)
 
     return note

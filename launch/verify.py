@@ -12,6 +12,7 @@ from megarecur.config.mesh import check_world
 from megarecur.config.parallel import ParallelConfig
 from megarecur.config.run import Config
 from megarecur.launch.local import launch_local
+from megarecur.launch.output import say
 from megarecur.train.verify import Row, certified, compare
 
 EQUAL, DIFFERENT = 0, 1
@@ -32,7 +33,7 @@ def verify_config(config: Config, nproc: int, steps: int, small: bool) -> int:
         for side, processes, own in (("alone", 1, alone), ("mesh", nproc, config)):
             path = folder / f"{side}.yaml"
             path.write_text(to_yaml(own), "utf-8")
-            print(f"{side}: {steps} steps with {processes} process(es)", flush=True)
+            say(f"{side}: {steps} steps with {processes} process(es)", flush=True)
             command = ["record", str(path), str(folder / side), str(steps)]
             code = (
                 subprocess.run([sys.executable, "-m", "megarecur.launch.cli", *command]).returncode
@@ -50,21 +51,21 @@ def print_rows(rows: list[Row], config: Config) -> None:
     """Print the table and the verdict."""
     mesh = config.parallel
     width = max(len(name) for name in rows[0].gradient_errors)
-    print(f"{'raw gradient':{width}}  error at each step")
+    say(f"{'raw gradient':{width}}  error at each step")
     for name in rows[0].gradient_errors:
         errors = [row.gradient_errors[name] for row in rows]
         wrong = any(not e <= row.tolerance for e, row in zip(errors, rows, strict=True))
         numbers = "  ".join(f"{error:.1e}" for error in errors)
-        print(f"{name:{width}}  {numbers}{'  DIFFERS' if wrong else ''}")
-    print("step  loss alone    loss on mesh  error    norm     worst gradient  (at most)")
+        say(f"{name:{width}}  {numbers}{'  DIFFERS' if wrong else ''}")
+    say("step  loss alone    loss on mesh  error    norm     worst gradient  (at most)")
     for row in rows:
         mark = "" if row.equal else "  DIFFERS"
-        print(
+        say(
             f"{row.step:4}  {row.losses[0]:.9f}  {row.losses[1]:.9f}   {row.loss_error:.1e}  "
             f"{row.norm_error:.1e}  {row.gradient_error:.1e}  ({row.tolerance:.0e})  "
             f"{row.gradient}{mark}"
         )
     layout = f"tensor={mesh.tensor} pipeline={mesh.pipeline} zero_stage={mesh.zero_stage}"
     equal = all(row.equal for row in rows)
-    print(f"{layout}: {'equal to one process' if equal else 'NOT equal to one process'} "
+    say(f"{layout}: {'equal to one process' if equal else 'NOT equal to one process'} "
           f"({config.train.precision}{', compiled' if config.train.compile else ''})")  # fmt: skip

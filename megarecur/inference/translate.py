@@ -30,6 +30,9 @@ from megarecur.recurrence.schemes import build_map
 MORE_TOKENS = 50
 """Tokens by which a translation may be longer than its source (Vaswani et al. 2017, section
 6.1)."""
+MAX_HYPOTHESES, MAX_BATCH, MAX_BATCH_TOKENS, MAX_TOKENS = 1 << 10, 1 << 16, 1 << 30, 1 << 20
+"""Maximum values of options, beyond which memory or patience ends: hypotheses of a sentence,
+sentences and tokens of a batch, tokens of a translation."""
 
 
 @dataclass(frozen=True)
@@ -159,18 +162,26 @@ def find_option_problems(config: Config, options: TranslateOptions) -> Iterator[
             f"--beam {options.beam}: must be from 1 to the vocabulary's {vocabulary} tokens; "
             "set it to 4"
         )
-    most = f"--beam {options.beam}" if drawn is None else "any number"
-    if options.nbest < 1 or (drawn is None and options.nbest > options.beam):
-        yield f"--nbest {options.nbest}: must be from 1 to {most}; lower it, or raise the beam"
+    elif drawn is None and options.beam > MAX_HYPOTHESES:
+        yield f"--beam {options.beam}: must be at most {MAX_HYPOTHESES}; set it to 4"
+    if drawn is None and not 1 <= options.nbest <= options.beam:
+        yield (
+            f"--nbest {options.nbest}: must be from 1 to --beam {options.beam}; lower it, or raise "
+            "the beam"
+        )
+    elif not 1 <= options.nbest <= MAX_HYPOTHESES:
+        yield f"--nbest {options.nbest}: must be from 1 to {MAX_HYPOTHESES}; correct it"
     if not 0.0 <= options.penalty.alpha <= 100.0:
         yield f"--length-penalty {options.penalty.alpha}: must be from 0 to 100; set it to 0.6"
-    for name, value in (
-        ("batch", options.batch),
-        ("batch-tokens", options.batch_tokens),
-        ("max-tokens", options.max_tokens),
+    for name, value, most in (
+        ("batch", options.batch, MAX_BATCH),
+        ("batch-tokens", options.batch_tokens, MAX_BATCH_TOKENS),
+        ("max-tokens", options.max_tokens, MAX_TOKENS),
     ):
         if value is not None and value < 1:
             yield f"--{name} {value}: must be at least 1; raise it"
+        elif value is not None and value > most:
+            yield f"--{name} {value}: must be at most {most}; lower it"
     if drawn is not None and not 0.0 <= drawn.temperature < float("inf"):
         yield f"--temperature {drawn.temperature}: must be 0 or above; raise it"
     if drawn is not None and drawn.top_k is not None and drawn.top_k < 1:

@@ -29,6 +29,7 @@ from megarecur.parallel.pipeline import Pipeline
 from megarecur.plan.schedule import Scheduled, Schedules
 from megarecur.plan.walk import Stage
 from megarecur.progress import WAITING, Note, note_nothing
+from megarecur.reading import escape
 from megarecur.recurrence.layer_map import StackName
 from megarecur.train.bleu import score_bleu
 from megarecur.train.heartbeat import Heartbeat
@@ -343,7 +344,11 @@ def continue_prompts(
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Return the shortest distinct suffixes of paths: a/val and b/val become a.val and b.val."""
+    """Return the shortest distinct suffixes of paths: a/val and b/val become a.val and b.val.
+
+    Control characters, which names of metrics may not have, are escaped.
+    """
+    paths = [escape(path, keep="") for path in paths]
     parts = [Path(path).parts for path in paths]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = [".".join(part.strip("/") for part in p[-length:]) for p in parts]

@@ -258,11 +258,11 @@ class Board:
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Write a point of a curve."""
-        self.add(step=step, summary=self.make.scalar(tag, value))
+        self.add(step=step, summary=self.make.scalar(escape(tag, keep=""), value))
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         """Write a text in Markdown."""
-        self.add(step=step, summary=self.make.text(tag, escape(text)))
+        self.add(step=step, summary=self.make.text(escape(tag, keep=""), escape(text)))
 
     def add_histogram_raw(self, tag: str, step: int, **bars: Any) -> None:
         """Write a histogram; see torch.utils.tensorboard.summary.histogram_raw."""
@@ -400,7 +400,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print text on a separate line."""
-        self.put(("\n" if self.open_line else "") + text + "\n")
+        self.put(("\n" if self.open_line else "") + escape(text) + "\n")
         self.open_line = False
 
 

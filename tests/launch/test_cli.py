@@ -5,9 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from support.commands import CHECK_WITHOUT_TORCH, megarecur
+
+from megarecur.launch.cli import app
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = """
@@ -93,3 +97,42 @@ def test_check_draws(config: Path, capsys: pytest.CaptureFixture[str], suffix: s
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = megarecur(capsys, "--help")
     assert code == 0 and "check" in out and "plot" in out
+
+
+COMMANDS: Any = typer.main.get_command(app)
+COUNTS: dict[str, tuple[list[str], list[str]]] = {
+    "plan x --world-size 2": (["tensor", "pipeline", "zero"], ["tensor", "pipeline"]),
+    "launch x": (["nproc", "nodes", "gpus-per-node", "processes-per-node", "at-once"],
+                 ["nproc", "nodes", "processes-per-node"]),
+    "verify x": (["nproc", "steps"], ["nproc", "steps"]),
+    "logs x": (["attempt", "rank"], ["attempt"]),
+    "eval x": (["step", "samples", "image-size", "shots", "limit", "gpus"],
+               ["image-size", "limit"]),
+    "generate x text": (["max-new-tokens", "top-k", "samples", "step"], ["samples"]),
+    "serve x": (["step", "pages", "max-texts", "max-queue", "max-new-tokens", "max-body"],
+                ["pages", "max-texts", "max-new-tokens", "max-body"]),
+    "translate x --source y": (["top-k", "draw-line", "step"], []),
+    "convert x --to y": (["loops", "layers", "lora-rank"], []),
+    "merge x --out y": (["last"], []),
+    "export x --to hf y": (["step"], []),
+    "prep shards x": (["workers", "tasks", "at-once"], ["tasks", "at-once"]),
+    "prep pairs x y": (["workers", "max-length"], []),
+    "prep task listops": (["train", "val", "max-depth", "max-args", "min-length", "max-length",
+                           "length", "contour-length", "train-operators"], []),
+    "prep images x": (["workers", "resize", "channels"], ["resize", "channels"]),
+    "prep inspect x": (["samples"], []),
+    "prep tokenizer x": (["vocab-size"], ["vocab-size"]),
+    "prep teacher x": (["top-k"], ["top-k"]),
+    "bench hardware": (["ranks"], ["ranks"]),
+}  # fmt: skip
+"""Options by command: those that refuse 10^12, and those that refuse 0 as they are read."""
+
+
+@pytest.mark.parametrize("command", COUNTS)
+def test_absurd_numbers_are_refused_before_anything_is_done(command: str) -> None:
+    for number, options in zip((10**12, 0), COUNTS[command], strict=True):
+        for option in options:
+            words = [*command.split(), f"--{option}", str(number)]
+            with pytest.raises(Exception, match=r"Input should be|not in the range") as error:
+                COMMANDS.main(words, "megarecur", standalone_mode=False)
+            assert f"Invalid value for '--{option}'" in error.value.format_message()
