@@ -95,7 +95,7 @@ def main() -> None:
         if not (reason := explain_memory_error(error)):
             raise
         # Not 2, as a requeued job may get nodes with more memory.
-        print(escape(f"error: {reason}"), file=sys.stderr)
+        say(f"error: {reason}", file=sys.stderr)
         sys.exit(1)
 
 
