@@ -63,7 +63,8 @@ def broadcast_object(value: Any, source: int = 0, group: Any = None) -> Any:
     length = torch.tensor([len(own)], device=device)
     dist.broadcast(length, global_rank(source, group), group)
     count = check_length(int(length), source)
-    message = torch.frombuffer(bytearray(own if sends else count), dtype=torch.uint8).to(device)
+    data = bytearray(own) if sends else bytearray(count)
+    message = torch.frombuffer(data, dtype=torch.uint8).to(device)
     dist.broadcast(message, global_rank(source, group), group)
     return value if sends else read_signed(message.cpu().numpy().tobytes(), source)
 

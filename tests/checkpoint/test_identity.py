@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from megarecur.checkpoint.retention import remove_old
 from megarecur.checkpoint.saving import Saver
 from megarecur.config.checkpoint import CheckpointConfig
 from megarecur.errors import ConfigError
+from megarecur.lease import Lease
 from megarecur.parallel.mesh import Mesh
 from megarecur.parallel.shards import whole
 from megarecur.train.state import RunFolder
@@ -181,3 +186,45 @@ def test_a_run_folder_that_was_deleted_is_locked_again(tmp_path: Path) -> None:
     (tmp_path / "run" / "lease").unlink()
     assert "is in use by" in second.open()
     first.close()
+
+
+def test_where_folders_cannot_be_locked_the_first_writer_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS: its lease was deleted, and another process has taken the run."""
+    flock = fcntl.flock
+
+    def lock_files(file: Any, how: int) -> None:
+        if isinstance(file, int):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_files)
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    assert first.open() == ""
+    assert "is in use by" in second.open()
+    (tmp_path / "run" / "lease").unlink()
+    assert second.open() == ""
+    with pytest.raises(ConfigError, match="is in use by"):
+        first.restore()
+    first.close()
+    second.close()
+
+
+def test_a_lease_that_is_deleted_while_it_is_taken_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking, or each time on a file system that shows two numbers for one."""
+    flock, lease, deleted = fcntl.flock, Lease(tmp_path / "lease", tmp_path), []
+
+    def delete_first(file: Any, how: int) -> None:
+        if not isinstance(file, int) and len(deleted) < 1:
+            deleted.append(lease.path.unlink())
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", delete_first)
+    assert lease.take("first") == "" and not lease.is_lost()
+    assert lease.path.read_text() == "first"
+    monkeypatch.setattr(Lease, "is_lost", lambda self: True)
+    assert lease.take("first") == ""
+    lease.release()
