@@ -4,8 +4,8 @@ A new token runs loop after loop. After each loop except the last, the final nor
 a distribution, and a rule decides whether the token exits with it. Later tokens also attend to it
 in the skipped loops: their keys and values come from the hidden state with which it exited, as if
 that were the input of each skipped step (Schuster et al. 2022, CALM). The prompt runs all loops.
-For each distribution a coda runs before the head, on the state after that loop (Geiping et al.
-2025, Huginn); its keys and values are those of the last time, with which the token exits.
+A coda runs before the head after each of these loops (Geiping et al. 2025, Huginn); its keys and
+values are those of the last time, with which the token exits.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.decoding import build_decoder, disturb
+from torch import Tensor
 
 from megarecur.errors import ConfigError
 from megarecur.inference.early import ExitRule
@@ -154,6 +155,34 @@ def test_the_oracle_exits_where_the_likeliest_token_is_that_of_all_loops(number:
     for events, others in zip(found, full, strict=True):
         early = next(i for i, event in enumerate(events) if event.loops < 3)
         assert ids(events)[: early + 1] == ids(others)[: early + 1]
+
+
+def decode_second(model: Transformer, prompt: tuple[int, ...], rule: Exit) -> tuple[int, Tensor]:
+    """Return the loops of the token that follows the first new one, and what all steps keep of the
+    first, [steps, 2, N, H]."""
+    engine = Engine(model, num_pages=2)
+    handle = engine.submit(Request(tokens=prompt, max_new_tokens=3, temperature=0.0, exit=rule))
+    while not engine.scheduler.running or engine.scheduler.running[0].num_new < 2:
+        engine.step()
+    (text,), _, event = engine.scheduler.running, handle.events.get(), handle.events.get()
+    assert engine.passes is not None
+    pool = engine.passes.pool
+    kept = [pool.keys, pool.values]
+    found = [each[text.pages[0] :: pool.num_pages, len(prompt)] for each in kept]
+    return event.loops, torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("number", [0, CODA])
+def test_the_oracle_keeps_what_an_exit_at_its_loop_keeps(number: int) -> None:
+    model, compared = build(*MODELS[number]), 0
+    for prompt in [*PROMPTS, (7, 7), (2, 9, 9), (1, 2, 3)]:
+        loops, kept = decode_second(model, prompt, Exit("oracle"))
+        if loops < 3:
+            other, wanted = decode_second(model, prompt, Exit("loop", loops))
+            assert other == loops
+            torch.testing.assert_close(kept, wanted, rtol=0.0, atol=1e-12)
+            compared += 1
+    assert compared
 
 
 # ------------------------------------------------------------------------------------------ drafts
