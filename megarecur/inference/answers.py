@@ -132,7 +132,8 @@ class Answers:
     def _continue_alone(self, asked: Asked, advance: Advance) -> list[str]:
         """Continue texts by the engine, on the ranks that share each matrix."""
         most = max((request.most_tokens for request, _ in asked), default=1)
-        recurrence, loops = self.model.config.recurrence, None
+        recurrence = self.model.config.recurrence
+        loops: int | None = None
         if isinstance(recurrence, Looped):
             usual = default_depth(recurrence).num_loops
             loops = max((request.num_loops or usual for request, _ in asked), default=usual)

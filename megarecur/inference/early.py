@@ -126,7 +126,8 @@ def early_logits(
     exits."""
     ctx = context_after(model, tokens_11, cache, seed, samples_1)
     reads: dict[str, Tensor] = {}
-    before_V, (loops, coda) = None, cut
+    before_V: Tensor | None = None
+    loops, coda = cut
     with model.tp.whole_sequences():
         x = model.embed(tokens_11, ctx)
         for number, steps in enumerate(loops, 1):

@@ -19,6 +19,7 @@ from megarecur.inference.request import (
     Event,
     Handle,
     Request,
+    Score,
     count_pages,
     score_tokens,
 )
@@ -77,7 +78,7 @@ class PlainText:
             return True
         self.tokens.append(token)
         ends = len(self.tokens) == len(request.tokens) + request.max_new_tokens
-        score = None
+        score: Score | None = None
         if request.logprobs is not None:
             (score,) = score_tokens(logits_1V, [token], request.logprobs, self.missing)
         handle.events.put(Event(token, 0, "length" if ends else None, score))
