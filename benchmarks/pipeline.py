@@ -20,9 +20,9 @@ measured before, one with the operations' own times, measured in a separate step
 overhead: the same orders with empty stages against a hand-written loop of the same messages.
 
 evaluate: forward passes of 32 micro batches on 4 processes, several in flight as in evaluation,
-against one order per micro batch, as evaluation ran before. Stages sleep 40 ms per step of the map,
-so that ranks do not compete for cores and handing over messages matters little. The simulator's
-ratio is that of the same two orders.
+against one order per micro batch, as evaluation ran before, and against one rank at a time. Stages
+sleep 40 ms per step of the map, so that ranks do not compete for cores and handing over messages
+matters little. The simulator's ratios are those of the same orders.
 
 score: evaluation of a real model (hidden 384, one block per rank, the walks of `evaluate`), whose
 four processes share the cores of this machine, in tokens per second.
@@ -546,18 +546,26 @@ EVALUATED: dict[str, dict[str, Any]] = {
 }
 SCORED = 32
 """Number of micro batches."""
+SIDES = ("one rank at a time", "one order at a time", "16 in flight")
 SLEEP = 0.04
 """Seconds of a step of the map in `evaluate`."""
 
 
 def run_forwards(mesh: Mesh, schedules: Schedules, in_flight: int) -> float:
-    """Return the wall time of the forward passes of all micro batches, in seconds."""
+    """Return the wall time of the forward passes of all micro batches, in seconds.
+
+    Args:
+        in_flight: micro batches of an order; 0: one, and the next starts when all ranks are done.
+    """
+    alone, in_flight = in_flight == 0, max(in_flight, 1)
     scheduled = schedules.forward(num_microbatches=in_flight)
     dist.barrier()
     began = time.perf_counter()
     for _ in range(SCORED // in_flight):
         pipeline = Pipeline(mesh, scheduled.walk, Sleeping(SLEEP), torch.float32)
         pipeline.run(scheduled.order[mesh.pp_rank])
+        if alone:
+            dist.barrier()
     dist.barrier()
     return time.perf_counter() - began
 
@@ -594,22 +602,24 @@ def run_evaluate(rank: int, folder: str, rounds: int) -> None:
             tuple(op._replace(microbatch=j) for j in range(many) for op in ops) for ops in one.order
         )
         simulated = [simulate(order, one.walk, costs) for order in (in_turn, several.order)]
-        times: list[list[float]] = [[], []]
+        makespans = [many * simulate(one.order, one.walk, costs).makespan]
+        makespans += [timeline.makespan for timeline in simulated]
+        times: list[list[float]] = [[], [], []]
         for _ in range(rounds + 1):
-            for side, in_flight in zip(times, (1, many), strict=True):
+            for side, in_flight in zip(times, (0, 1, many), strict=True):
                 side.append(run_forwards(mesh, schedules, in_flight))
         if rank:
             continue
         work = SCORED * SLEEP * sum(len(stage.steps) for stage in one.walk) / 4
-        before, after = (statistics.median(side[1:]) for side in times)
-        print(
-            f"evaluate {name:16} {before * 1e3:.0f} ms one at a time, {after * 1e3:.0f} ms with "
-            f"{many} in flight, {before / after:.2f} times as fast; ranks idle "
-            f"{1 - work / before:.0%} and {1 - work / after:.0%}; by the simulator "
-            f"{simulated[0].makespan / simulated[1].makespan:.2f} times, "
-            f"{simulated[0].bubble:.0%} and {simulated[1].bubble:.0%}",
-            flush=True,
-        )
+        medians = [statistics.median(side[1:]) for side in times]
+        print(f"evaluate {name}")
+        for how, seconds, makespan in zip(SIDES, medians, makespans, strict=True):
+            print(
+                f"  {how:24} {seconds * 1e3:6.0f} ms, {seconds / medians[-1]:.2f} times the last, "
+                f"by the simulator {makespan / makespans[-1]:.2f}; ranks idle "
+                f"{1 - work / seconds:.0%}",
+                flush=True,
+            )
 
 
 def run_score(rank: int, folder: str, rounds: int) -> None:

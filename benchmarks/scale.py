@@ -1,6 +1,7 @@
 """Start, save and load at thousands of ranks, simulated without models on one machine.
 
-    python benchmarks/scale.py [start] [save] [load] [descriptors] [--ranks 64 256 1024] [--draw]
+    python benchmarks/scale.py [start] [save] [load] [descriptors] [--ranks 64 256 1024]
+        [--real 64] [--lazily] [--draw]
 
 Rank 0 runs megarecur's own code; what the other ranks would send it is made beforehand, so that its
 time is that of one process. Times of the network are not included: the messages of a tree are at
@@ -14,8 +15,9 @@ save: the first plan, the plan of a second save, the plan after one rank's layou
 the index. `held` is the longest time, in CPU time of the saving thread, for which it did not let
 another thread run: that is how long training would stand still.
 load: reading the index of the checkpoint that was saved, and planning one rank's reads.
-descriptors: open files of each of 64 real processes after the collectives of a start and a save,
-connected lazily and, as gloo does by itself, all with all.
+descriptors: the most open files of each of 64 real processes during a whole run of two steps
+(health check, groups of every kind, data, evaluation, two checkpoints), connected lazily and, as
+gloo does by itself, all with all, unless --lazily. --real sets the number of processes.
 --draw: extend the laws to 16,384 ranks in benchmarks/pictures/scale.png.
 """
 
@@ -32,7 +34,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,15 +47,18 @@ from megarecur.checkpoint.planning import SavePlanner, describe_layout, plan_rea
 from megarecur.checkpoint.storage import FolderWriter
 from megarecur.config.run import Config
 from megarecur.config.train import HealthConfig
-from megarecur.parallel.mesh import Mesh, agree_on_devices, build_mesh, meet, saving_apart
+from megarecur.data_prep.readers import Reading
+from megarecur.data_prep.shards import prepare_shards
+from megarecur.parallel import mesh
+from megarecur.parallel.mesh import agree_on_devices, build_mesh, meet
 from megarecur.parallel.shards import TensorShard
-from megarecur.parallel.tree import gather_bytes, scatter_bytes
 from megarecur.train.health import Figures, find_faults, find_slow, report_health
+from megarecur.train.signals import StopFlag
+from megarecur.train.trainer import FINISHED, train
 
 NUM_ENTRIES, ROWS, COLUMNS = 654, 16_384, 64
 PARTS = ("start", "save", "load", "descriptors")
 LAYOUTS = ("sliced", "replicated")
-REAL_RANKS = 64
 LIMIT = 16_384
 """Ranks to which the laws are drawn."""
 Row = dict[str, float | str]
@@ -133,7 +137,7 @@ def simulate_start(size: int) -> Row:
         place = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         with (
             mock.patch.dict(os.environ, place),
-            mock.patch.object(dist, "TCPStore", lambda *args, **named: store),
+            mock.patch.object(mesh, "open_store", lambda *place: store),
             mock.patch.object(dist, "PrefixStore", lambda prefix, inner: inner),
         ):
             found, _ = meet(size)
@@ -288,54 +292,73 @@ def simulate_load(size: int, layout: str, path: Path) -> Row:
 # ------------------------------------------------------------------------------------- descriptors
 
 
-def count_descriptors(rank: int, size: int, port: int, lazy: bool, results: Any) -> None:
-    """Put the open files of this process after a start and a save."""
+def config_of_run(folder: Path) -> Config:
+    """Return a tiny run that opens groups of every kind, evaluates, and saves twice."""
+    return Config.model_validate({
+        "run_dir": f"{folder}/run", "optimizer": {"lr": 1e-3},
+        "model": {"hidden_size": 32, "num_heads": 4, "ffn_hidden_size": 32},
+        "recurrence": {"kind": "cycle", "num_blocks": 4, "depth": 8},
+        "data": {"train": [{"path": f"{folder}/bytes/train"}],
+                 "val": [{"path": f"{folder}/bytes/val"}], "tokenizer": "bytes",
+                 "seq_length": 16},
+        "train": {"steps": 2, "global_batch_size": 8, "micro_batch_size": 1, "device": "cpu",
+                  "eval_every": 1, "eval_samples": 8, "eval_final": 8, "log_every": 1,
+                  "sample_prompts": []},
+        "health": {"enabled": True, "slow_factor": 1e6, "min_free_disk_gb": 0},
+        "parallel": {"tensor": 2, "pipeline": 4, "zero_stage": 1, "shard_group": 2},
+        "checkpoint": {"every": 1},
+    })  # fmt: skip
+
+
+def count_descriptors(rank: int, size: int, port: int, lazy: bool, folder: Path) -> None:
+    """Train, and write the largest number of open files that this process had meanwhile."""
     torch.set_num_threads(1)
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", TORCH_GLOO_LAZY_INIT=str(int(lazy)))
-    before = len(os.listdir("/proc/self/fd"))
-    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(minutes=10))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    config = config_of_mesh()
-    with saving_apart(build_mesh(config, torch.device("cpu"))) as mesh:
-        for group in (mesh.dp_group, mesh.tp_group, mesh.pp_group, None, mesh.save_group):
-            dist.all_reduce(torch.ones(4), group=group)
-        talk(mesh)
-        mine = torch.tensor([len(os.listdir("/proc/self/fd")) - before])
-        dist.barrier()
-        found = gather_bytes(bytes(mine.numpy()), mesh.save_group)
-        if rank == 0:
-            results.put([int.from_bytes(part, "little") for part in found])
-        dist.barrier()
-    dist.destroy_process_group()
+    os.environ.update(
+        GLOO_SOCKET_IFNAME="lo", TORCH_GLOO_LAZY_INIT=str(int(lazy)), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
+    )  # fmt: skip
+    before, over = len(os.listdir("/proc/self/fd")), threading.Event()
+    most = before
 
+    def look() -> None:
+        nonlocal most
+        while not over.wait(0.1):
+            most = max(most, len(os.listdir("/proc/self/fd")))
 
-def talk(mesh: Mesh) -> None:
-    """Send as a start with a health check, a save and an evaluation do."""
-    size = mesh.world
-    dist.broadcast_object_list([1], group=mesh.save_group)
-    mesh.broadcast_object(1)
-    mesh.count_over_world([1.0])
-    mesh.max_over_world(mesh.rank)
-    gather_bytes(b"x", mesh.save_group)
-    scatter_bytes([b"x"] * size, mesh.save_group)
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    code = train(config_of_run(folder), StopFlag())
+    over.set()
+    thread.join()
+    status = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+    found = {"code": code, "open": most - before, "kilobytes": int(status)}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 
 
 def measure_descriptors(size: int, lazy: bool) -> Row:
-    """Return the open files per process of a real world."""
+    """Return the open files per process of a real run."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megarecur.train.health", "megarecur.checkpoint.planning"])
-    results = context.Queue()
-    port = 20_000 + os.getpid() % 10_000 + lazy
-    places = [(rank, size, port, lazy, results) for rank in range(size)]
-    processes = [context.Process(target=count_descriptors, args=place) for place in places]
-    for process in processes:
-        process.start()
-    found = results.get(timeout=1200)
-    for process in processes:
-        process.join()
-    return {"connected": "lazily" if lazy else "all with all", "ranks": size,
-            "rank 0": found[0], "most of the others": max(found[1:]),
-            "all": sum(found)}  # fmt: skip
+    context.set_forkserver_preload(["torch.utils.tensorboard", "__main__"])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "text.txt").write_text("\n\n".join(f"line {i} of a text" for i in range(1000)))
+        reading = Reading(text_split="blank_line")
+        prepare_shards([folder / "text.txt"], folder / "bytes", "bytes", reading,
+                       val_fraction=0.1, workers=1)  # fmt: skip
+        port = 20_000 + os.getpid() % 10_000 + lazy
+        places = [(rank, size, port, lazy, folder) for rank in range(size)]
+        processes = [context.Process(target=count_descriptors, args=place) for place in places]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        texts = [(folder / f"rank-{rank}.json").read_text() for rank in range(size)]
+    ranks = [json.loads(text) for text in texts]
+    assert all(rank["code"] == FINISHED for rank in ranks)
+    found, largest = [rank["open"] for rank in ranks], max(rank["kilobytes"] for rank in ranks)
+    return {"connected": "lazily" if lazy else "all with all", "ranks": size, "rank 0": found[0],
+            "most of the others": max(found[1:]), "all": sum(found),
+            "most resident MB": largest / 1e3}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -383,7 +406,7 @@ def draw(rows: dict[str, list[Row]], path: Path) -> None:
             grid = [n1 * 2**k for k in range(20) if n1 * 2**k <= LIMIT]
             law = [t1 + slope * (n - n1) for n in grid]
             place.plot(grid, law, "--", color=line.get_color(), linewidth=1,
-                       label=f"{label}: {law[-1]:.2g} s")  # fmt: skip
+                       label=f"{label}: {float(f'{law[-1]:.2g}'):g} s")  # fmt: skip
         place.set_xscale("log", base=2)
         place.set_yscale("log")
         place.set_xticks([64, 256, 1024, 4096, 16384], ["64", "256", "1,024", "4,096", "16,384"])
@@ -401,6 +424,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--real", type=int, default=64)
+    parser.add_argument("--lazily", action="store_true")
     parser.add_argument("--draw", action="store_true")
     options = parser.parse_args()
     parts = options.parts or PARTS
@@ -418,8 +443,8 @@ def main() -> None:
                     path = Path(folder) / "step-00000001"
                     rows["load"].append(simulate_load(size, layout, path))
                     print_row("load", rows["load"][-1])
-    for lazy in (True, False) if "descriptors" in parts else ():
-        rows["descriptors"].append(measure_descriptors(REAL_RANKS, lazy))
+    for lazy in (True, False)[: 2 - options.lazily] if "descriptors" in parts else ():
+        rows["descriptors"].append(measure_descriptors(options.real, lazy))
         print_row("descriptors", rows["descriptors"][-1])
     if options.draw:
         draw(rows, Path("benchmarks/pictures/scale.png"))
@@ -427,3 +452,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+else:  # The server of processes has preloaded this: let collections keep its memory shared.
+    gc.freeze()

@@ -1,11 +1,14 @@
 """Tensor parallelism: time of a step on 2 processes against 1, and memory of the loss.
 
-    python benchmarks/tensor.py [--rounds 5]
+    python benchmarks/tensor.py [--rounds 5] [--trace] [--hidden 1024]
 
 Time: hidden 1,024, sequence 512, batch 4, 16 heads, feed-forward 4,096, 4 blocks run twice each,
 8,192 tokens of vocabulary, tied, fp32: forward, backward, clipping, AdamW. One process with one
 thread is compared with two with one thread each; both models are in the same processes and
 alternate. It prints medians, and the median of the rounds' ratios.
+
+With --trace, the profiler records a step of both layouts on rank 0, and the table gives the share
+of the time of collectives in which it computed products, forward and backward.
 
 Memory: the head's product and the loss, forward and backward, of 1,024 tokens of 256 channels at a
 vocabulary of 65,536: the peak of resident memory above its value before. The sides are full logits
@@ -27,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
@@ -39,15 +43,18 @@ from megarecur.parallel.regions import ALONE
 from megarecur.recurrence.schemes import layer_map
 
 LENGTH, BATCH, VOCABULARY = 512, 4, 8192
+HIDDEN = int(sys.argv[sys.argv.index("--hidden") + 1]) if "--hidden" in sys.argv else 1024
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 TOKENS, CHANNELS, LARGE_VOCABULARY = 1024, 256, 65536
 SIZE = 2
+TRACE = "--trace" in sys.argv
 
 
 def make_config(tensor: int, sequence: bool) -> Config:
     """Return the model's config for `tensor` processes."""
     return Config.model_validate({
         "run_dir": "run",
-        "model": {"hidden_size": 1024, "num_heads": 16, "ffn_hidden_size": 4096,
+        "model": {"hidden_size": HIDDEN, "num_heads": 16, "ffn_hidden_size": 4 * HIDDEN,
                   "vocab_size": VOCABULARY},
         "recurrence": {"kind": "reuse_map", "reuse_map": [2, 2, 2, 2]},
         "data": {"train": [{"path": "none"}], "tokenizer": "bytes", "seq_length": LENGTH},
@@ -70,11 +77,42 @@ def step_seconds(model: Transformer, engine: Engine, config: Config) -> float:
     """Return the wall time of one optimizer step, in seconds."""
     batch = make_batch()
     began = time.perf_counter()
-    ctx = model.context(batch, 0, training=True)
-    x, _ = model.run(layer_map(config.recurrence), model.embed(batch.tokens_BS, ctx), ctx, {})
-    engine.backward(model.loss(x, batch)["loss"].total / (BATCH * LENGTH))
+    with record_function("forward"):
+        ctx = model.context(batch, 0, training=True)
+        x, _ = model.run(layer_map(config.recurrence), model.embed(batch.tokens_BS, ctx), ctx, {})
+        loss = model.loss(x, batch)["loss"].total / (BATCH * LENGTH)
+    with record_function("backward"):
+        engine.backward(loss)
     engine.step(config.optimizer.lr)
     return time.perf_counter() - began
+
+
+def trace_step(name: str, side: tuple[Transformer, Engine, Config]) -> None:
+    """Print how much of the time of collectives is beside products in a step."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step_seconds(*side)
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for event in profiler.events():
+        kind = "sent" if event.name.startswith("gloo:") else event.name
+        if kind in ("sent", "forward", "backward", *PRODUCTS):
+            kind = "products" if kind in PRODUCTS else kind
+            spans.setdefault(kind, []).append((event.time_range.start, event.time_range.end))
+    # A product may contain another one.
+    products = [p for p in spans["products"] if not any(inside(p, q) for q in spans["products"])]
+    for part in ("forward", "backward"):
+        ((start, end),) = spans[part]
+        sent = [span for span in spans["sent"] if start <= span[0] < end]
+        total = sum(stop - first for first, stop in sent)
+        beside = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in sent for b in products)
+        print(
+            f"{name:22} {part:8} {len(sent):3} collectives, {total / 1e3:7.1f} ms, "
+            f"{beside / total:.0%} of it beside products"
+        )
+
+
+def inside(first: tuple[float, float], second: tuple[float, float]) -> bool:
+    """Return True if a span lies in another one."""
+    return first != second and second[0] <= first[0] and first[1] <= second[1]
 
 
 def time_steps(rounds: int) -> None:
@@ -85,6 +123,14 @@ def time_steps(rounds: int) -> None:
         mesh = Mesh() if tensor == 1 else build_mesh(config, torch.device("cpu"))
         model = Transformer(config, tp=mesh.tensor_parallel(sequence))
         sides.append((model, build_engine(model, config, mesh), config))
+    if TRACE:
+        for number, name in ((1, f"tensor={SIZE}"), (2, f"tensor={SIZE} + sequence")):
+            step_seconds(*sides[number])  # The first one allocates.
+            if rank == 0:
+                trace_step(name, sides[number])
+            else:
+                step_seconds(*sides[number])
+        return
     times: list[list[float]] = []
     for number in range(rounds + 1):  # The first round allocates.
         row = []
@@ -173,7 +219,8 @@ def run(rank: int, folder: str, rounds: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{folder}/store", SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
-    measure_loss(rounds)
+    if not TRACE:
+        measure_loss(rounds)
     time_steps(rounds)
 
 

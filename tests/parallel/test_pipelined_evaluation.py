@@ -37,6 +37,8 @@ WALKS: dict[str, tuple[dict[str, Any], float]] = {
 }
 """Maps of four blocks, and how much faster they are scored than one micro batch after another. A
 rank that a walk visits once may start on the next micro batch in both cases."""
+LEAST = 2.5
+"""How much faster all are scored than by one rank at a time."""
 
 
 @pytest.mark.parametrize("name", WALKS)
@@ -54,6 +56,8 @@ def test_four_ranks_are_busy(name: str) -> None:
     costs = [StageCost(len(stage.steps), 0.0, 0.0, 0.01) for stage in many.walk]
     before, after = (simulate(order, many.walk, costs) for order in (in_turn, many.order))
     assert before.makespan / after.makespan >= faster * (1 - 1e-9)
+    alone = num * simulate(one.order, many.walk, costs).makespan
+    assert alone / after.makespan >= LEAST
     assert after.bubble < 0.2
 
 
@@ -84,6 +88,7 @@ def score_both(config: Config) -> list[tuple[str, int]]:
                 model, data.validation[0], data.config, mesh, 40, schedules=schedules,
                 note=notes.append,
             )  # fmt: skip
+        assert notes[-1] == WAITING, "`status` tells by it who waits"
         notes = [text for text in notes if text != WAITING]
         assert notes == [f"batch {i + 1} of {len(notes)}" for i in range(len(notes))]
         found.append((repr(score), Counting.most))
