@@ -171,7 +171,7 @@ def attend_once(
 ) -> tuple[tuple[Tensor, ...], float, int]:
     """Return (output and gradients, milliseconds, peak MiB) of a backend."""
     if backend == "dense":
-        seen = Visibility(mask=dense_mask(documents, window))
+        seen = Visibility(mask=dense_mask(documents, window), backend="dense")
     else:
         named: Any = backend
         seen = see_documents(documents, documents, named, DEVICE, causal=True, window=window)
@@ -225,7 +225,6 @@ def make_config(shapes: Shapes, recurrence: Row | None = None, **train: Any) -> 
 
 def measure_training(shapes: Shapes) -> Iterator[Row]:
     """Yield rows of the looped model, of each policy of recomputing, and of Hugging Face's."""
-    peak = peak_flops(DEVICE, torch.bfloat16)
     packed, whole = (
         make_batch(mean, shapes.batch, shapes.length, shapes.vocabulary)
         for mean in (shapes.document, 0)
@@ -235,6 +234,7 @@ def measure_training(shapes: Shapes) -> Iterator[Row]:
         ("packed, eager", packed, False, {}),
         ("one document, compiled", whole, True, {}),
         ("packed, eager, recompute selective", packed, False, {"recompute": "selective"}),
+        ("packed, compiled, recompute selective", packed, True, {"recompute": "selective"}),
         ("packed, compiled, recompute full", packed, True, {"recompute": "full"}),
         ("packed, compiled, recompute loops [0, 1]", packed, True,
          {"recompute": {"loops": [0, 1]}}),
@@ -243,31 +243,37 @@ def measure_training(shapes: Shapes) -> Iterator[Row]:
     for name, batch, compiled, train in cases:
         row: Row = {"model": name}
         with fallible(row):
-            config = make_config(shapes, **train)
-            if DEVICE.type == "cpu" and "offload_activations" in train:
-                raise RuntimeError("activations are offloaded from a GPU only")
-            trained = Trained(config, DEVICE, compiled)
-            seconds, bytes_ = measure(lambda t=trained, b=batch: t.step(b), shapes.repeats)
-            steps = layer_map(config.recurrence)
-            assert batch.boundaries is not None
-            seen = count_seen(config, np.diff(batch.boundaries.edges).tolist())
-            flops = count_flops(config, steps, seen).train
-            row |= {
-                "attention": choose_backend(config, DEVICE.type).backend,
-                "tokens/s": round(shapes.tokens / seconds),
-                "MFU": round(flops * shapes.tokens / seconds / peak, 3),
-                "peak MiB": bytes_ // 2**20,
-                "planned MiB": estimate_memory(config, steps).total // 2**20,
-                "waits": count_waits(trained, batch),
-            }
-            if name in ("packed, compiled", "packed, eager") and TRACES is not None:
-                row["trace"] = write_trace(trained, batch, name)
+            row |= measure_case(shapes, name, batch, compiled, train)
         yield row
     row = {"model": "Hugging Face Llama, one document, compiled"}
     with fallible(row):
         seconds, bytes_ = measure(their_step(shapes, whole), shapes.repeats)
         row |= {"tokens/s": round(shapes.tokens / seconds), "peak MiB": bytes_ // 2**20}
     yield row
+
+
+def measure_case(shapes: Shapes, name: str, batch: MicroBatch, compiled: bool, train: Row) -> Row:
+    """Return the figures of the looped model. It is freed before the next one is built."""
+    config = make_config(shapes, **train)
+    if DEVICE.type == "cpu" and "offload_activations" in train:
+        raise RuntimeError("activations are offloaded from a GPU only")
+    trained = Trained(config, DEVICE, compiled)
+    seconds, bytes_ = measure(lambda: trained.step(batch), shapes.repeats)
+    steps = layer_map(config.recurrence)
+    assert batch.boundaries is not None
+    seen = count_seen(config, np.diff(batch.boundaries.edges).tolist())
+    rate = count_flops(config, steps, seen).train * shapes.tokens / seconds
+    found = {
+        "attention": choose_backend(config, DEVICE.type).backend,
+        "tokens/s": round(shapes.tokens / seconds),
+        "MFU": round(rate / peak_flops(DEVICE, torch.bfloat16), 3),
+        "peak MiB": bytes_ // 2**20,
+        "planned MiB": estimate_memory(config, steps).total // 2**20,
+        "waits": count_waits(trained, batch),
+    }
+    if name in ("packed, compiled", "packed, eager") and TRACES is not None:
+        found["trace"] = write_trace(trained, batch, name)
+    return found
 
 
 TRACES: Path | None = None
