@@ -12,7 +12,7 @@ from megarecur.config.rule import Rule
 from megarecur.config.rules_attention import ATTENTION_RULES
 from megarecur.config.rules_batches import BATCH_RULES
 from megarecur.config.rules_images import IMAGE_RULES
-from megarecur.config.rules_memory import HALTING_RULES, RECOMPUTE_RULES, TEMPORAL_RULES
+from megarecur.config.rules_memory import HALTING_RULES, TEMPORAL_RULES
 from megarecur.config.rules_model import MODEL_RULES
 from megarecur.config.rules_objective import EXIT_RULES, SMOOTHING_RULES, TASK_RULES
 from megarecur.config.rules_pairs import PAIR_RULES
@@ -31,7 +31,6 @@ RULES = (
     *PAIR_RULES,
     *BATCH_RULES,
     *TEMPORAL_RULES,
-    *RECOMPUTE_RULES,
     *TASK_RULES,
     *IMAGE_RULES,
     *SMOOTHING_RULES,

@@ -1,4 +1,4 @@
-"""Rules about halting, the temporal memory and recompute."""
+"""Rules about halting and the temporal memory."""
 
 from __future__ import annotations
 
@@ -126,14 +126,5 @@ TEMPORAL_RULES = (
         reason="parallel.sequence_parallel=true with temporal memory is not available in this "
         "version: a chunk is a piece of the sequence already",
         remedy="set sequence_parallel to false",
-    ),
-)
-RECOMPUTE_RULES = (
-    Rule(
-        keys=("train.recompute", "train.compile"),
-        when=lambda c: c.train.recompute == "selective" and c.train.compile is True,
-        reason="train.recompute=selective with train.compile=true: the compiler chooses what a "
-        "compiled block keeps",
-        remedy="set compile to false or auto (eager), or recompute to none or full",
     ),
 )

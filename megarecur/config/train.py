@@ -92,7 +92,7 @@ class TrainConfig(Section):
     """Activations that backward computes again. none: nothing; selective: norms, activations
     and rotations, while outputs of matrix products and of attention are kept; full: every step of
     the layer map; {loops: [0, 2]}: every step of these loops, nothing of others. Results do not
-    depend on it. selective runs eagerly, since a compiler chooses itself what a block keeps."""
+    depend on it."""
     offload_activations: bool = free(False)
     """Move what backward needs of the layer map to pinned host memory, and back before it is
     needed. CUDA only: on a CPU, activations are in host memory already and stay where they are."""

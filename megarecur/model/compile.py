@@ -26,6 +26,15 @@ from megarecur.model.transformer import Transformer
 from megarecur.parallel.loss import LossKernels, differentiate_fused, summarize_fused
 from megarecur.private import UnsafeFolder, place_compile_cache
 
+FRUGAL = {
+    "ban_recompute_materialized_backward": False,
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+}
+"""Limits of the partitioner of `torch._functorch`, lifted by `train.recompute: selective`. Without
+them it keeps the fewest bytes from which elementwise operations alone make the rest: what comes
+out of matrix products, attention and reductions stays, norms and activations are made again."""
+
 Backend = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
 
@@ -41,6 +50,7 @@ class Compiled:
         function: takes tensors and objects that hold tensors.
         backend: compiles a graph to code; None: Inductor.
         lengths_vary: let one graph serve sizes that turn out to vary; otherwise each needs its own.
+        is_frugal: let backward make elementwise results again (`FRUGAL`).
     """
 
     def __init__(
@@ -48,10 +58,11 @@ class Compiled:
         function: Callable[..., Any],
         backend: Backend | None = None,
         lengths_vary: bool = False,
+        is_frugal: bool = False,
     ) -> None:
         self.graphs = 0
         """Number of graphs compiled in this process."""
-        self.backend = backend
+        self.backend, self.is_frugal = backend, is_frugal
 
         def call(*args: Any) -> Any:
             return function(*args)
@@ -69,11 +80,13 @@ class Compiled:
     def make(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         """Compile a new graph; torch calls this for each."""
         self.graphs += 1
-        if self.backend is not None:
-            return self.backend(graph, inputs)
-        from torch._inductor.compile_fx import compile_fx
+        backend = self.backend
+        if backend is None:
+            from torch._inductor.compile_fx import compile_fx
 
-        return cast(Callable[..., Any], compile_fx(graph, inputs))
+            backend = cast(Backend, compile_fx)
+        with torch._functorch.config.patch(FRUGAL if self.is_frugal else {}):
+            return backend(graph, inputs)
 
     def __call__(self, *args: Any) -> Any:
         """Call the compiled function."""
@@ -88,7 +101,8 @@ class CompiledModel:
         config = model.config
         of_sequences = config.task is not None and not config.reads_images
         lengths_vary = of_sequences or config.encoder is not None
-        self.body = Compiled(Block.body, backend, lengths_vary)
+        is_frugal = config.train.recompute == "selective"
+        self.body = Compiled(Block.body, backend, lengths_vary, is_frugal)
         # Tokens that count vary with the lengths, and so do the rows of their logits.
         self.loss = (
             Compiled(summarize_fused, backend, lengths_vary),

@@ -157,12 +157,14 @@ def _rotate_dims(x_BSNH: Tensor, angles: tuple[Tensor, Tensor], interleaved: boo
             return _rotate(x_BSNH, *angles, interleaved)
         rotated: Tensor = _Rotate.apply(x_BSNH, *angles, interleaved)  # type: ignore[no-untyped-call]
         return rotated
-    cos, sin = angles
+    # Elementwise alone: a compiler keeps what comes out of `cat` or `unbind` for backward.
+    dim, pairs, first = -2, (2, -1), (torch.arange(2, device=x_BSNH.device) == 0)[:, None]
     if interleaved:
-        a, b = x_BSNH.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x_BSNH.dtype)
-    a, b = x_BSNH.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_BSNH.dtype)
+        dim, pairs, first = -1, (-1, 2), first[:, 0]
+    x = x_BSNH.unflatten(-1, pairs)
+    a, b, cos, sin = (t.unsqueeze(dim) for t in (x.select(dim, 0), x.select(dim, 1), *angles))
+    rotated = a * torch.where(first, cos, sin) + b * torch.where(first, -sin, cos)
+    return rotated.flatten(-2).to(x_BSNH.dtype)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

@@ -40,7 +40,8 @@ from megarecur.train.trainer import FINISHED, train
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
 CASES = [
     ("loop", {"model": DROPOUT}),
-    ("cycle", {"model": {"norm_position": "sandwich", "attention_bias": "all"}}),
+    ("cycle", {"model": {"norm_position": "sandwich", "attention_bias": "all", "qk_norm": True},
+               "train": {"recompute": "selective"}}),
     ("sequence", {"model": {"norm_position": "post", "norm": "layer", "feed_forward": "gelu",
                             "positions": "learned"}}),
     ("reuse_map", {"recurrence": ENTRY, "train": {"recompute": True},

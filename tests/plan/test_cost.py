@@ -6,14 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.models import step_once
+import torch
+from support.engines import aot_eager
+from support.models import make_batch, step_once
 from support.pictures import make_pictures, picture_config
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megarecur.config.load import validate
 from megarecur.config.run import Config
 from megarecur.config.train import RecomputeLoops
 from megarecur.launch.drawing import MAX_COLUMNS, draw_layer_map
+from megarecur.model.compile import CompiledModel
+from megarecur.model.transformer import Transformer
 from megarecur.plan.cost import (
     LOGIT_SLICE,
     Seen,
@@ -271,6 +276,47 @@ def test_flops_and_activations_are_those_of_the_model(
     _, _, kept = step_once(config)
     logits, remade = tokens * 1024 * 4, tokens * count_remade_bytes(config, steps)
     assert memory.activations - remade == pytest.approx(kept - logits, rel=0.06)
+
+
+class Counted:
+    """Copies to the host that stay where they are, and the bytes of all of them."""
+
+    num_bytes = 0
+
+    def leaves(self, tensor: Tensor) -> bool:
+        return True
+
+    def out(self, flat: Tensor) -> Tensor:
+        self.num_bytes += flat.nbytes
+        return flat
+
+    def back(self, host: Tensor, device: torch.device) -> Tensor:
+        return host
+
+    def wait(self, fetched: Tensor) -> Tensor:
+        return fetched
+
+
+@pytest.mark.parametrize(
+    ("recompute", "model"),
+    [("none", {}), ("selective", {"dropout": 0.1}),
+     ("selective", {"num_kv_heads": 2, "norm_position": "sandwich", "qk_norm": True})],
+)  # fmt: skip
+def test_compiled_blocks_keep_what_check_says(recompute: str, model: dict[str, Any]) -> None:
+    """The compiler chooses what it keeps, and `selective` tells it to keep little."""
+    config, steps = config_and_map(
+        reuse(2, 1), {**SMALL, **model}, micro_batch_size=2, recompute=recompute
+    )
+    config = config.model_copy(update={"data": config.data.model_copy(update={"seq_length": 64})})
+    built, batch, copies = Transformer(config), make_batch(2, 64), Counted()
+    built.host_copies = copies
+    CompiledModel(built, aot_eager)
+    ctx = built.context(batch, step=0, training=True)
+    x, _ = built.run(steps, built.embed(batch.tokens_BS, ctx), ctx, {})
+    remade = 2 * 64 * count_remade_bytes(config, steps)
+    planned = estimate_memory(config, steps).activations - remade
+    assert copies.num_bytes == pytest.approx(planned, rel=0.1)
+    x.sum().backward()
 
 
 @pytest.mark.parametrize("pooling", ["mean", "class_token"])

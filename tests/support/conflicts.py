@@ -112,10 +112,6 @@ EXAMPLES: dict[tuple[str, ...], Example] = {
         (HALTING, "parallel={tensor: 2, sequence_parallel: true}"),
         ("parallel.sequence_parallel=false",),
     ),
-    ("train.recompute", "train.compile"): (
-        ("train.recompute=selective", "train.compile=true"),
-        ("train.recompute=full",),
-    ),
     ("recurrence.halting.mode", "train.compile"): (
         (HALTING, "train.compile=true"),
         ("train.compile=false",),
