@@ -30,12 +30,12 @@ from megarecur.optim.engine import (
     UPDATES,
     Gradients,
     Outputs,
-    build_optimizers,
     flat_shard,
     is_partial,
     sum_over_holders,
     sum_partial,
 )
+from megarecur.optim.groups import build_groups
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh, same_error
 from megarecur.parallel.shards import TensorShard, whole
@@ -97,7 +97,13 @@ class DeepSpeedEngine:
                     f"{mesh.pp_rank} is frozen; set zero_stage to 0, or place a trained block there"
                 )
         ndims = {name: len(shape) for name, shape in self.shapes.items()}
-        (client,) = build_optimizers(config.optimizer, model.parameters_by_name, ndims)
+        client = torch.optim.AdamW(
+            build_groups(config.optimizer, model.parameters_by_name, ndims),
+            config.optimizer.lr,
+            config.optimizer.betas,
+            config.optimizer.eps,
+            fused=True,
+        )
         deepspeed = import_deepspeed(mesh)
         if self.stage == 3:
             kinds = list({type(runner) for runner in model.runners()})

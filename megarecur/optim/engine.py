@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megarecur.config.optimizer import OptimizerConfig
 from megarecur.model.transformer import Transformer
+from megarecur.optim.adamw import AdamW
 from megarecur.optim.groups import build_groups, build_muon_groups
 from megarecur.optim.muon import Part, SharedMuon
 from megarecur.parallel.mesh import Mesh, Peers
@@ -29,6 +30,7 @@ UPDATES = "optimizer.updates"
 """Checkpoint entry that counts the applied optimizer steps; skipped ones are not counted."""
 
 
+Optimizer = AdamW | torch.optim.Optimizer
 Outputs = Tensor | Sequence[Tensor]
 Gradients = Sequence[Tensor | None] | None
 
@@ -129,19 +131,15 @@ def sum_partial(trained: Mapping[str, nn.Parameter], model: Transformer) -> None
 
 def build_optimizers(
     config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], ndims: Mapping[str, int]
-) -> list[torch.optim.Optimizer]:
+) -> list[Optimizer]:
     """Build AdamW for its parameters; those of Muon are built by `build_muon`.
 
     Args:
         parameters: parameters, or one-dimensional pieces of them, by name.
         ndims: number of dims of each whole parameter.
     """
-    optimizers: list[torch.optim.Optimizer] = []
-    if groups := build_groups(config, parameters, ndims):
-        optimizers.append(
-            torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
-        )
-    return optimizers
+    groups = build_groups(config, parameters, ndims)
+    return [AdamW(groups, config.betas, config.eps)] if groups else []
 
 
 def build_muon(
@@ -151,7 +149,7 @@ def build_muon(
     parts: Mapping[str, Sequence[Part]] | None,
     peers: Peers,
     tp: int,
-) -> list[torch.optim.Optimizer]:
+) -> list[Optimizer]:
     """Build Muon, if the config uses it: torch's for whole matrices, ours for parts of them.
 
     Args:
@@ -224,7 +222,7 @@ def moments_of(config: OptimizerConfig, name: str, ndim: int) -> tuple[str, ...]
 
 
 def set_state(
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[Optimizer],
     parameters: Mapping[str, nn.Parameter],
     moments: Mapping[str, Tensor],
     num_steps: Tensor,
@@ -242,7 +240,7 @@ def set_state(
             optimizer.state[parameter] = state
 
 
-def set_rates(optimizers: Sequence[torch.optim.Optimizer], lr: float) -> None:
+def set_rates(optimizers: Sequence[Optimizer], lr: float) -> None:
     """Set the learning rate of every group, a multiple of `lr`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -128,7 +128,7 @@ class World:
                 "hypothesis.strategies",
                 "pytest",
                 "megarecur.train.trainer",
-                "torch._dynamo",  # an optimizer imports it: 1.4 s per rank
+                "torch._dynamo",  # recomputation and DeepSpeed import it: 1.4 s per rank
                 "tensorboard.backend.event_processing.event_accumulator",
             ]
         )
