@@ -92,24 +92,29 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A Slurm cluster for tests marked by `on_cluster`; commands and jobs find it, and `megarecur`.
-
-    Where it cannot be made, tests skip and say what is missing.
-    """
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Slurm cluster; where it cannot be made, tests skip and say what is missing."""
     try:
-        cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+        made = Cluster(tmp_path_factory.mktemp("slurm"))
     except NoCluster as error:
         pytest.skip(f"no Slurm cluster: {error}")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
-            patch.delenv(name)  # Of a job that these tests run in.
-        patch.setenv("SLURM_CONF", str(cluster.conf))
-        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-        try:
-            yield cluster
-        finally:
-            cluster.close()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The cluster for tests marked by `on_cluster`; commands and jobs find it, and `megarecur`.
+
+    Later tests of the process do not: most of them run without Slurm.
+    """
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+        monkeypatch.delenv(name)  # Of a job that these tests run in.
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    return cluster
 
 
 @pytest.fixture(scope="session")
