@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -71,7 +72,9 @@ OWNERS = {
 
 
 def sources(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    found = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    assert found, folders
+    return found
 
 
 def module_name(path: Path) -> str:
@@ -80,14 +83,23 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+@cache  # Each file is read by several rules.
+def nodes_of(path: Path) -> Sequence[ast.AST]:
+    """Every node of a file."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
+def imports(path: Path) -> Sequence[tuple[int, str]]:
     """(line, module or module.name) of every import, lazy and annotation-only ones included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    found: list[tuple[int, str]] = []
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: write the whole name of the module"
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
 
 
 def inside(module: str, package: str) -> bool:
@@ -105,21 +117,33 @@ def by_name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", CODE, ids=by_name)
-def test_imports_run_one_way(path: Path) -> None:
-    here = room(module_name(path))
-    if here is None:
-        assert module_name(path) == "megarecur", "a new room needs a floor in FLOORS"
-        return
-    for line, imported in imports(path):
-        there = room(imported)
-        if there is None or there == here:
+def imports_between_rooms() -> Iterator[tuple[str, str, str]]:
+    """(room, room that it imports from, where) of every import of another room."""
+    for path in CODE:
+        here = room(module_name(path))
+        if here is None:
+            assert module_name(path) == "megarecur", f"{path}: a new room needs a floor in FLOORS"
             continue
-        where = f"{by_name(path)}:{line}: {here} imports {imported}"
-        assert FLOORS[there] < FLOORS[here], f"{where}, which lies above or beside it"
-        if here == "megarecur.plot":
-            assert there in PLOT_MAY_IMPORT, where
-        assert there != "megarecur.plot" or here == "megarecur.launch", where
+        for line, imported in imports(path):
+            there = room(imported)
+            if there is not None and there != here:
+                yield here, there, f"{by_name(path)}:{line}: {here} imports {imported}"
+
+
+def test_imports_run_one_way() -> None:
+    found = list(imports_between_rooms())
+    upward = [where for here, there, where in found if FLOORS[there] >= FLOORS[here]]
+    assert not upward, f"rooms above or beside the importing one: {upward}"
+    assert not [
+        where
+        for here, there, where in found
+        if here == "megarecur.plot" and there not in PLOT_MAY_IMPORT
+    ]
+    assert not [
+        where
+        for here, there, where in found
+        if there == "megarecur.plot" and here != "megarecur.launch"
+    ]
 
 
 MAY_IMPORT_UPWARD = {
@@ -146,16 +170,23 @@ def test_files_import_in_no_circles() -> None:
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
-@pytest.mark.parametrize("path", CODE, ids=by_name)
-def test_libraries_stay_with_their_owners(path: Path) -> None:
-    module = module_name(path)
-    for line, imported in imports(path):
-        where = f"{by_name(path)}:{line}: {module} imports {imported}"
-        if any(inside(module, package) for package in NO_TORCH):
-            assert not inside(imported, "torch"), where
-        for library, owners in OWNERS.items():
-            if inside(imported, library):
-                assert any(inside(module, owner) for owner in owners), where
+def is_foreign(module: str, imported: str) -> bool:
+    """Return True if a module may not import something, because of the library that it is of."""
+    if inside(imported, "torch") and any(inside(module, package) for package in NO_TORCH):
+        return True
+    return any(
+        inside(imported, library) and not any(inside(module, owner) for owner in owners)
+        for library, owners in OWNERS.items()
+    )
+
+
+def test_libraries_stay_with_their_owners() -> None:
+    assert not [
+        f"{by_name(path)}:{line}: {imported}"
+        for path in CODE
+        for line, imported in imports(path)
+        if is_foreign(module_name(path), imported)
+    ]
 
 
 def test_the_modelling_file_stands_alone() -> None:
@@ -183,21 +214,32 @@ def test_the_command_line_imports_torch_only_inside_commands(name: str) -> None:
     assert ours <= {"megarecur.errors", "megarecur.reading"}
 
 
-@pytest.mark.parametrize("path", sources("megarecur/model", "megarecur/objective"), ids=by_name)
-def test_models_hold_mathematics_not_collectives(path: Path) -> None:
-    for line, imported in imports(path):
-        assert not inside(imported, "torch.distributed"), f"{by_name(path)}:{line}"
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and node.attr == "distributed":
-            pytest.fail(f"{by_name(path)}:{node.lineno}: torch.distributed")
+def test_models_hold_mathematics_not_collectives() -> None:
+    files = sources("megarecur/model", "megarecur/objective")
+    found = [
+        f"{by_name(path)}:{line}"
+        for path in files
+        for line, imported in imports(path)
+        if inside(imported, "torch.distributed")
+    ]
+    found += [
+        f"{by_name(path)}:{node.lineno}"
+        for path in files
+        for node in nodes_of(path)
+        if isinstance(node, ast.Attribute) and node.attr == "distributed"
+    ]
+    assert not found, f"torch.distributed: {found}"
 
 
-@pytest.mark.parametrize("path", sources("tests"), ids=by_name)
-def test_nothing_imports_from_a_test_module(path: Path) -> None:
+def test_nothing_imports_from_a_test_module() -> None:
     """What tests share lies in tests/support, under a name that says what it is."""
-    for line, imported in imports(path):
-        where = f"{by_name(path)}:{line}: {imported}"
-        assert not imported.startswith("test_") and ".test_" not in imported, where
+    files = sources("tests")
+    assert not [
+        f"{by_name(path)}:{line}: {imported}"
+        for path in files
+        for line, imported in imports(path)
+        if imported.startswith("test_") or ".test_" in imported
+    ]
 
 
 def test_no_room_without_an_idea() -> None:
@@ -206,34 +248,40 @@ def test_no_room_without_an_idea() -> None:
     assert [by_name(path) for path in code if path.stem in nameless] == []
 
 
-@pytest.mark.parametrize("path", CODE, ids=by_name)
-def test_nothing_prints_but_say_which_escapes(path: Path) -> None:
+def test_nothing_prints_but_say_which_escapes() -> None:
     """The package logs; commands use launch/output.py."""
-    if by_name(path) == "launch/output.py":
-        return
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id != "print", f"{by_name(path)}:{node.lineno}"
+    found = {
+        by_name(path): node.lineno
+        for path in CODE
+        for node in nodes_of(path)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    }
+    assert found.keys() == {"launch/output.py"}, found
 
 
 MAY_RENAME = {"megarecur/files.py"}
 """Whatever appears under its name is written aside and synced first: files.py does that."""
 
 
-@pytest.mark.parametrize("path", CODE, ids=by_name)
-def test_files_are_renamed_in_one_place(path: Path) -> None:
-    if by_name(path) in MAY_RENAME:
-        return
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-            continue
-        owner, name = node.func.value, node.func.attr
-        module = owner.id if isinstance(owner, ast.Name) else ""
-        # One argument: Path.replace; str.replace has two, dataclasses.replace keywords.
-        renames = name == "rename" or (name, len(node.args), node.keywords) == ("replace", 1, [])
-        renames |= module == "os" and name in ("replace", "renames")
-        renames |= module == "shutil" and name == "move"
-        assert not renames, f"{by_name(path)}:{node.lineno}: use megarecur.files"
+def renames(node: ast.AST) -> bool:
+    """Return True for a call that renames a file."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    owner, name = node.func.value, node.func.attr
+    module = owner.id if isinstance(owner, ast.Name) else ""
+    # One argument: Path.replace; str.replace has two, dataclasses.replace keywords.
+    found = name == "rename" or (name, len(node.args), node.keywords) == ("replace", 1, [])
+    found |= module == "os" and name in ("replace", "renames")
+    return found or (module == "shutil" and name == "move")
+
+
+def test_files_are_renamed_in_one_place() -> None:
+    found = {
+        by_name(path): node.lineno for path in CODE for node in nodes_of(path) if renames(node)
+    }
+    assert found.keys() == MAY_RENAME, f"use megarecur.files: {found}"
 
 
 MAY_PARSE_JSON = {
@@ -244,14 +292,22 @@ MAY_PARSE_JSON = {
 """json itself bounds no depth and no digits: reading.py does."""
 
 
-@pytest.mark.parametrize("path", CODE, ids=by_name)
-def test_json_is_parsed_by_one_reader(path: Path) -> None:
-    if by_name(path) in MAY_PARSE_JSON or path.name == "hub_model.py":
-        return
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and node.attr in ("load", "loads"):
-            owner = node.value.id if isinstance(node.value, ast.Name) else ""
-            assert owner != "json", f"{by_name(path)}:{node.lineno}: use megarecur.reading"
+def parses_json(node: ast.AST) -> bool:
+    """Return True for json.load and json.loads."""
+    if not isinstance(node, ast.Attribute) or node.attr not in ("load", "loads"):
+        return False
+    return isinstance(node.value, ast.Name) and node.value.id == "json"
+
+
+def test_json_is_parsed_by_one_reader() -> None:
+    found = {
+        by_name(path): node.lineno
+        for path in CODE
+        if path.name != "hub_model.py"
+        for node in nodes_of(path)
+        if parses_json(node)
+    }
+    assert found.keys() == MAY_PARSE_JSON, f"use megarecur.reading: {found}"
 
 
 def public_functions(path: Path) -> Iterator[ast.FunctionDef]:
@@ -268,12 +324,21 @@ def public_functions(path: Path) -> Iterator[ast.FunctionDef]:
 PURE = sources("megarecur/config", "megarecur/recurrence", "megarecur/plan")
 
 
-@pytest.mark.parametrize("path", PURE, ids=by_name)
-def test_public_functions_are_annotated_and_explained(path: Path) -> None:
-    for function in public_functions(path):
-        where = f"{by_name(path)}:{function.lineno}: {function.name}"
-        assert function.returns is not None, where
-        given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-        unnamed = [a.arg for a in given if a.annotation is None and a.arg not in ("self", "cls")]
-        assert not unnamed, f"{where}: {unnamed}"
-        assert ast.get_docstring(function), f"{where} has no docstring"
+def what_is_missing(function: ast.FunctionDef) -> list[str]:
+    """Return what readers miss: annotations by the name of an argument, and the docstring."""
+    given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    missing = [a.arg for a in given if a.annotation is None and a.arg not in ("self", "cls")]
+    if function.returns is None:
+        missing.append("return")
+    if not ast.get_docstring(function):
+        missing.append("docstring")
+    return missing
+
+
+def test_public_functions_are_annotated_and_explained() -> None:
+    assert not [
+        f"{by_name(path)}:{function.lineno}: {function.name}: {missing}"
+        for path in PURE
+        for function in public_functions(path)
+        if (missing := what_is_missing(function))
+    ]
