@@ -4,6 +4,7 @@ is there."""
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 # Before torch is imported, and whatever the shell says: tests run tiny products, and several
@@ -11,6 +12,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import typer.main
 from hypothesis import HealthCheck, settings
 from support.cluster import Cluster, NoCluster
 from support.harness import World
@@ -19,6 +21,9 @@ from support.once import make_once
 # A shared machine may stall: no drawn example fails for its time.
 settings.register_profile("megarecur", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("megarecur")
+
+# Tests run hundreds of commands in this process: the tree of commands and options is built once.
+typer.main.get_command = cache(typer.main.get_command)
 
 
 @pytest.hookimpl(trylast=True)  # After tests were deselected.

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 CLIENT = """\
@@ -57,12 +58,15 @@ def serve(path: str, prepare: str) -> None:
     """Import what commands need, and run each request in a fork."""
     import streaming  # noqa: F401
     import torch
+    import typer.main
 
     import megarecur.convert.hf
     import megarecur.inference.generate
     import megarecur.launch.cli
-    import megarecur.train.trainer  # noqa: F401
+    import megarecur.train.trainer
 
+    typer.main.get_command = cache(typer.main.get_command)
+    typer.main.get_command(megarecur.launch.cli.app)  # Forks inherit the tree of commands.
     exec(prepare, {})
     torch.set_num_threads(1)
     server = socket.socket(socket.AF_UNIX)
