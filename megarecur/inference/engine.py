@@ -219,7 +219,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Run one pass; returns False if there was nothing to do."""
+        """Run one pass, and further passes of the same items while they decide nothing and no other
+        text runs or waits; returns False if there was nothing to do."""
         self.receive()
         if self.passes is None:
             return self.plain.step(self.counts)
@@ -235,13 +236,32 @@ class Engine:
         if not texts:
             return bool(scheduler.waiting)
         items = [cast(Item, text.item) for text in texts]
-        self.passes.run(items)
-        self.counts.passes += 1
-        self.counts.rows += sum(len(item.positions) for item in items)
+        while True:
+            self.fill(texts)
+            self.passes.run(items)
+            self.counts.passes += 1
+            self.counts.rows += sum(len(item.positions) for item in items)
+            if not self.goes_on(texts):
+                break
+            scheduler.passes += 1
         for text in texts:
             text.waited = scheduler.passes
         self.advance(texts)
         return True
+
+    def goes_on(self, texts: Sequence[Text]) -> bool:
+        """Return True if the next pass is one of the same items, before which nothing happens."""
+        waits = self.scheduler.waiting or not self.inbox.empty()
+        if waits or len(texts) < len(self.scheduler.running):
+            return False
+        items = [find_item(text) for text in texts]
+        if any(item.index == len(item.visits) for item in items):
+            return False
+        group = items[0].visit.group
+        return not any(
+            item.visit.group != group or may_turn(text) or text.handle.cancelled.is_set()
+            for text, item in zip(texts, items, strict=True)
+        )
 
     def make_item(self, text: Text) -> None:
         """Give a text its next item: a chunk of known tokens, or a drafted token."""
@@ -272,10 +292,9 @@ class Engine:
 
     def advance(self, texts: Sequence[Text]) -> None:
         """Decide what follows a pass: exits, new tokens, or the next pass."""
-        skipping = list[tuple[Text, Item]]()
         for text in texts:
-            if text.mode != "verify":
-                self.turn(text, skipping)
+            if may_turn(text):
+                self.turn(text)
         logits = self.read_logits(texts)
         self.score_prompts(logits)
         leaving = self.find_leaving(texts, logits)
@@ -291,13 +310,12 @@ class Engine:
                     del logits[text]
                     continue
                 text.left = count_loops(held)
-                skipping.append((text, held))
-            if text.trail and not text.left and self.consult_oracle(text, logits, skipping):
+                text.skipping.append(held)
+            if text.trail and not text.left and self.consult_oracle(text, logits):
                 continue
             complete[text] = text.left or text.route.num_loops
             if text.left:
                 text.exits[item.positions[-1]] = text.left
-        self.fill(skipping)
         chosen = self.choose_tokens(logits, complete)
         for text, tokens in chosen.items():
             if text.mode == "draft":
@@ -309,26 +327,20 @@ class Engine:
                 scores = score_tokens(logits[text], tokens, count, self.missing)
             self.complete(text, loops, tokens, scores)
 
-    def turn(self, text: Text, skipping: list[tuple[Text, Item]]) -> None:
+    def turn(self, text: Text) -> None:
         """Send tokens that may exit after a pass to the visits after the loops: a drafted token, a
         new one that leaves or is judged, and known ones that left here before."""
-        item, request, after = find_item(text), text.request, text.route.coda
-        loops = count_loops(item)
+        item, exit_, after = find_item(text), text.request.exit, text.route.coda
         if text.mode == "draft":
-            assert request.draft is not None
-            if loops == request.draft.loops:
-                text.shallow.append(item)
-                text.item = send(item, after)
-        elif request.exit is None or not text.num_new:
-            return
-        elif item.positions[-1] == len(text.tokens) - 1:
-            if loops and request.exit.kind != "loop":
-                text.held, text.item = item, send(item, after)
-            elif loops and loops == request.exit.threshold:
-                text.left, text.item = loops, send(item, after)
-                skipping.append((text, item))
-        elif loops or item.index == after:
-            self.part(text, loops, skipping)
+            text.shallow.append(item)
+            text.item = send(item, after)
+        elif item.positions[-1] < len(text.tokens) - 1:
+            self.part(text, count_loops(item))
+        elif exit_ is not None and exit_.kind == "loop":
+            text.left, text.item = count_loops(item), send(item, after)
+            text.skipping.append(item)
+        else:
+            text.held, text.item = item, send(item, after)
 
     def read_logits(self, texts: Sequence[Text]) -> dict[Text, Tensor]:
         """Return logits [S, V] of the rows that need them now, by text."""
@@ -388,9 +400,7 @@ class Engine:
                     leaving.add(text)
         return leaving
 
-    def consult_oracle(
-        self, text: Text, logits: dict[Text, Tensor], skipping: list[tuple[Text, Item]]
-    ) -> bool:
+    def consult_oracle(self, text: Text, logits: dict[Text, Tensor]) -> bool:
         """Let a new token that has run all loops exit after the first loop whose likeliest token is
         that of all loops, if there is an earlier one.
 
@@ -400,7 +410,7 @@ class Engine:
         for item, logits_V in text.trail:
             if int(logits_V.argmax()) == likeliest:
                 text.left = count_loops(item)
-                skipping.append((text, item))
+                text.skipping.append(item)
                 if text.route.coda == len(item.visits):
                     logits[text] = logits_V[None]
                     break
@@ -409,7 +419,7 @@ class Engine:
                 return True
         return False
 
-    def part(self, text: Text, loops: int, skipping: list[tuple[Text, Item]]) -> None:
+    def part(self, text: Text, loops: int) -> None:
         """Part the known tokens of a text's item that left here before from the others, until those
         have left too or run all loops. So a preempted text is recomputed at the depths it had."""
         item = find_item(text)
@@ -417,7 +427,7 @@ class Engine:
         if any(leaves):
             rows = [i for i, each in enumerate(leaves) if each]
             text.parted.append(item.select(rows))
-            skipping.append((text, text.parted[-1]))
+            text.skipping.append(text.parted[-1])
         others = [i for i, each in enumerate(leaves) if not each]
         if others and item.index < text.route.coda:
             if any(leaves):
@@ -427,22 +437,28 @@ class Engine:
             text.item = send(join_items([*text.parted, *rest]), text.route.coda)
             text.parted.clear()
 
-    def fill(self, skipping: Sequence[tuple[Text, Item]]) -> None:
-        """Fill the keys and values of the visits that items skip."""
+    def fill(self, texts: Sequence[Text]) -> None:
+        """Fill the keys and values of the visits that tokens of these texts skipped, if the items
+        of the texts are about to read them, or if as many tokens as a chunk wait for it."""
         assert self.passes is not None
-        found = dict[tuple[str, Group], list[tuple[Item, dict[int, int]]]]()
-        for text, item in skipping:
+        found = dict[tuple[str, Group], dict[Item, list[int]]]()
+        for text in texts:
+            if not text.skipping:
+                continue
+            first, index = min(item.index for item in text.skipping), find_item(text).index
+            if not first <= index < text.route.coda and len(text.skipping) < self.chunk:
+                continue
             assert text.request.exit is not None
-            last = {s.block: s.loop_index for v in item.visits[: item.index] for s in v.steps}
-            for index in range(item.index, text.route.coda):
-                key = text.request.exit.fill, item.visits[index].group
-                found.setdefault(key, []).append((replace(item, index=index), last))
-        for (kind, _), pairs in found.items():
-            items, lasts = [item for item, _ in pairs], [last for _, last in pairs]
+            for item in text.skipping:
+                for number in range(item.index, text.route.coda):
+                    key = text.request.exit.fill, item.visits[number].group
+                    found.setdefault(key, {}).setdefault(item, []).append(number)
+            text.skipping.clear()
+        for (kind, _), skipped in found.items():
             if kind == "state":
-                self.passes.fill_from_state(items)
+                self.passes.fill_from_state(skipped)
             else:
-                self.passes.fill_from_loop(items, lasts)
+                self.passes.fill_from_loop(skipped)
 
     def choose_tokens(
         self, logits: dict[Text, Tensor], complete: Collection[Text]
@@ -537,6 +553,20 @@ def count_loops(item: Item) -> int:
     """Return the number of loops after the last visit of an item, if tokens may exit there; else
     0."""
     return item.visits[item.index - 1].exit
+
+
+def may_turn(text: Text) -> bool:
+    """Return True if tokens of a text may leave the loops after the pass that has just run."""
+    item, request = find_item(text), text.request
+    loops = count_loops(item)
+    if text.mode == "draft":
+        assert request.draft is not None
+        return loops == request.draft.loops
+    if request.exit is None or not text.num_new or text.mode == "verify":
+        return False
+    if item.positions[-1] < len(text.tokens) - 1:
+        return bool(loops) or item.index == text.route.coda
+    return loops == request.exit.threshold if request.exit.kind == "loop" else bool(loops)
 
 
 def send(item: Item, index: int) -> Item:

@@ -33,6 +33,10 @@ class Bucket:
     tables_BP: Tensor
     """Their pages, padded with any page."""
     positions_BS: Tensor
+    first: int | None = None
+    """The first page, if the bucket is one text whose pages follow each other in the pool."""
+    length: int | None = None
+    """Number of keys that its rows see, if the bucket is one row, which sees all of them."""
     masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
     """Masks added to scores, [B, 1 or N, S, K], by window and dtype."""
 
@@ -42,7 +46,7 @@ class Rows:
 
     Args:
         pool: the pages.
-        step_of: number of the step of the map of each (block, loop), [blocks, loops].
+        step_of: number of the step of the map of each (block, loop), [blocks, loops], on the CPU.
         slopes_N: ALiBi slopes of this rank's heads, if the model has them.
         tables: the pages of each text, at least up to its last row.
         positions: the positions of the rows of each text, ascending.
@@ -65,7 +69,8 @@ class Rows:
         counts = [len(own) for own in positions]
         flat = [position for own in positions for position in own]
         self.positions_T = torch.tensor(flat, device=device)
-        most = max(own[-1] for own in positions) // size + 1
+        self.last = max(own[-1] for own in positions)
+        most = self.last // size + 1
         tables_BP = pad_sequence([table[:most] for table in tables], batch_first=True)
         texts_T = torch.arange(len(counts), device=device)
         if len(flat) > len(counts):
@@ -73,24 +78,31 @@ class Rows:
         pages_T = tables_BP[texts_T, self.positions_T // size]
         self.slots_T = pages_T * size + self.positions_T % size
         """The place of each row in the pages of a step."""
-        self.step_of = step_of
+        self.steps: list[list[int]] = step_of.tolist()
         self.set_loops(loops)
-        self.texts_T, self.tables_BP = texts_T, tables_BP
+        self.counts, self.texts_T, self.tables_BP = counts, texts_T, tables_BP
         self.buckets = self._make_buckets(counts)
+        if len(counts) == 1 and device.type == "cpu":
+            pages = tables_BP[0].tolist()
+            if pages == list(range(pages[0], pages[0] + len(pages))):
+                self.buckets[0].first = pages[0]
         self.windows: dict[int | None, WindowedRows] = {}
 
     def set_loops(self, loops: Sequence[int]) -> None:
         """Set the loop of each text, ascending."""
-        self.loops_B = torch.tensor(loops, device=self.pool.keys.device)
+        self.loops = loops
         self.one_loop = loops[0] if loops[0] == loops[-1] else None
         """The loop of all texts, if they have the same one."""
+        self.found: dict[int, Tensor] = {}
+        """Places of the rows by block."""
 
     def _make_buckets(self, counts: Sequence[int]) -> list[Bucket]:
         sizes = dict.fromkeys(counts)
         if len(sizes) == 1:
             positions_BS = self.positions_T.view(len(counts), -1)
             texts_B = torch.arange(len(counts), device=self.positions_T.device)
-            return [Bucket(None, texts_B, self.tables_BP, positions_BS)]
+            length = self.last + 1 if len(counts) == counts[0] == 1 else None
+            return [Bucket(None, texts_B, self.tables_BP, positions_BS, length=length)]
         counts_B = torch.tensor(counts, device=self.positions_T.device)
         buckets = []
         for size in sizes:
@@ -113,7 +125,8 @@ class Rows:
         key = window, dtype
         if key not in bucket.masks:
             device, places_BS = self.positions_T.device, bucket.positions_BS
-            keys_K = torch.arange(bucket.tables_BP.shape[1] * self.pool.page_size, device=device)
+            room = bucket.tables_BP.shape[1] * self.pool.page_size
+            keys_K = torch.arange(bucket.length or room, device=device)
             hidden = keys_K > places_BS[:, None, :, None]
             if window is not None:
                 hidden |= keys_K <= places_BS[:, None, :, None] - window
@@ -127,38 +140,44 @@ class Rows:
 
     def write(self, block: int, k_1TMH: Tensor, v_1TMH: Tensor) -> None:
         """Write the keys and values of the rows at their loops of a block."""
-        places_T = self.places(block)
-        pool = self.pool
-        pool.keys.flatten(0, 1).index_copy_(0, places_T, k_1TMH[0])
-        pool.values.flatten(0, 1).index_copy_(0, places_T, v_1TMH[0])
+        self.pool.write(self.places(block), k_1TMH[0], v_1TMH[0])
 
-    def places(self, block: int, loops_B: Tensor | None = None) -> Tensor:
+    def places(self, block: int, loops: Sequence[int] | None = None) -> Tensor:
         """Return the places of the rows at their loops of a block, or at other loops."""
-        stride = self.pool.num_pages * self.pool.page_size
-        if loops_B is None and self.one_loop is not None:
-            return self.slots_T + int(self.step_of[block, self.one_loop]) * stride
-        steps_B = self.step_of[block, self.loops_B if loops_B is None else loops_B]
-        return self.slots_T + steps_B[self.texts_T] * stride
+        if loops is not None:
+            return self.slots_T + self.starts(block, loops)[self.texts_T]
+        if block not in self.found:
+            if self.one_loop is not None:
+                start = self.steps[block][self.one_loop] * self.pool.num_slots
+                self.found[block] = self.slots_T + start
+            else:
+                self.found[block] = self.places(block, self.loops)
+        return self.found[block]
 
-    def copy(self, block: int, source_B: Tensor) -> None:
-        """Copy to the rows' loops of a block the keys and values of other loops of the block."""
-        source_T, target_T = self.places(block, source_B), self.places(block)
-        for kept in (self.pool.keys.flatten(0, 1), self.pool.values.flatten(0, 1)):
-            kept.index_copy_(0, target_T, kept.index_select(0, source_T))
+    def starts(self, block: int, loops: Sequence[int]) -> Tensor:
+        """Return the first place of the step of the map of a block at each of these loops."""
+        numbers = [self.steps[block][loop] * self.pool.num_slots for loop in loops]
+        return torch.tensor(numbers, device=self.slots_T.device)
 
-    def gather(self, bucket: Bucket, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of a bucket's texts at their loops, [B, K, M, H] each."""
+    def gather(self, bucket: Bucket, block: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a bucket's texts at their loops, [B, K, M, H] each; those
+        of a single row are exactly the keys that it sees."""
+        pool, pages_BP = self.pool, bucket.tables_BP
         if self.one_loop is not None:
-            pages_BP = bucket.tables_BP + int(self.step_of[block, self.one_loop]) * (
-                self.pool.num_pages
-            )
+            first = self.steps[block][self.one_loop] * pool.num_pages
+            if bucket.first is not None:
+                # Read in place, without a copy.
+                begin = (first + bucket.first) * pool.page_size
+                own = slice(begin, begin + (bucket.length or pages_BP.shape[1] * pool.page_size))
+                return pool.rows[0][None, own], pool.rows[1][None, own]
+            pages_BP = pages_BP + first
         else:
-            steps_B = self.step_of[block, self.loops_B[bucket.texts_B]]
-            pages_BP = bucket.tables_BP + steps_B[:, None] * self.pool.num_pages
+            steps_B = self.starts(block, self.loops) // pool.page_size
+            pages_BP = pages_BP + steps_B[bucket.texts_B][:, None]
         index, batch = pages_BP.flatten(), len(pages_BP)
         k, v = (
-            kept.index_select(0, index).view(batch, -1, *kept.shape[2:]).to(dtype)
-            for kept in (self.pool.keys, self.pool.values)
+            kept.index_select(0, index).view(batch, -1, *kept.shape[2:])[:, : bucket.length]
+            for kept in (pool.keys, pool.values)
         )
         return k, v
 
@@ -175,19 +194,65 @@ class WindowedRows:
 
     def attend(self, block: int, q_1TNH: Tensor, scores: Scores, dtype: torch.dtype) -> Tensor:
         """Attend from each row to the tokens of its text so far; see `context.PagedKeys`."""
-        rows, q_TNH = self.rows, q_1TNH[0].to(dtype)
-        out_TNH = torch.empty_like(q_TNH)
+        rows, q_TNH = self.rows, cast(q_1TNH[0], dtype)
+        out_TNH: Tensor | None = None
         for bucket in rows.buckets:
             own_TNH = q_TNH if bucket.rows_T is None else q_TNH[bucket.rows_T]
             q_BSNH = own_TNH.view(*bucket.positions_BS.shape, *q_TNH.shape[1:])
-            k_BKMH, v_BKMH = rows.gather(bucket, block, dtype)
-            mask = rows.mask(bucket, self.window, dtype)
+            k_BKMH, v_BKMH = (cast(t, dtype) for t in rows.gather(bucket, block))
+            mask = None
+            if bucket.length is None or self.window is not None or rows.slopes_N is not None:
+                mask = rows.mask(bucket, self.window, dtype)
             mixed = attend_rows(q_BSNH, k_BKMH, v_BKMH, scores, mask, rows.allows_math)
             mixed = mixed.reshape(own_TNH.shape)
             if bucket.rows_T is None:
                 return mixed[None]
+            if out_TNH is None:
+                out_TNH = torch.empty_like(q_TNH)
             out_TNH[bucket.rows_T] = mixed
+        assert out_TNH is not None
         return out_TNH[None]
+
+
+class FilledRows(WindowedRows):
+    """Rows whose keys and values are written at several loops of a block, for tokens that skip
+    these loops.
+
+    Args:
+        rows: the rows.
+        loops: the loops of each text.
+    """
+
+    def __init__(self, rows: Rows, loops: Sequence[Sequence[int]]) -> None:
+        super().__init__(rows, None)
+        starts = [sum(rows.counts[:i]) for i in range(len(loops))]
+        pairs = [
+            (start + i, loop)
+            for start, count, own in zip(starts, rows.counts, loops, strict=True)
+            for loop in own
+            for i in range(count)
+        ]
+        self.loops = [loop for _, loop in pairs]
+        self.rows_R = torch.tensor([row for row, _ in pairs], device=rows.slots_T.device)
+        """The row of each copy."""
+        self.slots_R = rows.slots_T[self.rows_R]
+
+    def write(self, block: int, k_1TMH: Tensor, v_1TMH: Tensor) -> None:
+        """Write the keys and values of the rows at all of their loops of a block."""
+        places_R = self.slots_R + self.rows.starts(block, self.loops)
+        self.rows.pool.write(places_R, k_1TMH[0, self.rows_R], v_1TMH[0, self.rows_R])
+
+    def copy(self, block: int, source: Sequence[int]) -> None:
+        """Copy the keys and values of each text at one loop of a block to all of its loops."""
+        source_T = self.rows.places(block, source)
+        pool = self.rows.pool
+        k_TMH, v_TMH = (kept.index_select(0, source_T) for kept in pool.rows)
+        self.write(block, k_TMH[None], v_TMH[None])
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a dtype. A comparison costs less than a call of `to` that changes nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def attend_rows(
@@ -195,17 +260,18 @@ def attend_rows(
     k_BKMH: Tensor,
     v_BKMH: Tensor,
     scores: Scores,
-    mask: Tensor,
+    mask: Tensor | None,
     allows_math: bool = False,
 ) -> Tensor:
-    """Return the mixed values [B, S, N, H], of keys hidden by a mask [B, 1 or N, S, K]."""
+    """Return the mixed values [B, S, N, H], of keys hidden by a mask [B, 1 or N, S, K], or of all
+    keys (None)."""
     batch, queries, heads, dim = q_BSNH.shape
     groups = heads // k_BKMH.shape[2]
     if queries > 1 or groups == 1:
         return attend_dense((q_BSNH, k_BKMH, v_BKMH), scores, mask, False, None, allows_math)
     # The queries of a key head see the same keys, so they serve as its queries.
     q_BGMH = q_BSNH.view(batch, -1, groups, dim).transpose(1, 2)
-    if mask.shape[1] > 1:
+    if mask is not None and mask.shape[1] > 1:
         mask = mask.view(batch, -1, groups, mask.shape[-1])
     mixed = attend_dense((q_BGMH, k_BKMH, v_BKMH), scores, mask, False, None, allows_math)
     return mixed.transpose(1, 2).reshape(q_BSNH.shape)

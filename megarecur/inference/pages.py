@@ -45,6 +45,9 @@ class PagePool:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         """[steps pages, P, N, H]; page i of step s has index s pages + i."""
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+        """Keys and values by place, [steps pages P, N, H]; place i of step s has index
+        s num_slots + i."""
         self.free = list(range(num_pages))[::-1]
         """Pages without contents."""
         self.users = [0] * num_pages
@@ -53,6 +56,16 @@ class PagePool:
         self.hashes: dict[int, bytes] = {}
         self.idle: OrderedDict[int, None] = OrderedDict()
         """Full pages without users, least recently used first."""
+
+    @property
+    def num_slots(self) -> int:
+        """Number of tokens for which the pages have room."""
+        return self.num_pages * self.page_size
+
+    def write(self, places_T: torch.Tensor, k_TNH: torch.Tensor, v_TNH: torch.Tensor) -> None:
+        """Write keys and values to places."""
+        self.rows[0].index_copy_(0, places_T, k_TNH)
+        self.rows[1].index_copy_(0, places_T, v_TNH)
 
     @property
     def available(self) -> int:

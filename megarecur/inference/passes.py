@@ -10,7 +10,7 @@ Shapes: T rows, S rows of an item, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megarecur.attention.visibility import Visibility
 from megarecur.config.rope import DynamicRope
-from megarecur.inference.paged import Rows
+from megarecur.inference.paged import FilledRows, Rows
 from megarecur.inference.pages import PagePool
 from megarecur.inference.visits import Visit
 from megarecur.model.adapters import Adapter, MixedAdapter
@@ -80,6 +80,8 @@ class Batch:
     ctx: Context
     levels_1TD: Tensor | None
     """Encodings of positions and levels, if the model has them."""
+    x_1TD: Tensor | None = None
+    """The hidden states of the items after their last pass together."""
 
 
 class Passes:
@@ -107,7 +109,8 @@ class Passes:
         step_of = torch.zeros(max(uses) + 1, max(uses.values()), dtype=torch.long)
         for number, step in enumerate(steps):
             step_of[step.block, step.loop_index] = number
-        self.step_of = step_of.to(self.device)
+        self.step_of = step_of
+        """Number of the step of each (block, loop), on the CPU."""
         self.slopes_N: Tensor | None = None
         if self.shape.positions == "alibi":
             own = self.shape.num_heads // model.tp.size
@@ -126,10 +129,7 @@ class Passes:
     def run(self, items: Sequence[Item]) -> None:
         """Run the next visit of items, all of one group, and advance them."""
         batch = self.batch(items)
-        fresh = [item for item in batch.items if item.x_SD is None]
-        if fresh:
-            self.embed(fresh)
-        x_1TD = torch.cat([cast(Tensor, item.x_SD) for item in batch.items])[None]
+        x_1TD = self.states(batch)
         with self.model.tp.whole_sequences():
             for place, number in enumerate(batch.items[0].visit.group):
                 block = self.blocks[number]
@@ -139,37 +139,66 @@ class Passes:
                     x_1TD, batch.ctx.view(block.slides), batch.ctx.positions, None, steps[0], {},
                     self.adapter(block, steps, batch.counts), None, None, None,
                 )  # fmt: skip
-        for item, x_SD in zip(batch.items, x_1TD[0].split(batch.counts), strict=True):
+        batch.x_1TD = x_1TD
+        own = x_1TD[0].split(batch.counts) if len(batch.items) > 1 else [x_1TD[0]]
+        for item, x_SD in zip(batch.items, own, strict=True):
             item.x_SD, item.index = x_SD, item.index + 1
 
-    @torch.inference_mode()
-    def fill_from_state(self, items: Sequence[Item]) -> None:
-        """Write the keys and values of the next visit of items, all of one group, as if the hidden
-        state were the input of each of its steps."""
-        batch = self.batch(items)
-        x_1TD = torch.cat([cast(Tensor, item.x_SD) for item in batch.items])[None]
-        with self.model.tp.whole_sequences():
-            for place, number in enumerate(batch.items[0].visit.group):
-                block = self.blocks[number]
-                steps = [item.visit.steps[place] for item in batch.items]
-                entered = self.inject(batch, block, steps, x_1TD)
-                adapter = self.adapter(block, steps, batch.counts)
-                view = batch.ctx.view(block.slides)
-                block.remember_entered(entered, view, steps[0], adapter)
+    def states(self, batch: Batch) -> Tensor:
+        """Return the hidden states [1, T, D] that enter the next visit of a batch."""
+        if batch.x_1TD is not None:
+            return batch.x_1TD
+        fresh = [item for item in batch.items if item.x_SD is None]
+        if len(fresh) == len(batch.items):
+            return self.embed(fresh, batch.ctx)
+        if fresh:
+            positions = torch.tensor([[p for item in fresh for p in item.positions]])
+            ctx = self.context(positions.to(self.device), 0, 0, None)
+            split = self.embed(fresh, ctx)[0].split([len(item.tokens) for item in fresh])
+            for item, x_SD in zip(fresh, split, strict=True):
+                item.x_SD = x_SD
+        return torch.cat([cast(Tensor, item.x_SD) for item in batch.items])[None]
 
     @torch.inference_mode()
-    def fill_from_loop(self, items: Sequence[Item], last: Sequence[dict[int, int]]) -> None:
-        """Copy the keys and values of the next visit of items, all of one group, from the last loop
-        that each block ran.
+    def fill_from_state(self, skipped: Mapping[Item, Sequence[int]]) -> None:
+        """Write the keys and values of visits that items skip, all of one group, as if the hidden
+        state were the input of each of their steps.
 
         Args:
-            last: that loop by block, for each item.
+            skipped: indices of the visits that each item skips.
         """
-        of_item = {id(item): loops for item, loops in zip(items, last, strict=True)}
-        batch = self.batch(items)
-        for number in batch.items[0].visit.group:
-            source = [of_item[id(item)][number] for item in batch.items]
-            batch.rows.copy(number, torch.tensor(source, device=self.device))
+        visits = [item.visits[index] for item, own in skipped.items() for index in own]
+        blocks = [self.blocks[number] for number in visits[0].group]
+        differs = self.shape.level_encoding == "sinusoidal" or any(b.adapters for b in blocks)
+        if differs or any(step.injected for visit in visits for step in visit.steps):
+            batch = self.batch(
+                [replace(item, index=index) for item, own in skipped.items() for index in own]
+            )
+            views = {block.slides: batch.ctx.view(block.slides) for block in blocks}
+            entered = [item.visit for item in batch.items]
+        else:
+            # Loops make the same keys and values of the same state.
+            batch = self.batch(list(skipped))
+            pages = FilledRows(batch.rows, list_loops(batch, skipped))
+            views = {b.slides: replace(batch.ctx.view(b.slides), pages=pages) for b in blocks}
+            entered = [item.visits[skipped[item][0]] for item in batch.items]
+        x_1TD = self.states(batch)
+        with self.model.tp.whole_sequences():
+            for place, block in enumerate(blocks):
+                steps = [visit.steps[place] for visit in entered]
+                u_1TD = self.inject(batch, block, steps, x_1TD)
+                adapter = self.adapter(block, steps, batch.counts)
+                block.remember_entered(u_1TD, views[block.slides], steps[0], adapter)
+
+    @torch.inference_mode()
+    def fill_from_loop(self, skipped: Mapping[Item, Sequence[int]]) -> None:
+        """Copy the keys and values of visits that items skip, all of one group, from the last loop
+        that each block ran. Arguments: see `fill_from_state`."""
+        batch = self.batch(list(skipped))
+        filled = FilledRows(batch.rows, list_loops(batch, skipped))
+        item, own = next(iter(skipped.items()))
+        for number in item.visits[own[0]].group:
+            filled.copy(number, [find_last_loop(item, number) for item in batch.items])
 
     @torch.inference_mode()
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -177,16 +206,11 @@ class Passes:
         with self.model.tp.whole_sequences():
             return self.model.all_logits(x_TD[None])[0]
 
-    def embed(self, items: Sequence[Item]) -> None:
-        """Embed the tokens of items."""
-        positions = torch.tensor([[p for item in items for p in item.positions]])
+    def embed(self, items: Sequence[Item], ctx: Context) -> Tensor:
+        """Return the embedded tokens of items, [1, T, D]."""
         tokens = torch.tensor([[t for item in items for t in item.tokens]])
-        ctx = self.context(positions.to(self.device), 0, 0, None)
         with self.model.tp.whole_sequences():
-            x_1TD = self.model.embed(tokens.to(self.device), ctx)
-        split = x_1TD[0].split([len(item.tokens) for item in items])
-        for item, x_SD in zip(items, split, strict=True):
-            item.x_SD = x_SD
+            return self.model.embed(tokens.to(self.device), ctx)
 
     def batch(self, items: Sequence[Item]) -> Batch:
         """Return the batch of items, sorted by loop, with all that depends on their places."""
@@ -195,7 +219,8 @@ class Passes:
         if self.last is not None and self.last.items == items:
             # The next pass of the same items differs in the loops alone.
             self.last.rows.set_loops(loops)
-            return replace(self.last, levels_1TD=self.encode_levels(self.last.rows))
+            self.last.levels_1TD = self.encode_levels(self.last.rows)
+            return self.last
         rows = Rows(
             self.pool, self.step_of, self.slopes_N, [item.table for item in items],
             [item.positions for item in items], loops, self.model.attention.backend == "dense",
@@ -216,7 +241,7 @@ class Passes:
             return None
         size, layout = self.shape.hidden_size, self.shape.sinusoid_layout
         of_positions = sinusoidal(rows.positions_T[None], size, self.wide, layout)
-        levels_1T = rows.loops_B[rows.texts_T][None]
+        levels_1T = torch.tensor(rows.loops, device=self.device)[rows.texts_T][None]
         return of_positions + sinusoidal(levels_1T, size, self.wide, layout)
 
     def context(
@@ -232,7 +257,7 @@ class Passes:
         positions = Positions(samples_1, positions_1T, tp=self.model.tp)
         view, sliding = AttentionView(Visibility(), None), None
         if rows is not None:
-            turned = self.rotate(positions_1T, lengths_1T)
+            turned = self.rotate(positions_1T, rows.last, lengths_1T)
             of_keys = None
             if self.shape.positions == "xpos" and turned is not None:
                 (cos, sin), base = turned, self.shape.xpos_scale_base
@@ -242,19 +267,19 @@ class Passes:
             if self.shape.sliding_window is not None:
                 sliding = replace(view, pages=rows.see(self.shape.sliding_window))
             if self.shape.rope_theta_local is not None:
-                local = self.rotate(positions_1T, lengths_1T, local=True)
+                local = self.rotate(positions_1T, rows.last, lengths_1T, local=True)
                 sliding = replace(sliding or view, rotation=local)
         return Context(view, positions, DropoutKeys(seed, 0, False), Recorder(), sliding)
 
     def rotate(
-        self, positions_1T: Tensor, lengths_1T: Tensor | None, local: bool = False
+        self, positions_1T: Tensor, last: int, lengths_1T: Tensor | None, local: bool = False
     ) -> tuple[Tensor, Tensor] | None:
-        """Return the rotation of rows, [1, T, 1, dims/2] each; None: nothing rotates."""
+        """Return the rotation of rows at positions up to `last`, [1, T, 1, dims/2] each; None:
+        nothing rotates."""
         if self.shape.positions not in ("rope", "xpos"):
             return None
         if lengths_1T is not None:
             return rotation(positions_1T, self.shape, self.wide, local, lengths_1T)
-        last = int(positions_1T.max())
         if local not in self.rotations or self.rotations[local][0].shape[1] <= last:
             every = torch.arange(2 * (last + 64), device=self.device)[None]
             self.rotations[local] = rotation(every, self.shape, self.wide, local)
@@ -321,6 +346,21 @@ class Passes:
         mixed, shared = self.adapters[key]
         shared[:] = rows.values()
         return mixed
+
+
+def list_loops(batch: Batch, skipped: Mapping[Item, Sequence[int]]) -> list[list[int]]:
+    """Return the loops of the visits that each item of a batch skips."""
+    return [[item.visits[index].loop for index in skipped[item]] for item in batch.items]
+
+
+def find_last_loop(item: Item, block: int) -> int:
+    """Return the last loop of a block that an item ran."""
+    return max(
+        step.loop_index
+        for visit in item.visits[: item.index]
+        for step in visit.steps
+        if step.block == block
+    )
 
 
 def apply_to(

@@ -57,6 +57,9 @@ class Text:
     """Log probabilities after the previous loop, for exits by divergence."""
     trail: list[tuple[Item, Tensor]] = field(default_factory=list)
     """The new token after each earlier loop, and its logits [V], for exits by the oracle."""
+    skipping: list[Item] = field(default_factory=list)
+    """Tokens that left early, and whose keys and values of the visits that they skip are missing:
+    they are made when another token reads them."""
     shallow: list[Item] = field(default_factory=list)
     """Drafted tokens after the loops of a draft."""
     proposals: list[int] = field(default_factory=list)
@@ -207,6 +210,7 @@ class Scheduler:
             self.forget(text, digest)
         text.pages, text.computed, text.published = [], 0, 0
         text.forget_item()
+        text.skipping.clear()
 
     def next_batch(self, patience: int) -> list[Text]:
         """Return the texts whose items run next: those that wait for the group for which most wait,

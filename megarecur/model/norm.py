@@ -65,6 +65,8 @@ class RMSNorm(nn.Module):
         """Normalize rows: [..., D] to [..., D]."""
         if not torch.compiler.is_compiling():
             if torch.is_inference_mode_enabled() and self.tp.size == 1:
+                if x.dtype == self.weight.dtype:
+                    return torch.rms_norm(x, x.shape[-1:], self.weight, self.eps)
                 wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
                 return F.rms_norm(wide, x.shape[-1:], self.weight, self.eps).to(x.dtype)
             normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.tp)  # type: ignore[no-untyped-call]

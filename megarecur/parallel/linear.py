@@ -667,6 +667,16 @@ class Linear(nn.Module):
         return self.bias + delta.bias
 
 
+def apply_plainly(layer: Linear, x: Tensor) -> Tensor:
+    """Return a layer's output without a delta, outside the graph. Decoding has products of few
+    rows, which cost less than the steps of `multiply` around them."""
+    weight, bias = layer.weight, layer.bias
+    if x.dtype == weight.product_dtype and bias is None:
+        return F.linear(x, weight.value())
+    wide = x.to(weight.product_dtype)
+    return F.linear(wide, weight.value(), None if bias is None else bias.to(wide.dtype)).to(x.dtype)
+
+
 def apply_all(
     layers: Sequence[Linear],
     x: Tensor,
@@ -677,6 +687,12 @@ def apply_all(
     deltas may read another tensor, the tap."""
     tp, cut = layers[0].tp, layers[0].cut
     inside = tp if cut == "outputs" else ALONE
+    if (
+        not torch.compiler.is_compiling()
+        and torch.is_inference_mode_enabled()
+        and not (inside.sequence or any(deltas))
+    ):
+        return tuple(apply_plainly(layer, x) for layer in layers)
     if [delta for delta in deltas if isinstance(delta, MixedLowRank)]:
         ys = multiply(x, [layer.weight for layer in layers], [layer.bias for layer in layers],
                       tp=inside)  # fmt: skip

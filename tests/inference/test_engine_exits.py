@@ -117,13 +117,17 @@ def test_skipped_loops_are_filled(recurrence, adapters, fill) -> None:
     assert engine.passes is not None
     pool = engine.passes.pool
     request = Request(
-        tokens=(1, 5, 2), max_new_tokens=6, temperature=0.0, exit=Exit("loop", 1, fill)
+        tokens=(1, 5, 2), max_new_tokens=7, temperature=0.0, exit=Exit("loop", 1, fill)
     )
     handle = engine.submit(request)
     while not engine.scheduler.running or engine.scheduler.running[0].num_new < 5:
         engine.step()
     (text,) = engine.scheduler.running
     assert text.exits == {3: 1, 4: 1, 5: 1, 6: 1}
+    # No token has read them so far; as many wait as a chunk has.
+    engine.chunk = len(text.skipping)
+    engine.step()
+    assert [item.positions for item in text.skipping] == [[7]]
     steps = [step for visit in text.route.visits for step in visit.steps]
     for step in steps:
         number = int(engine.passes.step_of[step.block, step.loop_index])
@@ -140,7 +144,7 @@ def test_skipped_loops_are_filled(recurrence, adapters, fill) -> None:
             elif step.loop_index and (adapters or position < 3):
                 assert not torch.equal(torch.stack(own), torch.stack(other))
     engine.run()
-    assert len(list(handle)) == 6
+    assert len(list(handle)) == 7
 
 
 @pytest.mark.parametrize("number", [0, CODA])

@@ -9,7 +9,7 @@ import torch
 
 from megarecur.attention.dense import attend_dense
 from megarecur.attention.scores import Scores
-from megarecur.inference.paged import Rows
+from megarecur.inference.paged import FilledRows, Rows
 from megarecur.inference.pages import PagePool, hash_page
 from megarecur.model.positions import alibi_bias, alibi_slopes
 
@@ -68,12 +68,16 @@ def test_a_page_is_found_by_all_tokens_before_it() -> None:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("has_slopes", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [[(4, 1), (9, 1), (1, 1)], [(7, 3), (2, 1), (6, 3), (5, 5)]])
+@pytest.mark.parametrize(
+    "lengths",
+    [[(4, 1), (9, 1), (1, 1)], [(7, 3), (2, 1), (6, 3), (5, 5)], [(8, 1)], [(7, 3)]],
+)
 def test_paged_attention_equals_dense_attention(
     window: int | None, has_slopes: bool, kv_heads: int, lengths: list[tuple[int, int]]
 ) -> None:
     """Texts of (length, last rows that are queries), at several loops of two blocks, scattered over
-    pages that hold garbage elsewhere."""
+    pages that hold garbage elsewhere. A single text whose pages follow each other is read in
+    place."""
     generator = torch.Generator().manual_seed(5)
     pool = PagePool(16, 2, 5, kv_heads, 6, torch.float64)
     for kept in (pool.keys, pool.values):
@@ -81,6 +85,8 @@ def test_paged_attention_equals_dense_attention(
     step_of = torch.tensor([[4, 1, 3], [0, 2, 2]])
     loops = [min(i, 2) for i in range(len(lengths))]
     pages = torch.randperm(16, generator=generator).tolist()
+    if len(lengths) == 1:
+        pages = list(range(3, 16))[::-1]
     tables, texts = [], []
     for (length, _), loop in zip(lengths, loops, strict=True):
         own = [pages.pop() for _ in range(-(-length // 2))]
@@ -93,6 +99,7 @@ def test_paged_attention_equals_dense_attention(
     slopes = alibi_slopes(4) if has_slopes else None
     positions = [list(range(length - count, length)) for length, count in lengths]
     rows = Rows(pool, step_of, slopes, tables, positions, loops)
+    assert rows.buckets[0].first == (3 if len(lengths) == 1 else None)
     total = sum(count for _, count in lengths)
     q_1TNH = torch.randn(1, total, 4, 6, generator=generator).double()
     # The rows' own keys are written by the batch itself.
@@ -128,7 +135,10 @@ def test_copies_between_loops() -> None:
     pool.values[:4] = -pool.keys[:4]
     tables, step_of = [torch.tensor([2, 1]), torch.tensor([3])], torch.tensor([[0, 1, 2]])
     rows = Rows(pool, step_of, None, tables, [[2], [0, 1]], [1, 2])
-    rows.copy(0, torch.tensor([0, 0]))
+    FilledRows(rows, [[1], [2]]).copy(0, [0, 0])
     # Page 1 holds positions 2 and 3 of the first text, page 3 those of the second.
     assert pool.keys[4:8].flatten().tolist() == [0, 0, 2, 0, 0, 0, 0, 0]
     assert pool.values[8:].flatten().tolist() == [0, 0, 0, 0, 0, 0, -6, -7]
+    FilledRows(rows, [[2], [1, 2]]).copy(0, [0, 0])
+    assert pool.keys[4:8].flatten().tolist() == [0, 0, 2, 0, 0, 0, 6, 7]
+    assert pool.keys[8:].flatten().tolist() == [0, 0, 2, 0, 0, 0, 6, 7]
