@@ -7,7 +7,8 @@
 
 The unit of work is one pass over a group of the layer map (a loop's core, a cycle's blocks, a
 ring's block, prelude, coda) for all items that wait for it, whatever their loop, request or
-position: continuous depth-wise batching (Bae et al. 2025, section 3.4). `step` runs one pass.
+position: continuous depth-wise batching (Bae et al. 2025, section 3.4). `step` runs one pass,
+or several of the same items if nothing happens between them.
 Requests may be submitted and cancelled by any thread; one thread steps.
 
 Models that keep no keys and values of every token (halting, temporal memory) are served one token

@@ -649,6 +649,8 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
         """Map [..., in] to [..., out]; if the matrix is cut, one of the two is this rank's
         share."""
+        if delta is None and self.cut is None and is_plain():
+            return apply_plainly(self, x)
         if self.cut != "inputs":
             return apply_all((self,), x, (delta,))[0]
         y = self.tp.leave(product(x, self.weight))
@@ -665,6 +667,11 @@ class Linear(nn.Module):
         if self.bias is None or delta is None or delta.bias is None:
             return self.bias
         return self.bias + delta.bias
+
+
+def is_plain() -> bool:
+    """Return True if no gradient can be asked for, and no compiler traces."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def apply_plainly(layer: Linear, x: Tensor) -> Tensor:
@@ -687,11 +694,7 @@ def apply_all(
     deltas may read another tensor, the tap."""
     tp, cut = layers[0].tp, layers[0].cut
     inside = tp if cut == "outputs" else ALONE
-    if (
-        not torch.compiler.is_compiling()
-        and torch.is_inference_mode_enabled()
-        and not (inside.sequence or any(deltas))
-    ):
+    if is_plain() and not (inside.sequence or any(deltas)):
         return tuple(apply_plainly(layer, x) for layer in layers)
     if [delta for delta in deltas if isinstance(delta, MixedLowRank)]:
         ys = multiply(x, [layer.weight for layer in layers], [layer.bias for layer in layers],
