@@ -5,11 +5,13 @@ machine disturb less than wall time.
 
 New tokens are four times those of the prompt, as in the table of Bae et al. 2025. A core of two
 blocks runs 4 loops; weights are random, which costs the same time as trained ones.
-Compared, with sides that alternate: one request with `generate` and with the engine; 16 requests
-one by one and at once; 16 requests at once with exits at a mean of 2 loops, for both rules that
-fill the skipped keys and values; and one request with and without a draft whose proposals are all
-accepted (later loops add nothing). Every text is checked against `generate` in fp32, and the share
-of equal tokens is printed.
+Compared, with sides that alternate: one request with `generate`, with Hugging Face's `generate` of
+a Llama of 8 layers of the same width, and with the engine; 16 requests one by one and at once; 16
+requests at once with exits at a mean of 2 loops, for both rules that fill the skipped keys and
+values; 48 requests in 16 places without exits and with exits after 1 to 3 loops, so that places of
+requests that end early do not stay empty; and one request with and without a draft whose proposals
+are all accepted (later loops add nothing). Every text is checked against `generate` in fp32, and
+the share of equal tokens is printed. `--sides` selects rows by number.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dataclasses import replace
 import torch
 
 from megarecur.config.run import Config
+from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.inference.engine import Engine
 from megarecur.inference.generate import generate
 from megarecur.inference.request import Draft, Exit, Request
@@ -52,12 +55,15 @@ def build(hidden: int, is_idle: bool = False) -> Transformer:
 
 
 def prepare(
-    model: Transformer, requests: Sequence[Request], at_once: bool = True
+    model: Transformer,
+    requests: Sequence[Request],
+    at_once: bool = True,
+    max_texts: int = 64,
 ) -> Callable[[], list[list[int]]]:
     """Return a function that serves requests which arrive together, or each after the end of the
     last, and returns their texts. Its engine is new, so that rounds share no page."""
     pages = sum(-(-request.most_tokens // PAGE) for request in requests)
-    engine = Engine(model, num_pages=pages, page_size=PAGE)
+    engine = Engine(model, num_pages=pages, page_size=PAGE, max_texts=max_texts)
 
     def run() -> list[list[int]]:
         handles = []
@@ -67,6 +73,34 @@ def prepare(
                 engine.run()
         engine.run()
         return [[e.token for e in handle if e.token is not None] for handle in handles]
+
+    return run
+
+
+def prepare_llama(model: Transformer, request: Request) -> Callable[[], list[list[int]]]:
+    """Return a function that continues one prompt with Hugging Face's `generate`, of a Llama whose
+    layers have the shapes of the model's blocks, one for each step of its map."""
+    make_torchvision_importable()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape, new = model.config.model, request.max_new_tokens
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=shape.hidden_size,
+            intermediate_size=shape.ffn_hidden_size, num_hidden_layers=2 * LOOPS,
+            num_attention_heads=shape.num_heads, tie_word_embeddings=False,
+            attn_implementation="sdpa",
+        )
+    ).eval()  # fmt: skip
+    prompt = torch.tensor([request.tokens])
+
+    def run() -> list[list[int]]:
+        with torch.inference_mode():
+            ids = llama.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+            )  # fmt: skip
+        return [ids[0, prompt.shape[1] :].tolist()]
 
     return run
 
@@ -91,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name, default in (("hidden", 256), ("rounds", 3), ("new", 96), ("prompt", 24)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--sides", help="numbers of rows, such as 0,1,2 (default: all)")
     options = parser.parse_args()
     model, idle = build(options.hidden), build(options.hidden, is_idle=True)
     prompts = torch.randint(VOCABULARY, (REQUESTS, options.prompt)).tolist()
@@ -115,39 +150,57 @@ def main() -> None:
                      schedules=schedules)
         )  # fmt: skip
 
-    found = prepare(model, requests)()
-    wanted = [plain(request) for request in requests]
-    pairs = [(a, b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=True)]
-    print(f"equal tokens: {sum(a == b for a, b in pairs) / len(pairs):.2%} of {len(pairs)}")
+    if options.sides is None:
+        found = prepare(model, requests)()
+        wanted = [plain(request) for request in requests]
+        pairs = [
+            (a, b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=True)
+        ]
+        print(f"equal tokens: {sum(a == b for a, b in pairs) / len(pairs):.2%} of {len(pairs)}")
     first = requests[:1]
     drafting = [replace(first[0], draft=Draft(1, 4))]
-    speeds = measure(
-        {
-            "generate, one request": lambda: lambda: [plain(first[0])],
-            "engine, one request": lambda: prepare(model, first),
-            "one by one": lambda: prepare(model, requests, at_once=False),
-            "at once": lambda: prepare(model, requests),
-            "at once, all exit at 2, fill state": lambda: prepare(model, exiting("state")),
-            "at once, all exit at 2, fill share": lambda: prepare(model, exiting("share")),
-            "at once, exits at 1 to 3, fill state": lambda: prepare(
-                model, exiting("state", (2, 1, 3, 2))
-            ),
-            "idle loops, one request": lambda: prepare(idle, first),
-            "idle loops, one request, draft": lambda: prepare(idle, drafting),
-        },
-        options.rounds,
-    )
+    many = [
+        replace(request, tokens=request.tokens[turn:]) for turn in range(3) for request in requests
+    ]
+    mixed = (2, 1, 3, 2)
+    sides: dict[str, Callable[[], Callable[[], list[list[int]]]]] = {
+        "generate, one request": lambda: lambda: [plain(first[0])],
+        "Hugging Face, one request": lambda: prepare_llama(model, first[0]),
+        "engine, one request": lambda: prepare(model, first),
+        "one by one": lambda: prepare(model, requests, at_once=False),
+        "at once": lambda: prepare(model, requests),
+        "at once, all exit at 2, fill state": lambda: prepare(model, exiting("state")),
+        "at once, all exit at 2, fill share": lambda: prepare(model, exiting("share")),
+        "at once, exits at 1 to 3, fill state": lambda: prepare(model, exiting("state", mixed)),
+        "48 in 16 places": lambda: prepare(model, many, max_texts=16),
+        "48 in 16 places, exits at 1 to 3": lambda: prepare(
+            model,
+            [
+                replace(request, exit=Exit("loop", mixed[i % 4], "state"))
+                for i, request in enumerate(many)
+            ],
+            max_texts=16,
+        ),
+        "idle loops, one request": lambda: prepare(idle, first),
+        "idle loops, one request, draft": lambda: prepare(idle, drafting),
+    }
+    if options.sides is not None:
+        names = list(sides)
+        sides = {names[int(i)]: sides[names[int(i)]] for i in options.sides.split(",")}
+    speeds = measure(sides, options.rounds)
     over = {
         "engine, one request": "generate, one request",
+        "Hugging Face, one request": "generate, one request",
         "at once": "one by one",
         "at once, all exit at 2, fill state": "at once",
         "at once, all exit at 2, fill share": "at once",
         "at once, exits at 1 to 3, fill state": "at once",
+        "48 in 16 places, exits at 1 to 3": "48 in 16 places",
         "idle loops, one request, draft": "idle loops, one request",
     }
     print("| side | tokens per CPU second | ratio | over |\n|---|---|---|---|")
     for name, speed in speeds.items():
-        base = over.get(name)
+        base = over.get(name) if over.get(name) in speeds else None
         ratio = f"{speed / speeds[base]:.2f} | {base}" if base else "|"
         print(f"| {name} | {speed:.0f} | {ratio} |")
 
