@@ -164,9 +164,9 @@ def test_the_oracle_exits_where_the_likeliest_token_is_that_of_all_loops(number:
 def decode_second(model: Transformer, prompt: tuple[int, ...], rule: Exit) -> tuple[int, Tensor]:
     """Return the loops of the token that follows the first new one, and what all steps keep of the
     first, [steps, 2, N, H]."""
-    engine = Engine(model, num_pages=2)
-    handle = engine.submit(Request(tokens=prompt, max_new_tokens=3, temperature=0.0, exit=rule))
-    while not engine.scheduler.running or engine.scheduler.running[0].num_new < 2:
+    engine = Engine(model, num_pages=2, chunk=1)  # Skipped keys are made before the next pass.
+    handle = engine.submit(Request(tokens=prompt, max_new_tokens=4, temperature=0.0, exit=rule))
+    while not engine.scheduler.running or engine.scheduler.running[0].num_new < 3:
         engine.step()
     (text,), _, event = engine.scheduler.running, handle.events.get(), handle.events.get()
     assert engine.passes is not None

@@ -243,7 +243,7 @@ def test_a_port_in_use_is_one_clear_error(
         (("--host", "192.0.2.1"), "Cannot assign requested address; name an address of this"),
         (("--max-depth", 2), "--max-depth 2 is less than the 3 loops of a request without a depth"),
         (("--max-depth", 0), "--max-depth: depth 0: must be at least 1 loop"),
-        (("--pages", 10**12), "--pages 1000000000000: no memory ("),
+        (("--pages", 1 << 28), "--pages 268435456: no memory ("),
         (("--step", 7), "has no checkpoint of step 7; kept: 1"),
     ],
 )
