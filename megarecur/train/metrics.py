@@ -114,7 +114,6 @@ class Metrics:
         last = [row for row in read_rows(self.path, TAIL_BYTES) if row["step"] == step]
         scored = any("val/loss" in row for row in last)
         self.file = self.path.open("a+", encoding="utf-8")
-        put_in_order(self.folder, int(time.time()))
         self.board = Board(self.folder, step + scored)
         # Tagged with the next step: a later resume from this same step replaces the text.
         self.board.add_text("config", self.config, step + 1)
@@ -216,7 +215,9 @@ class Board:
 
         self.make, self.event = summary, Event
         self.failed = False
-        stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self.numbers)}"
+        now = int(time.time())
+        put_in_order(folder, now)
+        stamp = f"{now:010d}.{socket.gethostname()}.{os.getpid()}.{next(self.numbers)}"
         self.path = folder / f"events.out.tfevents.{stamp}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
