@@ -104,7 +104,7 @@ def test_an_allocation_that_fails_is_one_error(
 
 
 class Lost(io.StringIO):
-    """The terminal of a session that is gone."""
+    """A terminal that was closed."""
 
     def flush(self) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
