@@ -8,15 +8,16 @@ blocks twice each (a step of the engine), theirs 8 layers (sdpa; in bf16, fp32 w
 autocast). With --compile both sides run under torch.compile: our block, and their whole model.
 With --documents N, samples are packed from documents of N tokens on average; theirs get a 4-D
 mask, made beforehand, and positions that begin again with each document. Both sides, and products
-of the model's shapes, alternate in one run; medians are printed. "Share" is executed FLOPs over
-those that the machine's fp32 products (bf16 ones on CUDA) would execute in the same time.
+of the model's shapes, alternate in one run; medians are printed. "Share"
+is executed FLOPs over those that the machine's fp32 products (bf16 ones on CUDA) would execute in
+the same time. On a machine shared with other work, OMP_NUM_THREADS=1 counts processor time instead
+of wall time.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,7 @@ from trained import Trained
 
 from megarecur.config.run import Config
 from megarecur.data.torchvision_stub import make_torchvision_importable
+from megarecur.launch.bench import pick_clock
 from megarecur.plan.cost import count_flops
 from megarecur.recurrence.schemes import layer_map
 
@@ -120,14 +122,15 @@ def products_step() -> tuple[Step, float]:
 
 
 def seconds(step: Step) -> float:
-    """Return the wall time of one call, in seconds."""
+    """Return the seconds of one call: wall time, or of a single thread processor time."""
+    clock = pick_clock(DEVICE)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = clock()
     step()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def compare(precision: str, rounds: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from support.commands import megarecur
 
@@ -75,6 +77,16 @@ def test_larger_sizes_are_skipped_once_one_takes_long() -> None:
     seconds, seen = {1: 0.0, 2: bench.LONGEST, 4: 0.0}, []
     curve = bench.measure(seconds, lambda n: (float(n), seconds[n]), seen.append)
     assert curve == {1: 1.0, 2: 2.0} and sum(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "clock"),
+    [("cpu", 1, time.process_time), ("cpu", 2, time.perf_counter), ("cuda", 1, time.perf_counter)],
+)
+def test_one_thread_is_timed_by_its_processor_time(monkeypatch, device, threads, clock) -> None:
+    """Other work on the machine does not count then. A GPU's work is no processor time."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert bench.pick_clock(torch.device(device)) is clock
 
 
 def test_all_reduces_of_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
