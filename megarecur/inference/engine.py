@@ -19,6 +19,7 @@ Shapes: R rows, S rows of an item, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -311,7 +312,7 @@ class Engine:
                     del logits[text]
                     continue
                 text.left = count_loops(held)
-                text.skipping.append(held)
+                text.skip(held)
             if text.trail and not text.left and self.consult_oracle(text, logits):
                 continue
             complete[text] = text.left or text.route.num_loops
@@ -339,7 +340,7 @@ class Engine:
             self.part(text, count_loops(item))
         elif exit_ is not None and exit_.kind == "loop":
             text.left, text.item = count_loops(item), send(item, after)
-            text.skipping.append(item)
+            text.skip(item)
         else:
             text.held, text.item = item, send(item, after)
 
@@ -411,7 +412,7 @@ class Engine:
         for item, logits_V in text.trail:
             if int(logits_V.argmax()) == likeliest:
                 text.left = count_loops(item)
-                text.skipping.append(item)
+                text.skip(item)
                 if text.route.coda == len(item.visits):
                     logits[text] = logits_V[None]
                     break
@@ -428,7 +429,7 @@ class Engine:
         if any(leaves):
             rows = [i for i, each in enumerate(leaves) if each]
             text.parted.append(item.select(rows))
-            text.skipping.append(text.parted[-1])
+            text.skip(text.parted[-1])
         others = [i for i, each in enumerate(leaves) if not each]
         if others and item.index < text.route.coda:
             if any(leaves):
@@ -444,10 +445,8 @@ class Engine:
         assert self.passes is not None
         found = dict[tuple[str, Group], dict[Item, list[int]]]()
         for text in texts:
-            if not text.skipping:
-                continue
-            first, index = min(item.index for item in text.skipping), find_item(text).index
-            if not first <= index < text.route.coda and len(text.skipping) < self.chunk:
+            reads = text.first_skipped <= find_item(text).index < text.route.coda
+            if not reads and len(text.skipping) < self.chunk:
                 continue
             assert text.request.exit is not None
             for item in text.skipping:
@@ -455,6 +454,7 @@ class Engine:
                     key = text.request.exit.fill, item.visits[number].group
                     found.setdefault(key, {}).setdefault(item, []).append(number)
             text.skipping.clear()
+            text.first_skipped = math.inf
         for (kind, _), skipped in found.items():
             if kind == "state":
                 self.passes.fill_from_state(skipped)

@@ -56,6 +56,12 @@ class Item:
         """The next visit."""
         return self.visits[self.index]
 
+    def copy(self) -> Item:
+        """Return a copy that does not hold the memory of the batch from which its states come."""
+        assert self.x_SD is not None
+        reads = {name: value.clone() for name, value in self.reads.items()}
+        return replace(self, x_SD=self.x_SD.clone(), reads=reads)
+
     def select(self, rows: Sequence[int]) -> Item:
         """Return an item of some of the rows."""
         rows_s = torch.tensor(rows)

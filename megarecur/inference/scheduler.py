@@ -7,6 +7,7 @@ gets on, and none is dropped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -60,10 +61,17 @@ class Text:
     skipping: list[Item] = field(default_factory=list)
     """Tokens that left early, and whose keys and values of the visits that they skip are missing:
     they are made when another token reads them."""
+    first_skipped: float = math.inf
+    """The least index of a visit that one of them skips."""
     shallow: list[Item] = field(default_factory=list)
     """Drafted tokens after the loops of a draft."""
     proposals: list[int] = field(default_factory=list)
     """Tokens that they propose."""
+
+    def skip(self, item: Item) -> None:
+        """Let a copy of an item wait until the keys and values of its further visits are read."""
+        self.skipping.append(item.copy())
+        self.first_skipped = min(self.first_skipped, item.index)
 
     @property
     def request(self) -> Request:
@@ -211,6 +219,7 @@ class Scheduler:
         text.pages, text.computed, text.published = [], 0, 0
         text.forget_item()
         text.skipping.clear()
+        text.first_skipped = math.inf
 
     def next_batch(self, patience: int) -> list[Text]:
         """Return the texts whose items run next: those that wait for the group for which most wait,
