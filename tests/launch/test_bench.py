@@ -65,7 +65,7 @@ def test_the_description_is_read_by_plan(
     [
         (["--out", "a.txt"], "--out a.txt: must name a .yaml file"),
         (["--out", "a.yaml", "--device", "tpu"], "device 'tpu' is unknown"),
-        (["--out", "a.yaml", "--device", "cpu", "--ranks", 9999], "--ranks 9999: exceeds the"),
+        (["--out", "a.yaml", "--device", "cpu", "--ranks", 999], "--ranks 999: exceeds the"),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[Any], part: str) -> None:
