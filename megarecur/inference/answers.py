@@ -19,6 +19,8 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
+
 from megarecur.config.recurrence import Looped
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.errors import MegarecurError
@@ -108,7 +110,11 @@ class Answers:
         if mesh.pp > 1 or parallel.zero_stage == 3:
             # Stages, and gathers of weights, need all ranks for every token.
             return [self._continue_together(*each, advance) for each in asked]
-        own = self._continue_alone(asked[mesh.dp_rank :: mesh.dp], advance)
+        self._make_present()
+        engine = self._open_engine(asked)
+        for request, _ in asked:  # A mistake is found on every rank, and parts none.
+            engine.check(request)
+        own = self._continue_alone(engine, asked[mesh.dp_rank :: mesh.dp], advance)
         texts = [""] * len(asked)
         for rank, found in mesh.gather_objects((mesh.dp_rank, own)):
             texts[rank :: mesh.dp] = found
@@ -129,18 +135,31 @@ class Answers:
         advance(1)
         return text.text
 
-    def _continue_alone(self, asked: Asked, advance: Advance) -> list[str]:
-        """Continue texts by the engine, on the ranks that share each matrix."""
+    def _make_present(self) -> None:
+        """Make all weights present, which an engine that shards moments gathers after a step."""
+        residence, blocks = self.model.residence, list(self.model.blocks())
+        with torch.no_grad():
+            residence.begin(blocks)
+            for block in blocks:
+                residence.enter(block)
+            residence.enter_ends()
+            residence.end()
+
+    def _open_engine(self, asked: Asked) -> Engine:
+        """Return an engine with room for any of the requests."""
         most = max((request.most_tokens for request, _ in asked), default=1)
         recurrence = self.model.config.recurrence
         loops: int | None = None
         if isinstance(recurrence, Looped):
             usual = default_depth(recurrence).num_loops
             loops = max((request.num_loops or usual for request, _ in asked), default=usual)
-        engine = Engine(
+        return Engine(
             self.model, num_pages=TEXTS * count_pages(most, PAGE), page_size=PAGE,
             max_texts=TEXTS, max_loops=loops, missing_ids=self._missing_ids(),
         )  # fmt: skip
+
+    def _continue_alone(self, engine: Engine, asked: Asked, advance: Advance) -> list[str]:
+        """Continue texts by the engine, on the ranks that share each matrix."""
         texts = {
             engine.submit(request): Continued(self.tokenizer, request.tokens, stops)
             for request, stops in asked

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import cast
@@ -243,7 +243,7 @@ class Engine:
             self.passes.run(items)
             self.counts.passes += 1
             self.counts.rows += sum(len(item.positions) for item in items)
-            if not self.goes_on(texts):
+            if not self.repeats_pass(texts):
                 break
             scheduler.passes += 1
         for text in texts:
@@ -251,7 +251,7 @@ class Engine:
         self.advance(texts)
         return True
 
-    def goes_on(self, texts: Sequence[Text]) -> bool:
+    def repeats_pass(self, texts: Sequence[Text]) -> bool:
         """Return True if the next pass is one of the same items, before which nothing happens."""
         waits = self.scheduler.waiting or not self.inbox.empty()
         if waits or len(texts) < len(self.scheduler.running):
@@ -261,7 +261,7 @@ class Engine:
             return False
         group = items[0].visit.group
         return not any(
-            item.visit.group != group or may_turn(text) or text.handle.cancelled.is_set()
+            item.visit.group != group or may_leave_loops(text) or text.handle.cancelled.is_set()
             for text, item in zip(texts, items, strict=True)
         )
 
@@ -295,8 +295,8 @@ class Engine:
     def advance(self, texts: Sequence[Text]) -> None:
         """Decide what follows a pass: exits, new tokens, or the next pass."""
         for text in texts:
-            if may_turn(text):
-                self.turn(text)
+            if may_leave_loops(text):
+                self.send_to_coda(text)
         logits = self.read_logits(texts)
         self.score_prompts(logits)
         leaving = self.find_leaving(texts, logits)
@@ -305,19 +305,19 @@ class Engine:
             item = find_item(text)
             if item.index < len(item.visits) or text.mode == "draft":
                 continue
-            if text.held is not None:
-                held, text.held = text.held, None
+            if text.judged is not None:
+                before, text.judged = text.judged, None
                 if text not in leaving:
-                    text.item = held
+                    text.item = before
                     del logits[text]
                     continue
-                text.left = count_loops(held)
-                text.skip(held)
-            if text.trail and not text.left and self.consult_oracle(text, logits):
+                text.exited_after = count_loops(before)
+                text.fill_later(before)
+            if text.trail and not text.exited_after and self.consult_oracle(text, logits):
                 continue
-            complete[text] = text.left or text.route.num_loops
-            if text.left:
-                text.exits[item.positions[-1]] = text.left
+            complete[text] = text.exited_after or text.route.num_loops
+            if text.exited_after:
+                text.exits[item.positions[-1]] = text.exited_after
         chosen = self.choose_tokens(logits, complete)
         for text, tokens in chosen.items():
             if text.mode == "draft":
@@ -329,20 +329,20 @@ class Engine:
                 scores = score_tokens(logits[text], tokens, count, self.missing)
             self.complete(text, loops, tokens, scores)
 
-    def turn(self, text: Text) -> None:
+    def send_to_coda(self, text: Text) -> None:
         """Send tokens that may exit after a pass to the visits after the loops: a drafted token, a
         new one that leaves or is judged, and known ones that left here before."""
         item, exit_, after = find_item(text), text.request.exit, text.route.coda
         if text.mode == "draft":
             text.shallow.append(item)
-            text.item = send(item, after)
+            text.item = at_visit(item, after)
         elif item.positions[-1] < len(text.tokens) - 1:
-            self.part(text, count_loops(item))
+            self.split_exited(text, count_loops(item))
         elif exit_ is not None and exit_.kind == "loop":
-            text.left, text.item = count_loops(item), send(item, after)
-            text.skip(item)
+            text.exited_after, text.item = count_loops(item), at_visit(item, after)
+            text.fill_later(item)
         else:
-            text.held, text.item = item, send(item, after)
+            text.judged, text.item = item, at_visit(item, after)
 
     def read_logits(self, texts: Sequence[Text]) -> dict[Text, Tensor]:
         """Return logits [S, V] of the rows that need them now, by text."""
@@ -378,11 +378,11 @@ class Engine:
         leaving = set[Text]()
         judged = dict[tuple[Kind, float, bool], list[Text]]()
         for text in texts:
-            rule, held = text.request.exit, text.held
-            if rule is None or held is None or text not in logits:
+            rule, item = text.request.exit, text.judged
+            if rule is None or item is None or text not in logits:
                 continue
             if rule.kind == "oracle":
-                text.trail.append((replace(held, reads=dict(held.reads)), logits[text][-1]))
+                text.trail.append((replace(item, reads=dict(item.reads)), logits[text][-1]))
             else:
                 kind = cast(Kind, rule.kind)
                 judged.setdefault((kind, rule.threshold, text.before_V is not None), []).append(
@@ -411,33 +411,33 @@ class Engine:
         likeliest = int(logits[text][-1].argmax())
         for item, logits_V in text.trail:
             if int(logits_V.argmax()) == likeliest:
-                text.left = count_loops(item)
-                text.skip(item)
+                text.exited_after = count_loops(item)
+                text.fill_later(item)
                 if text.route.coda == len(item.visits):
                     logits[text] = logits_V[None]
                     break
                 del logits[text]
-                text.item = send(item, text.route.coda)
+                text.item = at_visit(item, text.route.coda)
                 return True
         return False
 
-    def part(self, text: Text, loops: int) -> None:
+    def split_exited(self, text: Text, loops: int) -> None:
         """Part the known tokens of a text's item that left here before from the others, until those
         have left too or run all loops. So a preempted text is recomputed at the depths it had."""
         item = find_item(text)
         leaves = [bool(loops) and text.exits.get(p) == loops for p in item.positions]
         if any(leaves):
             rows = [i for i, each in enumerate(leaves) if each]
-            text.parted.append(item.select(rows))
-            text.skip(text.parted[-1])
+            text.exited_items.append(item.select(rows))
+            text.fill_later(text.exited_items[-1])
         others = [i for i, each in enumerate(leaves) if not each]
         if others and item.index < text.route.coda:
             if any(leaves):
                 text.item = item.select(others)
-        elif text.parted:
+        elif text.exited_items:
             rest = [item] if others else []
-            text.item = send(join_items([*text.parted, *rest]), text.route.coda)
-            text.parted.clear()
+            text.item = at_visit(join_items([*text.exited_items, *rest]), text.route.coda)
+            text.exited_items.clear()
 
     def fill(self, texts: Sequence[Text]) -> None:
         """Fill the keys and values of the visits that tokens of these texts skipped, if the items
@@ -445,21 +445,22 @@ class Engine:
         assert self.passes is not None
         found = dict[tuple[str, Group], dict[Item, list[int]]]()
         for text in texts:
-            reads = text.first_skipped <= find_item(text).index < text.route.coda
-            if not reads and len(text.skipping) < self.chunk:
+            reads = text.first_unfilled <= find_item(text).index < text.route.coda
+            if not reads and len(text.unfilled) < self.chunk:
                 continue
             assert text.request.exit is not None
-            for item in text.skipping:
+            for item in text.unfilled:
                 for number in range(item.index, text.route.coda):
                     key = text.request.exit.fill, item.visits[number].group
                     found.setdefault(key, {}).setdefault(item, []).append(number)
-            text.skipping.clear()
-            text.first_skipped = math.inf
+            text.unfilled.clear()
+            text.first_unfilled = math.inf
         for (kind, _), skipped in found.items():
-            if kind == "state":
-                self.passes.fill_from_state(skipped)
-            else:
-                self.passes.fill_from_loop(skipped)
+            for rows in cut_skipped(skipped, self.scheduler.max_rows):
+                if kind == "state":
+                    self.passes.fill_from_state(rows)
+                else:
+                    self.passes.fill_from_loop(rows)
 
     def choose_tokens(
         self, logits: dict[Text, Tensor], complete: Collection[Text]
@@ -556,7 +557,7 @@ def count_loops(item: Item) -> int:
     return item.visits[item.index - 1].exit
 
 
-def may_turn(text: Text) -> bool:
+def may_leave_loops(text: Text) -> bool:
     """Return True if tokens of a text may leave the loops after the pass that has just run."""
     item, request = find_item(text), text.request
     loops = count_loops(item)
@@ -570,9 +571,26 @@ def may_turn(text: Text) -> bool:
     return loops == request.exit.threshold if request.exit.kind == "loop" else bool(loops)
 
 
-def send(item: Item, index: int) -> Item:
+def at_visit(item: Item, index: int) -> Item:
     """Return a copy of an item at another visit."""
     return replace(item, index=index, reads=dict(item.reads))
+
+
+def cut_skipped(
+    skipped: Mapping[Item, Sequence[int]], most: int
+) -> Iterator[dict[Item, list[int]]]:
+    """Yield parts of items with their skipped visits, of at most `most` rows over all visits, or of
+    one visit."""
+    part, rows = dict[Item, list[int]](), 0
+    for item, visits in skipped.items():
+        for index in visits:
+            rows += len(item.positions)
+            if part and rows > most:
+                yield part
+                part, rows = {}, len(item.positions)
+            part.setdefault(item, []).append(index)
+    if part:
+        yield part
 
 
 def count_read(text: Text) -> int:

@@ -33,7 +33,11 @@ from megarecur.recurrence.layer_map import LayerMap, Step
 
 @dataclass(eq=False)
 class Item:
-    """Consecutive tokens of a text on their way through the map."""
+    """Tokens of a text on their way through the map, in the order of their positions.
+
+    Those of a prompt and of a verified draft follow each other; known tokens that exited after
+    another loop may lie between others.
+    """
 
     tokens: list[int]
     positions: list[int]

@@ -100,8 +100,8 @@ class PlainText:
 
 
 class PlainTexts:
-    """Waiting and running texts. Those that run have at most `max_texts` texts and `most_tokens`
-    tokens together, which bounds their memory.
+    """Waiting and running texts. Those that run have at most `max_texts` texts, and tokens
+    of `num_pages` pages together, which bounds their memory.
 
     Args:
         model: the model.

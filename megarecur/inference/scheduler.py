@@ -48,30 +48,30 @@ class Text:
     """Kind of the item: known tokens, a drafted one, or drafted ones at full depth."""
     waited: int = 0
     """Number of the pass at which the item began to wait."""
-    held: Item | None = None
+    judged: Item | None = None
     """The new token after an earlier loop, while its copy runs to the head to be judged."""
-    left: int = 0
+    exited_after: int = 0
     """Number of loops after which the new token has exited; 0: it has not."""
-    parted: list[Item] = field(default_factory=list)
+    exited_items: list[Item] = field(default_factory=list)
     """Known tokens that exited before the others of their item, and wait for them."""
     before_V: Tensor | None = None
     """Log probabilities after the previous loop, for exits by divergence."""
     trail: list[tuple[Item, Tensor]] = field(default_factory=list)
     """The new token after each earlier loop, and its logits [V], for exits by the oracle."""
-    skipping: list[Item] = field(default_factory=list)
+    unfilled: list[Item] = field(default_factory=list)
     """Tokens that left early, and whose keys and values of the visits that they skip are missing:
     they are made when another token reads them."""
-    first_skipped: float = math.inf
+    first_unfilled: float = math.inf
     """The least index of a visit that one of them skips."""
     shallow: list[Item] = field(default_factory=list)
     """Drafted tokens after the loops of a draft."""
     proposals: list[int] = field(default_factory=list)
     """Tokens that they propose."""
 
-    def skip(self, item: Item) -> None:
+    def fill_later(self, item: Item) -> None:
         """Let a copy of an item wait until the keys and values of its further visits are read."""
-        self.skipping.append(item.copy())
-        self.first_skipped = min(self.first_skipped, item.index)
+        self.unfilled.append(item.copy())
+        self.first_unfilled = min(self.first_unfilled, item.index)
 
     @property
     def request(self) -> Request:
@@ -85,8 +85,8 @@ class Text:
 
     def forget_item(self) -> None:
         """Forget the tokens that are on their way through the map."""
-        self.item, self.held, self.before_V, self.left = None, None, None, 0
-        for kept in (self.parted, self.trail, self.shallow, self.proposals):
+        self.item, self.judged, self.before_V, self.exited_after = None, None, None, 0
+        for kept in (self.exited_items, self.trail, self.shallow, self.proposals):
             kept.clear()
 
     def extend_digests(self, count: int, page_size: int) -> None:
@@ -218,8 +218,8 @@ class Scheduler:
             self.forget(text, digest)
         text.pages, text.computed, text.published = [], 0, 0
         text.forget_item()
-        text.skipping.clear()
-        text.first_skipped = math.inf
+        text.unfilled.clear()
+        text.first_unfilled = math.inf
 
     def next_batch(self, patience: int) -> list[Text]:
         """Return the texts whose items run next: those that wait for the group for which most wait,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from megarecur.errors import ConfigError
 from megarecur.inference.early import ExitRule
-from megarecur.inference.engine import Engine
+from megarecur.inference.engine import Engine, cut_skipped
 from megarecur.inference.generate import generate
 from megarecur.inference.request import Draft, Event, Exit, Handle, Request
 from megarecur.model.transformer import Transformer
@@ -125,9 +126,9 @@ def test_skipped_loops_are_filled(recurrence, adapters, fill) -> None:
     (text,) = engine.scheduler.running
     assert text.exits == {3: 1, 4: 1, 5: 1, 6: 1}
     # No token has read them so far; as many wait as a chunk has.
-    engine.chunk = len(text.skipping)
+    engine.chunk = len(text.unfilled)
     engine.step()
-    assert [item.positions for item in text.skipping] == [[7]]
+    assert [item.positions for item in text.unfilled] == [[7]]
     steps = [step for visit in text.route.visits for step in visit.steps]
     for step in steps:
         number = int(engine.passes.step_of[step.block, step.loop_index])
@@ -265,3 +266,21 @@ def test_mistakes_are_reported(recurrence, options, message) -> None:
     engine = Engine(build_decoder(recurrence))
     with pytest.raises(ConfigError, match=message):
         engine.submit(Request(tokens=(1,), max_new_tokens=2, **options))
+
+
+# ------------------------------------------------------------------------------- rows of a pass
+
+
+def test_skipped_visits_are_filled_in_passes_of_bounded_rows() -> None:
+    short, long = Mock(positions=[3]), Mock(positions=[0, 1, 2, 3, 4])
+    skipped = {short: [1, 2, 3], long: [2, 3]}
+    parts = list(cut_skipped(skipped, 4))
+    assert parts == [{short: [1, 2, 3]}, {long: [2]}, {long: [3]}]
+    assert list(cut_skipped(skipped, 8)) == [{short: [1, 2, 3], long: [2]}, {long: [3]}]
+    assert list(cut_skipped(skipped, 99)) == [skipped]
+
+
+def test_passes_of_few_rows_fill_what_one_pass_fills() -> None:
+    model = build(*MODELS[3])
+    whole = serve(Engine(model), exit=Exit("loop", 1))
+    assert serve(Engine(model, max_rows=2), exit=Exit("loop", 1)) == whole

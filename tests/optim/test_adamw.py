@@ -54,7 +54,8 @@ def test_training_imports_no_compiler(
     asked, true_import = set(), builtins.__import__
 
     def recorded(name: str, *args: Any, **named: Any) -> Any:
-        asked.add(name)
+        own = args[2] if len(args) > 2 else named.get("fromlist")
+        asked.update([name, *(f"{name}.{each}" for each in own or ())])
         return true_import(name, *args, **named)
 
     config = make_config(corpus, "dense", run_dir=str(tmp_path / "run"), train={"steps": 2})

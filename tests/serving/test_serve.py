@@ -243,7 +243,6 @@ def test_a_port_in_use_is_one_clear_error(
         (("--host", "192.0.2.1"), "Cannot assign requested address; name an address of this"),
         (("--max-depth", 2), "--max-depth 2 is less than the 3 loops of a request without a depth"),
         (("--max-depth", 0), "--max-depth: depth 0: must be at least 1 loop"),
-        (("--pages", 1 << 28), "--pages 268435456: no memory ("),
         (("--step", 7), "has no checkpoint of step 7; kept: 1"),
     ],
 )
@@ -252,6 +251,21 @@ def test_options_that_cannot_be_are_one_clear_error(
 ) -> None:
     code, _, err = megarecur(capsys, "serve", run, "--port", 0, *options)
     assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_pages_without_memory_are_one_clear_error(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines that promise more memory than they have refuse no allocation: torch's error is
+    raised here."""
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError("can't allocate memory\nstack")
+
+    monkeypatch.setattr("megarecur.inference.passes.PagePool", refuse)
+    code, _, err = megarecur(capsys, "serve", run, "--port", 0, "--pages", 9)
+    assert code == 2
+    assert err == "error: --pages 9: no memory (can't allocate memory); lower it\n"
 
 
 @pytest.mark.parametrize(
