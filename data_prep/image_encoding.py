@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image, ImageColor, ImageOps
 
 from megarecur.data.pictures import open_picture, refuse_bomb
 from megarecur.errors import ConfigError
+from megarecur.reading import read_bytes
 
 QUALITY = 95
 KEPT_MODES = ("1", "L", "RGB", "P")
@@ -86,15 +88,22 @@ def readable_suffixes() -> frozenset[str]:
     return frozenset(s for s, name in Image.registered_extensions().items() if name in formats)
 
 
-def encode_picture(source: bytes | NDArray[Any], encoding: Encoding) -> Picture:
+def encode_picture(source: bytes | Path | NDArray[Any], encoding: Encoding) -> Picture:
     """Decode a picture, to be sure that it is whole, and return what is kept of it.
 
     Args:
-        source: content of a file, or pixels [H, W] or [H, W, C], uint8.
+        source: a file, its content, or pixels [H, W] or [H, W, C], uint8.
 
     Raises:
-        DamagedPicture: truncated or unknown content, or a decompression bomb.
+        DamagedPicture: truncated or unknown content, a decompression bomb, no regular file, or one
+            of more than reading.MAX_BYTES.
+        OSError: the file cannot be read.
     """
+    if isinstance(source, Path):
+        try:
+            source = read_bytes(source)
+        except ValueError as error:
+            raise DamagedPicture(str(error)) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of tags that it cannot read.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import gzip
 import logging
 import math
+import posixpath
 import re
 import struct
 import tarfile
@@ -35,12 +36,12 @@ from megarecur.data_prep.listing import EXCLUDED, Listing, list_folder
 from megarecur.data_prep.readers import find_sources, refuse_empty
 from megarecur.data_prep.tables import BINARY_SUFFIXES, TableShape, read_arrow, read_shape
 from megarecur.errors import DataError
-from megarecur.reading import MAX_BYTES, find_inside, parse_json, read_bytes
+from megarecur.reading import MAX_BYTES, find_inside, parse_json
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["pictures", "table", "idx", "npz", "tar"]
-Row = tuple[str, bytes | NDArray[Any], str]
+Row = tuple[str, bytes | Path | NDArray[Any], str]
 """Place, content or pixels, and label of a picture."""
 IDX_NAME = re.compile(r"idx\d-ubyte(\.gz)?$")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -286,7 +287,7 @@ def read_unit(unit: Unit, mistakes: Mistakes) -> Iterator[Row]:
     """
     if unit.kind == "pictures":
         for path, label in zip(unit.files, unit.labels, strict=True):
-            yield str(path), read_picture(path), label
+            yield str(path), path, label
     elif unit.kind == "table":
         yield from _read_table(unit, mistakes)
     elif unit.kind == "tar":
@@ -299,19 +300,6 @@ def read_unit(unit: Unit, mistakes: Mistakes) -> Iterator[Row]:
             images, labels = _load_npz(path, unit.keys)
         for i in range(unit.begin, unit.end):
             yield f"{path}: picture {i + 1}", images[i], to_label(labels[i])
-
-
-def read_picture(path: Path) -> bytes:
-    """Return the content of a file that holds one picture.
-
-    Raises:
-        DataError: it is no regular file, or has more than reading.MAX_BYTES.
-        OSError: it cannot be read.
-    """
-    try:
-        return read_bytes(path)
-    except ValueError as error:
-        raise DataError(f"{path}: is no picture ({error}); remove it") from None
 
 
 def to_label(value: Any) -> str:
@@ -407,8 +395,12 @@ def _read_table(unit: Unit, mistakes: Mistakes) -> Iterator[Row]:
     for place, row in read_arrow(path, (image, label), groups, unit.first_row):
         content, found = row[image], row[label]
         if isinstance(content, dict):
-            content = content.get("bytes") or _read_beside(path, content.get("path"))
-        if not isinstance(content, bytes):
+            try:
+                content = content.get("bytes") or _find_beside(path, content.get("path"))
+            except ValueError as error:
+                mistakes.add(f"{place} names no picture beside the table ({error}); copy it there")
+                continue
+        if not isinstance(content, bytes | Path):
             mistakes.add(f"{place} has no picture in {image!r}; remove the row")
             continue
         text = found.decode(errors="replace") if isinstance(found, bytes) else to_label(found)
@@ -421,14 +413,17 @@ def _read_table(unit: Unit, mistakes: Mistakes) -> Iterator[Row]:
         yield place, content, unit.names[int(text)] if unit.names else text
 
 
-def _read_beside(table: Path, name: Any) -> bytes | None:
-    """Return the content of a file that a table names instead of holding it; None if it is missing,
-    or is not below the table's folder."""
+def _find_beside(table: Path, name: Any) -> Path | None:
+    """Return the file that a table names instead of holding its content; None if it is missing.
+
+    Raises:
+        ValueError: the file is not below the table's folder.
+    """
     text = name.decode(errors="replace") if isinstance(name, bytes) else name
-    try:
-        return read_bytes(find_inside(table.parent, text))
-    except (OSError, ValueError):
+    if not isinstance(text, str) or not text:
         return None
+    path = find_inside(table.parent, posixpath.normpath(text))
+    return path if path.is_file() else None
 
 
 # -------------------------------------------------------------------------------------- IDX and npz
@@ -589,14 +584,25 @@ def _read_tar(unit: Unit, mistakes: Mistakes) -> Iterator[Row]:
                 if key != held:
                     yield from _sample(path, held, sample, unit.keys, mistakes)
                     held, sample = key, {}
+                suffix = suffix.lower()
+                sample[suffix] = b""
+                if not _is_read(suffix):
+                    continue
                 if (size := sum(map(len, sample.values())) + member.size) > MAX_BYTES:
                     raise ValueError(f"{key!a:.80} claims {size} bytes")
                 file = archive.extractfile(member)
                 assert file is not None
-                sample[suffix.lower()] = file.read()
+                sample[suffix] = file.read()
             yield from _sample(path, held, sample, unit.keys, mistakes)
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path}: is damaged or no tar file ({error}); copy it again") from None
+
+
+def _is_read(suffix: str) -> bool:
+    """Return True for members of a sample that hold its picture or its label."""
+    return (
+        suffix in ("cls", "label", "json") or f".{suffix.rpartition('.')[2]}" in readable_suffixes()
+    )
 
 
 def _sample(

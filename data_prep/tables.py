@@ -25,7 +25,6 @@ CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ROWS_AT_ONCE = 1024
 MISSING = object()
 """Placeholder for a field that a row lacks."""
-"""Strings, to ignore the brackets inside them, and brackets."""
 
 
 @cache

@@ -26,10 +26,10 @@ from megarecur.errors import (
 from megarecur.launch import prep
 from megarecur.launch.limits import (
     MAX_COUNT,
+    MAX_INTEGER,
     MAX_LOCAL,
+    MAX_PARTS,
     MAX_RANKS,
-    MAX_SEED,
-    MAX_SHOTS,
     MAX_SIDE,
     MAX_STEP,
     MAX_TOKENS,
@@ -45,8 +45,6 @@ USERS_ERRNOS = {
     errno.EACCES, errno.EBUSY, errno.EDQUOT, errno.EIO, errno.EISDIR, errno.ELOOP,
     errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EROFS, errno.ESTALE,
 }  # fmt: skip
-
-"""Maximum tokens of a continuation, whose cache is allocated at its start."""
 
 app = typer.Typer(
     help="Pretraining of recurrent-depth and parameter-shared Transformers.",
@@ -169,6 +167,7 @@ def plan(
     context: Annotated[
         int | None,
         typer.Option(
+            max=MAX_RANKS,
             min=1,
             help="Context-parallel ranks (default: search; the config's with --tensor and "
             "--pipeline).",
@@ -545,7 +544,7 @@ def evaluate_run(
     ] = None,
     shots: Annotated[
         int | None,
-        typer.Option(max=MAX_SHOTS, min=0, help="Examples in front of each question (default: 0)."),
+        typer.Option(max=MAX_PARTS, min=0, help="Examples in front of each question (default: 0)."),
     ] = None,
     tasks_from: Annotated[
         Path | None,
@@ -690,7 +689,7 @@ def generate(
     top_p: Annotated[
         float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all samples.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_INTEGER, help="Seed of all samples.")] = 1,
     samples: Annotated[
         int, typer.Option(max=MAX_TOKENS, min=1, help="Continuations to write.")
     ] = 1,
@@ -840,7 +839,7 @@ def translate(
     top_p: Annotated[
         float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all samples.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_INTEGER, help="Seed of all samples.")] = 1,
     prefix: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Beginnings of the translations, one a line."),
@@ -968,7 +967,7 @@ def convert(
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=MAX_SEED, help="Seed of random choices and Gaussian values."),
+        typer.Option(min=0, max=MAX_INTEGER, help="Seed of random choices and Gaussian values."),
     ] = None,
 ) -> None:
     """Make a run folder from a Hugging Face model; with --scheme, fold it into shared blocks."""

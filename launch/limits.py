@@ -12,6 +12,7 @@ MAX_TOKENS = 1 << 20
 """Tokens of a text, and texts at a time."""
 MAX_SIDE = 1 << 12
 """Pixels of a picture's side, and rank of an adapter."""
-MAX_SHOTS = 1 << 10
-"""Examples in front of a question; parts of a drawn sample."""
-MAX_SEED = (1 << 63) - 1
+MAX_PARTS = 1 << 10
+"""Parts of a sample: examples in front of a question, operators, dashes."""
+MAX_INTEGER = (1 << 63) - 1
+"""Seeds and bytes."""

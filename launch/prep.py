@@ -13,10 +13,10 @@ import typer
 from megarecur.errors import ConfigError
 from megarecur.launch.limits import (
     MAX_COUNT,
+    MAX_INTEGER,
     MAX_LOCAL,
+    MAX_PARTS,
     MAX_RANKS,
-    MAX_SEED,
-    MAX_SHOTS,
     MAX_TOKENS,
 )
 from megarecur.launch.output import say
@@ -106,9 +106,9 @@ def tokenizer(
         float, typer.Option(min=0.98, max=1.0, help="Share of characters kept.")
     ] = 0.9995,
     sample_bytes: Annotated[
-        int, typer.Option(max=MAX_SEED, min=0, help="Maximum bytes of training text (0: all).")
+        int, typer.Option(max=MAX_INTEGER, min=0, help="Maximum bytes of training text (0: all).")
     ] = 8 << 20,
-    seed: Annotated[int, typer.Option(max=MAX_SEED, min=0, help="Seed of the sample.")] = 1,
+    seed: Annotated[int, typer.Option(max=MAX_INTEGER, min=0, help="Seed of the sample.")] = 1,
     pad: Annotated[
         bool, typer.Option(help="Add a padding token (id 3), which `prep pairs` needs.")
     ] = False,
@@ -365,7 +365,7 @@ def task(
     ] = None,
     *,
     out: Annotated[Path, typer.Option(help="The folder to make: DIR/train, DIR/val, tests.")],
-    seed: Annotated[int, typer.Option(max=MAX_SEED, min=0, help="Seed of all draws.")] = 1,
+    seed: Annotated[int, typer.Option(max=MAX_INTEGER, min=0, help="Seed of all draws.")] = 1,
     train: Annotated[
         int | None,
         typer.Option(max=MOST_SAMPLES, help="Samples to draw; of logic, before they are divided."),
@@ -386,10 +386,10 @@ def task(
     ] = None,
     variant: Annotated[str | None, typer.Option(help="listops, of train and val: d20.")] = None,
     max_depth: Annotated[
-        int | None, typer.Option(max=MAX_SHOTS, help="listops, instead of the variant's.")
+        int | None, typer.Option(max=MAX_PARTS, help="listops, instead of the variant's.")
     ] = None,
     max_args: Annotated[
-        int | None, typer.Option(max=MAX_SHOTS, help="listops, instead of the variant's.")
+        int | None, typer.Option(max=MAX_PARTS, help="listops, instead of the variant's.")
     ] = None,
     min_length: Annotated[
         int | None, typer.Option(max=MAX_TOKENS, help="listops: tokens at least.")
@@ -402,11 +402,11 @@ def task(
     ] = None,
     p_ignore: Annotated[float | None, typer.Option(help="flip_flop: p_i of train; 0.8.")] = None,
     contour_length: Annotated[
-        int | None, typer.Option(max=MAX_SHOTS, help="pathfinder: dashes of a contour; 14.")
+        int | None, typer.Option(max=MAX_PARTS, help="pathfinder: dashes of a contour; 14.")
     ] = None,
     train_operators: Annotated[
         int | None,
-        typer.Option(max=MAX_SHOTS, help="logic: maximum operators in train (default: 6)."),
+        typer.Option(max=MAX_PARTS, help="logic: maximum operators in train (default: 6)."),
     ] = None,
     text_key: Annotated[
         list[str] | None, typer.Option(help="labelled: field of the text; twice for pairs.")

@@ -107,7 +107,8 @@ SYMPTOMS = (
     Symptom("a disk cannot be written", re.compile(r"read-only file system|\bEROFS\b", re.I)),
     Symptom(DISK_FAILS, re.compile(
         r"input/output error|\bEIO\b|stale file handle|\bESTALE\b|remote i/o error"
-        r"|device or resource busy|\bEBUSY\b", re.I), True),
+        r"|device or resource busy|\bEBUSY\b|transport endpoint|\bENOTCONN\b|\bESHUTDOWN\b",
+        re.I), True),
     Symptom("too many open files", re.compile(r"too many open files|\bEMFILE\b|\bENFILE\b", re.I)),
     Symptom("the program cannot be started", re.compile(
         r"execve\(\)|couldn't chdir to|cannot execute|ModuleNotFoundError|: command not found"

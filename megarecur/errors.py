@@ -56,8 +56,8 @@ def explain_os_error(error: OSError, path: object) -> str:
         errno.ENOSPC: "free some space, or inodes if only `df -i` shows none, and start again",
         errno.EDQUOT: "free some of the quota and start again",
         errno.EROFS: "mount it for writing, or choose another run_dir",
-        errno.EACCES: "make it writable, or choose another run_dir",
-        errno.EPERM: "make it writable, or choose another run_dir",
+        errno.EACCES: "allow access to it, or choose another path",
+        errno.EPERM: "allow access to it, or choose another path",
         errno.EIO: "check the disk or file server, then start again",
         errno.ESTALE: "check the file server, then start again",
     }

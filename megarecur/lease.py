@@ -54,8 +54,7 @@ class Lease:
                 text = self.path.read_text("utf-8", errors="replace")
             return text.strip() or "another process"
         for _ in range(ATTEMPTS):
-            if self._file is not None:
-                self._file.close()
+            self._close_file()
             self._file = self.path.open("a+", encoding="utf-8", errors="replace")
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,19 +89,23 @@ class Lease:
 
     def release(self) -> None:
         """Release the lease."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._close_file()
         if self._folder is not None:
-            os.close(self._folder)
-            self._folder = None
+            folder, self._folder = self._folder, None
+            os.close(folder)
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
 
     def _lock_folder(self) -> bool:
         """Lock the folder, or the one that was made in its place; False if another process has."""
         if self._folder is not None:
             if self._is_in_place():
                 return True
-            os.close(self._folder)
+            former, self._folder = self._folder, None
+            os.close(former)
         self._folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -159,6 +159,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DEEPEST_JSON = 100
 CLOSERS = {"[": "]", "{": "}"}
 JSON_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[][{}]', re.DOTALL)
+"""Strings, to ignore the brackets inside them, and brackets."""
 
 
 def parse_lenient(text: str) -> Any:

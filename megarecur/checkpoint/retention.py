@@ -8,8 +8,10 @@ later one, and the newest checkpoint is always kept.
 
 from __future__ import annotations
 
+import errno
+import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from megarecur.checkpoint.checkpoint import TEMPORARY, list_checkpoints, step_of, verify
@@ -18,6 +20,11 @@ from megarecur.checkpoint.index import seal
 from megarecur.config.checkpoint import CheckpointConfig
 from megarecur.files import delete_folder, replace_file
 from megarecur.reading import parse_metrics
+
+log = logging.getLogger(__name__)
+
+STILL_OPEN = (errno.EBUSY, errno.ENOTEMPTY, errno.ESTALE)
+"""Errors of deleting a folder in which another process has files open, on network file systems."""
 
 
 def steps_to_keep(
@@ -78,10 +85,7 @@ def remove_old(
     root = Path(root)
     for path in list(root.iterdir()) if root.is_dir() else []:
         if TEMPORARY.fullmatch(path.name):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            _delete(path, shutil.rmtree if path.is_dir() else Path.unlink)
     paths = {
         step_of(path.name): path
         for path in list_checkpoints(root)
@@ -95,7 +99,17 @@ def remove_old(
         doomed = [path for path in doomed if path != newest_good]
     point_to_best(root, next(iter(best_steps(paths, rule, scores or {})), None))
     for path in doomed:
-        delete_folder(path)
+        _delete(path, delete_folder)
+
+
+def _delete(path: Path, delete: Callable[[Path], None]) -> None:
+    """Delete a file or folder; what another process has open stays until the next call."""
+    try:
+        delete(path)
+    except OSError as error:
+        if error.errno not in STILL_OPEN:
+            raise
+        log.warning("%s is still in use and cannot be deleted yet; the next save tries again", path)
 
 
 def point_to_best(root: Path, step: int | None) -> None:

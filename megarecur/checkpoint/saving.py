@@ -13,7 +13,6 @@ group.
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Callable
@@ -38,8 +37,6 @@ from megarecur.progress import Note, note_nothing
 
 log = logging.getLogger(__name__)
 
-STILL_OPEN = (errno.EBUSY, errno.ENOTEMPTY, errno.ESTALE)
-"""Errors of deleting a folder in which another process has files open, on network file systems."""
 GRACE_SECONDS = 120.0
 """Seconds that a failing run waits for a running save."""
 ANSWER_SECONDS = 30.0
@@ -237,19 +234,25 @@ class Saver:
                 self.root, self.rule, self.scores(), good=self.newest, busy=busy, run=self.run
             )
         except OSError as error:
-            if error.errno not in STILL_OPEN:
-                raise CheckpointError(
-                    f"cannot delete old checkpoints: {explain_os_error(error, self.root)}; new "
-                    "ones are untouched"
-                ) from None
-            log.warning("%s: cannot be deleted yet (%s); the next save tries again",
-                        error.filename or self.root, error.strerror)  # fmt: skip
+            raise CheckpointError(
+                f"cannot delete old checkpoints: {explain_os_error(error, self.root)}; new ones "
+                "are untouched"
+            ) from None
         if self.mirror is not None:
             self.mirror.start()
 
     def is_lost(self) -> bool:
-        """Return True if the newest checkpoint of this process was deleted; for rank 0."""
-        return self.newest is not None and not self.newest.exists()
+        """Return True if the newest checkpoint of this process was deleted, and none is being
+        written; for rank 0."""
+        if self.newest is None or self.handle is not None:
+            return False
+        try:
+            self.newest.stat()
+        except FileNotFoundError:
+            return True
+        except OSError:  # A file server that does not answer says nothing.
+            return False
+        return False
 
     def scores(self) -> dict[int, float]:
         """Return the validation loss by step; empty if the rule does not use it."""

@@ -62,7 +62,8 @@ class StopFlag:
         self.number, self.error = FAILED, error
 
     def agreed(self, mesh: Mesh) -> int:
-        """Return the signal that any rank received, the same on all; collective, once per step.
+        """Return the signal that any rank received, the same on all; collective, once per step and
+        before each save.
 
         Raises:
             MegarecurError: on every rank, the error of the first rank that failed.

@@ -262,7 +262,8 @@ def log_and_check(run: Run, result: StepResult) -> list[str]:
     values |= {f"speed/attention/{run.model.attention.backend}": 1.0}
     reasons = run.alarms.check(state.step, values)
     report.write(state, values | {"alarms/raised": len(reasons)}, run.stop)
-    if run.mesh.max_over_world(int(run.mesh.rank == 0 and run.saver.is_lost())):
+    lost = run.mesh.rank == 0 and run.stop.error is None and run.saver.is_lost()
+    if run.mesh.max_over_world(int(lost)):
         report.note(f"{run.saver.newest} was deleted under the run; another one is saved now")
         run.postponed = True
     return reasons
@@ -284,6 +285,8 @@ def save_if_due(run: Run, reasons: Sequence[str]) -> int | None:
     elif saving and alarms.streak and not last:
         run.postponed = True  # These parameters may be the cause; good checkpoints must stay.
     elif saving:
+        # A run whose folder another one holds now must not save into it.
+        run.stop.agreed(run.mesh)
         run.postponed = False
         run.beat.enter("save", step)
         with named("save"):

@@ -16,7 +16,8 @@ from pyarrow import parquet
 from support.image_corpora import draw_pixels, encode
 
 from megarecur.data_prep import image_inputs, list_ops
-from megarecur.data_prep.image_inputs import Unit, read_picture, read_unit
+from megarecur.data_prep.image_encoding import AS_STORED, DamagedPicture, encode_picture
+from megarecur.data_prep.image_inputs import Unit, read_unit
 from megarecur.data_prep.images import load_index
 from megarecur.data_prep.labelled import Mistakes
 from megarecur.data_prep.list_ops import Trees, draw_tree
@@ -51,9 +52,13 @@ def test_a_table_names_no_file_outside_its_folder(tmp_path: Path) -> None:
     (inside / "own.png").write_bytes(picture)
     (inside / "link.png").symlink_to(outside)
     table = inside / "x.parquet"
-    assert image_inputs._read_beside(table, "own.png") == picture
-    for name in (str(outside), "../outside.png", "link.png", b"../outside.png", "", None, 7, "."):
-        assert image_inputs._read_beside(table, name) is None
+    for name in ("own.png", "./own.png", "a/../own.png", b"own.png"):
+        assert image_inputs._find_beside(table, name) == inside / "own.png"
+    for name in (str(outside), "../outside.png", "link.png", b"../outside.png"):
+        with pytest.raises(ValueError, match=r"outside|absolute|link|\.\."):
+            image_inputs._find_beside(table, name)
+    for name in ("missing.png", "", None, 7):
+        assert image_inputs._find_beside(table, name) is None
 
 
 def test_a_picture_is_a_regular_file_of_bounded_size(tmp_path: Path) -> None:
@@ -61,8 +66,8 @@ def test_a_picture_is_a_regular_file_of_bounded_size(tmp_path: Path) -> None:
     with huge.open("wb") as file:
         file.truncate(1 << 40)
     for path in (huge, Path("/dev/zero")):
-        with pytest.raises(DataError, match="is no picture"):
-            read_picture(path)
+        with pytest.raises(DamagedPicture):
+            encode_picture(path, AS_STORED)
 
 
 def test_a_member_of_an_archive_claims_no_more_than_the_limit(tmp_path: Path) -> None:
@@ -78,7 +83,7 @@ def test_members_of_one_sample_are_bounded_together(
 ) -> None:
     monkeypatch.setattr(image_inputs, "MAX_BYTES", 1500)
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for suffix in "abc":
+        for suffix in ("jpg", "json", "cls", "mp4"):
             member = tarfile.TarInfo(f"a.{suffix}")
             member.size = 700
             archive.addfile(member, io.BytesIO(bytes(700)))

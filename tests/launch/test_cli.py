@@ -101,7 +101,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 COMMANDS: Any = typer.main.get_command(app)
 COUNTS: dict[str, tuple[list[str], list[str]]] = {
-    "plan x --world-size 2": (["tensor", "pipeline", "zero"], ["tensor", "pipeline"]),
+    "plan x --world-size 2": (["tensor", "pipeline", "context", "zero"],
+                              ["tensor", "pipeline", "context"]),
     "launch x": (["nproc", "nodes", "gpus-per-node", "processes-per-node", "at-once"],
                  ["nproc", "nodes", "processes-per-node"]),
     "verify x": (["nproc", "steps"], ["nproc", "steps"]),

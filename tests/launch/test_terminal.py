@@ -64,7 +64,9 @@ def test_say_escapes_for_terminals_and_messages(monkeypatch) -> None:
 
 @pytest.mark.parametrize("kind", [str, Text])
 def test_a_console_shows_its_own_codes_alone(kind) -> None:
-    console = EscapingConsole(file=Screen(), force_terminal=True, width=120)
+    console = EscapingConsole(
+        file=Screen(), force_terminal=True, color_system="standard", width=120
+    )
     table = Table(box=None)
     table.add_column("name")
     table.add_row(kind(HOSTILE))

@@ -111,7 +111,10 @@ def test_what_was_deleted_after_the_last_row_is_made_again(corpus, tmp_path) -> 
 
 
 def test_a_folder_that_another_job_has_taken_meanwhile_ends_the_run(corpus, tmp_path) -> None:
-    config = make_config(corpus, run_dir=str(tmp_path / "run"), data={"val": []})
+    config = make_config(
+        corpus, run_dir=str(tmp_path / "run"), data={"val": []},
+        checkpoint={"every": 3, "asynchronous": False},
+    )  # fmt: skip
     other = RunFolder(Path(config.run_dir))
 
     def take(run: Path) -> None:
@@ -120,6 +123,7 @@ def test_a_folder_that_another_job_has_taken_meanwhile_ends_the_run(corpus, tmp_
 
     with pytest.raises(ConfigError, match="is in use by"):
         train_and_disturb(config, {5: take})
+    assert not checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"), "it is the other's"
     other.close()
 
 
@@ -146,7 +150,7 @@ def test_a_checkpoint_deleted_while_it_is_written_is_written_again(
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [(errno.ENOSPC, "free some space"), (errno.EROFS, "mount it for writing"),
-     (errno.EACCES, "make it writable"), (errno.EIO, "check the disk"),
+     (errno.EACCES, "allow access to it"), (errno.EIO, "check the disk"),
      (errno.EMFILE, "raise the limit of open files"), (errno.ENOTDIR, "fix the cause")],
 )  # fmt: skip
 def test_an_error_of_the_disk_names_its_remedy(number, remedy, corpus, tmp_path) -> None:

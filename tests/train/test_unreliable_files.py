@@ -42,7 +42,7 @@ CASES: list[tuple[str, str, int, str, int]] = [
     ("open", "step-00000002.tmp/*.safetensors", errno.EIO, SERVER, 1),
     ("os.rename", "step-00000002.tmp", errno.ESTALE, SERVER, 1),
     ("open", "latest.tmp", errno.EDQUOT, SPACE, 0),
-    ("os.rename", "step-00000001", errno.EACCES, "make it writable", 2),
+    ("os.rename", "step-00000001", errno.EACCES, "allow access to it", 2),
     ("os.rmdir", "step-00000001.tmp", errno.ENOTEMPTY, GOES_ON, 2),
 ]  # fmt: skip
 
