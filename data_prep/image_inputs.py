@@ -600,9 +600,11 @@ def _read_tar(unit: Unit, mistakes: Mistakes) -> Iterator[Row]:
 
 def _is_read(suffix: str) -> bool:
     """Return True for members of a sample that hold its picture or its label."""
-    return (
-        suffix in ("cls", "label", "json") or f".{suffix.rpartition('.')[2]}" in readable_suffixes()
-    )
+    return suffix in ("cls", "label", "json") or _is_picture(suffix)
+
+
+def _is_picture(suffix: str) -> bool:
+    return f".{suffix.rpartition('.')[2]}" in readable_suffixes()
 
 
 def _sample(
@@ -611,8 +613,7 @@ def _sample(
     """Yield the picture of one sample, if it is whole."""
     if not sample:
         return
-    suffixes = readable_suffixes()
-    image = next((s for s in sample if f".{s.rpartition('.')[2]}" in suffixes), None)
+    image = next(filter(_is_picture, sample), None)
     label = _label_of(sample, keys)
     place = f"{path}: {key}"
     if image is None:

@@ -15,7 +15,7 @@ requests that is theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,7 +26,13 @@ from megarecur.data.tokenizer import Tokenizer
 from megarecur.errors import MegarecurError
 from megarecur.inference.engine import Engine
 from megarecur.inference.generate import TextStream, generate
-from megarecur.inference.likelihood import Likelihood, Pair, score_continuations
+from megarecur.inference.likelihood import (
+    Advance,
+    Likelihood,
+    Pair,
+    advance_nothing,
+    score_continuations,
+)
 from megarecur.inference.request import Request, count_pages
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.mesh import Mesh
@@ -37,14 +43,8 @@ PAGE = 16
 TEXTS = 32
 """Maximum number of texts that are generated at a time."""
 
-Advance = Callable[[int], object]
-"""Called with the number of requests that have been answered since the last call."""
 Asked = Sequence[tuple[Request, Sequence[str]]]
 """Requests with their stop strings."""
-
-
-def advance_nothing(done: int) -> None:
-    """Ignore progress."""
 
 
 class Answers:

@@ -31,8 +31,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megarecur.checkpoint.load import load_model, open_tokenizer, special_ids
 from megarecur.data.tokenizer import Tokenizer
 from megarecur.errors import ConfigError
-from megarecur.inference.answers import Advance, Answers
-from megarecur.inference.likelihood import Pair, find_most_positions, refuse_scoring
+from megarecur.inference.answers import Answers
+from megarecur.inference.likelihood import Advance, Pair, find_most_positions, refuse_scoring
 from megarecur.inference.request import Request
 from megarecur.inference.task_files import FORMS, find_missing, find_task_file, read_task
 from megarecur.model.transformer import Transformer

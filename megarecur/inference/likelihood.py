@@ -22,6 +22,13 @@ from megarecur.parallel.mesh import Mesh
 from megarecur.plan.schedule import Scheduled, Schedules
 from megarecur.recurrence.depth import refuse_depth
 
+Advance = Callable[[int], object]
+"""Called with the number of requests that have been answered since the last call."""
+
+
+def advance_nothing(done: int) -> None:
+    """Ignore progress."""
+
 
 class Pair(NamedTuple):
     """A continuation to score, and the text before it; both have at least one token."""
@@ -78,7 +85,7 @@ def score_continuations(
     most_positions: int | None = None,
     batch_size: int = 64,
     batch_tokens: int = 8192,
-    advance: Callable[[int], object] = lambda done: None,
+    advance: Advance = advance_nothing,
     mesh: Mesh | None = None,
     schedules: Schedules | None = None,
 ) -> list[Likelihood]:
