@@ -4,6 +4,7 @@ is there."""
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -30,26 +31,40 @@ typer.main.get_command = cache(typer.main.get_command)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests that wait first: those of Slurm, then the other ones of launching.
 
-    `make` lets workers steal from the ends of each other's lists. The first worker then starts the
-    only Slurm cluster and spends its time waiting for jobs, one after the other, while the rest
-    compute; a long test of Slurm that came last would leave the machine idle. The rest also give
-    way to those jobs, for the same reason.
+    `make` lets workers steal from the ends of each other's lists. One worker then starts the only
+    Slurm cluster and spends its time waiting for jobs, one after the other, while the rest
+    compute; a long test of Slurm that came last would leave the machine idle.
     """
 
     def rank(item: pytest.Item) -> int:
-        if item.get_closest_marker("slurm"):
+        if is_slurm(item):
             return 0
         return 1 if "launch" in item.path.parts else 2
 
     items.sort(key=rank)
-    others = os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0"
-    if others and any(item.get_closest_marker("slurm") for item in items):
-        os.nice(10)
     if any(item.get_closest_marker("cuda") for item in items) and not has_cuda():
         skip = pytest.mark.skip(reason="needs a CUDA device; torch finds none here")
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(skip)
+
+
+@pytest.hookimpl(tryfirst=True)  # Before fixtures start a cluster.
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let tests that compute give way to jobs of Slurm: those wait for each other, and are timed.
+
+    Any worker may meet the tests of Slurm, first or by stealing them. A worker that has given way
+    gets its priority back where it runs as root; elsewhere its jobs take longer.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ or not is_slurm(item.session.items[0]):
+        return
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0 if is_slurm(item) else 10)
+
+
+def is_slurm(item: pytest.Item) -> bool:
+    """Return True if a test runs jobs on a Slurm cluster."""
+    return item.get_closest_marker("slurm") is not None
 
 
 def has_cuda() -> bool:

@@ -325,15 +325,16 @@ def assert_silent(run: Run, start: dict[str, Any], end: dict[str, Any]) -> None:
     assert all("trainer.py" in text for text in texts[:last]) and not texts[last]
 
 
-def test_a_time_limit_of_a_minute(run, undisturbed) -> None:
-    run.profile |= {"time": "1", "start_seconds": 40, "save_seconds": 10, "retries": 10}
-    # The first attempt has too little time on any machine; evaluations lengthen all.
-    run.profile["setup"] = ["sleep $(( ${SLURM_RESTART_COUNT:-0} ? 0 : 40 ))"]
-    run.launch(2, "train.eval_every=1")
+def test_a_time_limit_of_two_minutes(run, undisturbed) -> None:
+    run.profile |= {"time": "2", "start_seconds": 100, "save_seconds": 10, "retries": 10}
+    # The first attempt has too little time on any machine.
+    run.profile["setup"] = ["sleep $(( ${SLURM_RESTART_COUNT:-0} ? 0 : 90 ))"]
+    run.launch()
     run.until_finished()
-    *earlier, last = [row["reason"] for row in run.rows("end")]
-    assert earlier and last == "finished", run.explain()
-    assert set(earlier) <= {"time limit", "out of time"}, run.explain()  # On a slow machine.
+    first, *others, last = [row["reason"] for row in run.rows("end")]
+    assert first in ("time limit", "out of time") and last == "finished", run.explain()
+    # Where many others compute, a start may take longer than it is given here.
+    assert set(others) <= {"time limit", "out of time", "stalled"}, run.explain()
     run.assert_equal(undisturbed(2))
 
 
