@@ -4,6 +4,9 @@ A communicator delivers its messages in turn: on one for both directions, a send
 receive whose message another rank has yet to compute. nccl opens a communicator of two ranks per
 group at their first message. So one group carries the messages to higher pipeline ranks and one
 those to lower ranks, and no communicator has messages of two directions.
+
+Over gloo nothing of a group waits for its other messages: there the group of the pipeline's other
+operations carries messages to higher ranks as well. Each group takes four open files and more.
 """
 
 from __future__ import annotations
@@ -29,18 +32,28 @@ class Channels:
             world. All processes create this object.
         own: index of this process's pipeline.
         timeout: of the groups.
+        shared: this process's group of its pipeline; over gloo it carries messages, too.
     """
 
-    def __init__(self, pipelines: Sequence[Sequence[int]], own: int, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        pipelines: Sequence[Sequence[int]],
+        own: int,
+        timeout: timedelta,
+        shared: Any = None,
+    ) -> None:
         self.ranks, self.opened = tuple(pipelines[own]), set[Direction]()
-        # Every process names the groups of all pipelines. Synchronized among their members alone,
-        # a group would be named by the number of groups that a process knows, which may differ
-        # between members: each would wait under its own name.
+
+        def open_group() -> Any:
+            # Every process names the groups of all pipelines. Synchronized among their members
+            # alone, a group would be named by the number of groups that a process knows, which may
+            # differ between members: each would wait under its own name.
+            return [dist.new_group(list(ranks), timeout=timeout) for ranks in pipelines][own]
+
+        shares = shared is not None and dist.get_backend(shared) == "gloo"
         with unbound():
-            self.up, self.down = (
-                [dist.new_group(list(ranks), timeout=timeout) for ranks in pipelines][own]
-                for _ in range(2)
-            )
+            self.down = open_group()
+            self.up = shared if shares else open_group()
 
     def group(self, sender: int, receiver: int) -> Any:
         """Return the process group of messages between two pipeline ranks."""

@@ -53,6 +53,8 @@ PATIENCE = 20.0
 """Seconds of waiting for other processes before a warning names the missing ones."""
 SAVE_TIMEOUT = timedelta(minutes=30)
 """Timeout of saving; ranks may write checkpoints at very different speeds."""
+EXCHANGE_TAG = 7927
+"""Tag of tensors that two pipeline ranks exchange, so that they match no message of a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -292,11 +294,11 @@ class Mesh:
         tensor = tensor.contiguous()
         # nccl runs messages in order, so only one of the two may send first.
         if self.pp_rank < pp_rank:
-            dist.send(tensor, peer, group=self.pp_group)
-            dist.recv(found, peer, group=self.pp_group)
+            dist.send(tensor, peer, self.pp_group, EXCHANGE_TAG)
+            dist.recv(found, peer, self.pp_group, EXCHANGE_TAG)
         else:
-            dist.recv(found, peer, group=self.pp_group)
-            dist.send(tensor, peer, group=self.pp_group)
+            dist.recv(found, peer, self.pp_group, EXCHANGE_TAG)
+            dist.send(tensor, peer, self.pp_group, EXCHANGE_TAG)
         return found
 
     def broadcast_over_pp(self, tensor: Tensor, pp_rank: int) -> Tensor:
@@ -732,7 +734,7 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
     if pp == 1:
         return mesh
     own = next(k for k, members in enumerate(pipelines) if rank in members)
-    return replace(mesh, channels=Channels(pipelines, own, TIMEOUT))
+    return replace(mesh, channels=Channels(pipelines, own, TIMEOUT, pp_group))
 
 
 def pick_group(members: list[list[int]], rank: int) -> Any:
