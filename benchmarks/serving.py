@@ -8,10 +8,10 @@ blocks runs 4 loops; weights are random, which costs the same time as trained on
 Compared, with sides that alternate: one request with `generate`, with Hugging Face's `generate` of
 a Llama of 8 layers of the same width, and with the engine; 16 requests one by one and at once; 16
 requests at once with exits at a mean of 2 loops, for both rules that fill the skipped keys and
-values; 48 requests in 16 places without exits and with exits after 1 to 3 loops, so that places of
-requests that end early do not stay empty; and one request with and without a draft whose proposals
-are all accepted (later loops add nothing). Every text is checked against `generate` in fp32, and
-the share of equal tokens is printed. `--sides` selects rows by number.
+values; `--waves` times as many in 16 places without exits and with exits after 1 to 3 loops, so
+that places of requests that end early do not stay empty; and one request with and without a draft
+whose proposals are all accepted (later loops add nothing). Every text is checked against `generate`
+in fp32, and the share of equal tokens is printed. `--sides` selects rows by number.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def measure(
 def main() -> None:
     """Measure all sides, and print a table."""
     parser = argparse.ArgumentParser()
-    for name, default in (("hidden", 256), ("rounds", 3), ("new", 96), ("prompt", 24)):
+    for name, default in (
+        ("hidden", 256), ("rounds", 3), ("new", 96), ("prompt", 24), ("waves", 3),
+    ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sides", help="numbers of rows, such as 0,1,2 (default: all)")
     options = parser.parse_args()
@@ -160,9 +162,12 @@ def main() -> None:
     first = requests[:1]
     drafting = [replace(first[0], draft=Draft(1, 4))]
     many = [
-        replace(request, tokens=request.tokens[turn:]) for turn in range(3) for request in requests
+        replace(request, tokens=request.tokens[turn:])
+        for turn in range(options.waves)
+        for request in requests
     ]
     mixed = (2, 1, 3, 2)
+    places = f"{len(many)} in {REQUESTS} places"
     sides: dict[str, Callable[[], Callable[[], list[list[int]]]]] = {
         "generate, one request": lambda: lambda: [plain(first[0])],
         "Hugging Face, one request": lambda: prepare_llama(model, first[0]),
@@ -172,8 +177,8 @@ def main() -> None:
         "at once, all exit at 2, fill state": lambda: prepare(model, exiting("state")),
         "at once, all exit at 2, fill share": lambda: prepare(model, exiting("share")),
         "at once, exits at 1 to 3, fill state": lambda: prepare(model, exiting("state", mixed)),
-        "48 in 16 places": lambda: prepare(model, many, max_texts=16),
-        "48 in 16 places, exits at 1 to 3": lambda: prepare(
+        places: lambda: prepare(model, many, max_texts=16),
+        f"{places}, exits at 1 to 3": lambda: prepare(
             model,
             [
                 replace(request, exit=Exit("loop", mixed[i % 4], "state"))
@@ -195,7 +200,7 @@ def main() -> None:
         "at once, all exit at 2, fill state": "at once",
         "at once, all exit at 2, fill share": "at once",
         "at once, exits at 1 to 3, fill state": "at once",
-        "48 in 16 places, exits at 1 to 3": "48 in 16 places",
+        f"{places}, exits at 1 to 3": places,
         "idle loops, one request, draft": "idle loops, one request",
     }
     print("| side | tokens per CPU second | ratio | over |\n|---|---|---|---|")
