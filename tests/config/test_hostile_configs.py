@@ -19,7 +19,7 @@ import yaml
 
 from megarecur.config.load import load_config, parse_yaml, to_yaml
 from megarecur.config.run import Config
-from megarecur.config.yaml_text import MAX_DEPTH, MAX_VALUES
+from megarecur.config.yaml_text import ALIKE, MAX_DEPTH, MAX_VALUES, FastLoader, Loader
 from megarecur.errors import ConfigError, MegarecurError
 from megarecur.recurrence.depth import refuse_depth
 from megarecur.recurrence.schemes import build_map
@@ -132,6 +132,21 @@ def test_no_variant_of_a_config_ends_in_a_traceback(tmp_path: Path) -> None:
     found, failed = fuzz(tmp_path, VARIANTS, seed=23)
     assert not failed, "\n\n".join(failed)
     assert found["refused"] > VARIANTS // 3 and found["accepted"]
+
+
+def test_libyaml_reads_plain_texts_as_the_other_parser_does() -> None:
+    rng, texts, read = Random(29), [path.read_text(encoding="utf-8") for path in BASES], 0
+    for _ in range(VARIANTS // 2):
+        text, _ = mutate(rng, rng.choice(texts))
+        if not ALIKE.issuperset(text):
+            continue
+        try:
+            value = yaml.load(text, FastLoader)
+        except (yaml.YAMLError, ValueError):
+            continue
+        assert repr(value) == repr(yaml.load(text, Loader)), text
+        read += 1
+    assert read > VARIANTS // 6
 
 
 def test_aliases_are_counted_at_each_use() -> None:
