@@ -33,6 +33,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers import dynamic_module_utils as loading
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -389,8 +390,23 @@ def named(case: dict[str, Any], failures: dict[str, str]) -> Iterator[None]:
         failures[case["folder"]] = traceback.format_exc(limit=8)
 
 
+def find_imports_once() -> None:
+    """Have transformers parse the code of models once: every export has a copy of the same files,
+    and each load of it would parse them again."""
+    find, known = loading.get_imports, {}
+
+    def get_imports(path: str | Path) -> list[str]:
+        text = Path(path).read_bytes()
+        if text not in known:
+            known[text] = find(path)
+        return known[text]
+
+    loading.get_imports = get_imports
+
+
 def main(cases: Path, answers: Path) -> None:
     """Check all; write what is found, and every failure by its folder."""
+    find_imports_once()
     logging.set_verbosity_error()
     torch.manual_seed(0)
     failures: dict[str, str] = {}
