@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.configs import make_config
+from support.harness import fork_context
 
 from megarecur.config.load import to_yaml
 from megarecur.config.run import Config
@@ -597,9 +597,7 @@ def die_at_step_8(config: Config) -> None:
 def killed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run, and of its caches, that was killed."""
     folder = tmp_path_factory.mktemp("killed")
-    process = multiprocessing.get_context("forkserver").Process(
-        target=die_at_step_8, args=(cached_run(home, folder),)
-    )
+    process = fork_context().Process(target=die_at_step_8, args=(cached_run(home, folder),))
     process.start()
     process.join(100)
     assert process.exitcode == -signal.SIGKILL

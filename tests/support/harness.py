@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,23 @@ CASE_TIMEOUT = 600.0
 GROUP_TIMEOUT = timedelta(seconds=CASE_TIMEOUT)
 GRACE_SECONDS = 2.0  # for the other ranks, once one has failed
 SETTLE_SECONDS = 0.3  # for a rank to write its stacks
+
+
+PRELOADED = [
+    "hypothesis.strategies",
+    "pytest",
+    "megarecur.train.trainer",
+    "torch._dynamo",  # recomputation and DeepSpeed import it: 1.4 s per rank
+    "tensorboard.backend.event_processing.event_accumulator",
+]
+
+
+def fork_context() -> ForkServerContext:
+    """Return the context whose server has imported PRELOADED. The server starts with its first
+    process, and one that was started otherwise would leave the imports to each process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 class WorldError(AssertionError):
@@ -122,16 +140,7 @@ class World:
         self._ranks, self.pids = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            [
-                "hypothesis.strategies",
-                "pytest",
-                "megarecur.train.trainer",
-                "torch._dynamo",  # recomputation and DeepSpeed import it: 1.4 s per rank
-                "tensorboard.backend.event_processing.event_accumulator",
-            ]
-        )
+        context = fork_context()
         self._folder = Path(tempfile.mkdtemp(prefix="world-"))
         for rank in range(self.size):
             ours, theirs = context.Pipe()

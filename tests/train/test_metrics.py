@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from unittest import mock
 import pytest
 from support.boards import assert_one_line, curves_of, open_board
 from support.configs import make_config
+from support.harness import fork_context
 
 from megarecur.launch import status
 from megarecur.launch.queue import Queue
@@ -93,9 +93,7 @@ def end_early(
 
 def kill(run_dir: Path, corpus: Path) -> None:
     """Train in a process of its own and kill it after some steps; `megarecur status` notices."""
-    process = multiprocessing.get_context("forkserver").Process(
-        target=train_run, args=(corpus, run_dir), kwargs={"train": {}}
-    )
+    process = fork_context().Process(target=train_run, args=(corpus, run_dir), kwargs={"train": {}})
     process.start()
     while process.is_alive() and not (
         checkpoint_steps(run_dir)

@@ -1,7 +1,6 @@
 """Whole runs: resuming exactly, elastically and after signals, kills and damage."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.configs import make_config
+from support.harness import fork_context
 from support.runs import losses, weights
 
 from megarecur.checkpoint import checkpoint
@@ -152,7 +152,7 @@ def kill_and_resume(corpus: Path, run_dir: Path, rng: random.Random) -> None:
     )
     root = run_dir / "checkpoints"
     before = [int(p.name[5:]) for p in checkpoint.list_checkpoints(root)]
-    process = multiprocessing.get_context("forkserver").Process(target=train, args=(config,))
+    process = fork_context().Process(target=train, args=(config,))
     process.start()
     deadline = time.monotonic() + 200
     wanted = max(before, default=0) + rng.randrange(1, 6)
