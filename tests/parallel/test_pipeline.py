@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from support.meshes import (
     step_of,
     trace,
 )
+from support.once import make_once
 from support.walks import loops
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
@@ -431,18 +433,22 @@ def train_until(config: Config, rank: int, kind: str, after: int, fault: str) ->
         return train(config)
 
 
-KINDS = ["F", "SEND_F", "RECV_F", "B", "I", "W", "SEND_B", "RECV_B"]
+@pytest.fixture(scope="module")
+def straight(world, corpus, tmp_path_factory) -> Callable[[bool], Path]:
+    """The run of `killable_run` that nobody kills, for each value of `split`."""
+
+    def by_split(split: bool) -> Path:
+        def make(folder: Path) -> None:
+            config = killable_run(corpus, folder / "run", split)
+            assert set(world(2).run(train, config)) == {FINISHED}
+
+        return make_once(tmp_path_factory, f"straight-{split}", make) / "run"
+
+    return by_split
 
 
-@pytest.mark.parametrize(
-    ("kind", "rank"),
-    [("F", 1), ("RECV_B", 0), *[later(kind, i % 2) for i, kind in enumerate(KINDS)]],
-)
-def test_a_rank_that_is_killed_ends_the_job_which_resumes(
-    world, corpus, tmp_path, kind, rank
-) -> None:
-    """Operations of the fourth step, after the checkpoint of the second."""
-    split = kind in ("I", "W")
+def killable_run(corpus: Path, run_dir: Path, split: bool) -> Config:
+    """Six steps on two stages, with a checkpoint after every second."""
     parallel = {"pipeline": 2, "split_backward": split,
                 "order": "greedy" if split else "1f1b"}  # fmt: skip
     sections = {
@@ -450,12 +456,25 @@ def test_a_rank_that_is_killed_ends_the_job_which_resumes(
         "train": {"steps": 6, "micro_batch_size": 1, "global_batch_size": 4},
         "checkpoint": {"every": 2},
     }
-    config = config_of(corpus, "sequence", 1, run_dir=str(tmp_path / "run"), **sections)
-    straight = config.model_copy(update={"run_dir": str(tmp_path / "straight")})
+    return config_of(corpus, "sequence", 1, run_dir=str(run_dir), **sections)
+
+
+# The first stage receives no activations and sends no gradients, the last one the reverse.
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [("F", 1), ("RECV_B", 0),
+     *[later(*case) for case in (("F", 0), ("SEND_F", 0), ("RECV_F", 1), ("B", 1), ("I", 0),
+                                 ("W", 1), ("SEND_B", 1))]],
+)  # fmt: skip
+def test_a_rank_that_is_killed_ends_the_job_which_resumes(
+    world, corpus, straight, tmp_path, kind, rank
+) -> None:
+    """In an operation of each kind in the fourth step, after the checkpoint of the second."""
+    split = kind in ("I", "W")
+    config = killable_run(corpus, tmp_path / "run", split)
     order = Schedules(with_vocab_size(config, 257)).training(None, 4).order[rank]
     each = sum(op.kind == kind for op in order)
-    if not each:  # The ends of the line have nothing to send or receive on one side.
-        kind, each = "F", sum(op.kind == "F" for op in order)
+    assert each
     job = world(2)
     job.submit(train_until, config, rank, kind, 3 * each + 1, "killed")
     errors = [error for error, _ in job.collect(timeout=600, grace=240)]
@@ -465,11 +484,10 @@ def test_a_rank_that_is_killed_ends_the_job_which_resumes(
     waiting = split and f"{named}reduction and update of step 4" in told
     assert waiting or (f"{named}stage " in told and " of micro batch " in told)
     assert set(world(2).run(train, config)) == {FINISHED}
-    assert set(world(2).run(train, straight)) == {FINISHED}
     losses = [
-        {row["step"]: row["train/loss"] for row in read_rows(Path(c.run_dir) / "metrics.jsonl")
+        {row["step"]: row["train/loss"] for row in read_rows(folder / "metrics.jsonl")
          if "train/loss" in row}
-        for c in (config, straight)
+        for folder in (tmp_path / "run", straight(split))
     ]  # fmt: skip
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
