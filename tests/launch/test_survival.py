@@ -34,7 +34,9 @@ from megarecur.train.metrics import read_rows
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(3000)]
 
-STEPS, EVERY = 160, 10
+STEPS, SHORT, EVERY = 160, 80, 10
+"""Steps of runs that are disturbed often or late, of the others, and between checkpoints. The rate
+is constant, so that a short run is the beginning of a long one."""
 PROFILE = {
     "partition": "main",
     "time": "00:10:00",
@@ -46,8 +48,8 @@ PROFILE = {
 }
 COMMAND = [sys.executable, "-m", "megarecur.launch.cli"]
 
-Undisturbed = tuple[dict[int, Any], dict[str, torch.Tensor]]
-"""Losses by step, and final tensors."""
+Undisturbed = tuple[dict[int, Any], Path]
+"""Rows of losses by step, and the run folder with its checkpoints of SHORT and of the last step."""
 
 
 class Run:
@@ -55,6 +57,7 @@ class Run:
 
     def __init__(self, slurm: Any, folder: Path, corpus: Path) -> None:
         self.slurm, self.folder, self.path = slurm, folder, folder / "run"
+        self.steps = STEPS
         write_config(folder / "config.yaml", self.path, corpus)
         self.job, self.profile = "", dict(PROFILE)
         self.per_node = 1
@@ -65,6 +68,8 @@ class Run:
         words = ["launch", str(self.folder / "config.yaml"), f"--nodes={nodes}"]
         words += [f"--processes-per-node={self.per_node}", *options]
         words += [f"--cluster={self.folder / 'profile.yaml'}"]
+        if self.steps != STEPS:
+            words.append(f"train.steps={self.steps}")
         said = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=True)
         self.job = re.search(r"job (\d+)", said.stdout)[1]
 
@@ -112,15 +117,16 @@ class Run:
 
     def assert_equal(self, expected: Undisturbed) -> None:
         """Losses and tensors of the undisturbed run; nothing is left behind."""
-        losses, tensors = expected
+        losses, undisturbed = expected
         found = read_rows(self.path / "metrics.jsonl")
         steps = [row["step"] for row in found if "train/loss" in row]
-        assert steps == sorted(set(steps)) == sorted(losses), self.explain()
+        assert steps == list(range(1, self.steps + 1)), self.explain()
         for row in found:
             for key in ("train/loss", "optim/grad_norm", "val/loss"):
                 if key in row:
                     assert row[key] == losses[row["step"]].get(key, row[key]), (row["step"], key)
-        for name, tensor in final_tensors(self.path).items():
+        tensors = saved_tensors(undisturbed, self.steps)
+        for name, tensor in saved_tensors(self.path, self.steps).items():
             assert torch.equal(tensor, tensors[name]), name
         self.until(lambda: not processes(self.path))
 
@@ -164,17 +170,17 @@ def write_config(path: Path, run_dir: Path, corpus: Path) -> None:
             "steps": STEPS,
             "global_batch_size": 8,
             "micro_batch_size": 1,
-            "eval_every": 80,
+            "eval_every": SHORT,
             "log_every": 1,
         },
-        checkpoint={"every": EVERY},
+        checkpoint={"every": EVERY, "keep_every": SHORT},
     )
     path.write_text(to_yaml(config))
 
 
-def final_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Parameters and moments of the last checkpoint, whatever its files."""
-    path = run / "checkpoints" / f"step-{STEPS:08d}"
+def saved_tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Parameters and moments of a checkpoint, whatever its files."""
+    path = run / "checkpoints" / f"step-{step:08d}"
     found = {
         name: torch.empty(record.shape, dtype=DTYPES[record.dtype])
         for name, record in read_index(path).tensors.items()
@@ -184,20 +190,21 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus, tmp_path_factory) -> Callable[[int], Undisturbed]:
-    """Losses by step, and final tensors, of some processes that nobody disturbs."""
+def undisturbed(corpus, tmp_path_factory) -> Callable[..., Undisturbed]:
+    """The run of some processes that nobody disturbs."""
 
-    def by_processes(number: int) -> Undisturbed:
+    def by_processes(number: int, steps: int = STEPS) -> Undisturbed:
         def launch(folder: Path) -> None:
             write_config(folder / "config.yaml", folder / "run", corpus)
             command = [*COMMAND, "launch", str(folder / "config.yaml"), f"--nproc={number}"]
             environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-            subprocess.run(command, check=True, env=environ, capture_output=True)
+            subprocess.run(
+                [*command, f"train.steps={steps}"], check=True, env=environ, capture_output=True
+            )
 
-        own = make_once(tmp_path_factory, f"undisturbed-{number}", launch)
+        own = make_once(tmp_path_factory, f"undisturbed-{number}-{steps}", launch)
         rows = read_rows(own / "run" / "metrics.jsonl")
-        losses = {row["step"]: row for row in rows if "train/loss" in row}
-        return losses, final_tensors(own / "run")
+        return {row["step"]: row for row in rows if "train/loss" in row}, own / "run"
 
     return by_processes
 
@@ -294,6 +301,7 @@ def test_a_run_comes_back(run, undisturbed, names) -> None:
     """After each disturbance in turn. A node that failed is not tried again: two a run of four."""
     draw = random.Random(" ".join(names))
     run.profile["retries"] = 2 * len(names)
+    run.steps = STEPS if len(names) > 1 else SHORT
     run.launch()
     for done, name in enumerate(names):
         run.until(lambda done=done: len(run.rows("start")) > done)
@@ -339,7 +347,7 @@ def test_a_time_limit_of_two_minutes(run, undisturbed) -> None:
 
 
 def test_a_job_that_may_not_be_requeued_is_submitted_anew(run, undisturbed) -> None:
-    run.profile["requeue"] = False
+    run.profile["requeue"], run.steps = False, SHORT
     run.launch()
     run.until_step(20)
     ask_to_stop(run)
@@ -349,21 +357,21 @@ def test_a_job_that_may_not_be_requeued_is_submitted_anew(run, undisturbed) -> N
 
 
 def test_torchrun_style(run, undisturbed) -> None:
-    run.per_node = 2
+    run.per_node, run.steps = 2, SHORT
     run.profile["style"] = "torchrun"
     run.launch()
     run.until_step(20)
     ask_to_stop(run)
     run.until_finished()
     assert [row["reason"] for row in run.rows("end")] == ["SIGUSR2", "finished"]
-    run.assert_equal(undisturbed(4))
+    run.assert_equal(undisturbed(4, SHORT))
 
 
 def test_soak(run, undisturbed) -> None:
     """Disturbances of every kind at random moments: SOAK of them, 3 if it is not set."""
     draw, wanted = random.Random(8), int(os.environ.get("SOAK", "3"))
     kinds = [ask_to_stop, kill_a_rank, stop_a_rank, preempt, crash_and_return]
-    run.per_node = 2
+    run.per_node, run.steps = 2, SHORT if wanted <= 3 else STEPS
     run.profile |= {"retries": 2 * wanted, "stall_seconds": 15}
     run.launch()
     for done in range(wanted):
@@ -376,7 +384,7 @@ def test_soak(run, undisturbed) -> None:
             assert_silent(run, run.rows("start")[done], run.rows("end")[done])
     run.until_finished()
     assert len(run.rows("end")) == wanted + 1, run.explain()
-    run.assert_equal(undisturbed(4))
+    run.assert_equal(undisturbed(4, run.steps))
 
 
 def test_other_numbers_of_nodes(run, undisturbed) -> None:
@@ -433,7 +441,7 @@ def test_a_second_launch_is_refused_or_waits(run, undisturbed) -> None:
 
 def test_a_launch_in_the_place_of_another(run, undisturbed) -> None:
     """In a folder whose name Slurm would read something into, with GPUs asked for by gres."""
-    run.per_node = 2
+    run.per_node, run.steps = 2, SHORT
     run.path = run.folder / "run %j 50%"
     run.profile["gpu_request"] = "gres"
     options = (f"run_dir={run.path}", "--gpus-per-node=2")
