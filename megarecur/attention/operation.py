@@ -42,10 +42,16 @@ def unpack(task: Task) -> tuple[Any, ...]:
     return tuple(getattr(task, name) for name in Task.__dataclass_fields__)
 
 
+def flatten(x_BSNH: Tensor) -> Tensor:
+    """Return rows [B S, N, H], of which kernels read each head's channels side by side."""
+    rows = x_BSNH.flatten(0, 1)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def run_forward(q: Tensor, k: Tensor, v: Tensor, task: Task, kernel: str) -> tuple[Tensor, Tensor]:
     """Return mixed values [B, S, N, H] and the logarithm of each softmax's sum, [B S, N] or, of
     varlen, [N, B S]."""
-    rows = [t.flatten(0, 1).contiguous() for t in (q, k, v)]
+    rows = [flatten(t) for t in (q, k, v)]
     out, lse = KERNELS[kernel].forward(*rows, task)
     return out.reshape(q.shape), lse
 
@@ -61,7 +67,7 @@ def run_backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values in their shapes."""
-    rows = [t.flatten(0, 1).contiguous() for t in (grad, q, k, v, out)]
+    rows = [flatten(t) for t in (grad, q, k, v, out)]
     dq, dk, dv = KERNELS[kernel].backward(*rows, lse, task)
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
 

@@ -1,17 +1,18 @@
 """Attention of documents by themselves, on every device: no tensor has a row per pair of tokens.
 
-Documents of equal length are attended to in one call. Short ones are padded to a common length,
-which depends on the document alone: results of a sample do not depend on the other samples of its
-micro batch. Where scores need a bias, a window, a softcap or dropout, queries are processed in
-blocks, against the keys in their reach only.
+Documents of equal length are attended to in one call. Short ones are gathered, padded to a common
+length; longer ones are read and written where they lie, which spares copies, and share a call if
+they follow one another. What is done to a document depends on it alone: results of a sample do not
+depend on the other samples of its micro batch. Where scores need a bias, a window, a softcap or
+dropout, queries are processed in blocks, against the keys in their reach only.
 
 Shapes: T tokens of a micro batch (B S), N query heads, M key heads, H head_dim, L queries and K
-keys of a document, U documents of a group, P rows of all groups with padding.
+keys of a document, U documents of a group, P rows of gathered groups with padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,8 +25,10 @@ from megarecur.attention.documents import used_edges
 from megarecur.parallel.random import drop_share, keep_mask
 from megarecur.parallel.transfer import send
 
-LONG = 128
-"""Documents of more tokens are not padded: few have equal lengths, and a call has work enough."""
+SHORT = 32
+"""Documents of up to this many tokens are gathered: a call for each would take longer than that."""
+WIDE = 128
+"""Documents of up to this many tokens are differentiated in fp32 (`differentiate_block`)."""
 BLOCK_ELEMENTS = 1 << 20
 """Max scores of a block of queries, to which documents and heads are limited."""
 
@@ -88,7 +91,7 @@ class Group:
     """K."""
     first_query: int
     first_key: int
-    """First row of the group among the P rows of queries, and of keys."""
+    """First row of the group: among the P rows of queries and of keys, or in the micro batch."""
     query_start: int
     key_start: int
     """First row of its first document in the micro batch."""
@@ -106,12 +109,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Rows:
-    """The order of rows by group, and back."""
+    """The order of gathered rows."""
 
-    order_P: Tensor | None
-    """The token of each row; None: rows are tokens in order."""
-    inverse_T: Tensor
-    """The row of each token."""
+    order_P: Tensor
+    """The token from which each row is read."""
+    target_P: Tensor
+    """The token to which each row is written; T for padding."""
     padding: Tensor
     """Rows that are padding of a group."""
     unseen: Tensor
@@ -119,35 +122,35 @@ class Rows:
 
     def gather(self, x_TNH: Tensor, zero_padding: bool = False) -> Tensor:
         """Return the rows of tokens."""
-        if self.order_P is None:
-            return x_TNH
         rows = x_TNH.index_select(0, self.order_P)
         if zero_padding and len(self.padding):
             rows.index_fill_(0, self.padding, 0.0)
         return rows
 
-    def scatter(self, x_PNH: Tensor) -> Tensor:
-        """Return the tokens of rows; a token of no document is zero."""
-        if self.order_P is None:
-            return x_PNH
-        tokens = x_PNH.index_select(0, self.inverse_T)
+    def allocate(self, x_TNH: Tensor) -> Tensor:
+        """Return a contiguous tensor of T + 1 tokens to write to, where those that are in no
+        document are zero. The last one takes padding."""
+        made = x_TNH.new_empty(len(x_TNH) + 1, *x_TNH.shape[1:])
         if len(self.unseen):
-            tokens.index_fill_(0, self.unseen, 0.0)
-        return tokens
+            made.index_fill_(0, self.unseen, 0.0)
+        return made
 
 
 @dataclass(frozen=True)
 class Layout:
     """The groups of a micro batch."""
 
-    groups: tuple[Group, ...]
+    gathered: tuple[Group, ...]
+    """Groups of the P rows."""
+    in_place: tuple[Group, ...]
+    """Groups of documents that follow one another in the micro batch."""
     queries: Rows
     keys: Rows
 
 
 def padded_length(length: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the lengths to which documents are padded: multiples of 8 between 16 and `LONG`."""
-    short = (length > 16) & (length <= LONG)
+    """Return the lengths to which documents are padded: multiples of 8 between 16 and `SHORT`."""
+    short = (length > 16) & (length <= SHORT)
     return np.where(short, -(-length // 8) * 8, length)
 
 
@@ -190,60 +193,88 @@ def build_layout(
     """
     edges_q = np.frombuffer(queries, np.int32).astype(np.int64)
     edges_k = np.frombuffer(keys, np.int32).astype(np.int64) if keys else edges_q
-    lengths_q, lengths_k = np.diff(edges_q), np.diff(edges_k)
-    padded_q, padded_k = lengths_q, lengths_k
-    if pads:
-        padded_q = padded_k = padded_length(lengths_q)
-    present = np.flatnonzero((lengths_q > 0) & (lengths_k > 0))
-    if alone:
-        members = [np.array([u]) for u in present]
-    else:
-        pairs = np.stack((padded_q[present], padded_k[present]), 1)
-        _, number = np.unique(pairs, axis=0, return_inverse=True)
-        order = number.argsort(kind="stable")
-        cuts = np.flatnonzero(np.diff(number[order])) + 1
-        members = np.split(present[order], cuts) if len(present) else []
-    groups, first_q, first_k = [], 0, 0
-    for documents in members:
-        u, count = int(documents[0]), len(documents)
-        queries_of, keys_of = int(padded_q[u]), int(padded_k[u])
-        groups.append(
-            Group(count, queries_of, keys_of, first_q, first_k, int(edges_q[u]), int(edges_k[u]))
-        )
-        first_q, first_k = first_q + count * queries_of, first_k + count * keys_of
-    ordered = np.concatenate(members) if members else present
-    of_queries = order_rows(edges_q, padded_q, ordered, int(edges_q[-1]), device)
-    if not keys:
-        return Layout(tuple(groups), of_queries, of_queries)
-    of_keys = order_rows(edges_k, padded_k, ordered, total_keys, device)
-    return Layout(tuple(groups), of_queries, of_keys)
+    lengths_U2 = np.stack((np.diff(edges_q), np.diff(edges_k)), 1)
+    padded_U2 = padded_length(lengths_U2) if pads else lengths_U2
+    present = np.flatnonzero(lengths_U2.all(1))
+
+    def make_group(documents: NDArray[np.int64], first_query: int, first_key: int) -> Group:
+        u, (queries_of, keys_of) = documents[0], map(int, padded_U2[documents[0]])
+        starts = int(edges_q[u]), int(edges_k[u])
+        return Group(len(documents), queries_of, keys_of, first_query, first_key, *starts)
+
+    in_place, short = [], []
+    follows = np.diff(present) == 1
+    for run in split_runs(present, lengths_U2[present], follows & (not alone)):
+        u, rows = run[0], lengths_U2[run].sum(0).max()
+        if alone or (rows > SHORT and np.array_equal(lengths_U2[u], padded_U2[u])):
+            in_place.append(make_group(run, int(edges_q[u]), int(edges_k[u])))
+        else:
+            short.extend(run)
+    order = np.array(short, np.int64)
+    order = order[np.lexsort(padded_U2[order].T)]
+    gathered, first_query, first_key = [], 0, 0
+    for documents in split_runs(order, padded_U2[order]):
+        group = make_group(documents, first_query, first_key)
+        gathered.append(group)
+        first_query, first_key = group.query_rows.stop, group.key_rows.stop
+    of_queries = order_rows(edges_q, padded_U2[:, 0], order, present, int(edges_q[-1]), device)
+    of_keys = of_queries
+    if keys:
+        of_keys = order_rows(edges_k, padded_U2[:, 1], order, present, total_keys, device)
+    return Layout(tuple(gathered), tuple(in_place), of_queries, of_keys)
+
+
+def split_runs(
+    documents: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    follows: NDArray[np.bool_] | bool = True,
+) -> list[NDArray[np.int64]]:
+    """Return runs of documents of equal lengths.
+
+    Args:
+        documents: indices.
+        lengths: of each, one row per document.
+        follows: whether each, from the second on, may join the run of the one before.
+    """
+    if not len(documents):
+        return []
+    joins = follows & (np.diff(lengths, axis=0) == 0).all(1)
+    return np.split(documents, np.flatnonzero(~joins) + 1)
 
 
 def order_rows(
     edges: NDArray[np.int64],
     padded: NDArray[np.int64],
     documents: NDArray[np.int64],
+    present: NDArray[np.int64],
     total: int,
     device: torch.device,
 ) -> Rows:
     """Return the rows of documents in the given order, each repeated at its end to its padded
-    length."""
-    sizes = padded[documents]
+    length.
+
+    Args:
+        edges: first tokens of all documents, and the last one's end.
+        padded: padded lengths of all documents.
+        documents: those that are gathered, in order.
+        present: those that are attended to at all.
+        total: number of tokens.
+        device: device of the tables.
+    """
+    lengths, sizes = np.diff(edges), padded[documents]
     starts = sizes.cumsum() - sizes
     place = np.arange(sizes.sum()) - starts.repeat(sizes)
-    length = np.diff(edges)[documents].repeat(sizes)
+    length = lengths[documents].repeat(sizes)
     order = edges[documents].repeat(sizes) + np.minimum(place, length - 1)
-    real = place < length
-    inverse, seen = np.zeros(total, np.int64), np.zeros(total, bool)
-    inverse[order[real]] = np.flatnonzero(real)
-    seen[order] = True
-    identity = bool(len(order) == total and np.array_equal(order, np.arange(total)))
+    is_real, unseen = place < length, np.ones(total, bool)
+    for u in present:
+        unseen[edges[u] : edges[u + 1]] = False
 
     def table(values: NDArray[np.int64]) -> Tensor:
         return send(torch.from_numpy(values), device)
 
-    padding, unseen = np.flatnonzero(~real), np.flatnonzero(~seen)
-    return Rows(None if identity else table(order), table(inverse), table(padding), table(unseen))
+    target, padding = np.where(is_real, order, total), np.flatnonzero(~is_real)
+    return Rows(table(order), table(target), table(padding), table(np.flatnonzero(unseen)))
 
 
 # ------------------------------------------------------------------------------------- operation
@@ -259,21 +290,35 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Tensor
         task: the other arguments.
     """
     layout, wide = find_layout(task, q.device), torch.promote_types(q.dtype, torch.float32)
-    q_PNH = layout.queries.gather(q)
-    k_PMH, v_PMH = layout.keys.gather(k), layout.keys.gather(v)
-    rows = sum(group.documents * group.queries for group in layout.groups)
-    out_PNH, lse_PN = q.new_empty(rows, *q.shape[1:]), q.new_empty(rows, q.shape[1], dtype=wide)
-    for group, documents in slices(layout, q, task):
-        heads = Heads(group, documents, q.shape[1] // k.shape[1])
-        q_4, k_4, v_4 = heads.queries(q_PNH), heads.keys(k_PMH), heads.keys(v_PMH)
+    out, lse = layout.queries.allocate(q), layout.queries.allocate(q[..., :1].to(wide))
+    attend_groups(layout.in_place, (q, k, v), (out, lse), task)
+    if layout.gathered:
+        rows = layout.queries.gather(q), layout.keys.gather(k), layout.keys.gather(v)
+        made = torch.empty_like(rows[0]), rows[0].new_empty(*rows[0].shape[:2], 1, dtype=wide)
+        attend_groups(layout.gathered, rows, made, task)
+        for of_rows, of_tokens in zip(made, (out, lse), strict=True):
+            of_tokens.index_copy_(0, layout.queries.target_P, of_rows)
+    return out[:-1], lse[:-1, :, 0]
+
+
+def attend_groups(
+    groups: Iterable[Group],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    made: tuple[Tensor, Tensor],
+    task: Task,
+) -> None:
+    """Write mixed values [rows, N, H] and logarithms of sums [rows, N, 1] of groups of rows."""
+    (q_RNH, k_RMH, v_RMH), (out_RNH, lse_RN1) = qkv, made
+    for group, documents in slices(groups, q_RNH.shape[1], task):
+        heads = Heads(group, documents, q_RNH.shape[1] // k_RMH.shape[1])
+        q_4, k_4, v_4 = heads.queries(q_RNH), heads.keys(k_RMH), heads.keys(v_RMH)
         for block in blocks(group, task):
             queries, keys = block
             out, lse = attend_block(
                 q_4[:, :, queries], k_4[:, :, keys], v_4[:, :, keys], task, heads, block
             )
-            heads.write(out_PNH, out, queries)
-            heads.write(lse_PN[..., None], lse[..., None], queries)
-    return layout.queries.scatter(out_PNH), layout.queries.scatter(lse_PN)
+            heads.write(out_RNH, out, queries)
+            heads.write(lse_RN1, lse[..., None], queries)
 
 
 def backward(
@@ -281,18 +326,40 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values; see `forward`."""
     layout = find_layout(task, q.device)
-    grad_PNH = layout.queries.gather(grad, zero_padding=True)
-    q_PNH, out_PNH, lse_PN = (layout.queries.gather(t) for t in (q, out, lse))
-    k_PMH, v_PMH = layout.keys.gather(k), layout.keys.gather(v)
-    dq_PNH = torch.empty_like(q_PNH, memory_format=torch.contiguous_format)
-    dk_PMH, dv_PMH = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k_PMH, v_PMH)
-    )
-    for group, documents in slices(layout, q, task):
-        heads = Heads(group, documents, q.shape[1] // k.shape[1])
-        k_4, v_4 = heads.keys(k_PMH), heads.keys(v_PMH)
-        of_queries = [heads.queries(t) for t in (grad_PNH, q_PNH, out_PNH)]
-        lse_4 = heads.queries(lse_PN[..., None])[..., 0]
+    queries, keys = layout.queries, layout.keys
+    read = grad, q, k, v, out, lse[..., None]
+    made = queries.allocate(q), keys.allocate(k), keys.allocate(v)
+    differentiate_groups(layout.in_place, read, made, task)
+    if layout.gathered:
+        rows = (
+            queries.gather(grad, zero_padding=True), queries.gather(q), keys.gather(k),
+            keys.gather(v), queries.gather(out), queries.gather(read[-1]),
+        )  # fmt: skip
+        of_rows = tuple(map(torch.empty_like, rows[1:4]))
+        differentiate_groups(layout.gathered, rows, of_rows, task)
+        for order, x, of_tokens in zip((queries, keys, keys), of_rows, made, strict=True):
+            of_tokens.index_copy_(0, order.target_P, x)
+    return made[0][:-1], made[1][:-1], made[2][:-1]
+
+
+def differentiate_groups(
+    groups: Iterable[Group], read: Sequence[Tensor], made: Sequence[Tensor], task: Task
+) -> None:
+    """Write the gradients of queries, keys and values of groups of rows.
+
+    Args:
+        groups: what is differentiated.
+        read: gradient, queries, keys, values, mixed values, logarithms of sums [rows, N, 1].
+        made: gradients of queries, keys and values.
+        task: the other arguments.
+    """
+    grad_RNH, q_RNH, k_RMH, v_RMH, out_RNH, lse_RN1 = read
+    dq_RNH, dk_RMH, dv_RMH = made
+    for group, documents in slices(groups, q_RNH.shape[1], task):
+        heads = Heads(group, documents, q_RNH.shape[1] // k_RMH.shape[1])
+        k_4, v_4 = heads.keys(k_RMH), heads.keys(v_RMH)
+        of_queries = [heads.queries(t) for t in (grad_RNH, q_RNH, out_RNH)]
+        lse_4 = heads.queries(lse_RN1)[..., 0]
         dk_4: Tensor | None = None
         dv_4: Tensor | None = None
         for block in blocks(group, task):
@@ -302,7 +369,7 @@ def backward(
                 grad_4, q_4, k_4[:, :, keys], v_4[:, :, keys], out_4, lse_4[:, :, queries],
                 task, heads, block,
             )  # fmt: skip
-            heads.write(dq_PNH, dq, queries)
+            heads.write(dq_RNH, dq, queries)
             if dk_4 is None and keys == slice(0, group.keys):
                 dk_4, dv_4 = dk, dv
                 continue
@@ -312,9 +379,8 @@ def backward(
             dk_4[:, :, keys] += dk
             dv_4[:, :, keys] += dv
         assert dk_4 is not None and dv_4 is not None
-        heads.write_keys(dk_PMH, dk_4)
-        heads.write_keys(dv_PMH, dv_4)
-    return layout.queries.scatter(dq_PNH), layout.keys.scatter(dk_PMH), layout.keys.scatter(dv_PMH)
+        heads.write_keys(dk_RMH, dk_4)
+        heads.write_keys(dv_RMH, dv_4)
 
 
 @dataclass(frozen=True)
@@ -331,9 +397,9 @@ class Heads:
     shared: int
     """G."""
 
-    def split(self, x_PNH: Tensor, rows: slice) -> Tensor:
+    def split(self, x_RNH: Tensor, rows: slice) -> Tensor:
         """Return the group's documents, [U, rows, N, H]."""
-        documents: Tensor = x_PNH[rows].unflatten(0, (self.group.documents, -1))
+        documents: Tensor = x_RNH[rows].unflatten(0, (self.group.documents, -1))
         return documents[self.documents]
 
     def queries(self, x_PNH: Tensor) -> Tensor:
@@ -396,12 +462,12 @@ def blocks(group: Group, task: Task) -> Iterator[Block]:
         yield slice(first, last), slice(low, last if task.causal else group.keys)
 
 
-def slices(layout: Layout, q: Tensor, task: Task) -> Iterator[tuple[Group, slice]]:
+def slices(groups: Iterable[Group], heads: int, task: Task) -> Iterator[tuple[Group, slice]]:
     """Yield groups, cut into few documents at a time where scores of blocks exist."""
-    for group in layout.groups:
+    for group in groups:
         most = group.documents
         if is_blocked(group, task):
-            per_document = q.shape[1] * min(block_size(group, task), group.queries) * group.keys
+            per_document = heads * min(block_size(group, task), group.queries) * group.keys
             most = max(1, BLOCK_ELEMENTS // per_document)
         for first in range(0, group.documents, most):
             yield group, slice(first, min(first + most, group.documents))
@@ -465,7 +531,7 @@ def differentiate_block(
         plain = not is_blocked(heads.group, task)
         bias = None if plain else bias_block(task, heads, block, q)
         dtype = q.dtype
-        if max(q.shape[-2], k.shape[-2]) <= LONG:
+        if max(q.shape[-2], k.shape[-2]) <= WIDE:
             # The backward kernel of bf16 packs its operands anew for each document: of up to 128
             # tokens it takes 1.3 to 9 times as long as the one of fp32.
             wide = torch.promote_types(dtype, torch.float32)
