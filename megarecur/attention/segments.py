@@ -315,7 +315,7 @@ def attend_groups(
         for block in blocks(group, task):
             queries, keys = block
             out, lse = attend_block(
-                q_4[:, :, queries], k_4[:, :, keys], v_4[:, :, keys], task, heads, block
+                cut(q_4, 2, queries), cut(k_4, 2, keys), cut(v_4, 2, keys), task, heads, block
             )
             heads.write(out_RNH, out, queries)
             heads.write(lse_RN1, lse[..., None], queries)
@@ -364,9 +364,9 @@ def differentiate_groups(
         dv_4: Tensor | None = None
         for block in blocks(group, task):
             queries, keys = block
-            grad_4, q_4, out_4 = (t[:, :, queries] for t in of_queries)
+            grad_4, q_4, out_4 = (cut(t, 2, queries) for t in of_queries)
             dq, dk, dv = differentiate_block(
-                grad_4, q_4, k_4[:, :, keys], v_4[:, :, keys], out_4, lse_4[:, :, queries],
+                grad_4, q_4, cut(k_4, 2, keys), cut(v_4, 2, keys), out_4, cut(lse_4, 2, queries),
                 task, heads, block,
             )  # fmt: skip
             heads.write(dq_RNH, dq, queries)
@@ -398,9 +398,15 @@ class Heads:
     """G."""
 
     def split(self, x_RNH: Tensor, rows: slice) -> Tensor:
-        """Return the group's documents, [U, rows, N, H]."""
-        documents: Tensor = x_RNH[rows].unflatten(0, (self.group.documents, -1))
-        return documents[self.documents]
+        """Return the documents that are processed, [U, rows, N, H], as one view: of short documents
+        there are many."""
+        length, row = (rows.stop - rows.start) // self.group.documents, x_RNH.stride(0)
+        first, last = self.documents.start, self.documents.stop
+        return x_RNH.as_strided(
+            (last - first, length, *x_RNH.shape[1:]),
+            (length * row, *x_RNH.stride()),
+            x_RNH.storage_offset() + (rows.start + first * length) * row,
+        )
 
     def queries(self, x_PNH: Tensor) -> Tensor:
         """Return [U, N, L, H], or [G, U M, L, H] if query heads share key heads."""
@@ -417,7 +423,7 @@ class Heads:
 
     def write(self, rows_PNH: Tensor, x: Tensor, queries: slice) -> None:
         """Write a block of queries, as `queries` returns it, to its rows."""
-        target = self.split(rows_PNH, self.group.query_rows)[:, queries]
+        target = cut(self.split(rows_PNH, self.group.query_rows), 1, queries)
         if self.shared == 1:
             target.copy_(x.transpose(1, 2))
             return
@@ -430,6 +436,12 @@ class Heads:
         if self.shared > 1:
             x = x.sum(0).unflatten(0, (target.shape[0], -1))
         target.copy_(x.transpose(1, 2))
+
+
+def cut(x: Tensor, dim: int, rows: slice) -> Tensor:
+    """Return the rows of a dimension; `x` itself if that is all, as it is in most calls."""
+    length = rows.stop - rows.start
+    return x if length == x.shape[dim] else x.narrow(dim, rows.start, length)
 
 
 Block = tuple[slice, slice]
