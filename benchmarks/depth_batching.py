@@ -1,8 +1,9 @@
 """Throughput of continuous depth-wise batching beside the table of Bae et al. 2025 (Relaxed
 Recursive Transformers, appendix K), with the costs that the paper leaves out.
 
-    OMP_NUM_THREADS=1 python benchmarks/depth_batching.py TEXT [--steps 200] [--requests 32]
-        [--prompt 128] [--new 256] [--one-by-one 4] [--processes 1] [--out PICTURE]
+    OMP_NUM_THREADS=1 python benchmarks/depth_batching.py TEXT [--steps 1000] [--lr 1e-3]
+        [--requests 32] [--prompt 128] [--new 256] [--one-by-one 4] [--processes 1]
+        [--models FOLDER] [--out PICTURE]
 
 TEXT is a file of text, plain or .xz; its bytes are the tokens, and its last 5 % are validation
 data. A dense model of 8 layers and folded ones of 4 blocks that run twice, with adapters of rank 0,
@@ -13,7 +14,8 @@ likeliest token has a probability at which half of the validation tokens exit. T
 exits by an oracle, and counts the time of blocks alone; here everything counts, and the shares of
 filling skipped keys and values and of the head with the exit rule are printed. Speeds are tokens
 per second of CPU time, which neighbours on a busy machine disturb less than wall time; with
-several processes, models are measured at the same time.
+several processes, models are measured at the same time. `--models` keeps trained weights in a
+folder, and trains only models that it lacks.
 
 Quality is the loss of validation tokens, of which those that exit are scored after the first loop;
 all of them see the keys and values of both loops.
@@ -101,8 +103,8 @@ def cut_batch(text_N: Tensor, begins: Sequence[int]) -> MicroBatch:
                       torch.zeros_like(samples_B), True)  # fmt: skip
 
 
-def train(model: Transformer, text_N: Tensor, steps: int) -> None:
-    """Train a model for some steps of 4 windows."""
+def train(model: Transformer, text_N: Tensor, steps: int, lr: float) -> None:
+    """Train a model for some steps of 4 windows, with a highest learning rate of `lr`."""
     engine = PlainEngine(model, model.config, Mesh())
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
@@ -115,7 +117,7 @@ def train(model: Transformer, text_N: Tensor, steps: int) -> None:
         terms = model.loss(x, batch, exits)
         engine.backward(sum(t.total * t.weight for t in terms.values()) / batch.tokens_BS.numel())
         # Warm up, then decay to a tenth.
-        engine.step(3e-3 * min(1.0, (step + 1) / 20) * (1.0 - 0.9 * step / steps))
+        engine.step(lr * min(1.0, (step + 1) / 20) * (1.0 - 0.9 * step / steps))
 
 
 @torch.inference_mode()
@@ -208,7 +210,14 @@ def measure(rank: int | None, options: argparse.Namespace) -> list[Row]:
     if rank is None:
         recurrence = {"kind": "dense", "num_layers": 8}
     model = build(recurrence, rank or 0, exits=rank is not None)
-    train(model, text_N[:cut], options.steps)
+    file = None if options.models is None else options.models / f"{rank}.pt"
+    if file is not None and file.exists():
+        model.load_state_dict(torch.load(file))
+    else:
+        train(model, text_N[:cut], options.steps, options.lr)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), file)
     log_p, highest = score(model, kept_N)
     bound = float(highest[0].median())
     by_rule = torch.where(highest[0] >= bound, log_p[0], log_p[-1])
@@ -240,9 +249,11 @@ def main() -> None:
     """Measure all models, print a table and write a picture."""
     parser = argparse.ArgumentParser()
     parser.add_argument("text", type=Path)
-    for name, default in (("steps", 200), ("requests", 32), ("prompt", 128), ("new", 256),
+    for name, default in (("steps", 1000), ("requests", 32), ("prompt", 128), ("new", 256),
                           ("one-by-one", 4), ("processes", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--models", type=Path)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/pictures/depth_batching.png"))
     options = parser.parse_args()
     work = partial(measure, options=options)

@@ -46,7 +46,9 @@ from megarecur.config.run import Config
 from megarecur.data.loader import MicroBatch
 from megarecur.data.torchvision_stub import make_torchvision_importable
 from megarecur.inference.cache import Cache
+from megarecur.inference.engine import Engine
 from megarecur.inference.generate import next_logits
+from megarecur.inference.request import Request, count_pages
 from megarecur.model.transformer import Transformer
 from megarecur.parallel.linear import Weight
 from megarecur.parallel.mesh import Mesh
@@ -402,7 +404,8 @@ def measure_weight_gradients(shapes: Shapes) -> Iterator[Row]:
 
 
 def measure_decoding(shapes: Shapes) -> Iterator[Row]:
-    """Yield tokens per second of greedy decoding with the cache."""
+    """Yield tokens per second of greedy decoding, with the cache, and with the engine without and
+    with CUDA graphs."""
     config = make_config(shapes)
     model, mesh = Transformer(config, DEVICE), Mesh(device=DEVICE)
     scheduled = Schedules(config).forward(None)
@@ -427,7 +430,26 @@ def measure_decoding(shapes: Shapes) -> Iterator[Row]:
                 logits = next_logits(model, mesh, scheduled, token, cache, 0, samples)
             wait()
             row["new tokens/s"] = round(batch * shapes.new / (time.perf_counter() - began))
+        for name, cuda_graphs in (("engine", False), ("engine, CUDA graphs", True)):
+            with fallible(row):
+                row[f"{name}: new tokens/s"] = round(serve(model, shapes, batch, cuda_graphs))
         yield row
+
+
+def serve(model: Transformer, shapes: Shapes, batch: int, cuda_graphs: bool) -> float:
+    """Return new tokens per second of the engine, after a round that warms up and captures."""
+    pages = batch * count_pages(shapes.new, 16)
+    engine = Engine(model, num_pages=pages, max_texts=batch, cuda_graphs=cuda_graphs)
+    seconds = 0.0
+    for _ in range(2):
+        wait()
+        began = time.perf_counter()
+        for number in range(batch):
+            engine.submit(Request(tokens=(number,), max_new_tokens=shapes.new, temperature=0.0))
+        engine.run()
+        wait()
+        seconds = time.perf_counter() - began
+    return batch * shapes.new / seconds
 
 
 # ------------------------------------------------------------------------------ other programs

@@ -8,7 +8,7 @@ blocks runs 4 loops; weights are random, which costs the same time as trained on
 Compared, with sides that alternate: one request with `generate`, with Hugging Face's `generate` of
 a Llama of 8 layers of the same width, and with the engine; 16 requests one by one and at once; 16
 requests at once with exits at a mean of 2 loops, for both rules that fill the skipped keys and
-values; `--waves` times as many in 16 places without exits and with exits after 1 to 3 loops, so
+values; `--waves` times as many as `--places` in so many places without exits and with exits after 1 to 3 loops, so
 that places of requests that end early do not stay empty; and one request with and without a draft
 whose proposals are all accepted (later loops add nothing). Every text is checked against `generate`
 in fp32, and the share of equal tokens is printed. `--sides` selects rows by number.
@@ -33,6 +33,7 @@ from megarecur.model.transformer import Transformer
 from megarecur.plan.schedule import Schedules
 
 VOCABULARY, LOOPS, REQUESTS, PAGE = 2048, 4, 16, 16
+"""Sizes of the model and of the sides without `--places`."""
 
 
 def build(hidden: int, is_idle: bool = False) -> Transformer:
@@ -125,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name, default in (
         ("hidden", 256), ("rounds", 3), ("new", 96), ("prompt", 24), ("waves", 3),
+        ("places", 16),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sides", help="numbers of rows, such as 0,1,2 (default: all)")
@@ -162,12 +164,13 @@ def main() -> None:
     first = requests[:1]
     drafting = [replace(first[0], draft=Draft(1, 4))]
     many = [
-        replace(request, tokens=request.tokens[turn:])
-        for turn in range(options.waves)
-        for request in requests
+        replace(first[0], tokens=tuple(prompt))
+        for prompt in torch.randint(
+            VOCABULARY, (options.waves * options.places, options.prompt)
+        ).tolist()
     ]
     mixed = (2, 1, 3, 2)
-    places = f"{len(many)} in {REQUESTS} places"
+    places = f"{len(many)} in {options.places} places"
     sides: dict[str, Callable[[], Callable[[], list[list[int]]]]] = {
         "generate, one request": lambda: lambda: [plain(first[0])],
         "Hugging Face, one request": lambda: prepare_llama(model, first[0]),
@@ -177,14 +180,14 @@ def main() -> None:
         "at once, all exit at 2, fill state": lambda: prepare(model, exiting("state")),
         "at once, all exit at 2, fill share": lambda: prepare(model, exiting("share")),
         "at once, exits at 1 to 3, fill state": lambda: prepare(model, exiting("state", mixed)),
-        places: lambda: prepare(model, many, max_texts=16),
+        places: lambda: prepare(model, many, max_texts=options.places),
         f"{places}, exits at 1 to 3": lambda: prepare(
             model,
             [
                 replace(request, exit=Exit("loop", mixed[i % 4], "state"))
                 for i, request in enumerate(many)
             ],
-            max_texts=16,
+            max_texts=options.places,
         ),
         "idle loops, one request": lambda: prepare(idle, first),
         "idle loops, one request, draft": lambda: prepare(idle, drafting),

@@ -788,6 +788,9 @@ def serve(
     max_depth: Annotated[
         int | None, typer.Option(help="Max loops of a request (default: the most of training).")
     ] = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="On a GPU, capture decode passes as CUDA graphs.")
+    ] = True,
 ) -> None:
     """Serve a run over HTTP, by OpenAI's completions API."""
     from megarecur.serving.service import Limits
@@ -796,7 +799,7 @@ def serve(
 
     options = ServeOptions(
         host, port, step, device, pages, max_texts, max_depth,
-        Limits(max_queue, max_body, max_new_tokens),
+        Limits(max_queue, max_body, max_new_tokens), cuda_graphs,
     )  # fmt: skip
     if code := serve_run(run, options, lambda line: say(line, flush=True)):
         raise typer.Exit(code)

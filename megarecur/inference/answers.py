@@ -153,9 +153,10 @@ class Answers:
         if isinstance(recurrence, Looped):
             usual = default_depth(recurrence).num_loops
             loops = max((request.num_loops or usual for request, _ in asked), default=usual)
+        # An engine of training may move weights between calls, and captures cost memory.
         return Engine(
             self.model, num_pages=TEXTS * count_pages(most, PAGE), page_size=PAGE,
-            max_texts=TEXTS, max_loops=loops, missing_ids=self._missing_ids(),
+            max_texts=TEXTS, max_loops=loops, missing_ids=self._missing_ids(), cuda_graphs=False,
         )  # fmt: skip
 
     def _continue_alone(self, engine: Engine, asked: Asked, advance: Advance) -> list[str]:

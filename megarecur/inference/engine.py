@@ -33,6 +33,7 @@ from megarecur.config.recurrence import Looped
 from megarecur.errors import ConfigError
 from megarecur.inference.early import Kind, decide_exits
 from megarecur.inference.generate import check_options, choose
+from megarecur.inference.graphs import CudaCapture, Graphs
 from megarecur.inference.passes import Item, Passes
 from megarecur.inference.plain import PlainTexts
 from megarecur.inference.request import (
@@ -68,6 +69,8 @@ class Engine:
         max_rows: maximum tokens of all texts in one pass.
         max_loops: most loops of a request, if the scheme has loops; None: the trained number.
         missing_ids: ids never chosen: rows of the vocabulary without a piece of the tokenizer.
+        cuda_graphs: on CUDA, capture passes with one row per text, and replay them (`graphs`).
+            Without effect on other devices and with tensor parallelism.
 
     Raises:
         ConfigError: sizes below 1, a model that continues no text, or a part of a pipeline.
@@ -84,6 +87,7 @@ class Engine:
         max_rows: int = 512,
         max_loops: int | None = None,
         missing_ids: Collection[int] = (),
+        cuda_graphs: bool = True,
     ) -> None:
         config = model.config
         sizes = {"num_pages": num_pages, "page_size": page_size, "max_texts": max_texts,
@@ -113,6 +117,8 @@ class Engine:
         if config.halting is None and config.temporal is None and not self.refuse_model():
             steps = layer_map(config.recurrence, self.max_loops)
             self.passes = Passes(model, steps, num_pages, page_size)
+            if cuda_graphs and self.passes.device.type == "cuda" and model.tp.size == 1:
+                self.passes.graphs = Graphs(self.passes, steps, max_texts, CudaCapture())
             self.scheduler = Scheduler(self.passes.pool, max_texts, max_rows)
 
     @property

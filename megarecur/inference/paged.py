@@ -96,6 +96,10 @@ class Rows:
         self.found: dict[int, Tensor] = {}
         """Places of the rows by block."""
 
+    def loop_numbers(self) -> Tensor:
+        """Return the loop of each row, [T]."""
+        return torch.tensor(self.loops, device=self.positions_T.device)[self.texts_T]
+
     def _make_buckets(self, counts: Sequence[int]) -> list[Bucket]:
         sizes = dict.fromkeys(counts)
         if len(sizes) == 1:
@@ -133,8 +137,9 @@ class Rows:
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
             mask.masked_fill_(hidden, float("-inf"))
             if self.slopes_N is not None:
-                bias = [alibi_bias(self.slopes_N, places_S, keys_K) for places_S in places_BS]
-                mask = mask + torch.cat(bias).to(dtype)
+                bias_NRK = alibi_bias(self.slopes_N, places_BS.flatten(), keys_K)[0]
+                bias = bias_NRK.view(-1, *places_BS.shape, len(keys_K)).transpose(0, 1)
+                mask = mask + bias.to(dtype)
             bucket.masks[key] = mask
         return bucket.masks[key]
 

@@ -41,12 +41,13 @@ class PagePool:
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
         # Zeros, because attention multiplies what it masks: NaN times zero would spread.
-        shape = (num_steps * num_pages, page_size, num_heads, head_dim)
+        shape = (num_steps * num_pages + 1, page_size, num_heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        """[steps pages, P, N, H]; page i of step s has index s pages + i."""
+        """[steps pages + 1, P, N, H]; page i of step s has index s pages + i. The last page belongs
+        to no text: padded rows write to it (`graphs`)."""
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = self.keys.flatten(0, 1), self.values.flatten(0, 1)
-        """Keys and values by place, [steps pages P, N, H]; place i of step s has index
+        """Keys and values by place, [(steps pages + 1) P, N, H]; place i of step s has index
         s num_slots + i."""
         self.free = list(range(num_pages))[::-1]
         """Pages without contents."""

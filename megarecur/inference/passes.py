@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -94,6 +94,16 @@ class Batch:
     """The hidden states of the items after their last pass together."""
 
 
+class Replays(Protocol):
+    """Interface of passes that are captured once and replayed (`graphs.Graphs`)."""
+
+    def accepts(self, items: Sequence[Item]) -> bool:
+        """Return True if the next visit of these items can be replayed."""
+
+    def run(self, items: Sequence[Item]) -> None:
+        """Run the next visit of items, all of one group, and advance them."""
+
+
 class Passes:
     """The model as the engine runs it.
 
@@ -134,10 +144,20 @@ class Passes:
         self.last: Batch | None = None
         """The last batch."""
         self.adapters: dict[tuple[int, tuple[int, ...]], tuple[MixedAdapter, list[int]]] = {}
+        self.graphs: Replays | None = None
+        """Passes that are replayed, if there are any."""
 
     @torch.inference_mode()
     def run(self, items: Sequence[Item]) -> None:
         """Run the next visit of items, all of one group, and advance them."""
+        if self.graphs is not None and self.graphs.accepts(items):
+            self.last = None  # The states after the last eager pass get out of date.
+            self.graphs.run(items)
+        else:
+            self.run_eagerly(items)
+
+    def run_eagerly(self, items: Sequence[Item]) -> None:
+        """Run the next visit of items without graphs; see `run`."""
         batch = self.batch(items)
         x_1TD = self.states(batch)
         with self.model.tp.whole_sequences():
@@ -161,13 +181,19 @@ class Passes:
         fresh = [item for item in batch.items if item.x_SD is None]
         if len(fresh) == len(batch.items):
             return self.embed(fresh, batch.ctx)
+        return self.join_states(batch.items)
+
+    def join_states(self, items: Sequence[Item]) -> Tensor:
+        """Return the hidden states [1, T, D] that enter the next visit of items. Items without one
+        are embedded."""
+        fresh = [item for item in items if item.x_SD is None]
         if fresh:
             positions = torch.tensor([[p for item in fresh for p in item.positions]])
             ctx = self.context(positions.to(self.device), 0, 0, None)
             split = self.embed(fresh, ctx)[0].split([len(item.tokens) for item in fresh])
             for item, x_SD in zip(fresh, split, strict=True):
                 item.x_SD = x_SD
-        return torch.cat([cast(Tensor, item.x_SD) for item in batch.items])[None]
+        return torch.cat([cast(Tensor, item.x_SD) for item in items])[None]
 
     @torch.inference_mode()
     def fill_from_state(self, skipped: Mapping[Item, Sequence[int]]) -> None:
@@ -196,7 +222,8 @@ class Passes:
         with self.model.tp.whole_sequences():
             for place, block in enumerate(blocks):
                 steps = [visit.steps[place] for visit in entered]
-                u_1TD = self.inject(batch, block, steps, x_1TD)
+                u_1TD = self.inject(batch.items, batch.counts, block, steps, x_1TD)
+                u_1TD = add_levels(u_1TD, batch.levels_1TD)
                 adapter = self.adapter(block, steps, batch.counts)
                 block.remember_entered(u_1TD, views[block.slides], steps[0], adapter)
 
@@ -251,8 +278,7 @@ class Passes:
             return None
         size, layout = self.shape.hidden_size, self.shape.sinusoid_layout
         of_positions = sinusoidal(rows.positions_T[None], size, self.wide, layout)
-        levels_1T = torch.tensor(rows.loops, device=self.device)[rows.texts_T][None]
-        return of_positions + sinusoidal(levels_1T, size, self.wide, layout)
+        return of_positions + sinusoidal(rows.loop_numbers()[None], size, self.wide, layout)
 
     def context(
         self,
@@ -267,19 +293,27 @@ class Passes:
         positions = Positions(samples_1, positions_1T, tp=self.model.tp)
         view, sliding = AttentionView(Visibility(), None), None
         if rows is not None:
-            turned = self.rotate(positions_1T, rows.last, lengths_1T)
-            of_keys = None
-            if self.shape.positions == "xpos" and turned is not None:
-                (cos, sin), base = turned, self.shape.xpos_scale_base
-                scale = decay(positions_1T, self.shape.rotary_dims, base, self.wide)
-                turned, of_keys = (cos * scale, sin * scale), (cos / scale, sin / scale)
-            view = AttentionView(Visibility(), turned, of_keys, pages=rows.see(None))
-            if self.shape.sliding_window is not None:
-                sliding = replace(view, pages=rows.see(self.shape.sliding_window))
-            if self.shape.rope_theta_local is not None:
-                local = self.rotate(positions_1T, rows.last, lengths_1T, local=True)
-                sliding = replace(sliding or view, rotation=local)
+            view, sliding = self.views(positions_1T, rows, lengths_1T)
         return Context(view, positions, DropoutKeys(seed, 0, False), Recorder(), sliding)
+
+    def views(
+        self, positions_1T: Tensor, rows: Rows, lengths_1T: Tensor | None
+    ) -> tuple[AttentionView, AttentionView | None]:
+        """Return the views of blocks without a sliding window, and of those with one if it differs;
+        see `context`."""
+        turned = self.rotate(positions_1T, rows.last, lengths_1T)
+        of_keys = None
+        if self.shape.positions == "xpos" and turned is not None:
+            (cos, sin), base = turned, self.shape.xpos_scale_base
+            scale = decay(positions_1T, self.shape.rotary_dims, base, self.wide)
+            turned, of_keys = (cos * scale, sin * scale), (cos / scale, sin / scale)
+        view, sliding = AttentionView(Visibility(), turned, of_keys, pages=rows.see(None)), None
+        if self.shape.sliding_window is not None:
+            sliding = replace(view, pages=rows.see(self.shape.sliding_window))
+        if self.shape.rope_theta_local is not None:
+            local = self.rotate(positions_1T, rows.last, lengths_1T, local=True)
+            sliding = replace(sliding or view, rotation=local)
+        return view, sliding
 
     def rotate(
         self, positions_1T: Tensor, last: int, lengths_1T: Tensor | None, local: bool = False
@@ -298,22 +332,37 @@ class Passes:
 
     def enter(self, batch: Batch, block: Block, steps: Sequence[Step], x: Tensor) -> Tensor:
         """Return the input of a block, [1, T, D]; see `Runner.forward`."""
-        marked = any(step.normalize or step.reads or step.writes for step in steps)
-        if not marked and batch.levels_1TD is None:
+        x = self.combine(batch.items, batch.counts, block, steps, x)
+        return add_levels(x, batch.levels_1TD)
+
+    def combine(
+        self,
+        items: Sequence[Item],
+        counts: Sequence[int],
+        block: Block,
+        steps: Sequence[Step],
+        x: Tensor,
+    ) -> Tensor:
+        """Return rows [1, T, D] after what their steps do before a block, except for encodings of
+        levels: normalize them, keep them for later steps, begin a core, inject kept values.
+
+        Args:
+            counts: rows of each item.
+        """
+        if not any(is_marked(step) for step in steps):
             return x
         normalized = [step.normalize for step in steps]
         if any(normalized):
             norm = self.model.final_norm
             assert norm is not None
-            x = apply_to(batch, normalized, x, lambda rows, _: norm(rows))
-        parts = x[0].split(batch.counts)
-        for item, step, part in zip(batch.items, steps, parts, strict=True):
+            x = apply_to(items, counts, normalized, x, lambda rows, _: norm(rows))
+        for item, step, part in zip(items, steps, x[0].split(list(counts)), strict=True):
             for name in step.kept:
                 item.reads[name] = part
         begins = [step.begins_core for step in steps]
         if any(begins):
-            x = apply_to(batch, begins, x, self.begin_core)
-        return self.inject(batch, block, steps, x)
+            x = apply_to(items, counts, begins, x, self.begin_core)
+        return self.inject(items, counts, block, steps, x)
 
     def begin_core(self, x_1TD: Tensor, items: Sequence[Item]) -> Tensor:
         """Return the initial state of a core for the rows of items; see `Runner.initial_state`."""
@@ -326,18 +375,25 @@ class Passes:
             parts.append(self.runner.initial_state(part, ctx))
         return torch.cat(parts, 1)
 
-    def inject(self, batch: Batch, block: Block, steps: Sequence[Step], x: Tensor) -> Tensor:
-        """Return rows [1, T, D] with the values that steps read, and encodings of levels."""
+    def inject(
+        self,
+        items: Sequence[Item],
+        counts: Sequence[int],
+        block: Block,
+        steps: Sequence[Step],
+        x: Tensor,
+    ) -> Tensor:
+        """Return rows [1, T, D] with the values that steps read."""
         injects = [step.injected is not None for step in steps]
-        if any(injects):
-            names = {id(item): step.injected for item, step in zip(batch.items, steps, strict=True)}
+        if not any(injects):
+            return x
+        names = {id(item): step.injected for item, step in zip(items, steps, strict=True)}
 
-            def add(rows: Tensor, items: Sequence[Item]) -> Tensor:
-                read = [item.reads[cast(str, names[id(item)])] for item in items]
-                return block.inject(rows, torch.cat(read)[None])
+        def add(rows: Tensor, items: Sequence[Item]) -> Tensor:
+            read = [item.reads[cast(str, names[id(item)])] for item in items]
+            return block.inject(rows, torch.cat(read)[None])
 
-            x = apply_to(batch, injects, x, add)
-        return x if batch.levels_1TD is None else x + batch.levels_1TD.to(x.dtype)
+        return apply_to(items, counts, injects, x, add)
 
     def adapter(self, block: Block, steps: Sequence[Step], counts: Sequence[int]) -> Adapter | None:
         """Return the adapters of rows sorted by loop, if loops have adapters."""
@@ -373,8 +429,19 @@ def find_last_loop(item: Item, block: int) -> int:
     )
 
 
+def is_marked(step: Step) -> bool:
+    """Return True if a step does something before its block."""
+    return bool(step.normalize or step.reads or step.writes)
+
+
+def add_levels(x_1TD: Tensor, levels_1TD: Tensor | None) -> Tensor:
+    """Return rows with the encodings of positions and levels, if there are any."""
+    return x_1TD if levels_1TD is None else x_1TD + levels_1TD.to(x_1TD.dtype)
+
+
 def apply_to(
-    batch: Batch,
+    items: Sequence[Item],
+    counts: Sequence[int],
     chosen: Sequence[bool],
     x_1TD: Tensor,
     function: Callable[[Tensor, Sequence[Item]], Tensor],
@@ -382,11 +449,11 @@ def apply_to(
     """Apply a function of rows and their items to the rows of chosen items; others stay as they
     are."""
     if all(chosen):
-        return function(x_1TD, batch.items)
-    parts = list(x_1TD.split(batch.counts, 1))
-    items = [item for item, is_chosen in zip(batch.items, chosen, strict=True) if is_chosen]
+        return function(x_1TD, items)
+    parts = list(x_1TD.split(list(counts), 1))
+    owners = [item for item, is_chosen in zip(items, chosen, strict=True) if is_chosen]
     of_chosen = [part for part, is_chosen in zip(parts, chosen, strict=True) if is_chosen]
-    made = function(torch.cat(of_chosen, 1), items)
+    made = function(torch.cat(of_chosen, 1), owners)
     found = iter(made.split([part.shape[1] for part in of_chosen], 1))
     return torch.cat(
         [next(found) if is_chosen else part for part, is_chosen in zip(parts, chosen, strict=True)],

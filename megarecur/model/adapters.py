@@ -4,14 +4,20 @@ scales (Liu et al. 2020, Admin)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from megarecur.model.norm import build_head_norm, build_norm
-from megarecur.parallel.linear import LowRank, MakeParameter, MixedLowRank, product
+from megarecur.parallel.linear import (
+    LowRank,
+    MakeParameter,
+    MaskedLowRank,
+    MixedLowRank,
+    product,
+)
 from megarecur.parallel.regions import ALONE, TensorParallel
 from megarecur.recurrence.inventory import (
     HEAD_NORMS,
@@ -101,27 +107,51 @@ class MixedAdapter(Adapter):
     """
 
     def __init__(self, parts: Sequence[Adapter], counts: list[int]) -> None:
+        self._mix(
+            parts,
+            lambda deltas: MixedLowRank(deltas, counts),
+            lambda modules: MixedRows(modules, counts),
+        )
+
+    def _mix(
+        self,
+        parts: Sequence[Adapter],
+        mix_deltas: Callable[[Sequence[LowRank]], LowRank],
+        mix_modules: Callable[[Sequence[nn.Module]], nn.Module],
+    ) -> None:
         nn.Module.__init__(self)
         first = parts[0]
         self.reads_stream = first.reads_stream
 
-        def mix_deltas(found: Sequence[nn.Module]) -> LowRank:
-            return MixedLowRank([cast(LowRank, delta) for delta in found], counts)
+        def deltas_named(name: str) -> list[LowRank]:
+            return [cast(LowRank, part.deltas[name]) for part in parts]
 
-        self.deltas = nn.ModuleDict(
-            {name: mix_deltas([part.deltas[name] for part in parts]) for name in first.deltas}
-        )
+        self.deltas = nn.ModuleDict({n: mix_deltas(deltas_named(n)) for n in first.deltas})
         self.signal = None
         if first.signal is not None:
             self.signal = mix_deltas([cast(LowRank, part.signal) for part in parts])
         self.norms = nn.ModuleDict(
-            {name: MixedRows([part.norms[name] for part in parts], counts) for name in first.norms}
+            {name: mix_modules([part.norms[name] for part in parts]) for name in first.norms}
         )
         self.scales = nn.ModuleDict(
-            {
-                name: MixedRows([part.scales[name] for part in parts], counts)
-                for name in first.scales
-            }
+            {name: mix_modules([part.scales[name] for part in parts]) for name in first.scales}
+        )
+
+
+class MaskedAdapter(MixedAdapter):
+    """The adapters of several loops of a block, for one sample [1, T, ...] whose rows are in any
+    order; see `MaskedLowRank`.
+
+    Args:
+        parts: the adapter of each loop.
+        masks: the rows of each loop, [1, T, 1]; the caller may change the list between uses.
+    """
+
+    def __init__(self, parts: Sequence[Adapter], masks: list[Tensor]) -> None:
+        self._mix(
+            parts,
+            lambda deltas: MaskedLowRank(deltas, masks),
+            lambda modules: MaskedRows(modules, masks),
         )
 
 
@@ -137,6 +167,23 @@ class MixedRows(nn.Module):
         """Apply the module of each loop to its rows of the tensors, [1, T, ...] each."""
         rows = zip(*(tensor.split(self.counts, 1) for tensor in tensors), strict=True)
         return torch.cat([part(*own) for part, own in zip(self.parts, rows, strict=True)], 1)
+
+
+class MaskedRows(nn.Module):
+    """A module per loop for one sample [1, T, ...] whose rows are in any order; see
+    `MaskedAdapter`."""
+
+    def __init__(self, parts: Sequence[nn.Module], masks: list[Tensor]) -> None:
+        super().__init__()
+        self.parts, self.masks = list(parts), masks
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Apply the module of each loop to all rows of the tensors, [1, T, ...] each, and keep the
+        results of its own rows."""
+        out: Tensor = self.parts[0](*tensors)
+        for part, mask in zip(self.parts[1:], self.masks[1:], strict=True):
+            out = torch.where(mask.view(1, -1, *[1] * (out.dim() - 2)), part(*tensors), out)
+        return out
 
 
 def join(x: Tensor, branch: Tensor, adapter: Adapter | None, name: str) -> Tensor:

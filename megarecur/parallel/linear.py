@@ -619,6 +619,33 @@ class MixedLowRank(LowRank):
         return y_1TO
 
 
+class MaskedLowRank(MixedLowRank):
+    """Deltas of several loops for one sample [1, T, ...] whose rows are in any order. Each row is
+    multiplied with the factors of all loops, and those of other loops are masked, so shapes do not
+    depend on the loops, and one CUDA graph serves any of them.
+
+    Args:
+        deltas: the delta of each loop.
+        masks: the rows of each loop, [1, T, 1]; the caller may change the list between uses.
+    """
+
+    def __init__(self, deltas: Sequence[LowRank], masks: list[Tensor]) -> None:
+        super().__init__(deltas, [])
+        self.masks = masks
+
+    def add_to(
+        self, y_1TO: Tensor, x_1TI: Tensor, leave: Callable[[Tensor], Tensor] = lambda u: u
+    ) -> Tensor:
+        """Add the deltas of x to y, in place; see `MixedLowRank.add_to`."""
+        for delta, mask in zip(self.deltas, self.masks, strict=True):
+            u = leave(F.linear(x_1TI.to(delta.a.product_dtype), delta.a.value()))
+            u = torch.where(mask, delta.scaled(u), 0.0)
+            y_1TO += F.linear(u, delta.b.value()).to(y_1TO.dtype)
+            if delta.bias is not None:
+                y_1TO += torch.where(mask, delta.bias.to(y_1TO.dtype), 0.0)
+        return y_1TO
+
+
 class Linear(nn.Module):
     """A linear layer whose weight may be used any number of times per step.
 

@@ -36,6 +36,8 @@ class ServeOptions:
     max_depth: int | None = None
     """Most loops of a request; None: the most of training."""
     limits: Limits = field(default_factory=Limits)
+    cuda_graphs: bool = True
+    """On CUDA, capture decode passes as graphs."""
 
 
 def serve(run: Path, options: ServeOptions, announce: Callable[[str], None]) -> int:
@@ -81,6 +83,7 @@ def open_service(run: Path, options: ServeOptions) -> Service:
             max_texts=options.max_texts,
             max_loops=find_deepest(config, options.max_depth),
             missing_ids=tokenizer.missing_ids(config.model.vocab_size or 0),
+            cuda_graphs=options.cuda_graphs,
         )
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0]

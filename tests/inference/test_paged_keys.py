@@ -138,7 +138,7 @@ def test_copies_between_loops() -> None:
     FilledRows(rows, [[1], [2]]).copy(0, [0, 0])
     # Page 1 holds positions 2 and 3 of the first text, page 3 those of the second.
     assert pool.keys[4:8].flatten().tolist() == [0, 0, 2, 0, 0, 0, 0, 0]
-    assert pool.values[8:].flatten().tolist() == [0, 0, 0, 0, 0, 0, -6, -7]
+    assert pool.values[8:12].flatten().tolist() == [0, 0, 0, 0, 0, 0, -6, -7]
     FilledRows(rows, [[2], [1, 2]]).copy(0, [0, 0])
     assert pool.keys[4:8].flatten().tolist() == [0, 0, 2, 0, 0, 0, 6, 7]
-    assert pool.keys[8:].flatten().tolist() == [0, 0, 2, 0, 0, 0, 6, 7]
+    assert pool.keys[8:12].flatten().tolist() == [0, 0, 2, 0, 0, 0, 6, 7]
