@@ -639,10 +639,10 @@ class MaskedLowRank(MixedLowRank):
         """Add the deltas of x to y, in place; see `MixedLowRank.add_to`."""
         for delta, mask in zip(self.deltas, self.masks, strict=True):
             u = leave(F.linear(x_1TI.to(delta.a.product_dtype), delta.a.value()))
-            u = torch.where(mask, delta.scaled(u), 0.0)
+            u = delta.scaled(u).masked_fill(~mask, 0.0)
             y_1TO += F.linear(u, delta.b.value()).to(y_1TO.dtype)
             if delta.bias is not None:
-                y_1TO += torch.where(mask, delta.bias.to(y_1TO.dtype), 0.0)
+                y_1TO += delta.bias.to(y_1TO.dtype) * mask
         return y_1TO
 
 
