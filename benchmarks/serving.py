@@ -8,10 +8,11 @@ blocks runs 4 loops; weights are random, which costs the same time as trained on
 Compared, with sides that alternate: one request with `generate`, with Hugging Face's `generate` of
 a Llama of 8 layers of the same width, and with the engine; 16 requests one by one and at once; 16
 requests at once with exits at a mean of 2 loops, for both rules that fill the skipped keys and
-values; `--waves` times as many as `--places` in so many places without exits and with exits after 1 to 3 loops, so
-that places of requests that end early do not stay empty; and one request with and without a draft
-whose proposals are all accepted (later loops add nothing). Every text is checked against `generate`
-in fp32, and the share of equal tokens is printed. `--sides` selects rows by number.
+values; `--waves` times as many requests as `--places` (16), of which that number runs at a time,
+without exits and with exits after 1 to 3 loops, so that places of requests that end early do not
+stay empty; and one request with and without a draft whose proposals are all accepted (later loops
+add nothing). Every text is checked against `generate` in fp32, and the share of equal tokens is
+printed. `--sides` selects rows by number.
 """
 
 from __future__ import annotations

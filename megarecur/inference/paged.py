@@ -9,8 +9,10 @@ key heads, H head_dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,10 +23,13 @@ from megarecur.attention.scores import Scores
 from megarecur.inference.pages import PagePool
 from megarecur.model.positions import alibi_bias
 
+LEAST_SAVED = 2**17
+"""Padded elements of keys that another bucket of texts must save."""
+
 
 @dataclass(eq=False)
 class Bucket:
-    """The texts of a batch that have equally many rows."""
+    """Texts of a batch that have equally many rows, and on a CPU not too different lengths."""
 
     rows_T: Tensor | None
     """Their rows, text after text; None: all rows of the batch."""
@@ -81,7 +86,7 @@ class Rows:
         self.steps: list[list[int]] = step_of.tolist()
         self.set_loops(loops)
         self.counts, self.texts_T, self.tables_BP = counts, texts_T, tables_BP
-        self.buckets = self._make_buckets(counts)
+        self.buckets = self._make_buckets(positions)
         if len(counts) == 1 and device.type == "cpu":
             pages = tables_BP[0].tolist()
             if pages == list(range(pages[0], pages[0] + len(pages))):
@@ -100,21 +105,23 @@ class Rows:
         """Return the loop of each row, [T]."""
         return torch.tensor(self.loops, device=self.positions_T.device)[self.texts_T]
 
-    def _make_buckets(self, counts: Sequence[int]) -> list[Bucket]:
-        sizes = dict.fromkeys(counts)
-        if len(sizes) == 1:
+    def _make_buckets(self, positions: Sequence[Sequence[int]]) -> list[Bucket]:
+        device, counts = self.positions_T.device, self.counts
+        pages = [own[-1] // self.pool.page_size + 1 for own in positions]
+        # Another bucket costs launches, which outweigh the copies that it saves on a GPU.
+        least = math.inf if device.type != "cpu" else LEAST_SAVED / self.pool.keys[0].numel()
+        groups = group_texts(counts, pages, least)
+        if len(groups) == 1:
             positions_BS = self.positions_T.view(len(counts), -1)
-            texts_B = torch.arange(len(counts), device=self.positions_T.device)
+            texts_B = torch.arange(len(counts), device=device)
             length = self.last + 1 if len(counts) == counts[0] == 1 else None
             return [Bucket(None, texts_B, self.tables_BP, positions_BS, length=length)]
-        counts_B = torch.tensor(counts, device=self.positions_T.device)
-        buckets = []
-        for size in sizes:
-            texts_B = (counts_B == size).nonzero()[:, 0]
-            rows_T = (counts_B[self.texts_T] == size).nonzero()[:, 0]
-            positions_BS = self.positions_T[rows_T].view(len(texts_B), size)
-            most = int(positions_BS.max()) // self.pool.page_size + 1
-            tables_BP = self.tables_BP[texts_B, :most]
+        starts, buckets = [0, *accumulate(counts)], []
+        for texts in groups:
+            rows = [starts[text] + i for text in texts for i in range(counts[text])]
+            texts_B, rows_T = (torch.tensor(found, device=device) for found in (texts, rows))
+            positions_BS = self.positions_T[rows_T].view(len(texts), -1)
+            tables_BP = self.tables_BP[texts_B, : max(pages[text] for text in texts)]
             buckets.append(Bucket(rows_T, texts_B, tables_BP, positions_BS))
         return buckets
 
@@ -253,6 +260,27 @@ class FilledRows(WindowedRows):
         pool = self.rows.pool
         k_TMH, v_TMH = (kept.index_select(0, source_T) for kept in pool.rows)
         self.write(block, k_TMH[None], v_TMH[None])
+
+
+def group_texts(counts: Sequence[int], pages: Sequence[int], least: float) -> list[list[int]]:
+    """Return the texts of each bucket: those of equal counts of rows, parted by their pages where
+    that saves at least `least` pages of padding."""
+    groups = []
+    for count in dict.fromkeys(counts):
+        texts = [text for text, own in enumerate(counts) if own == count]
+        groups += part_by_length(sorted(texts, key=pages.__getitem__), pages, least)
+    return groups
+
+
+def part_by_length(texts: list[int], pages: Sequence[int], least: float) -> list[list[int]]:
+    """Return texts, ascending by pages, in parts that are padded to their longest text. A part is
+    cut where that saves most pages, if it saves at least `least`."""
+    longest = pages[texts[-1]]
+    saved, cut = max((i * (longest - pages[text]), i) for i, text in enumerate(texts, 1))
+    if saved == 0 or saved < least:
+        return [texts]
+    first, second = texts[:cut], texts[cut:]
+    return part_by_length(first, pages, least) + part_by_length(second, pages, least)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

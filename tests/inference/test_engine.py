@@ -12,6 +12,7 @@ from support.engine_texts import MODELS, alone, build, check_pool, draw_requests
 
 from megarecur.config.recurrence import RecurrenceConfig
 from megarecur.errors import ConfigError
+from megarecur.inference import paged
 from megarecur.inference.engine import Engine
 from megarecur.inference.request import Request
 from megarecur.inference.visits import cut_visits
@@ -33,6 +34,17 @@ def test_texts_are_those_of_generate(name: str, number: int) -> None:
         chunk=random.choice([1, 3, 5]),
         max_rows=random.choice([4, 100]),
     )
+    for request, handle in zip(requests, serve(engine, requests, random), strict=True):
+        assert read(handle) == alone(model, request)
+
+
+@pytest.mark.parametrize("name", ["cycle", "loop without coda", "custom"])
+def test_texts_that_are_padded_apart_are_those_of_generate(name: str, monkeypatch) -> None:
+    """Texts of different lengths in several buckets of a pass, at several loops."""
+    monkeypatch.setattr(paged, "LEAST_SAVED", 1)
+    model, random = build(name), Random(name)
+    requests = draw_requests(random, 7)
+    engine = Engine(model, page_size=2, num_pages=40, chunk=3)
     for request, handle in zip(requests, serve(engine, requests, random), strict=True):
         assert read(handle) == alone(model, request)
 

@@ -9,7 +9,7 @@ import torch
 
 from megarecur.attention.dense import attend_dense
 from megarecur.attention.scores import Scores
-from megarecur.inference.paged import FilledRows, Rows
+from megarecur.inference.paged import FilledRows, Rows, group_texts
 from megarecur.inference.pages import PagePool, hash_page
 from megarecur.model.positions import alibi_bias, alibi_slopes
 
@@ -142,3 +142,13 @@ def test_copies_between_loops() -> None:
     FilledRows(rows, [[2], [1, 2]]).copy(0, [0, 0])
     assert pool.keys[4:8].flatten().tolist() == [0, 0, 2, 0, 0, 0, 6, 7]
     assert pool.keys[8:12].flatten().tolist() == [0, 0, 2, 0, 0, 0, 6, 7]
+
+
+def test_texts_of_different_lengths_are_padded_apart() -> None:
+    """Only where that saves enough pages."""
+    pages = [2, 9, 2, 10, 3, 9]
+    assert group_texts([1] * 6, pages, 99) == [[0, 2, 4, 1, 5, 3]]
+    assert group_texts([1] * 6, pages, 10) == [[0, 2, 4], [1, 5, 3]]
+    assert group_texts([1] * 6, pages, 2) == [[0, 2], [4], [1, 5], [3]]
+    assert group_texts([2, 1, 2], [1, 4, 1], 99) == [[0, 2], [1]]
+    assert group_texts([1, 3, 1, 1], [5, 1, 7, 5], 0) == [[0, 3], [2], [1]]
