@@ -9,12 +9,10 @@ import logging
 import math
 import os
 import socket
-import struct
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -172,7 +170,7 @@ class Metrics:
     def draw_histogram(self, step: int, tag: str, shares: Sequence[float]) -> None:
         """Write a histogram to TensorBoard; shares[i] is the share of the value i."""
         numbers = range(len(shares))
-        self.board.add_histogram(
+        self.board.add_histogram_raw(
             tag,
             step,
             min=0.0,
@@ -180,8 +178,8 @@ class Metrics:
             num=1.0,
             sum=sum(i * share for i, share in enumerate(shares)),
             sum_squares=sum(i * i * share for i, share in enumerate(shares)),
-            bucket_limit=[i + 0.5 for i in numbers],
-            bucket=list(shares),
+            bucket_limits=[i + 0.5 for i in numbers],
+            bucket_counts=list(shares),
         )
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
@@ -211,15 +209,11 @@ class Board:
     numbers = itertools.count()
 
     def __init__(self, folder: Path, purge_step: int) -> None:
-        # Their modules of the same tasks import TensorFlow's stub, and by it boto3 (0.4 s).
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
-        from tensorboard.compat.proto.tensor_pb2 import TensorProto
-        from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
 
-        self.event, self.summary, self.histogram = Event, Summary, HistogramProto
-        self.vector = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-        self.tensor, self.metadata = TensorProto, SummaryMetadata
+        self.make, self.event = summary, Event
         self.failed = False
         now = int(time.time())
         put_in_order(folder, now)
@@ -231,6 +225,7 @@ class Board:
         except OSError as error:
             self.give_up(error)
             return
+        self.records = RecordWriter(self.file)
         self.add(file_version="brain.Event:2")
         self.add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
         self.flush()
@@ -258,40 +253,28 @@ class Board:
         if self.failed:
             return
         try:
-            self.file.write(frame(self.event(wall_time=time.time(), **fields).SerializeToString()))
+            self.records.write(self.event(wall_time=time.time(), **fields).SerializeToString())
         except OSError as error:
             self.give_up(error)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Write a point of a curve."""
-        self.add_value(step, tag=escape(tag, keep=""), simple_value=value)
+        self.add(step=step, summary=self.make.scalar(escape(tag, keep=""), value))
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         """Write a text in Markdown."""
-        kind = self.metadata.PluginData(plugin_name="text")
-        self.add_value(
-            step,
-            tag=escape(tag, keep="") + "/text_summary",
-            metadata=self.metadata(plugin_data=kind),
-            tensor=self.tensor(
-                dtype="DT_STRING", string_val=[escape(text).encode()], tensor_shape=self.vector
-            ),
-        )
+        self.add(step=step, summary=self.make.text(escape(tag, keep=""), escape(text)))
 
-    def add_histogram(self, tag: str, step: int, **bars: Any) -> None:
-        """Write a histogram, given the fields of TensorBoard's HistogramProto."""
-        self.add_value(step, tag=tag, histo=self.histogram(**bars))
-
-    def add_value(self, step: int, **fields: Any) -> None:
-        """Write a value of a tag, given the fields of TensorBoard's Summary.Value."""
-        self.add(step=step, summary=self.summary(value=[self.summary.Value(**fields)]))
+    def add_histogram_raw(self, tag: str, step: int, **bars: Any) -> None:
+        """Write a histogram; see torch.utils.tensorboard.summary.histogram_raw."""
+        self.add(step=step, summary=self.make.histogram_raw(tag, **bars))
 
     def flush(self) -> None:
         """Flush all events to the operating system."""
         if self.failed:
             return
         try:
-            self.file.flush()
+            self.records.flush()
         except OSError as error:
             self.give_up(error)
 
@@ -300,33 +283,9 @@ class Board:
         if self.failed:
             return
         try:
-            self.file.close()
+            self.records.close()
         except OSError as error:
             self.give_up(error)
-
-
-def frame(data: bytes) -> bytes:
-    """Return a record of an event file: length, checksum, data, checksum."""
-    length = struct.pack("<Q", len(data))
-    return length + checksum(length) + data + checksum(data)
-
-
-def checksum(data: bytes) -> bytes:
-    """Return TensorFlow's checksum of data: a masked CRC-32C."""
-    table, crc = crc_table(), 0xFFFFFFFF
-    for byte in data:
-        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
-    crc ^= 0xFFFFFFFF
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-@cache
-def crc_table() -> list[int]:
-    """Return the CRC-32C (polynomial 0x1EDC6F41, reflected) of every byte."""
-    table = list(range(256))
-    for _ in range(8):
-        table = [value >> 1 ^ 0x82F63B78 * (value & 1) for value in table]
-    return table
 
 
 def is_gone(path: Path, file: IO[Any]) -> bool:
