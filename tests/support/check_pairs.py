@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 Load = Callable[..., Any]
 
@@ -23,6 +22,8 @@ def assert_equal(found: Tensor, wanted: Tensor) -> None:
 
 def check_pairs(case: dict[str, Any], load: Load, tools: bool = True) -> None:
     """All of one export: tokens, logits, loss, caches, searches; tools: saving, training too."""
+    from transformers import AutoTokenizer  # Seconds, which workers without exports save.
+
     model, tokenizer = load(case["folder"]), AutoTokenizer.from_pretrained(case["folder"])
     batch = tokenizer(case["lines"], padding=True, return_tensors="pt")
     assert set(batch) == {"input_ids", "attention_mask"}

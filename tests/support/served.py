@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from openai import OpenAI
 from support.decoding import disturb
 
 from megarecur.checkpoint import checkpoint
@@ -69,6 +68,8 @@ class Served:
         found = re.fullmatch(r"serving (.+) at (http://\S+:(\d+))\n", line)
         assert found, (line, self.process.communicate())
         self.name, self.url, self.port = found[1], found[2], int(found[3])
+        from openai import OpenAI  # A second, which workers without servers save.
+
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def complete(self, prompt: Any, **options: Any) -> Any:
