@@ -1,6 +1,7 @@
 """Fixtures of every test: worlds of processes, a Slurm cluster, and the development data where it
 is there."""
 
+import multiprocessing.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -77,6 +78,8 @@ def has_cuda() -> bool:
 @pytest.fixture(scope="session")
 def world() -> Iterator[Callable[[int], World]]:
     """`world(4).run(case, ...)`: worlds by size, each started by its first case and then kept."""
+    # Before a test replaces the folder of temporary files: paths of sockets must be short.
+    multiprocessing.util.get_temp_dir()
     worlds: dict[int, World] = {}
 
     def of_size(size: int) -> World:
