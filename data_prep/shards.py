@@ -23,7 +23,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from functools import partial as partial_call
@@ -55,7 +55,6 @@ from megarecur.data.tokenizer import (
 )
 from megarecur.data_prep.disk import explain_os_errors
 from megarecur.data_prep.duplicates import NUM_HASHES, find_near_duplicates, signature
-from megarecur.data_prep.mds import ShardWriter
 from megarecur.data_prep.plan import PrepPlan, Request, make_plan
 from megarecur.data_prep.progress import ProgressReport, report_phase
 from megarecur.data_prep.readers import (
@@ -183,7 +182,7 @@ def _prepare(plan: PrepPlan, out: Path, partial: Path, tokenizer_file: str, pool
     pool.run("read", read_sources, read, ".npz", read_sizes)
     decision = decide_once(plan, partial, read)
     parts, part_sizes = part_tasks(partial, read, decision, tokenizer_file)
-    pool.run("tokenise", tokenise_part, parts, ".tokens", part_sizes)
+    pool.run("tokenise", tokenise_part, parts, ".tokens", part_sizes, meanwhile=_warm_up)
     assemble(plan, out, partial, read, decision, tokenizer_file, pool.progress)
 
 
@@ -378,6 +377,22 @@ def tokenise_part(task: PartTask) -> int:
     return sum(a.size for arrays in ids.values() for a in arrays)
 
 
+def _import_writer() -> Any:
+    """Return the library's writer; its imports take seconds."""
+    from megarecur.data.torchvision_stub import make_torchvision_importable
+
+    make_torchvision_importable()
+    from streaming import MDSWriter
+
+    return MDSWriter
+
+
+def _warm_up() -> None:
+    """Import the writer early; errors are raised when it is needed."""
+    with suppress(Exception):
+        _import_writer()
+
+
 def _assemble(
     split: str,
     files: Sequence[Path],
@@ -406,14 +421,19 @@ def _assemble(
     finish_split(writer, folder, tokenizer_file, lengths, {**shared, "num_bytes": num_bytes})
 
 
-def open_writer(folder: Path, dtype: str) -> ShardWriter:
-    """Return the writer of chunks of tokens."""
+def open_writer(folder: Path, dtype: str) -> Any:
+    """Return the library's writer of chunks of tokens.
+
+    Do not use it as a context: after an exception, it would write a valid-looking partial index.
+    """
     return open_columns(folder, {COLUMN: f"ndarray:{dtype}:{CHUNK_TOKENS}"})
 
 
-def open_columns(folder: Path, columns: dict[str, str]) -> ShardWriter:
-    """Return the writer of samples with these columns."""
-    return ShardWriter(folder, columns, SHARD_BYTES)
+def open_columns(folder: Path, columns: dict[str, str]) -> Any:
+    """Return the library's writer of samples with these columns; see `open_writer`."""
+    return _import_writer()(
+        out=str(folder), columns=columns, hashes=["xxh64"], size_limit=SHARD_BYTES
+    )
 
 
 def finish_split(
@@ -448,7 +468,7 @@ def finish_split(
 
 
 def write_chunks(
-    writer: ShardWriter,
+    writer: Any,
     split: str,
     files: Sequence[Path],
     load: Callable[[Path], tuple[NDArray[Any], int, NDArray[Any]]],

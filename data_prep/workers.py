@@ -42,12 +42,14 @@ class Workers:
         tasks: Sequence[Any],
         suffix: str,
         sizes: Sequence[int],
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
         """Run one phase.
 
         Args:
             do: runs a task and returns its number of tokens.
             suffix: suffix of the target's file that exists once a task is done.
+            meanwhile: a function that this process runs while others work; it must not fail.
         """
         todo, done = [], 0
         for task, size in zip(tasks, sizes, strict=True):
@@ -64,8 +66,13 @@ class Workers:
                 for task, size in todo:
                     advance(size, do(task))
                 return
-            for size, tokens in self._distribute(do, todo):
-                advance(size, tokens)
+            beside = threading.Thread(target=meanwhile)
+            beside.start()
+            try:
+                for size, tokens in self._distribute(do, todo):
+                    advance(size, tokens)
+            finally:
+                beside.join()
 
     def _start(self) -> None:
         """Start the processes, by a fork if that is quick and safe: no threads, no torch."""

@@ -49,7 +49,7 @@ NO_TORCH = ("megarecur.errors", "megarecur.reading", "megarecur.config", "megare
             "megarecur.plan", "megarecur.plot")  # fmt: skip
 
 OWNERS = {
-    "streaming": ("megarecur.data",),
+    "streaming": ("megarecur.data", "megarecur.data_prep"),
     "submitit": ("megarecur.launch",),
     "deepspeed": ("megarecur.optim.deepspeed",),
     "tensorboard": ("megarecur.train.metrics",),

@@ -56,6 +56,7 @@ class Forks:
 
 def serve(path: str, prepare: str) -> None:
     """Import what commands need, and run each request in a fork."""
+    import streaming  # noqa: F401
     import torch
     import typer.main
 
