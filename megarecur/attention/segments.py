@@ -202,7 +202,7 @@ def build_layout(
         starts = int(edges_q[u]), int(edges_k[u])
         return Group(len(documents), queries_of, keys_of, first_query, first_key, *starts)
 
-    in_place, short = [], []
+    in_place, short = list[Group](), list[int]()
     follows = np.diff(present) == 1
     for run in split_runs(present, lengths_U2[present], follows & (not alone)):
         u, rows = run[0], lengths_U2[run].sum(0).max()
