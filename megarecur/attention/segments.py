@@ -2,9 +2,9 @@
 
 Documents of equal length are attended to in one call. Short ones are gathered, padded to a common
 length; longer ones are read and written where they lie, which spares copies, and share a call if
-they follow one another. What is done to a document depends on it alone: results of a sample do not
-depend on the other samples of its micro batch. Where scores need a bias, a window, a softcap or
-dropout, queries are processed in blocks, against the keys in their reach only.
+they follow one another. How a document is padded and computed depends on it alone: results of a
+sample do not depend on the other samples of its micro batch. Where scores need a bias, a window, a
+softcap or dropout, queries are processed in blocks, against the keys in their reach only.
 
 Shapes: T tokens of a micro batch (B S), N query heads, M key heads, H head_dim, L queries and K
 keys of a document, U documents of a group, P rows of gathered groups with padding.
@@ -195,7 +195,8 @@ def build_layout(
     edges_k = np.frombuffer(keys, np.int32).astype(np.int64) if keys else edges_q
     lengths_U2 = np.stack((np.diff(edges_q), np.diff(edges_k)), 1)
     padded_U2 = padded_length(lengths_U2) if pads else lengths_U2
-    present = np.flatnonzero(lengths_U2.all(1))
+    is_present = lengths_U2.all(1)
+    present = np.flatnonzero(is_present)
 
     def make_group(documents: NDArray[np.int64], first_query: int, first_key: int) -> Group:
         u, (queries_of, keys_of) = documents[0], map(int, padded_U2[documents[0]])
@@ -217,10 +218,10 @@ def build_layout(
         group = make_group(documents, first_query, first_key)
         gathered.append(group)
         first_query, first_key = group.query_rows.stop, group.key_rows.stop
-    of_queries = order_rows(edges_q, padded_U2[:, 0], order, present, int(edges_q[-1]), device)
+    of_queries = order_rows(edges_q, padded_U2[:, 0], order, is_present, int(edges_q[-1]), device)
     of_keys = of_queries
     if keys:
-        of_keys = order_rows(edges_k, padded_U2[:, 1], order, present, total_keys, device)
+        of_keys = order_rows(edges_k, padded_U2[:, 1], order, is_present, total_keys, device)
     return Layout(tuple(gathered), tuple(in_place), of_queries, of_keys)
 
 
@@ -246,7 +247,7 @@ def order_rows(
     edges: NDArray[np.int64],
     padded: NDArray[np.int64],
     documents: NDArray[np.int64],
-    present: NDArray[np.int64],
+    is_present: NDArray[np.bool_],
     total: int,
     device: torch.device,
 ) -> Rows:
@@ -257,7 +258,7 @@ def order_rows(
         edges: first tokens of all documents, and the last one's end.
         padded: padded lengths of all documents.
         documents: those that are gathered, in order.
-        present: those that are attended to at all.
+        is_present: whether each of all documents is attended to at all.
         total: number of tokens.
         device: device of the tables.
     """
@@ -267,8 +268,7 @@ def order_rows(
     length = lengths[documents].repeat(sizes)
     order = edges[documents].repeat(sizes) + np.minimum(place, length - 1)
     is_real, unseen = place < length, np.ones(total, bool)
-    for u in present:
-        unseen[edges[u] : edges[u + 1]] = False
+    unseen[: edges[-1]] = ~is_present.repeat(lengths)
 
     def table(values: NDArray[np.int64]) -> Tensor:
         return send(torch.from_numpy(values), device)
@@ -290,7 +290,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Tensor
         task: the other arguments.
     """
     layout, wide = find_layout(task, q.device), torch.promote_types(q.dtype, torch.float32)
-    out, lse = layout.queries.allocate(q), layout.queries.allocate(q[..., :1].to(wide))
+    out = layout.queries.allocate(q)
+    lse = layout.queries.allocate(q.new_empty(*q.shape[:2], 1, dtype=wide))
     attend_groups(layout.in_place, (q, k, v), (out, lse), task)
     if layout.gathered:
         rows = layout.queries.gather(q), layout.keys.gather(k), layout.keys.gather(v)
